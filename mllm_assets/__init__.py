@@ -1,0 +1,3 @@
+"""Fine-tune vision-language models as Dagster software-defined assets."""
+
+__version__ = "0.1.0"

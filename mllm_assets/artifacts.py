@@ -1,0 +1,149 @@
+"""Artefacts on disk: built beside their place, renamed into it, complete if and only if `manifest.json` exists."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mllm_assets import __version__
+from mllm_assets.errors import DataError, IntegrityError, RecipeError
+
+MANIFEST = "manifest.json"
+
+
+def slug(name: str) -> str:
+    """Turn a name into an asset key part: `[a-z0-9_]+`."""
+    text = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    if not text:
+        raise RecipeError(f"The name {name!r} has no letter or digit. Give it one, for example 'my_dataset'.")
+    return text
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """sha256 over the canonical JSON of a value: sorted keys, no spaces."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a file's text so that a reader sees the old or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """Build a directory in a hidden sibling and rename it to `target` when the block ends without an error.
+
+    The block calls `write_manifest` last. A complete `target` that already exists is kept (its content is named
+    by digest, so it is the same); an incomplete one is replaced. After an error nothing is left behind.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    staging.mkdir()
+    try:
+        yield staging
+        if not is_complete(target):
+            shutil.rmtree(target, ignore_errors=True)
+            staging.rename(target)
+            fsync_path(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_manifest(directory: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Flush every file, then publish sizes and digests beside `payload`: the directory is complete from now on."""
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+        fsync_path(path)
+        files[path.relative_to(directory).as_posix()] = {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    manifest = {**payload, "engine_version": __version__, "files": files}
+    write_json_atomic(directory / MANIFEST, manifest)
+    return manifest
+
+
+def is_complete(directory: Path) -> bool:
+    return (directory / MANIFEST).is_file()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read a complete artefact's manifest.
+
+    Raises:
+        IntegrityError: There is none, so the artefact was never finished.
+    """
+    try:
+        return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IntegrityError(
+            f"{directory} has no {MANIFEST}, so it was never finished. Materialise the asset that makes it again."
+        ) from None
+    except ValueError:
+        raise IntegrityError(f"{directory / MANIFEST} is not JSON. Delete {directory} and materialise it again.") from None
+
+
+def find_damage(directory: Path, *, deep: bool = True) -> str | None:
+    """Say what does not match the manifest, or None. `deep` compares digests, otherwise sizes only."""
+    for name, expected in read_manifest(directory)["files"].items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["num_bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {expected['num_bytes']}"
+        if deep and sha256_file(path) != expected["sha256"]:
+            return f"{name} does not match its digest"
+    return None
+
+
+def point_symlink(link: Path, target: Path) -> None:
+    """Make `link` point to `target` (relative), replacing an earlier link in one step."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    try:
+        temporary.replace(link)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def path_inside(root: Path, path: str | Path, *, what: str) -> Path:
+    """Resolve `path` against `root` and refuse one that leaves it, symlinks included."""
+    resolved = (root / path).resolve()
+    if not resolved.is_relative_to(root.resolve()):
+        raise DataError(f"{what}: the path {str(path)!r} leaves {root}. Use a path inside that folder.")
+    return resolved

@@ -1,0 +1,59 @@
+"""Where things lie below one root (`MLLM_ASSETS_ROOT`, by default the working directory)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The folders of one project; see "On disk" in docs/architecture.md."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """LLaMA-Factory's `dataset_dir`: `dataset_info.json`, `images/`, one link per dataset."""
+        return self.root / "data"
+
+    @property
+    def images(self) -> Path:
+        return self.data / "images"
+
+    @property
+    def dataset_info(self) -> Path:
+        return self.data / "dataset_info.json"
+
+    @property
+    def quality_db(self) -> Path:
+        return self.data / "quality.duckdb"
+
+    def raw(self, dataset: str, digest: str) -> Path:
+        return self.data / ".raw" / dataset / digest
+
+    def quality(self, dataset: str, digest: str) -> Path:
+        return self.data / ".quality" / dataset / digest
+
+    def version(self, dataset: str, digest: str) -> Path:
+        return self.data / ".versions" / dataset / digest
+
+    @property
+    def pretrains(self) -> Path:
+        return self.root / "pretrains"
+
+    @property
+    def outputs(self) -> Path:
+        return self.root / "outputs"
+
+    @property
+    def features(self) -> Path:
+        return self.root / "cache" / "features"
+
+    def predictions(self, recipe: str, digest: str) -> Path:
+        return self.outputs / recipe / "predictions" / digest
+
+    def releases(self, recipe: str) -> Path:
+        return self.root / "releases" / recipe
+
+    def relative(self, path: Path) -> str:
+        """The path as metadata shows it: relative to the root where it lies below it."""
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
