@@ -1,0 +1,192 @@
+"""Metrics of the base and the tuned model per entry, beside the answer that a model without eyes could give.
+
+Not covered: CIDEr-D, and comparison with the released model's answers sample by sample.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mllm_assets.artifacts import digest_json, is_complete, read_manifest, staged_directory, write_manifest
+from mllm_assets.artifacts import write_json_atomic as write_json
+from mllm_assets.errors import DataError, IntegrityError, ModelError
+from mllm_assets.evaluation import scores
+from mllm_assets.evaluation.table import with_run
+
+METRICS_FILE = "eval_metrics.json"
+MOST_COMMON = "most_common_answer"
+_SAMPLE_METRICS = ("loss", "rouge_l", "exact_match", "label_accuracy")
+
+
+def compute_metrics(predictions: pa.Table, train_answers: Sequence[str]) -> dict[str, Any]:
+    """Score predictions per entry and model.
+
+    Args:
+        predictions: Rows of `evaluation.table.SCHEMA`; each model has the same samples of each entry.
+        train_answers: The answers that were trained on. The most common one is scored as if a model always gave it.
+
+    Returns:
+        JSON-able: `entries[entry]` holds `models[model][metric]` (model "base", "tuned" or "most_common_answer"),
+        `gains` (mean and standard error of paired per-sample differences, positive when better), `primary` (the
+        metric that gates look at), `num_samples`, `samples_digest`, `most_common_answer` and, where samples have
+        labels, `confusion`; `definitions[metric]` says what each metric is.
+
+    Raises:
+        DataError: There is nothing to score, or no training answer.
+        IntegrityError: The models were not asked the same samples.
+        ModelError: A loss is not finite. Names the model and the sample.
+    """
+    if not len(predictions):
+        raise DataError("There are no predictions to score. Check that the evaluation entries have rows.")
+    if not train_answers:
+        raise DataError("There are no training answers to compare with. Pass those of the recipe's training entries.")
+    most_common = min(Counter(train_answers).items(), key=lambda item: (-item[1], item[0]))[0]
+    entries = {}
+    for entry in sorted(set(predictions["entry"].to_pylist())):
+        rows = [row for row in predictions.to_pylist() if row["entry"] == entry]
+        entries[entry] = _entry_metrics(entry, rows, most_common)
+    return {"entries": entries, "definitions": scores.definitions()}
+
+
+def _entry_metrics(entry: str, rows: list[dict[str, Any]], most_common: str) -> dict[str, Any]:
+    by_model = _rows_by_model(entry, rows)
+    first = next(iter(by_model.values()))
+    references = [row["reference"] for row in first]
+    labels = [row["label"] for row in first] if all(row["label"] is not None for row in first) else None
+
+    models: dict[str, dict[str, float]] = {}
+    samples: dict[str, dict[str, np.ndarray]] = {}
+    for model, model_rows in by_model.items():
+        samples[model] = _text_samples([row["answer"] for row in model_rows], references, labels)
+        corpus = scores.corpus_scores([row["answer"] for row in model_rows], references)
+        models[model] = {**_losses(model_rows), **corpus, **_means(samples[model])}
+        samples[model]["loss"] = np.array([row["loss_nats"] for row in model_rows])
+    constant = [most_common] * len(references)
+    samples[MOST_COMMON] = _text_samples(constant, references, labels)
+    models[MOST_COMMON] = {**scores.corpus_scores(constant, references), **_means(samples[MOST_COMMON])}
+
+    result = {
+        "num_samples": len(first),
+        "samples_digest": digest_json([[row["sample_id"], row["reference"]] for row in first]),
+        "primary": "label_accuracy" if labels else "rouge_l",
+        "most_common_answer": most_common,
+        "models": models,
+        "gains": _gains(samples) | {f"{m}_over_shuffled_images": _image_gain(r) for m, r in by_model.items()},
+    }
+    if labels:
+        result["confusion"] = {m: confusion(r, labels) for m, r in by_model.items()}
+    return result
+
+
+def _rows_by_model(entry: str, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (row["model"], row["row_index"])):
+        if not math.isfinite(row["loss_nats"]) or not math.isfinite(row["loss_shuffled_nats"] or 0.0):
+            raise ModelError(
+                f"The {row['model']} model's loss on sample {row['sample_id']} of {entry} is not a finite number. "
+                "Train again with a lower learning_rate, or in bf16 in place of fp16."
+            )
+        by_model.setdefault(row["model"], []).append(row)
+    asked = {model: [(row["row_index"], row["sample_id"]) for row in r] for model, r in by_model.items()}
+    if len({tuple(a) for a in asked.values()}) > 1:
+        sizes = ", ".join(f"{model} {len(a)}" for model, a in asked.items())
+        raise IntegrityError(
+            f"The models were asked different samples of {entry} ({sizes}). Materialise the predictions again."
+        )
+    return by_model
+
+
+def _text_samples(
+    answers: Sequence[str], references: Sequence[str], labels: Sequence[str] | None
+) -> dict[str, np.ndarray]:
+    result = {
+        "rouge_l": scores.rouge_l_scores(answers, references),
+        "exact_match": scores.exact_matches(answers, references),
+    }
+    if labels:
+        known = sorted(set(labels))
+        named = [scores.find_label(answer, known) for answer in answers]
+        result["label_accuracy"] = np.array([float(a == b) for a, b in zip(named, labels, strict=True)])
+    return result
+
+
+def _means(samples: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in samples.items()}
+
+
+def _losses(rows: list[dict[str, Any]]) -> dict[str, float]:
+    loss = _token_mean(rows, "loss_nats")
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp overflows a double above 709
+    shuffled = [row for row in rows if row["loss_shuffled_nats"] is not None]
+    return result | ({"loss_shuffled": _token_mean(shuffled, "loss_shuffled_nats")} if shuffled else {})
+
+
+def _token_mean(rows: list[dict[str, Any]], column: str) -> float:
+    weights = [row["num_supervised_tokens"] for row in rows]
+    return float(np.average([row[column] for row in rows], weights=weights))
+
+
+def _gains(samples: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Paired differences of tuned over base and over the constant answer; a lower loss counts as a gain."""
+    if "tuned" not in samples:
+        return {}
+    result = {}
+    for other in ("base", MOST_COMMON):
+        if other in samples:
+            shared = [m for m in _SAMPLE_METRICS if m in samples["tuned"] and m in samples[other]]
+            result[f"tuned_over_{other}"] = {
+                m: _paired((samples["tuned"][m] - samples[other][m]) * (-1 if m == "loss" else 1)) for m in shared
+            }
+    return result
+
+
+def _image_gain(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """How much lower the loss is with the sample's own images than with another's."""
+    pairs = [(r["loss_shuffled_nats"], r["loss_nats"]) for r in rows if r["loss_shuffled_nats"] is not None]
+    return {"loss": _paired(np.array([shuffled - true for shuffled, true in pairs]))} if pairs else {}
+
+
+def _paired(differences: np.ndarray) -> dict[str, float]:
+    stderr = float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
+    return {"mean": float(differences.mean()), "stderr": stderr, "num_pairs": len(differences)}
+
+
+def confusion(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
+    """Count true labels (rows) against named ones (columns; the last two are "(none)" and "(several)")."""
+    known = sorted(set(labels))
+    columns = [*known, scores.NO_LABEL, scores.SEVERAL_LABELS]
+    counts = [[0] * len(columns) for _ in known]
+    for row, label in zip(rows, labels, strict=True):
+        counts[known.index(label)][columns.index(scores.find_label(row["answer"], known))] += 1
+    return {"labels": known, "named": columns, "counts": counts}
+
+
+def metric_rows(metrics: Mapping[str, Any], *, run_id: str, recipe: str, checkpoint_digest: str) -> pa.Table:
+    """The rows of DuckDB's `eval_metrics`."""
+    rows = [
+        {"model": model, "entry": entry, "metric": metric, "value": value, "num_samples": scored["num_samples"]}
+        for entry, scored in metrics["entries"].items()
+        for model, values in scored["models"].items()
+        for metric, value in values.items()
+    ]
+    return with_run(pa.Table.from_pylist(rows), run_id=run_id, recipe=recipe, checkpoint_digest=checkpoint_digest)
+
+
+def write_metrics(target: Path, metrics: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Publish `eval_metrics.json` in `target` and return the manifest; `digest` in it is the data version.
+
+    Args:
+        target: A directory named by what is scored; a complete one is kept as it is.
+        metrics: What `compute_metrics` returned.
+        inputs: What the metrics were made from (digests of predictions and checkpoint), for the manifest.
+    """
+    if not is_complete(target):
+        with staged_directory(target) as staging:
+            write_json(staging / METRICS_FILE, metrics)
+            write_manifest(staging, {"inputs": dict(inputs), "digest": digest_json(metrics)})
+    return read_manifest(target)

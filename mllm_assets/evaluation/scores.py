@@ -1,0 +1,84 @@
+"""How well answers match references and labels: per-sample scores, corpus scores, and what made them."""
+
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import numpy as np
+
+NO_LABEL = "(none)"
+SEVERAL_LABELS = "(several)"
+
+
+def exact_matches(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """1.0 where the answer is the reference, white space around both aside."""
+    return np.array([float(a.strip() == r.strip()) for a, r in zip(answers, references, strict=True)])
+
+
+def rouge_l_scores(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """ROUGE-L F1 of each answer, 0..1."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = zip(answers, references, strict=True)
+    return np.array([scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs])
+
+
+def corpus_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """BLEU and chrF over all answers together, 0..100."""
+    bleu, chrf = _bleu_and_chrf()
+    return {
+        "bleu": bleu.corpus_score(list(answers), [list(references)]).score,
+        "chrf": chrf.corpus_score(list(answers), [list(references)]).score,
+    }
+
+
+def _bleu_and_chrf():
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    # Without effective order, one-word answers have no 4-gram and score 0 even when each is right.
+    return BLEU(tokenize="13a", effective_order=True), CHRF()
+
+
+def definitions() -> dict[str, str]:
+    """What each metric is: unit, library, version and tokeniser, as the model card and metadata state it."""
+    bleu, chrf = _bleu_and_chrf()
+    probe = ["a b c d e"], [["a b c d e"]]  # sacrebleu knows the number of references only after a score
+    for metric in (bleu, chrf):
+        metric.corpus_score(*probe)
+    return {
+        "loss": "nats per supervised token, mean over all tokens of the split",
+        "loss_shuffled": "the same with each sample's images replaced by another sample's",
+        "perplexity": "exp(loss)",
+        "bleu": f"sacrebleu, 0-100, {bleu.get_signature()}",
+        "chrf": f"sacrebleu, 0-100, {chrf.get_signature()}",
+        "rouge_l": f"rouge-score {version('rouge-score')}, mean F1, 0-1, lower-case a-z and 0-9 tokens, no stemming",
+        "exact_match": "share of answers equal to the reference, outer white space aside",
+        "label_accuracy": "share of answers that name the sample's label and no other, case and punctuation aside",
+    }
+
+
+def find_label(answer: str, labels: Sequence[str]) -> str:
+    """The one label an answer names, `(none)` or `(several)`.
+
+    Case, punctuation and underscores do not count. A label inside a longer one that is named too ("cake" in
+    "carrot cake") does not count either.
+    """
+    if answer.strip() in labels:
+        return answer.strip()
+    named = [label for label in labels if _names(answer, label)]
+    longest = [label for label in named if not any(_names(other, label) for other in named if other != label)]
+    if len(longest) == 1:
+        return longest[0]
+    return SEVERAL_LABELS if named else NO_LABEL
+
+
+def _names(text: str, label: str) -> bool:
+    words, inside = _words(label), _words(text)
+    # Scripts without spaces between words (Chinese, Japanese, Thai) have no word boundary to look for.
+    return bool(words) and (f" {words} " in f" {inside} " if words.isascii() else words in inside)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.replace("_", " ").casefold()))

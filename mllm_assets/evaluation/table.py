@@ -1,0 +1,56 @@
+"""The table of predictions: its columns, its digest and the rows that go into DuckDB."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from mllm_assets.artifacts import digest_json
+
+SCHEMA = pa.schema(
+    [
+        ("model", pa.string()),  # "base" or "tuned"
+        ("entry", pa.string()),
+        ("sample_id", pa.string()),
+        ("row_index", pa.int64()),  # position within the entry
+        ("images", pa.list_(pa.string())),  # relative to the data directory
+        ("prompt", pa.string()),  # the last user turn, without its image placeholders
+        ("reference", pa.string()),  # the last assistant turn
+        ("label", pa.string()),  # null where the dataset has none
+        ("answer", pa.string()),
+        ("loss_nats", pa.float64()),  # mean over the row's supervised tokens
+        ("loss_shuffled_nats", pa.float64()),  # the same with another sample's images; null where there is none
+        ("num_supervised_tokens", pa.int64()),
+        ("num_answer_tokens", pa.int64()),
+        ("latency_s", pa.float64()),  # generation time of the batch divided by its rows
+    ]
+)
+
+STORE_COLUMNS = (
+    "model entry sample_id row_index prompt reference label answer loss_nats loss_shuffled_nats num_supervised_tokens "
+    "latency_s"
+).split()
+
+
+def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=SCHEMA)
+
+
+def predictions_digest(predictions: pa.Table) -> str:
+    """sha256 over everything that was said and scored; not over how long it took."""
+    return digest_json(predictions.drop_columns(["latency_s"]).to_pylist())
+
+
+def store_table(predictions: pa.Table, *, run_id: str, recipe: str, checkpoint_digest: str) -> pa.Table:
+    """The rows as DuckDB's `predictions` holds them."""
+    return with_run(
+        predictions.select(STORE_COLUMNS), run_id=run_id, recipe=recipe, checkpoint_digest=checkpoint_digest
+    )
+
+
+def with_run(table: pa.Table, *, run_id: str, recipe: str, checkpoint_digest: str) -> pa.Table:
+    """Put the columns that name the run before the others."""
+    names = {"run_id": run_id, "recipe": recipe, "checkpoint_digest": checkpoint_digest}
+    for position, (name, value) in enumerate(names.items()):
+        table = table.add_column(position, pa.field(name, pa.string()), pa.array([value] * len(table), pa.string()))
+    return table

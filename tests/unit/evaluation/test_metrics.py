@@ -1,0 +1,108 @@
+"""Metrics per entry and model."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from made_predictions import prediction, predictions
+
+from mllm_assets.artifacts import find_damage
+from mllm_assets.errors import DataError, IntegrityError, ModelError
+from mllm_assets.evaluation.metrics import compute_metrics, metric_rows, write_metrics
+from mllm_assets.evaluation.table import STORE_COLUMNS, predictions_digest, store_table, to_table
+
+TRAIN = ["cat", "cat", "dog"]
+
+
+def test_both_models_and_the_most_common_answer_are_scored() -> None:
+    scored = compute_metrics(predictions(), TRAIN)["entries"]["pets_val"]
+    models = scored["models"]
+    assert scored["num_samples"] == 6
+    assert scored["primary"] == "label_accuracy"
+    assert models["tuned"]["label_accuracy"] == pytest.approx(5 / 6)
+    assert models["base"]["label_accuracy"] == pytest.approx(1 / 6)
+    assert models["most_common_answer"]["label_accuracy"] == pytest.approx(2 / 6)
+    assert models["most_common_answer"].keys() & {"loss", "perplexity"} == set()
+
+
+def test_loss_is_the_mean_over_tokens_not_over_samples() -> None:
+    tuned = compute_metrics(predictions(), TRAIN)["entries"]["pets_val"]["models"]["tuned"]
+    weights = range(2, 8)
+    expected = sum(w * (1 + 0.01 * i) for i, w in enumerate(weights)) / sum(weights)
+    assert tuned["loss"] == pytest.approx(expected)
+    assert tuned["perplexity"] == pytest.approx(math.exp(expected))
+    assert tuned["loss_shuffled"] > tuned["loss"] + 0.5
+
+
+def test_gains_are_paired_and_positive_when_better() -> None:
+    gains = compute_metrics(predictions(), TRAIN)["entries"]["pets_val"]["gains"]
+    assert gains["tuned_over_base"]["loss"]["mean"] == pytest.approx(2.0)
+    assert gains["tuned_over_base"]["loss"]["stderr"] == pytest.approx(0.0, abs=1e-12)
+    assert gains["tuned_over_most_common_answer"]["label_accuracy"]["mean"] == pytest.approx(0.5)
+    assert gains["tuned_over_shuffled_images"]["loss"]["mean"] == pytest.approx(0.525)
+    assert gains["tuned_over_shuffled_images"]["loss"]["num_pairs"] == 6
+
+
+def test_confusion_counts_every_sample_once() -> None:
+    table = compute_metrics(predictions(), TRAIN)["entries"]["pets_val"]["confusion"]["tuned"]
+    assert table["named"] == [*table["labels"], "(none)", "(several)"]
+    assert sum(map(sum, table["counts"])) == 6
+    assert table["counts"][table["labels"].index("horse")][table["named"].index("(none)")] == 1
+
+
+def test_captions_without_labels_are_judged_by_rouge_l() -> None:
+    scored = compute_metrics(predictions(label=None), TRAIN)["entries"]["pets_val"]
+    assert scored["primary"] == "rouge_l"
+    assert "label_accuracy" not in scored["models"]["tuned"] and "confusion" not in scored
+
+
+def test_samples_without_images_have_no_shuffled_loss() -> None:
+    scored = compute_metrics(predictions(loss_shuffled_nats=None), TRAIN)["entries"]["pets_val"]
+    assert "loss_shuffled" not in scored["models"]["tuned"]
+    assert scored["gains"]["tuned_over_shuffled_images"] == {}
+
+
+def test_a_tie_for_the_most_common_answer_is_broken_by_name() -> None:
+    assert compute_metrics(predictions(), ["b", "a"])["entries"]["pets_val"]["most_common_answer"] == "a"
+
+
+def test_models_that_were_asked_different_samples_are_refused() -> None:
+    rows = [prediction("base", 0), prediction("tuned", 0), prediction("tuned", 1)]
+    with pytest.raises(IntegrityError, match=r"different samples of pets_val \(base 1, tuned 2\). Materialise"):
+        compute_metrics(to_table(rows), TRAIN)
+
+
+def test_a_loss_that_is_not_finite_names_model_and_sample() -> None:
+    rows = [prediction("base", 0), prediction("tuned", 0, loss_nats=math.nan)]
+    with pytest.raises(ModelError, match="The tuned model's loss on sample sample-0 of pets_val is not a finite"):
+        compute_metrics(to_table(rows), TRAIN)
+
+
+def test_nothing_to_score_is_an_error() -> None:
+    with pytest.raises(DataError, match="no predictions to score. Check that the evaluation entries have rows"):
+        compute_metrics(to_table([]), TRAIN)
+    with pytest.raises(DataError, match="no training answers to compare with"):
+        compute_metrics(predictions(), [])
+
+
+def test_the_digest_covers_what_was_said_but_not_how_long_it_took() -> None:
+    assert predictions_digest(predictions()) == predictions_digest(predictions(latency_s=9.0))
+    assert predictions_digest(predictions()) != predictions_digest(predictions(answer="x"))
+
+
+def test_rows_for_the_store_carry_run_recipe_and_checkpoint() -> None:
+    names = {"run_id": "r1", "recipe": "pets", "checkpoint_digest": "abc"}
+    rows = metric_rows(compute_metrics(predictions(), TRAIN), **names).to_pylist()
+    assert {row["model"] for row in rows} == {"base", "tuned", "most_common_answer"}
+    assert rows[0] | names == rows[0]
+    assert store_table(predictions(), **names).column_names == ["run_id", "recipe", "checkpoint_digest", *STORE_COLUMNS]
+
+
+def test_written_metrics_are_json_and_complete(tmp_path: Path) -> None:
+    metrics = compute_metrics(predictions(), TRAIN)
+    manifest = write_metrics(tmp_path / "m", metrics, {"predictions_digest": "abc"})
+    assert json.loads((tmp_path / "m" / "eval_metrics.json").read_text()) == metrics
+    assert manifest["inputs"] == {"predictions_digest": "abc"}
+    assert find_damage(tmp_path / "m") is None
+    assert write_metrics(tmp_path / "again", metrics, {})["digest"] == manifest["digest"]
