@@ -66,23 +66,43 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def staged_directory(target: Path) -> Iterator[Path]:
-    """Build a directory in a hidden sibling and rename it to `target` when the block ends without an error.
-
-    The block calls `write_manifest` last. A complete `target` that already exists is kept (its content is named
-    by digest, so it is the same); an incomplete one is replaced. After an error nothing is left behind.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+def staging_directory(parent: Path) -> Iterator[Path]:
+    """A hidden directory below `parent` for content whose name is known only at the end; see `publish`."""
+    parent.mkdir(parents=True, exist_ok=True)
+    staging = parent / f".{uuid.uuid4().hex[:8]}.tmp"
     staging.mkdir()
     try:
         yield staging
-        if not is_complete(target):
-            shutil.rmtree(target, ignore_errors=True)
-            staging.rename(target)
-            fsync_path(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Rename a finished staging directory to `target`.
+
+    A complete `target` that already exists is kept (its content is named by digest, so it is the same); an
+    incomplete one is replaced. Of two that publish at once the first wins.
+    """
+    if is_complete(target):
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        staging.rename(target)
+    except OSError:
+        if not is_complete(target):
+            raise
+    fsync_path(target.parent)
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """Build a directory in a hidden sibling and publish it as `target` when the block ends without an error.
+
+    The block calls `write_manifest` last. After an error nothing is left behind.
+    """
+    with staging_directory(target.parent) as staging:
+        yield staging
+        publish(staging, target)
 
 
 def write_manifest(directory: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
