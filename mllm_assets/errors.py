@@ -27,3 +27,7 @@ class MachineError(MllmAssetsError):
 
 class IntegrityError(MllmAssetsError):
     """Something this project wrote is missing or damaged and must be made again."""
+
+
+class GateError(MllmAssetsError):
+    """The model must get better, or its gates change, before it is released."""

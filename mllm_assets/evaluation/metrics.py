@@ -3,6 +3,7 @@
 Not covered: CIDEr-D, and comparison with the released model's answers sample by sample.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -190,3 +191,9 @@ def write_metrics(target: Path, metrics: Mapping[str, Any], inputs: Mapping[str,
             write_json(staging / METRICS_FILE, metrics)
             write_manifest(staging, {"inputs": dict(inputs), "digest": digest_json(metrics)})
     return read_manifest(target)
+
+
+def read_metrics(directory: Path) -> dict[str, Any]:
+    """Read `eval_metrics.json` of a complete directory."""
+    read_manifest(directory)
+    return json.loads((directory / METRICS_FILE).read_text(encoding="utf-8"))

@@ -1,0 +1,163 @@
+"""Releases and their cards."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from made_predictions import predictions
+
+from mllm_assets.artifacts import find_damage, read_manifest, write_manifest
+from mllm_assets.errors import GateError, IntegrityError
+from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.evaluation.metrics import compute_metrics, read_metrics
+from mllm_assets.evaluation.model_card import Lineage, metrics_markdown
+from mllm_assets.evaluation.release import Release, list_releases, newest_release, publish
+from mllm_assets.layout import Layout
+
+LINEAGE: Lineage = {
+    "base_model": {"name": "gemma3_tiny", "fingerprint": "f" * 64, "license": "apache-2.0"},
+    "datasets": [
+        {
+            "entry": "pets_train",
+            "use": "train",
+            "digest": "a" * 64,
+            "num_rows": 40,
+            "hub_id": "me/pets",
+            "revision": "1ab",
+        },
+        {"entry": "pets_val", "use": "evaluate", "digest": "b" * 64, "source": "parquet: pets | cats", "license": None},
+    ],
+    "recipe": {"finetuning_type": "full", "learning_rate": 0.001},
+    "versions": {"mllm-assets": "0.1.0", "transformers": "5.23.0"},
+    "command": "dagster asset materialize -m mllm_assets.definitions --select '+key:\"pets/released_model\"'",
+}
+
+
+def make_run(directory: Path, weights: bytes = b"w" * (2 << 20)) -> Path:
+    """A finished training run whose model is a file of bytes."""
+    (directory / "model").mkdir(parents=True)
+    (directory / "model" / "config.json").write_text("{}")
+    (directory / "model" / "model.safetensors").write_bytes(weights)
+    (directory / "model" / "README.md").write_text("left by a library")
+    (directory / "adapter").mkdir()
+    (directory / "adapter" / "adapter_model.safetensors").write_bytes(b"a")
+    (directory / "checkpoint-4").mkdir()
+    (directory / "checkpoint-4" / "optimizer.pt").write_bytes(b"o")
+    write_manifest(directory, {"fingerprint": "0123456789abcdef", "weights_digest": "c" * 64, "num_steps": 4})
+    return directory
+
+
+def release(run_dir: Path, root: Path, metrics: dict[str, Any] | None = None, **kwargs: Any) -> Release:
+    metrics = metrics or compute_metrics(predictions(), ["cat", "dog", "cat"])
+    return publish("pets", run_dir, metrics, kwargs.pop("gates", GateSpec()), LINEAGE, Layout(root), **kwargs)
+
+
+def test_a_release_is_a_model_directory_with_card_metrics_and_manifest(tmp_path: Path) -> None:
+    made = release(make_run(tmp_path / "run"), tmp_path)
+    assert made.directory == tmp_path / "releases" / "pets" / "v1"
+    assert sorted(p.relative_to(made.directory).as_posix() for p in made.directory.rglob("*")) == [
+        "README.md", "adapter", "adapter/adapter_model.safetensors", "config.json", "eval_metrics.json",
+        "manifest.json", "model.safetensors",
+    ]  # fmt: skip
+    assert find_damage(made.directory) is None
+    manifest = read_manifest(made.directory)
+    assert manifest["lineage"]["base_model"]["name"] == "gemma3_tiny"
+    assert [gate["passed"] for gate in manifest["gates"]] == [True, True, True]
+    assert read_metrics(made.directory)["entries"]["pets_val"]["num_samples"] == 6
+
+
+def test_weights_share_their_blocks_with_the_run(tmp_path: Path) -> None:
+    """A release of an 8 GB model must not cost another 8 GB."""
+    run = make_run(tmp_path / "run")
+    made = release(run, tmp_path)
+    assert (made.directory / "model.safetensors").samefile(run / "model" / "model.safetensors")
+    assert not (made.directory / "config.json").samefile(run / "model" / "config.json")
+
+
+def test_the_same_checkpoint_is_released_once_and_another_gets_the_next_version(tmp_path: Path) -> None:
+    first = release(make_run(tmp_path / "run"), tmp_path)
+    assert release(make_run(tmp_path / "copy"), tmp_path) == first
+    second = release(make_run(tmp_path / "other", b"x" * 100), tmp_path)
+    assert second.version == "v2" and second.digest != first.digest
+    assert list_releases(Layout(tmp_path), "pets") == [first, second]
+    assert newest_release(Layout(tmp_path), "pets") == second
+
+
+def test_a_model_that_fails_its_gates_is_not_released(tmp_path: Path) -> None:
+    """A blocking check does not stop a later run that selects only the release."""
+    metrics = compute_metrics(predictions(answer="cat"), ["cat"])
+    with pytest.raises(GateError) as caught:
+        release(make_run(tmp_path / "run"), tmp_path, metrics)
+    message = str(caught.value)
+    assert message.startswith(
+        "pets is not released: 1 of 3 gates did not pass.\n  beats_most_common_answer: pets_val: "
+    )
+    assert message.endswith("change the gates in the component's YAML.")
+    assert list_releases(Layout(tmp_path), "pets") == []
+
+
+def test_a_model_worse_than_the_release_is_not_released(tmp_path: Path) -> None:
+    release(make_run(tmp_path / "run"), tmp_path)
+    metrics = compute_metrics(predictions(loss_nats=2.9), ["cat"])
+    with pytest.raises(GateError, match="no_regression_against_release: pets_val: loss 2.9000 against the release's 1"):
+        release(
+            make_run(tmp_path / "worse", b"y"), tmp_path, metrics, gates=GateSpec(min_loss_gain_nats=-9, num_stderr=0)
+        )
+
+
+def test_a_changed_file_of_the_checkpoint_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "model" / "model.safetensors").write_bytes(b"v" * (2 << 20))
+    with pytest.raises(IntegrityError, match="model.safetensors does not match its digest. Materialise the checkpoint"):
+        release(run, tmp_path)
+    assert [p.name for p in (tmp_path / "releases" / "pets").iterdir() if p.is_dir()] == []
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="has no manifest.json, so it was never finished"):
+        release(tmp_path, tmp_path)
+
+
+def test_what_does_not_verify_is_not_published(tmp_path: Path) -> None:
+    def refuse(directory: Path) -> dict[str, Any]:
+        assert (directory / "config.json").is_file()
+        raise IntegrityError("2 tensors are missing")
+
+    with pytest.raises(IntegrityError, match="2 tensors are missing"):
+        release(make_run(tmp_path / "run"), tmp_path, verify=refuse)
+    assert list_releases(Layout(tmp_path), "pets") == []
+
+
+def test_the_card_carries_lineage_results_and_the_command(tmp_path: Path) -> None:
+    verified = {"num_missing": 0, "num_unexpected": 0, "loss": 1.25}
+    card = (
+        release(make_run(tmp_path / "run"), tmp_path, verify=lambda _: verified).directory / "README.md"
+    ).read_text()
+    for text in (
+        "| label_accuracy | 0.1667 | 0.8333 | 0.3333 |",
+        "| base model | gemma3_tiny |  | `ffffffffffffffff` | apache-2.0 |",
+        "| training data `pets_train`, 40 rows | me/pets | 1ab | `aaaaaaaaaaaaaaaa` | not stated |",
+        "parquet: pets \\| cats",
+        "loss on a fixed input 1.250000",
+        "learning_rate: 0.001",
+        LINEAGE["command"],
+    ):
+        assert text in card
+
+
+def test_the_hub_can_read_the_cards_front_matter(tmp_path: Path) -> None:
+    card = ModelCard.load(release(make_run(tmp_path / "run"), tmp_path).directory / "README.md")
+    assert card.data.to_dict()["pipeline_tag"] == "image-text-to-text"
+    assert card.data.to_dict()["datasets"] == ["me/pets"]
+    results = {r.metric_type: r.metric_value for r in card.data.eval_results or []}
+    assert results["label_accuracy"] == pytest.approx(5 / 6, abs=1e-6)
+
+
+def test_metrics_show_as_a_markdown_table() -> None:
+    text = metrics_markdown(compute_metrics(predictions(), ["cat"]))
+    assert text.startswith(
+        "**pets_val** (6 samples)\n\n| metric | base model | this model | most common training answer |"
+    )
+    assert json.dumps(text)
