@@ -18,6 +18,8 @@ def convert(value: Any, annotation: Any) -> Any:
     Raises:
         WrongTypeError: It does not fit.
     """
+    if annotation is Any:
+        return value
     options = _options(annotation)
     if value is None and type(None) in options:
         return None

@@ -58,7 +58,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Entry]:
     if node is None:
         raise RecipeError(f"{name} is empty. Write a LLaMA-Factory recipe into it, for example a copy from configs/.")
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{name}:{node.start_mark.line + 1}: expected lines of `key: value`, got a {node.id}.")
+        raise RecipeError(f"{name}:{node.start_mark.line + 1}: expected lines of `key: value`. Write one key per line.")
     entries: dict[str, Entry] = {}
     for key_node, value_node in node.value:
         where = f"{name}:{key_node.start_mark.line + 1}"

@@ -191,65 +191,64 @@ class TrainSpec:
         return cls(**values)
 
 
+# Keys whose number must be above 0, and keys where it may be 0; null passes
+_POSITIVE = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps cutoff_len lora_rank
+    num_train_epochs image_min_pixels max_samples save_total_limit early_stopping_steps""".split()
+_NOT_NEGATIVE = (
+    """learning_rate weight_decay max_grad_norm warmup_steps seed eval_delay dataloader_num_workers""".split()
+)
+
+
 def _problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     """What LLaMA-Factory, transformers or this engine would refuse: (key, message)."""
-    positive = (
-        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "cutoff_len",
-        "num_train_epochs", "lora_rank", "image_min_pixels", "max_samples", "save_total_limit", "early_stopping_steps",
-    )  # fmt: skip
-    for key in positive:
+    yield from _range_problems(spec)
+    yield from _conflicts(spec)
+    yield from _evaluation_problems(spec)
+
+
+def _range_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
+    for key in _POSITIVE:
         value = getattr(spec, key)
         if value is not None and value <= 0:
             yield key, f"{key} is {value}: expected a number above 0. Change it or delete the line."
-    not_negative = (
-        "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "eval_delay",
-        "dataloader_num_workers",
-    )  # fmt: skip
-    for key in not_negative:
+    for key in _NOT_NEGATIVE:
         if getattr(spec, key) < 0:
             yield key, f"{key} is {getattr(spec, key)}: expected 0 or more. Change it or delete the line."
+    if not 0 <= spec.lora_dropout < 1:
+        yield "lora_dropout", f"lora_dropout is {spec.lora_dropout}: expected 0 or more and below 1. Change it."
+    if spec.warmup_ratio is not None and not 0 <= spec.warmup_ratio <= 1:
+        yield "warmup_ratio", f"warmup_ratio is {spec.warmup_ratio}: expected a share from 0 to 1. Change it."
+    for kind in ("logging", "eval", "save"):
+        steps = getattr(spec, f"{kind}_steps")
+        if getattr(spec, f"{kind}_strategy") == "steps" and (steps <= 0 or (steps > 1 and steps != int(steps))):
+            yield f"{kind}_steps", f"{kind}_steps is {steps}: expected a whole number or a share below 1. Change it."
+
+
+def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     if not spec.do_train:
         yield "do_train", "do_train is false, LLaMA-Factory's default: this recipe trains nothing. Set do_train: true."
     if not spec.train_entries:
         yield "dataset", "dataset is empty. Name an entry of dataset_info.json, for example dataset: emoji_train."
     if spec.template != "gemma3":
         yield "template", f"template is {spec.template!r}: only Gemma 3 models are trained here. Set template: gemma3."
-    if not 0 <= spec.lora_dropout < 1:
-        yield "lora_dropout", f"lora_dropout is {spec.lora_dropout}: expected 0 or more and below 1. Change it."
-    if spec.warmup_ratio is not None and not 0 <= spec.warmup_ratio <= 1:
-        yield "warmup_ratio", f"warmup_ratio is {spec.warmup_ratio}: expected a share from 0 to 1. Change it."
     if spec.warmup_ratio and spec.warmup_steps:
         yield "warmup_ratio", "warmup_ratio and warmup_steps are both set, and versions differ in which wins. Keep one."
     if spec.image_max_pixels < spec.image_min_pixels:
-        yield (
-            "image_max_pixels",
-            (f"image_max_pixels is {spec.image_max_pixels}, below image_min_pixels {spec.image_min_pixels}. Raise it."),
-        )
+        text = f"image_max_pixels is {spec.image_max_pixels}, below image_min_pixels {spec.image_min_pixels}. Raise it."
+        yield "image_max_pixels", text
     if spec.bf16 and spec.fp16:
         yield "fp16", "bf16 and fp16 are both true. Keep one: bf16 where the GPU has it."
     if spec.dataloader_prefetch_factor is not None and spec.dataloader_num_workers == 0:
-        yield (
-            "dataloader_prefetch_factor",
-            (
-                "dataloader_prefetch_factor needs loader processes, and dataloader_num_workers is 0. Set it or delete this."
-            ),
-        )
-    for kind in ("logging", "eval", "save"):
-        steps = getattr(spec, f"{kind}_steps")
-        if getattr(spec, f"{kind}_strategy") == "steps" and (steps <= 0 or (steps > 1 and steps != int(steps))):
-            yield f"{kind}_steps", f"{kind}_steps is {steps}: expected a whole number or a share below 1. Change it."
-    yield from _evaluation_problems(spec)
+        key = "dataloader_prefetch_factor"
+        yield key, f"{key} needs loader processes, and dataloader_num_workers is 0. Set that or delete this line."
 
 
 def _evaluation_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     if spec.eval_strategy != "no" and not spec.eval_entries:
-        yield (
-            "eval_strategy",
-            (
-                f"eval_strategy is {spec.eval_strategy} but there is no eval_dataset. "
-                "Name an entry of dataset_info.json there, or set eval_strategy: no."
-            ),
+        text = (
+            f"eval_strategy is {spec.eval_strategy} but there is no eval_dataset. Name an entry of dataset_info.json."
         )
+        yield "eval_strategy", text
     for key in ("load_best_model_at_end", "early_stopping_steps"):
         if getattr(spec, key) and spec.eval_strategy == "no":
             yield key, f"{key} needs evaluation during training. Set eval_strategy: steps and name an eval_dataset."
@@ -257,30 +256,20 @@ def _evaluation_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
         yield "lr_scheduler_type", "reduce_lr_on_plateau needs evaluation during training. Set eval_strategy: steps."
     if spec.early_stopping_steps and spec.metric_for_best_model is None:
         yield "early_stopping_steps", "early_stopping_steps needs a metric to watch. Set metric_for_best_model: loss."
-    if spec.metric_for_best_model not in (None, "loss", "eval_loss"):
+    metric = spec.metric_for_best_model
+    if metric not in (None, "loss", "eval_loss"):
         yield (
             "metric_for_best_model",
-            (
-                f"metric_for_best_model is {spec.metric_for_best_model!r}: training measures the loss only. Set it to loss."
-            ),
+            f"metric_for_best_model is {metric!r}: only the loss is measured. Set it to loss.",
         )
-    if spec.load_best_model_at_end and spec.save_strategy != "best":
-        if spec.eval_strategy != spec.save_strategy:
-            yield (
-                "load_best_model_at_end",
-                (
-                    f"load_best_model_at_end needs equal strategies: eval_strategy is {spec.eval_strategy}, "
-                    f"save_strategy {spec.save_strategy}. Make them the same."
-                ),
-            )
-        elif spec.eval_strategy == "steps" and not _is_multiple(spec.save_steps, spec.eval_steps or 0):
-            yield (
-                "save_steps",
-                (
-                    f"load_best_model_at_end needs a checkpoint at an evaluation: save_steps {spec.save_steps} is not a "
-                    f"multiple of eval_steps {spec.eval_steps}. Change one."
-                ),
-            )
+    if not spec.load_best_model_at_end or spec.save_strategy == "best":
+        return
+    if spec.eval_strategy != spec.save_strategy:
+        found = f"eval_strategy is {spec.eval_strategy}, save_strategy {spec.save_strategy}"
+        yield "load_best_model_at_end", f"load_best_model_at_end needs equal strategies: {found}. Make them the same."
+    elif spec.eval_strategy == "steps" and not _is_multiple(spec.save_steps, spec.eval_steps or 0):
+        found = f"save_steps {spec.save_steps} is not a multiple of eval_steps {spec.eval_steps}"
+        yield "save_steps", f"load_best_model_at_end needs an evaluation at each checkpoint: {found}. Change one."
 
 
 def _is_multiple(value: float, of: float) -> bool:

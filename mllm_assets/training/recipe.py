@@ -1,0 +1,129 @@
+"""A LLaMA-Factory recipe file, read once at the edge into a validated `TrainSpec`; every error names file and line."""
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mllm_assets.artifacts import slug
+from mllm_assets.errors import RecipeError
+from mllm_assets.training.checking import WrongTypeError, convert
+from mllm_assets.training.keys import ALIASES, KEYS
+from mllm_assets.training.recipe_yaml import Entry, parse_value, read_yaml
+from mllm_assets.training.spec import InvalidValueError, TrainSpec, split_names
+
+__all__ = ["Recipe", "TrainSpec", "load_recipe", "split_names"]
+
+_TYPES = typing.get_type_hints(TrainSpec)
+_REQUIRED = {
+    "model_name_or_path": "the directory of the model to start from, for example pretrains/gemma3-4b-it",
+    "dataset": "the entry of dataset_info.json to train on, for example emoji_train",
+    "template": "gemma3",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A recipe file with the overrides applied.
+
+    Attributes:
+        path: The file.
+        name: Asset key part made from the file's stem.
+        values: The keys as written (overrides included), before defaults.
+        spec: What they mean.
+        notes: One sentence for each key that was accepted and has no effect.
+    """
+
+    path: Path
+    name: str
+    values: Mapping[str, Any]
+    spec: TrainSpec
+    notes: tuple[str, ...]
+
+    @property
+    def output_dir(self) -> str:
+        return self.spec.output_dir
+
+    @property
+    def model_name_or_path(self) -> str:
+        return self.spec.model_name_or_path
+
+    @property
+    def train_entries(self) -> tuple[str, ...]:
+        return self.spec.train_entries
+
+    @property
+    def eval_entries(self) -> tuple[str, ...]:
+        return self.spec.eval_entries
+
+
+def load_recipe(path: Path, overrides: Mapping[str, object] | Sequence[str] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: A LLaMA-Factory YAML file.
+        overrides: Values that win over the file's: `{"max_steps": 10}`, or `["max_steps=10"]` from a command line.
+
+    Raises:
+        RecipeError: The file cannot be read, a key is unknown or refused, a value has the wrong type or cannot stand.
+            Names file and line, or the override.
+    """
+    entries = read_yaml(path, str(path))
+    entries.update(_override_entries(overrides))
+    known: dict[str, Entry] = {}
+    notes: list[str] = []
+    for written, entry in entries.items():
+        key, entry, note = _check(written, entry)
+        notes.extend([note] if note else [])
+        if key in _TYPES:
+            if key in known:
+                raise RecipeError(f"{entry.where}: {written} is another name of {key}, which is set too. Keep one.")
+            known[key] = entry
+    for key, example in _REQUIRED.items():
+        if key not in known:
+            raise RecipeError(f"{path}: {key} is missing. Add a line {key}: with {example}.")
+    try:
+        spec = TrainSpec(**{key: entry.value for key, entry in known.items()})
+    except InvalidValueError as error:
+        where = known[error.key].where if error.key in known else str(path)
+        raise RecipeError(f"{where}: {error}") from None
+    values = {key: entry.value for key, entry in entries.items()}
+    return Recipe(path=path, name=slug(path.stem), values=values, spec=spec, notes=tuple(notes))
+
+
+def _override_entries(overrides: Mapping[str, object] | Sequence[str] | None) -> dict[str, Entry]:
+    if isinstance(overrides, Mapping):
+        return {key: Entry(value, f"override {key}={value}") for key, value in overrides.items()}
+    entries = {}
+    for argument in overrides or ():
+        key, equals, text = argument.partition("=")
+        where = f"argument {argument!r}"
+        if not equals or not key:
+            raise RecipeError(f"{where}: expected key=value, for example max_steps=10.")
+        entries[key.strip()] = Entry(parse_value(text, where), where)
+    return entries
+
+
+def _check(written: str, entry: Entry) -> tuple[str, Entry, str | None]:
+    """Look one key up: its present name, its converted value, and a note where it has no effect."""
+    name, value = written, entry.value
+    if written in ALIASES:
+        name, value = ALIASES[written].name, ALIASES[written].convert(value)
+    if name not in KEYS:
+        near = get_close_matches(written, [*KEYS, *ALIASES], n=1, cutoff=0.5)
+        advice = f"Did you mean {near[0]}?" if near else "Delete the line; keys are those of LLaMA-Factory's SFT."
+        raise RecipeError(f"{entry.where}: unknown key {written!r}. {advice}")
+    key = KEYS[name]
+    try:
+        value = convert(value, key.annotation)
+    except WrongTypeError as error:
+        raise RecipeError(f"{entry.where}: {written}: {error}. Change the value.") from None
+    note = None
+    if key.status != "supported" and key.asks_for_something(value):
+        # The value is not shown: it may be a secret
+        if key.status == "refused":
+            raise RecipeError(f"{entry.where}: {written} is not supported with this value: {key.note}")
+        note = f"{written} has no effect: {key.note}"
+    return name, Entry(value, entry.where), note
