@@ -1,0 +1,121 @@
+"""Batches for Gemma 3: padding, token types, pixels, and logits at supervised positions only.
+
+Shape suffixes: B rows, T tokens of the longest row padded up to a multiple, N images over all rows, C H W pixels,
+S supervised positions over all rows.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.nn import functional
+
+from mllm_assets.errors import DataError
+from mllm_assets.training.encode import IGNORE_INDEX, EncodedRow, load_image
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class ImageFeatures(Protocol):
+    """What stands in for pixels when the vision tower's output is cached."""
+
+    def batch(self, paths: "Sequence[Path]") -> torch.Tensor:
+        """Return one row of features per path."""
+        ...
+
+
+class Collator:
+    """Turns encoded rows into what `Gemma3ForConditionalGeneration.forward` takes.
+
+    Args:
+        processor: The model's `Gemma3Processor`.
+        image_max_pixels: Larger images are first shrunk to this area.
+        image_min_pixels: Smaller ones are first enlarged to it.
+        pad_to_multiple_of: LLaMA-Factory pads to 8 while training.
+        padding_side: "right" to train, "left" to generate.
+        select_logits: Compute logits at supervised positions only; the loss is the same, a 262k-wide softmax over the
+            prompt is saved.
+        features: Cached tower outputs that stand in for the pixels.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        image_max_pixels: int = 768 * 768,
+        image_min_pixels: int = 32 * 32,
+        pad_to_multiple_of: int = 8,
+        padding_side: str = "right",
+        select_logits: bool = True,
+        features: ImageFeatures | None = None,
+    ) -> None:
+        self.image_processor = processor.image_processor
+        self.pad_id: int = processor.tokenizer.pad_token_id
+        self.image_token_id: int = processor.tokenizer.image_token_id
+        self.image_max_pixels = image_max_pixels
+        self.image_min_pixels = image_min_pixels
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.padding_side = padding_side
+        self.select_logits = select_logits
+        self.features = features
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        """Collate at least one row.
+
+        Returns:
+            input_ids_BT, attention_mask_BT, token_type_ids_BT (1 at image tokens), labels_BT (int64, -100 where
+            nothing is learned); pixel_values_NCHW (float32, -1..1, or cached features) when there are images; with
+            `select_logits` also logits_to_keep_BT (bool) and shift_labels_S.
+
+        Raises:
+            DataError: An image is damaged. Names row and file.
+
+        Source:
+            Gemma 3 needs token_type_ids while training: huggingface/trl#5807. Without them no error is raised and
+            image tokens stop attending to each other.
+        """
+        longest = max(len(row.input_ids) for row in rows)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids_BT = self._pad([row.input_ids for row in rows], length, self.pad_id)
+        labels_BT = self._pad([row.labels for row in rows], length, IGNORE_INDEX)
+        batch = {
+            "input_ids": input_ids_BT,
+            "attention_mask": self._pad([(1,) * len(row.input_ids) for row in rows], length, 0),
+            "token_type_ids": (input_ids_BT == self.image_token_id).long(),
+            "labels": labels_BT,
+        }
+        if any(row.images for row in rows):
+            batch["pixel_values"] = self._images(rows)
+        if self.select_logits:
+            shifted_BT = functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
+            keep_BT = shifted_BT != IGNORE_INDEX
+            if not keep_BT.any():
+                raise DataError(f"No token is supervised in rows {', '.join(row.id for row in rows)}. Drop them.")
+            batch |= {"logits_to_keep": keep_BT, "shift_labels": shifted_BT[keep_BT]}
+        return batch
+
+    def pixels(self, rows: Sequence[EncodedRow]) -> torch.Tensor:
+        """Return pixel_values_NCHW of all images in order.
+
+        Raises:
+            DataError: An image is damaged. Names row and file.
+        """
+        images = [
+            load_image(path, max_pixels=self.image_max_pixels, min_pixels=self.image_min_pixels, row_id=row.id)
+            for row in rows
+            for path in row.images
+        ]
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def _images(self, rows: Sequence[EncodedRow]) -> torch.Tensor:
+        if self.features is not None:
+            return self.features.batch([path for row in rows for path in row.images])
+        return self.pixels(rows)
+
+    def _pad(self, sequences: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
+        padded_BT = torch.full((len(sequences), length), value, dtype=torch.long)
+        for index, sequence in enumerate(sequences):
+            at = slice(None, len(sequence)) if self.padding_side == "right" else slice(length - len(sequence), None)
+            padded_BT[index, at] = torch.tensor(sequence, dtype=torch.long)
+        return padded_BT

@@ -1,0 +1,107 @@
+"""Loading Gemma 3: the model, its processor, and its shape on the `meta` device.
+
+Not covered: model families other than Gemma 3 with images (`model_type: gemma3`).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor, Gemma3ForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from mllm_assets.errors import ModelError
+
+MODEL_TYPE = "gemma3"
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own bars and advice off the terminal: progress is ours to report."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def load_config(directory: Path) -> Any:
+    """Read a model directory's configuration.
+
+    Raises:
+        ModelError: There is no such directory, or it holds no Gemma 3 with images.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{directory} is no model directory: it has no config.json. Point to a Hugging Face model directory, for "
+            f"example the `model` folder of a run, or download one into pretrains/."
+        )
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}). Download the model again.") from None
+    if model_type != MODEL_TYPE:
+        raise ModelError(
+            f"{directory} holds a model of type {model_type!r}: expected {MODEL_TYPE!r}. "
+            f"Use a Gemma 3 model with images, for example google/gemma-3-4b-it."
+        )
+    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def load_processor(directory: Path) -> Any:
+    """Load a `Gemma3Processor`.
+
+    Raises:
+        ModelError: Its files are missing or damaged.
+    """
+    load_config(directory)
+    try:
+        return AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{directory} has no usable processor ({type(error).__name__}: {error}). "
+            f"Copy tokenizer.json, tokenizer_config.json and processor_config.json of the model into it."
+        ) from error
+
+
+def load_model(
+    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Gemma3ForConditionalGeneration:
+    """Load weights strictly: every key of the model is in the files and every key of the files in the model.
+
+    Args:
+        directory: A Hugging Face model directory with safetensors.
+        dtype: Of all weights; None keeps the directory's own.
+        device: Where the model goes.
+
+    Raises:
+        ModelError: No Gemma 3, no weights, or keys are missing or unexpected.
+    """
+    load_config(directory)
+    try:
+        model, info = Gemma3ForConditionalGeneration.from_pretrained(
+            directory,
+            dtype="auto" if dtype is None else dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"The weights in {directory} cannot be loaded ({error}). Make or download them again."
+        ) from error
+    problems = {kind: sorted(info[f"{kind}_keys"], key=str) for kind in ("missing", "unexpected", "mismatched")}
+    if any(problems.values()):
+        counts = ", ".join(f"{len(keys)} {kind}" for kind, keys in problems.items() if keys)
+        first = next(keys[0] for keys in problems.values() if keys)
+        raise ModelError(
+            f"The weights in {directory} do not fit the model: {counts} keys, such as {first}. "
+            f"Make or download the model again."
+        )
+    return model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+
+
+def model_on_meta(config: Any, *, dtype: torch.dtype = torch.float32) -> Gemma3ForConditionalGeneration:
+    """Return the model's shape without any memory behind it."""
+    with torch.device("meta"):
+        model = Gemma3ForConditionalGeneration(config)
+    return model.to(dtype)
