@@ -1,0 +1,76 @@
+"""Images as bytes: digests, safe opening, and what is published of them."""
+
+import hashlib
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Pillow also opens formats that run other programs (EPS calls ghostscript); a dataset gets none of those.
+SAFE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+# Formats and modes that LLaMA-Factory reads as they are; anything else is written again as PNG.
+EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+PLAIN_MODES = ("RGB", "L")
+
+
+def sha256(data: bytes) -> str:
+    """The digest that names an image everywhere in this project."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Read an image's header; nothing is decoded yet.
+
+    Raises:
+        Image.DecompressionBombError: The header declares more than twice Pillow's limit of pixels.
+        OSError: Not an image of a safe format.
+    """
+    with warnings.catch_warnings():
+        # the caller compares the size with the dataset's own limit
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data), formats=SAFE_FORMATS)
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) when there is none."""
+    return int(image.getexif().get(0x0112, 1) or 1)
+
+
+def passes_through(image: Image.Image) -> bool:
+    """Whether the file's own bytes show the same to every reader: upright, no alpha, a common format."""
+    return (
+        image.format in EXTENSIONS
+        and image.mode in PLAIN_MODES
+        and orientation(image) == 1
+        and "transparency" not in image.info
+        and getattr(image, "n_frames", 1) == 1
+    )
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture a person sees: EXIF orientation applied, alpha on white, 8 bits a channel, RGB."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16") or upright.mode in ("I", "F"):
+        values = np.asarray(upright, dtype=np.float64)
+        scale = 255.0 / max(float(values.max(initial=0.0)), 255.0)
+        return Image.fromarray((values.clip(min=0.0) * scale).astype(np.uint8)).convert("RGB")
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        layer = upright.convert("RGBA")
+        canvas = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(canvas, layer).convert("RGB")
+    return upright.convert("RGB")
+
+
+def published_bytes(data: bytes) -> tuple[bytes, str]:
+    """The bytes and file extension under which an image is published.
+
+    The source's own bytes where they pass through, otherwise a PNG of the upright RGB picture.
+    """
+    with open_image(data) as image:
+        if passes_through(image) and image.format is not None:
+            return data, EXTENSIONS[image.format]
+        image.load()
+        buffer = io.BytesIO()
+        upright_rgb(image).save(buffer, format="PNG")
+        return buffer.getvalue(), "png"

@@ -1,0 +1,125 @@
+"""Ingest: any source at a pinned revision becomes one Parquet file of undecoded images, named by its content."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mllm_assets.artifacts import publish, staging_directory, write_manifest
+from mllm_assets.data.hub import read_hub
+from mllm_assets.data.images import sha256
+from mllm_assets.data.parquet import read_parquet
+from mllm_assets.data.rows import SourceRow
+from mllm_assets.data.spec import DatasetSpec, as_json
+from mllm_assets.errors import DataError
+from mllm_assets.layout import Layout
+
+SAMPLES_FILE = "samples.parquet"
+RAW_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("row_index", pa.int64(), nullable=False),
+        pa.field("images", pa.list_(pa.binary()), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("messages", pa.string()),
+    ]
+)
+# One Arrow binary array holds at most 2 GiB; a row group is closed far below it.
+ROW_GROUP_BYTES = 64 * 2**20
+ROW_GROUP_ROWS = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawDataset:
+    """An ingested source: where it lies, what it holds and the revision it came from."""
+
+    directory: Path
+    digest: str
+    num_samples: int
+    revision: str | None
+    num_bytes: int
+
+
+def ingest(spec: DatasetSpec, layout: Layout) -> RawDataset:
+    """Copy a source's samples, images undecoded, into `data/.raw/<dataset>/<digest>/`.
+
+    The digest covers ids, order, images and texts: the same input gives the same bytes, digest and directory.
+
+    Raises:
+        SourceError: The Hub cannot be reached or refuses; says what to do.
+        DataError: The source's file, columns or types do not fit the spec, or it has no rows.
+    """
+    source = spec.source
+    revision, rows = read_hub(spec) if source.kind == "huggingface" else (None, read_parquet(source, layout.root))
+    with staging_directory(layout.raw(spec.name, "new").parent) as staging:
+        num_samples, digest = _write_samples(rows, staging / SAMPLES_FILE)
+        if num_samples == 0:
+            raise DataError(f"The source of dataset {spec.name!r} has no rows. Check source.path, repo and split.")
+        num_bytes = (staging / SAMPLES_FILE).stat().st_size
+        write_manifest(
+            staging,
+            {
+                "kind": "raw",
+                "dataset": spec.name,
+                "digest": digest,
+                "num_samples": num_samples,
+                "revision": revision,
+                "source": as_json(source),
+            },
+        )
+        directory = layout.raw(spec.name, digest)
+        publish(staging, directory)
+    return RawDataset(
+        directory=directory, digest=digest, num_samples=num_samples, revision=revision, num_bytes=num_bytes
+    )
+
+
+def sample_content_id(row: SourceRow, image_ids: list[str]) -> str:
+    """16 hex digits of what a sample is: its images and texts, not its place."""
+    content = json.dumps([image_ids, row.caption, row.label, row.messages], ensure_ascii=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def read_raw(raw: Path) -> Iterator[dict[str, Any]]:
+    """The rows of an ingested source one by one; only one row group is in memory."""
+    for batch in pq.ParquetFile(raw / SAMPLES_FILE).iter_batches(batch_size=64):
+        yield from batch.to_pylist()
+
+
+def _write_samples(rows: Iterator[SourceRow], path: Path) -> tuple[int, str]:
+    seen: Counter[str] = Counter()
+    digest = hashlib.sha256()
+    pending: list[dict[str, Any]] = []
+    num_pending_bytes = 0
+    with pq.ParquetWriter(path, RAW_SCHEMA, compression="zstd", compression_level=1) as writer:
+        for row in rows:
+            image_ids = [sha256(data) for data in row.images]
+            content_id = sample_content_id(row, image_ids)
+            seen[content_id] += 1
+            repeat = seen[content_id]
+            sample_id = content_id if repeat == 1 else f"{content_id}-{repeat}"
+            digest.update(f"{sample_id} {row.row_index}\n".encode())
+            pending.append(
+                {
+                    "sample_id": sample_id,
+                    "row_index": row.row_index,
+                    "images": list(row.images),
+                    "caption": row.caption,
+                    "label": row.label,
+                    "messages": row.messages,
+                }
+            )
+            num_pending_bytes += sum(len(data) for data in row.images)
+            if num_pending_bytes >= ROW_GROUP_BYTES or len(pending) >= ROW_GROUP_ROWS:
+                writer.write_table(pa.Table.from_pylist(pending, schema=RAW_SCHEMA))
+                pending, num_pending_bytes = [], 0
+        if pending:
+            writer.write_table(pa.Table.from_pylist(pending, schema=RAW_SCHEMA))
+    return seen.total(), digest.hexdigest()[:16]

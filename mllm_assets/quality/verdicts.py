@@ -1,0 +1,85 @@
+"""Judge measurements: pure functions from numbers to reject reasons and flags."""
+
+import math
+from collections.abc import Sequence
+
+from mllm_assets.data.spec import DatasetSpec, QualitySpec
+from mllm_assets.data.tokens import find_control_token
+from mllm_assets.quality.probes import ImageMeasurement
+
+
+def image_reject_reason(image: ImageMeasurement, spec: QualitySpec) -> str | None:
+    """Why an image cannot be used, or None. Judged from measurements alone: no image is decoded again."""
+    if image.num_bytes > spec.max_image_bytes:
+        return "image_too_many_bytes"
+    if image.width_px is not None and image.height_px is not None:
+        if image.width_px * image.height_px > spec.max_pixels:
+            return "image_too_many_pixels"
+        if min(image.width_px, image.height_px) < spec.min_edge_px:
+            return "image_too_small"
+    if image.defect is not None:
+        return image.defect
+    for flag in image_flags(image, spec):
+        if flag in spec.reject_flags:
+            return flag
+    return None
+
+
+def image_flags(image: ImageMeasurement, spec: QualitySpec) -> list[str]:
+    """Which soft limits an image is beyond; formulas and limits are cleanvision's (see `QualitySpec`)."""
+    if image.defect is not None:
+        return []
+    assert image.width_px and image.height_px
+    assert image.brightness_p99 is not None and image.brightness_p5 is not None
+    assert image.entropy_bits is not None
+    assert image.blur_edge_std is not None and image.gray_histogram_std is not None
+    gray_score = 1 - math.exp(-image.gray_histogram_std * 0.01)
+    sharpness = 1 - math.exp(-image.blur_edge_std * 0.01) + (gray_score if gray_score > 0.18 else 0.0)
+    aspect = min(image.width_px / image.height_px, image.height_px / image.width_px)
+    beyond = {
+        "image_dark": image.brightness_p99 < spec.max_dark_brightness,
+        "image_light": 1 - image.brightness_p5 < spec.max_light_headroom,
+        "image_low_information": image.entropy_bits * 0.1 < spec.max_low_information,
+        "image_blurry": sharpness < spec.max_blurry,
+        "image_odd_aspect_ratio": aspect < spec.max_odd_aspect_ratio,
+    }
+    return [flag for flag, is_beyond in beyond.items() if is_beyond]
+
+
+def text_reject_reason(caption: str | None, label: str | None, spec: DatasetSpec) -> str | None:
+    """Why the texts that the answer uses cannot be used, or None."""
+    if "{caption}" in spec.answer:
+        if not (caption or "").strip():
+            return "caption_empty"
+        if len(caption or "") > spec.quality.max_caption_chars:
+            return "caption_too_long"
+        if find_control_token(caption or ""):
+            return "caption_control_token"
+    if "{label}" in spec.answer:
+        if not (label or "").strip():
+            return "label_missing"
+        if find_control_token(label or ""):
+            return "label_control_token"
+    if find_control_token(render_answer(caption, label, spec)):
+        return "caption_control_token"
+    return None
+
+
+def render_answer(caption: str | None, label: str | None, spec: DatasetSpec) -> str:
+    """Fill the answer template; a brace in a caption is text, not a field."""
+    parts = spec.answer.split("{caption}")
+    shown_label = (label or "").replace("_", " ")
+    return (caption or "").join(part.replace("{label}", shown_label) for part in parts)
+
+
+def sample_reject_reason(
+    images: Sequence[ImageMeasurement], caption: str | None, label: str | None, spec: DatasetSpec
+) -> str | None:
+    """The first reason that rejects a sample: its images in order, then its texts."""
+    if not images:
+        return "image_missing"
+    for image in images:
+        reason = image_reject_reason(image, spec.quality)
+        if reason:
+            return reason
+    return text_reject_reason(caption, label, spec)
