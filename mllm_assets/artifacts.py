@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,22 @@ def staged_directory(target: Path) -> Iterator[Path]:
         publish(staging, target)
 
 
-def write_manifest(directory: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Flush every file, then publish sizes and digests beside `payload`: the directory is complete from now on."""
+def write_manifest(directory: Path, payload: Mapping[str, Any], *, skip: Collection[str] = ()) -> dict[str, Any]:
+    """Flush every file, then publish sizes and digests beside `payload`: the directory is complete from now on.
+
+    Args:
+        directory: What the manifest speaks for.
+        payload: What else it says.
+        skip: Names right below `directory` that it does not speak for, because they are complete or deleted on their
+            own, such as a run's checkpoints.
+    """
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+        name = path.relative_to(directory)
+        if name.parts[0] in skip:
+            continue
         fsync_path(path)
-        files[path.relative_to(directory).as_posix()] = {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        files[name.as_posix()] = {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
     manifest = {**payload, "engine_version": __version__, "files": files}
     write_json_atomic(directory / MANIFEST, manifest)
     return manifest
