@@ -1,0 +1,166 @@
+"""A page to look at: each sample's image, what was asked, what is right, and what both models say.
+
+`gallery.html` holds its pictures and needs neither network nor server; `gallery.md` is small enough for an asset's
+metadata.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image, ImageOps
+
+from mllm_assets.artifacts import write_text_atomic
+from mllm_assets.evaluation.scores import find_label
+
+MAX_HTML_SAMPLES = 500  # about 5 KB each
+MAX_MARKDOWN_SAMPLES = 12
+MAX_MARKDOWN_BYTES = 190_000  # Dagster+ answers 413 above about 1 MB, and several assets share a page
+HTML_THUMBNAIL_PX = 224
+MARKDOWN_THUMBNAIL_PX = 72
+MAX_CELL_CHARS = 160
+
+
+def write_gallery(directory: Path, predictions: pa.Table, *, data_dir: Path, title: str) -> None:
+    """Write `gallery.html` and `gallery.md`.
+
+    Args:
+        directory: Where they go.
+        predictions: Rows of `evaluation.table.SCHEMA`.
+        data_dir: What the rows' image paths are relative to.
+        title: The recipe's name.
+    """
+    samples = collect_samples(predictions)
+    html = render_html(samples, data_dir=data_dir, title=title)
+    write_text_atomic(directory / "gallery.html", html)
+    write_text_atomic(directory / "gallery.md", render_markdown(samples, data_dir=data_dir))
+
+
+def collect_samples(predictions: pa.Table) -> list[dict[str, Any]]:
+    """Put both models' rows of a sample together, and judge them where that can be done.
+
+    Returns:
+        A dict per sample: the tuned row's columns, `models` (model -> row and `right`, which is None where the sample
+        has no label and the answer is not the very reference), and `change`: "fixed", "broken", "right", "wrong" or
+        "" where it cannot be said.
+    """
+    rows = predictions.to_pylist()
+    labels: dict[str, set[str]] = {}
+    for row in rows:
+        labels.setdefault(row["entry"], set()).update([row["label"]] if row["label"] is not None else [])
+    grouped: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        judged = row | {"right": _is_right(row, sorted(labels[row["entry"]]))}
+        sample = grouped.setdefault((row["entry"], row["row_index"]), row | {"models": {}})
+        sample["models"][row["model"]] = judged
+    return [sample | {"change": _change(sample["models"])} for _, sample in sorted(grouped.items())]
+
+
+def _is_right(row: Mapping[str, Any], labels: Sequence[str]) -> bool | None:
+    if row["label"] is not None:
+        return find_label(row["answer"], labels) == row["label"]
+    return True if row["answer"].strip() == row["reference"].strip() else None
+
+
+def _change(models: Mapping[str, Mapping[str, Any]]) -> str:
+    before, after = (models[name]["right"] if name in models else None for name in ("base", "tuned"))
+    if before is None or after is None:
+        return ""
+    return {(False, True): "fixed", (True, False): "broken", (True, True): "right", (False, False): "wrong"}[
+        before, after
+    ]
+
+
+def render_html(samples: Sequence[Mapping[str, Any]], *, data_dir: Path, title: str) -> str:
+    """One self-contained page; of more than `MAX_HTML_SAMPLES` samples, evenly spaced ones."""
+    shown = _evenly_spaced(samples, MAX_HTML_SAMPLES)
+    environment = Environment(
+        loader=PackageLoader("mllm_assets.evaluation"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("gallery.html.jinja").render(
+        title=title,
+        summary=_summary(samples),
+        num_samples=len(samples),
+        changes={name: sum(sample["change"] == name for sample in shown) for name in _CHANGES},
+        change_titles=_CHANGES,
+        samples=[
+            sample | {"thumbnails": [thumbnail(data_dir / path, HTML_THUMBNAIL_PX) for path in sample["images"]]}
+            for sample in shown
+        ],
+    )
+
+
+_CHANGES = {"fixed": "fixed by tuning", "broken": "broken by tuning", "right": "both right", "wrong": "both wrong"}
+
+
+def _summary(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per model the share of right answers (None without labels) and the mean losses per token."""
+    result = []
+    for model in ("base", "tuned"):
+        rows = [sample["models"][model] for sample in samples if model in sample["models"]]
+        judged = [row["right"] for row in rows]
+        known = bool(rows) and None not in judged
+        result.append(
+            {
+                "model": model,
+                "accuracy": sum(judged) / len(judged) if known else None,
+                "loss": _token_mean(rows, "loss_nats"),
+                "loss_shuffled": _token_mean(rows, "loss_shuffled_nats"),
+            }
+        )
+    return result
+
+
+def _token_mean(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
+    known = [(row[column], row["num_supervised_tokens"]) for row in rows if row[column] is not None]
+    return sum(value * weight for value, weight in known) / sum(weight for _, weight in known) if known else None
+
+
+def render_markdown(samples: Sequence[Mapping[str, Any]], *, data_dir: Path) -> str:
+    """A table of a few evenly spaced samples, below `MAX_MARKDOWN_BYTES`."""
+    lines = ["| image | asked | right answer | base model | tuned model |", "| --- | --- | --- | --- | --- |"]
+    size = sum(map(len, lines))
+    for sample in _evenly_spaced(samples, MAX_MARKDOWN_SAMPLES):
+        pictures = " ".join(f"![]({thumbnail(data_dir / p, MARKDOWN_THUMBNAIL_PX)})" for p in sample["images"])
+        answers = [sample["models"][model]["answer"] for model in ("base", "tuned") if model in sample["models"]]
+        cells = [pictures, *(_cell(text) for text in (sample["prompt"], sample["reference"], *answers))]
+        line = "| " + " | ".join(cells) + " |"
+        size += len(line.encode()) + 1
+        if size > MAX_MARKDOWN_BYTES:
+            break
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _evenly_spaced(samples: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    if len(samples) <= most:
+        return list(samples)
+    return [samples[index * len(samples) // most] for index in range(most)]
+
+
+def _cell(text: str) -> str:
+    """What a person or a model wrote, as text of one table cell: neither Markdown nor HTML of its own."""
+    text = " ".join(text.split())
+    text = text if len(text) <= MAX_CELL_CHARS else text[: MAX_CELL_CHARS - 1] + "…"
+    return re.sub(r"[\\`*_\[\]<>|&~#!$]", lambda match: f"&#{ord(match[0])};", text)
+
+
+def thumbnail(path: Path, max_edge_px: int) -> str:
+    """A `data:` URI of the image, at most `max_edge_px` wide and high, on white."""
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGBA")
+    image.thumbnail((max_edge_px, max_edge_px))
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(image, mask=image.getchannel("A"))
+    buffer = io.BytesIO()
+    flat.save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
