@@ -107,5 +107,6 @@ def _label(row: dict[str, Any], column: str | None, names: Sequence[str] | None,
     if isinstance(value, int):
         return str(value)
     raise DataError(
-        f"{place}, column {column!r}: expected a class or a text, got {type(value).__name__}. Name another label_column."
+        f"{place}, column {column!r}: expected a class or a text, got {type(value).__name__}. Name another "
+        "label_column."
     )

@@ -46,7 +46,8 @@ class SourceSpec:
     def __post_init__(self) -> None:
         _require(
             self.kind in SOURCE_KINDS,
-            f"source.kind: expected one of {', '.join(SOURCE_KINDS)}, got {self.kind!r}. Correct it in the dataset's YAML.",
+            f"source.kind: expected one of {', '.join(SOURCE_KINDS)}, got {self.kind!r}. "
+            "Correct it in the dataset's YAML.",
         )
         needed = "repo" if self.kind == "huggingface" else "path"
         _require(
@@ -139,7 +140,8 @@ class DatasetSpec:
         for placeholder, column in (("{caption}", "caption_column"), ("{label}", "label_column")):
             _require(
                 placeholder not in self.answer or getattr(self.source, column) is not None,
-                f"Dataset {self.name!r}: the answer uses {placeholder}, but source.{column} is not set. Name the column.",
+                f"Dataset {self.name!r}: the answer uses {placeholder}, but source.{column} is not set. "
+                "Name the column.",
             )
         for text in (*self.prompts, self.answer, self.system or ""):
             token = find_control_token(text)

@@ -56,7 +56,8 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
         IntegrityError: `raw` or `quality` was never finished.
         DataError: Fewer than two samples are usable.
     """
-    read_manifest(raw), read_manifest(quality)
+    read_manifest(raw)
+    read_manifest(quality)
     store = QualityStore(layout.quality_db)
     verdicts = pq.read_table(quality / QUALITY_FILE).to_pylist()
     assignments = _assignments(spec, store, quality, verdicts)
@@ -123,7 +124,8 @@ def _assignments(
     ]
     pairs = [Pair(**pair) for pair in pq.read_table(quality / PAIRS_FILE).to_pylist()]
     history = store.query(
-        "SELECT sample_id, split FROM split_membership WHERE dataset = ? AND split_key = ? AND split IN ('train', 'val') "
+        "SELECT sample_id, split FROM split_membership "
+        "WHERE dataset = ? AND split_key = ? AND split IN ('train', 'val') "
         "QUALIFY row_number() OVER (PARTITION BY sample_id ORDER BY written_at DESC) = 1",
         [spec.name, split_key(spec)],
     )

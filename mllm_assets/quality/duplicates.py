@@ -9,6 +9,7 @@ Not covered: crops, rotations and mirror images.
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import duckdb
 import numpy as np
@@ -65,10 +66,10 @@ def find_pairs(images: Iterable[ImageMeasurement], *, distance_bits: int, color_
 
 
 def _candidates_sql(distance_bits: int) -> str:
-    edges = np.linspace(0, 64, distance_bits + 2).astype(int)
+    edges = [int(edge) for edge in np.linspace(0, 64, distance_bits + 2)]
     bands = " UNION ALL ".join(
-        f"SELECT i, phash, {band} AS band, (phash >> {start}) & {(1 << int(end - start)) - 1}::UBIGINT AS bits FROM hashes"
-        for band, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+        f"SELECT i, phash, {band} AS band, (phash >> {start}) & {(1 << (end - start)) - 1}::UBIGINT AS bits FROM hashes"
+        for band, (start, end) in enumerate(pairwise(edges))
     )
     return f"""
         WITH bands AS ({bands})

@@ -1,0 +1,139 @@
+"""What must hold of a published version, computed from the files on disk and not from what the code meant to write."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mllm_assets.artifacts import read_manifest
+from mllm_assets.data.sharegpt import read_json_rows
+from mllm_assets.data.splits import SPLIT_FILES, SplitResult
+from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
+from mllm_assets.quality.duplicates import find_pairs, look_of
+from mllm_assets.quality.probes import ImageMeasurement, measure_image
+
+MAX_EXAMPLES = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckOutcome:
+    """Whether a check passed, in words, with JSON-able numbers."""
+
+    passed: bool
+    description: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def every_image_has_a_placeholder(version_dir: Path, data_dir: Path) -> CheckOutcome:
+    """Each row has as many `<image>` as images, at least one, and every image file is there.
+
+    Raises:
+        IntegrityError: The version was never finished.
+        DataError: A split file is not JSON.
+    """
+    problems: list[str] = []
+    num_rows = 0
+    for side, rows in _rows_by_side(version_dir).items():
+        for index, row in enumerate(rows):
+            num_rows += 1
+            place = f"{SPLIT_FILES[side]} row {index} ({row.get('id', 'no id')})"
+            images = row.get("images", [])
+            num_placeholders = sum(
+                m["content"].count(IMAGE_PLACEHOLDER) for m in row["messages"] if m["role"] != "system"
+            )
+            if not images or num_placeholders != len(images):
+                problems.append(f"{place}: {num_placeholders} placeholders, {len(images)} images")
+            problems += [f"{place}: no file {name}" for name in images if not (data_dir / name).is_file()]
+    return CheckOutcome(
+        passed=not problems,
+        description=_describe(
+            problems,
+            f"All {num_rows} rows have one {IMAGE_PLACEHOLDER} for each image.",
+            "Materialise the splits again.",
+        ),
+        metadata={"num_rows": num_rows, "num_problems": len(problems), "examples": problems[:MAX_EXAMPLES]},
+    )
+
+
+def splits_share_no_image(
+    version_dir: Path,
+    data_dir: Path,
+    duplicate_distance: int | None = None,
+    color_distance: float | None = None,
+) -> CheckOutcome:
+    """No image of train.json, nor a near-duplicate, is in val.json; every image is read and measured again.
+
+    Args:
+        version_dir: A finished version.
+        data_dir: The folder that image paths are relative to.
+        duplicate_distance: Hamming distance of the 64-bit hashes up to which two images count as one picture; by
+            default what the version was split with.
+        color_distance: Likewise for the mean colour difference.
+    """
+    limits = read_manifest(version_dir)["spec"]["quality"]
+    names = {
+        side: {name for row in rows for name in row["images"]} for side, rows in _rows_by_side(version_dir).items()
+    }
+    measured = {name: _measure_file(data_dir / name) for name in sorted(set().union(*names.values()))}
+    problems = [f"{name}: {image.defect}" for name, image in measured.items() if image.defect is not None]
+    whole = {name: image for name, image in measured.items() if image.defect is None}
+    holders: dict[str, dict[str, str]] = {}
+    for side, side_names in names.items():
+        for name in sorted(side_names & whole.keys()):
+            holders.setdefault(look_of(whole[name]), {}).setdefault(side, name)
+    problems += [" = ".join(sides.values()) for sides in holders.values() if len(sides) > 1]
+    pairs = find_pairs(
+        whole.values(),
+        distance_bits=limits["duplicate_distance_bits"] if duplicate_distance is None else duplicate_distance,
+        color_distance=limits["duplicate_color_distance"] if color_distance is None else color_distance,
+    )
+    for pair in pairs:
+        for side, other in (("train", "val"), ("val", "train")):
+            if side in holders[pair.a] and other in holders[pair.b]:
+                problems.append(f"{holders[pair.a][side]} ~ {holders[pair.b][other]} ({pair.distance_bits} bits apart)")
+    numbers = {f"num_{side}_images": len(side_names) for side, side_names in names.items()}
+    return CheckOutcome(
+        passed=not problems,
+        description=_describe(
+            problems,
+            f"None of {numbers['num_train_images']} training images is like one of {numbers['num_val_images']} "
+            "validation images.",
+            "Materialise sample_quality and the splits again.",
+        ),
+        metadata={**numbers, "num_problems": len(problems), "examples": problems[:MAX_EXAMPLES]},
+    )
+
+
+def counts_add_up(version: SplitResult | Mapping[str, Any]) -> CheckOutcome:
+    """Raw = train + val + unused + rejected, and the reasons add up too.
+
+    Args:
+        version: What `split` returned, or the manifest of a version.
+    """
+    counts = asdict(version) if isinstance(version, SplitResult) else version
+    parts = [counts[f"num_{part}"] for part in ("train", "val", "unused", "rejected")]
+    reasons = sum(counts["unused_reasons"].values()), sum(counts["reject_reasons"].values())
+    passed = counts["num_raw"] == sum(parts) and reasons == (counts["num_unused"], counts["num_rejected"])
+    sign = "=" if counts["num_raw"] == sum(parts) else "is not"
+    text = f"{counts['num_raw']} raw {sign} {parts[0]} train + {parts[1]} val + {parts[2]} unused + {parts[3]} rejected"
+    if not passed:
+        text += f"; reasons are given for {reasons[0]} unused and {reasons[1]} rejected samples. Report this as a bug"
+    keys = ("num_raw", "num_train", "num_val", "num_unused", "num_rejected", "unused_reasons", "reject_reasons")
+    return CheckOutcome(passed=passed, description=f"{text}.", metadata={key: counts[key] for key in keys})
+
+
+def _rows_by_side(version_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    read_manifest(version_dir)
+    return {side: read_json_rows(version_dir / name) for side, name in SPLIT_FILES.items()}
+
+
+def _measure_file(path: Path) -> ImageMeasurement:
+    data = path.read_bytes() if path.is_file() else None
+    # our own files: limits were applied before they were written
+    return measure_image(data, max_pixels=2**31, max_bytes=2**31)
+
+
+def _describe(problems: list[str], fine: str, cure: str) -> str:
+    if not problems:
+        return fine
+    return f"{len(problems)} problems, the first: {problems[0]}. {cure}"
