@@ -101,7 +101,7 @@ class Encoder:
 
     def _pairs(self, row: "Row") -> list[tuple[list[int], list[int]]]:
         """Return (question, answer) token ids per exchange; the answer of a row that ends with a question is empty."""
-        messages: "Sequence[Message]" = row.messages
+        messages: Sequence[Message] = row.messages
         system = self.system
         if messages and messages[0].role == "system":
             system, messages = messages[0].content, messages[1:]

@@ -61,7 +61,9 @@ class FeatureStore:
     def __init__(self, directory: Path) -> None:
         damage = find_damage(directory)
         if damage is not None:
-            raise IntegrityError(f"The vision features in {directory} are damaged: {damage}. Delete it and make it again.")
+            raise IntegrityError(
+                f"The vision features in {directory} are damaged: {damage}. Delete it and make it again."
+            )
         self.directory = directory
         self.manifest = read_manifest(directory)
         self._index: dict[str, int] = self.manifest["images"]

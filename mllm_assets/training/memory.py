@@ -93,7 +93,9 @@ def pick_precision(spec: TrainSpec, device: Device) -> Precision:
     """
     if spec.fp16:
         if device.kind != "cuda":
-            raise MachineError(f"fp16 needs a CUDA device, and this run is on {device.kind}. Set fp16: false or bf16: true.")
+            raise MachineError(
+                f"fp16 needs a CUDA device, and this run is on {device.kind}. Set fp16: false or bf16: true."
+            )
         return Precision(weights=torch.float16, autocast="fp16")
     if spec.bf16 or spec.pure_bf16:
         if device.kind == "cuda" and not torch.cuda.is_bf16_supported():
@@ -169,7 +171,10 @@ def require_memory(needed: MemoryEstimate, device: Device) -> None:
     if needed.total_gib <= device.memory_gib:
         return
     parts = {
-        "activations": (needed.activations_gib, "Halve per_device_train_batch_size and double gradient_accumulation_steps"),
+        "activations": (
+            needed.activations_gib,
+            "Halve per_device_train_batch_size and double gradient_accumulation_steps",
+        ),
         "weights": (needed.weights_gib, "Set bf16: true"),
         "gradients and optimizer": (
             needed.gradients_gib + needed.optimizer_gib,

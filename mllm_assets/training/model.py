@@ -4,6 +4,7 @@ Not covered: model families other than Gemma 3 with images (`model_type: gemma3`
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, Gemma3ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from mllm_assets.artifacts import digest_json, sha256_file
 from mllm_assets.errors import ModelError
 
 MODEL_TYPE = "gemma3"
@@ -105,3 +107,32 @@ def model_on_meta(config: Any, *, dtype: torch.dtype = torch.float32) -> Gemma3F
     with torch.device("meta"):
         model = Gemma3ForConditionalGeneration(config)
     return model.to(dtype)
+
+
+def save_model(model: Gemma3ForConditionalGeneration, processor: Any, directory: Path, *, source: Path) -> None:
+    """Write a complete Hugging Face directory: weights, configuration, tokenizer, chat template, processor.
+
+    What `source` says of generation is kept; `use_cache` is on again.
+    """
+    model.config.text_config.use_cache = True
+    model.config.use_cache = True
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    for name in ("generation_config.json", "chat_template.jinja"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+@torch.no_grad()
+def batch_loss(model: Gemma3ForConditionalGeneration, batch: dict[str, torch.Tensor]) -> float:
+    """Return the mean loss in nats over a batch's supervised tokens, without dropout or autocast."""
+    model.eval()
+    moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    if "pixel_values" in moved:
+        moved["pixel_values"] = moved["pixel_values"].to(model.dtype)
+    return float(model(**moved, use_cache=False).loss)
+
+
+def weights_digest(directory: Path) -> str:
+    """Return a digest over a directory's weight files alone, sha256."""
+    return digest_json({path.name: sha256_file(path) for path in sorted(directory.glob("*.safetensors"))})

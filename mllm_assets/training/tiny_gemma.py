@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
-    GemmaTokenizer,
-    GenerationConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GemmaTokenizer,
+    GenerationConfig,
     SiglipVisionConfig,
 )
 
