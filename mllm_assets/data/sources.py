@@ -47,17 +47,21 @@ class RawDataset:
     num_bytes: int
 
 
-def ingest(spec: DatasetSpec, layout: Layout) -> RawDataset:
+def ingest(spec: DatasetSpec, layout: Layout, *, hub_endpoint: str | None = None) -> RawDataset:
     """Copy a source's samples, images undecoded, into `data/.raw/<dataset>/<digest>/`.
 
     The digest covers ids, order, images and texts: the same input gives the same bytes, digest and directory.
+    `hub_endpoint` names another Hub than the default one.
 
     Raises:
         SourceError: The Hub cannot be reached or refuses; says what to do.
         DataError: The source's file, columns or types do not fit the spec, or it has no rows.
     """
     source = spec.source
-    revision, rows = read_hub(spec) if source.kind == "huggingface" else (None, read_parquet(source, layout.root))
+    if source.kind == "huggingface":
+        revision, rows = read_hub(spec, endpoint=hub_endpoint)
+    else:
+        revision, rows = None, read_parquet(source, layout.root)
     with staging_directory(layout.raw(spec.name, "new").parent) as staging:
         num_samples, digest = _write_samples(rows, staging / SAMPLES_FILE)
         if num_samples == 0:
