@@ -6,8 +6,8 @@ Only here does torch get loaded, and only by the task that needs it.
 import importlib
 import json
 import os
-import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,12 @@ def run(request: dict[str, Any], result_path: Path) -> int:
 def main() -> None:
     """Entry point of the worker process."""
     request_path, result_path = (Path(argument) for argument in sys.argv[1:3])
-    # The supervisor's SIGTERM ends the process at once: a run is safe to kill at any instant, so nothing is to be done
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.exit(run(json.loads(request_path.read_text(encoding="utf-8")), result_path))
+    try:
+        code = run(json.loads(request_path.read_text(encoding="utf-8")), result_path)
+    except BaseException:
+        write_json_atomic(result_path, {"traceback": traceback.format_exc()})
+        raise
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""Run one worker task in a process tree of its own, and leave nothing of it behind.
+
+Launcher -> supervisor -> worker (-> ranks -> loader processes). The launcher holds the supervisor's stdin open.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mllm_assets.training import supervisor
+from mllm_assets.training.protocol import EXIT_OK, error_from_payload
+
+POLL_S = 0.2
+
+
+class WorkerCrashed(Exception):
+    """The worker ended without a result, for a reason that is not the user's: a new attempt resumes.
+
+    Attributes:
+        exit_code: Of the worker, or None where a signal ended it.
+        signal_number: Of the signal that ended it, or None.
+    """
+
+    def __init__(self, message: str, *, exit_code: int | None, signal_number: int | None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.signal_number = signal_number
+
+
+def run_worker(
+    request: Mapping[str, Any],
+    *,
+    env: Mapping[str, str] | None = None,
+    on_poll: Callable[[], None] | None = None,
+    grace_s: float = 10.0,
+) -> dict[str, Any]:
+    """Run one task and return its result.
+
+    Args:
+        request: JSON-able, with "task"; "accelerator" may hold `num_processes` (torchrun above 1) and `num_threads`
+            (per process; None leaves the choice to PyTorch).
+        env: Variables on top of this process's.
+        on_poll: Called about five times a second; an exception that it raises cancels the task.
+        grace_s: Seconds between SIGTERM and SIGKILL.
+
+    Raises:
+        MllmAssetsError: What the worker found wrong, as the class that it raised.
+        WorkerCrashed: It ended otherwise.
+        BaseException: Whatever interrupted the wait; the task's processes are gone by then.
+    """
+    mark = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(prefix="mllm_assets_") as folder:
+        request_path, result_path = Path(folder, "request.json"), Path(folder, "result.json")
+        request_path.write_text(json.dumps(request), encoding="utf-8")
+        accelerator = request.get("accelerator") or {}
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                supervisor.__file__,
+                str(grace_s),
+                *worker_command(accelerator, request_path, result_path),
+            ],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C reaches the launcher only, which then ends the tree in order
+            env={**os.environ, **_thread_variables(accelerator), **(env or {}), supervisor.MARK: mark},
+        )
+        try:
+            while process.poll() is None:
+                if on_poll is not None:
+                    on_poll()
+                time.sleep(POLL_S)
+        finally:
+            _end(process, mark, grace_s)
+        return _outcome(request["task"], process.returncode, result_path)
+
+
+def worker_command(accelerator: Mapping[str, Any], request_path: Path, result_path: Path) -> list[str]:
+    """The worker's command line: plain Python, or torchrun for more than one process.
+
+    Source:
+        torchrun is what `accelerate launch` runs for GPUs; for CPUs that starts one process whatever was asked
+        (accelerate 1.15, `simple_launcher`), and it reads a config file of the user's that the run's name does not
+        cover. transformers' Trainer takes its ranks from torchrun's variables.
+    """
+    num_processes = int(accelerator.get("num_processes") or 1)
+    python = [sys.executable]
+    if num_processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    return [*python, "-m", "mllm_assets.worker", str(request_path), str(result_path)]
+
+
+def _thread_variables(accelerator: Mapping[str, Any]) -> dict[str, str]:
+    num_threads = accelerator.get("num_threads")
+    return {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)} if num_threads else {}
+
+
+def _end(process: subprocess.Popen[bytes], mark: str, grace_s: float) -> None:
+    """Close the supervisor's stdin and wait for it; a second interrupt does not cut the wait short."""
+    assert process.stdin is not None
+    process.stdin.close()
+    deadline = time.monotonic() + grace_s + 10
+    interrupt: BaseException | None = None
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.01))
+        except subprocess.TimeoutExpired:
+            break
+        except BaseException as error:  # e.g. a second Ctrl-C or Dagster's interrupt
+            interrupt = error
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    # A supervisor that was killed itself has left its tree's orphans
+    if process.returncode < 0:
+        while stragglers := supervisor.marked(mark):
+            supervisor.send(stragglers, signal.SIGKILL)
+            time.sleep(0.02)
+    if interrupt is not None:
+        raise interrupt
+
+
+def _outcome(task: str, code: int, result_path: Path) -> dict[str, Any]:
+    outcome = json.loads(result_path.read_text(encoding="utf-8")) if result_path.exists() else {}
+    if "error" in outcome:
+        raise error_from_payload(outcome["error"])
+    if code == EXIT_OK and "result" in outcome:
+        return outcome["result"]
+    number = -code if code < 0 else code - 128 if code > 128 else None
+    if number is not None:
+        hint = " The system may have run out of memory: lower the batch size." if number == signal.SIGKILL else ""
+        how = f"was ended by signal {number} ({signal.strsignal(number)}).{hint}"
+    else:
+        how = f"ended with exit code {code} and no result."
+    trace = f"\n{outcome['traceback']}" if "traceback" in outcome else ""
+    raise WorkerCrashed(
+        f"The worker of task {task!r} {how} What was done is kept: run it again and it goes on.{trace}",
+        exit_code=None if number is not None else code,
+        signal_number=number,
+    )

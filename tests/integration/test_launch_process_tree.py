@@ -1,0 +1,252 @@
+"""However a task ends, no process of it stays. Real processes; the tasks ignore SIGTERM and hide in other sessions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mllm_assets.errors import MachineError, RecipeError
+from mllm_assets.training.launch import WorkerCrashed, run_worker
+
+pytestmark = pytest.mark.integration
+
+TASKS = '''
+import os, pathlib, signal, subprocess, sys
+from mllm_assets.errors import MachineError
+
+HOLD = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+
+def _hold(**how):
+    child = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, **how)
+    child.stdout.readline()
+    return child.pid
+
+def _orphan():
+    """A grandchild whose parent has ended."""
+    code = ("import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', %r], stdout=subprocess.PIPE,"
+            " start_new_session=True); c.stdout.readline(); print(c.pid)" % HOLD)
+    return int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True).stdout)
+
+def stubborn(request, reporter):
+    """Ignores SIGTERM, as do a child, a child in a session of its own, and an orphan."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pids = [os.getpid(), _hold(), _hold(start_new_session=True), _orphan()]
+    rank = os.environ.get("RANK", "0")
+    path = pathlib.Path(request["folder"]) / f"pids.{rank}"
+    path.with_suffix(".tmp").write_text(" ".join(map(str, pids)))
+    path.with_suffix(".tmp").rename(path)
+    signal.pause()
+
+def leaves_a_child(request, reporter):
+    return {"pid": _hold(start_new_session=True)}
+
+def polite(request, reporter):
+    """Ends on SIGTERM after it has put its things away."""
+    folder = pathlib.Path(request["folder"])
+    def end(*_):
+        (folder / "ended").write_text("in order")
+        sys.exit(3)
+    signal.signal(signal.SIGTERM, end)
+    (folder / "pids.0").write_text(str(os.getpid()))
+    signal.pause()
+
+def wrong(request, reporter):
+    raise MachineError("No CUDA device. Set device: cpu.")
+
+def crash(request, reporter):
+    raise ZeroDivisionError("one over zero")
+
+def variables(request, reporter):
+    return {"omp": os.environ.get("OMP_NUM_THREADS"), "own": os.environ.get("OWN"), "stdin": sys.stdin.read()}
+'''
+
+LAUNCHER = """
+import json, sys
+from mllm_assets.training.launch import run_worker
+run_worker(json.loads(sys.argv[1]), grace_s=0.3)
+"""
+
+
+class World:
+    """A folder with the tasks, and a token by which every process of this test is known."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.token = uuid.uuid4().hex
+        (folder / "fake_tasks.py").write_text(TASKS)
+        self.env = {"PYTHONPATH": str(folder), "TEST_TOKEN": self.token, "OMP_NUM_THREADS": "1"}
+
+    def request(self, task: str, **more: Any) -> dict[str, Any]:
+        return {"task": f"fake_tasks:{task}", "folder": str(self.folder), **more}
+
+    def run(self, task: str, *, on_poll: Callable[[], None] | None = None, grace_s: float = 0.3, **more: Any) -> Any:
+        return run_worker(self.request(task, **more), env=self.env, on_poll=on_poll, grace_s=grace_s)
+
+    def launch(self, task: str, **more: Any) -> subprocess.Popen[bytes]:
+        """Run the launcher in a process of its own, and wait until the task's tree stands."""
+        command = [sys.executable, "-c", LAUNCHER, json.dumps(self.request(task, **more))]
+        process = subprocess.Popen(command, env={**os.environ, **self.env}, stderr=subprocess.DEVNULL)
+        wait_until(self.is_up, timeout_s=60)
+        return process
+
+    def is_up(self) -> bool:
+        return (self.folder / "pids.0").exists()
+
+    def pids(self) -> list[int]:
+        return [int(pid) for path in self.folder.glob("pids.*") for pid in path.read_text().split()]
+
+    def alive(self) -> list[psutil.Process]:
+        """Every process with the token, wherever it hangs, this one excepted."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("TEST_TOKEN") == self.token and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+class Cancelled(Exception):
+    pass
+
+
+@pytest.fixture
+def world(tmp_path: Path):
+    world = World(tmp_path)
+    yield world
+    for process in world.alive():  # so that a failing test leaves nothing either
+        process.kill()
+
+
+def cancel_when_up(world: World) -> Callable[[], None]:
+    def on_poll() -> None:
+        if world.is_up():
+            assert len(world.alive()) >= 5, "supervisor, worker and its three"
+            raise Cancelled
+
+    return on_poll
+
+
+def test_cancel_ends_children_that_ignore_sigterm_hide_in_sessions_or_are_orphans(world: World) -> None:
+    with pytest.raises(Cancelled):
+        world.run("stubborn", on_poll=cancel_when_up(world))
+    assert len(world.pids()) == 4
+    assert world.alive() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_no_process_stays_when_the_launcher_is_ended_by(number: signal.Signals, world: World) -> None:
+    """kill -9 gives the launcher no chance to clean up: the closed pipe must be enough."""
+    launcher = world.launch("stubborn")
+    assert len(world.alive()) >= 6
+    os.kill(launcher.pid, number)
+    launcher.wait(20)
+    wait_until(lambda: world.alive() == [], timeout_s=20)
+
+
+def test_a_killed_worker_is_a_crash_that_names_the_signal_and_leaves_nothing(world: World) -> None:
+    launched: list[int] = []
+
+    def kill_worker() -> None:
+        if world.is_up() and not launched:
+            launched.append(int((world.folder / "pids.0").read_text().split()[0]))
+            os.kill(launched[0], signal.SIGKILL)
+
+    with pytest.raises(WorkerCrashed, match=r"was ended by signal 9 .* lower the batch size.* run it again") as caught:
+        world.run("stubborn", on_poll=kill_worker)
+    assert (caught.value.exit_code, caught.value.signal_number) == (None, 9)
+    assert world.alive() == []
+
+
+def test_a_killed_supervisor_leaves_nothing(world: World) -> None:
+    """The worker dies with it, its children do not: the launcher finds them by their mark."""
+    killed: list[int] = []
+
+    def kill_supervisor() -> None:
+        if world.is_up() and not killed:
+            worker = psutil.Process(int((world.folder / "pids.0").read_text().split()[0]))
+            killed.append(worker.ppid())
+            os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.raises(WorkerCrashed, match="signal 9"):
+        world.run("stubborn", on_poll=kill_supervisor)
+    assert world.alive() == []
+
+
+def test_a_finished_worker_leaves_no_child(world: World) -> None:
+    result = world.run("leaves_a_child")
+    assert not psutil.pid_exists(result["pid"])
+    assert world.alive() == []
+
+
+def test_the_worker_gets_its_grace(world: World) -> None:
+    with pytest.raises(Cancelled):
+        world.run("polite", on_poll=lambda: cancel_polite(world), grace_s=20)
+    assert (world.folder / "ended").read_text() == "in order"
+
+
+def cancel_polite(world: World) -> None:
+    if world.is_up():
+        raise Cancelled
+
+
+def test_torchrun_ranks_that_ignore_sigterm_are_ended(world: World) -> None:
+    """They start sessions of their own, so that ending the process group would miss them."""
+
+    def on_poll() -> None:
+        if all((world.folder / f"pids.{rank}").exists() for rank in (0, 1)):
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        world.run("stubborn", on_poll=on_poll, accelerator={"num_processes": 2})
+    assert len(world.pids()) == 8
+    assert world.alive() == []
+
+
+def test_a_users_error_comes_back_as_its_class_and_text(world: World) -> None:
+    with pytest.raises(MachineError, match="^No CUDA device. Set device: cpu.$"):
+        world.run("wrong")
+
+
+def test_a_users_error_in_a_rank_comes_back_too(world: World) -> None:
+    with pytest.raises(MachineError, match="No CUDA device"):
+        world.run("wrong", accelerator={"num_processes": 2})
+
+
+def test_a_crash_shows_the_workers_traceback(world: World) -> None:
+    with pytest.raises(WorkerCrashed, match=r"(?s)exit code 1 and no result.*ZeroDivisionError: one over zero"):
+        world.run("crash")
+
+
+def test_the_worker_gets_threads_and_variables_and_no_stdin(world: World) -> None:
+    """A worker that reads the terminal would take the keys of the person who runs the launcher."""
+    request = world.request("variables", accelerator={"num_threads": 2})
+    result = run_worker(request, env={"PYTHONPATH": str(world.folder), "OWN": "yes"})
+    assert result == {"omp": "2", "own": "yes", "stdin": ""}
+
+
+def test_an_error_class_is_never_invented() -> None:
+    from mllm_assets.training.protocol import error_from_payload, error_payload
+
+    class Special(RecipeError):
+        pass
+
+    error = error_from_payload(error_payload(Special("text")))
+    assert type(error) is RecipeError and str(error) == "text"
