@@ -1,5 +1,6 @@
 """Where things lie below one root (`MLLM_ASSETS_ROOT`, by default the working directory)."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,10 @@ class Layout:
     """The folders of one project; see "On disk" in docs/architecture.md."""
 
     root: Path
+
+    @classmethod
+    def from_environment(cls) -> "Layout":
+        return cls(Path(os.environ.get("MLLM_ASSETS_ROOT", ".")).resolve())
 
     @property
     def data(self) -> Path:
@@ -50,6 +55,9 @@ class Layout:
 
     def predictions(self, recipe: str, digest: str) -> Path:
         return self.outputs / recipe / "predictions" / digest
+
+    def metrics(self, recipe: str, digest: str) -> Path:
+        return self.outputs / recipe / "eval_metrics" / digest
 
     def releases(self, recipe: str) -> Path:
         return self.root / "releases" / recipe

@@ -1,0 +1,58 @@
+# Two commands for a new user: `make demo` and `make test`. Each sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+export DAGSTER_HOME := $(CURDIR)/.dagster_home
+export DAGSTER_DISABLE_TELEMETRY := 1
+CORE := .venv/.core-installed
+EXTRAS := .venv/.extras-installed
+
+.PHONY: demo test test-all check dev bench install constraints clean
+
+demo: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the whole line of emoji_sft, raw images to released model
+	$(BIN)/dagster job execute -m mllm_assets.definitions -j emoji_demo
+	@$(BIN)/mllm-assets summary emoji_sft
+
+test: $(CORE) ## unit and integration tests
+	env -u DAGSTER_HOME $(BIN)/pytest
+
+test-all: $(EXTRAS) ## everything, the browser included
+	env -u DAGSTER_HOME $(BIN)/pytest -m 'not bench and not gpu'
+
+check: $(CORE) ## style, types, and that every definition and YAML file is sound
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/dg check yaml
+	$(BIN)/dg check defs
+	$(BIN)/mllm-assets check-recipes
+
+dev: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the Dagster UI on http://127.0.0.1:3000
+	$(BIN)/dagster dev -h 127.0.0.1 -p 3000
+
+bench: $(CORE)
+	$(BIN)/pytest -m bench benchmarks
+
+install: $(CORE)
+
+$(CORE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v.major}.{v.minor}. Try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(EXTRAS): $(CORE)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e]'
+	@command -v chromium >/dev/null || { echo "installing Debian's chromium for the browser test"; apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
+	@touch $@
+
+# With DAGSTER_HOME set only the dagster.yaml in it counts, and without one the pool limits are gone
+$(DAGSTER_HOME)/dagster.yaml: dagster.yaml
+	@mkdir -p $(DAGSTER_HOME)
+	@ln -sf $(CURDIR)/dagster.yaml $@
+
+constraints: $(EXTRAS)
+	@{ echo "# The exact versions that this project is tested with; regenerate with: make constraints"; \
+	   $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^pip=='; } > constraints.txt
+
+clean: ## what was made here; not the data of the user's own
+	rm -rf .venv .dagster_home build dist *.egg-info

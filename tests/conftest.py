@@ -1,0 +1,48 @@
+"""Every test makes its own world: a folder of its own, no network, no hub, no clock."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_assets.layout import Layout
+
+GOLDEN = Path(__file__).parent / "golden"
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DAGSTER_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="Rewrite tests/golden from what the code does now.")
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> Path:
+    """A small Gemma 3, a ShareGPT dataset, and LLaMA-Factory's own trajectories on them. Read-only."""
+    return GOLDEN / "parity"
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
+    """Compare a JSON-able value with `tests/golden/<name>.json`."""
+
+    def compare(name: str, value: Any) -> None:
+        path = GOLDEN / f"{name}.json"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        assert path.is_file(), f"{path.name} does not exist: run pytest --update-golden and read what it wrote"
+        expected = json.loads(path.read_text(encoding="utf-8"))
+        assert json.loads(json.dumps(value)) == expected, f"differs from golden {path.name}"
+
+    return compare
