@@ -93,7 +93,7 @@ def render_html(samples: Sequence[Mapping[str, Any]], *, data_dir: Path, title: 
         changes={name: sum(sample["change"] == name for sample in shown) for name in _CHANGES},
         change_titles=_CHANGES,
         samples=[
-            sample | {"thumbnails": [thumbnail(data_dir / path, HTML_THUMBNAIL_PX) for path in sample["images"]]}
+            {**sample, "thumbnails": [thumbnail(data_dir / path, HTML_THUMBNAIL_PX) for path in sample["images"]]}
             for sample in shown
         ],
     )

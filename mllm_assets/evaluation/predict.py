@@ -1,0 +1,201 @@
+"""What the base and the tuned model say for each evaluation sample, and how likely they find the right answer.
+
+The loss is taken twice: with the sample's own images, and with those of another sample of the same entry. A model
+that looks at the image is worse the second time.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+import torch
+
+from mllm_assets.artifacts import is_complete, read_manifest, staged_directory, write_manifest
+from mllm_assets.data.sharegpt import Row, load_rows
+from mllm_assets.evaluation.gallery import write_gallery
+from mllm_assets.evaluation.shuffling import shuffled_partners
+from mllm_assets.evaluation.table import predictions_digest, to_table
+from mllm_assets.inference.answerer import Answerer, in_batches
+from mllm_assets.inference.generate import find_model
+from mllm_assets.training.encode import IMAGE_PLACEHOLDER, EncodedRow
+from mllm_assets.training.memory import pick_device
+
+if TYPE_CHECKING:
+    from mllm_assets.training.protocol import Reporter
+
+PREDICTIONS_FILE = "predictions.parquet"
+SHUFFLE_SEED = 42
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateRequest:
+    """The request of `evaluate_task`, read."""
+
+    recipe_name: str
+    model_dir: Path
+    base_model_dir: Path
+    data_dir: Path
+    entries: tuple[str, ...]
+    directory: Path
+    max_samples: int | None = None
+    max_new_tokens: int = 64
+    batch_size: int = 16
+    system: str | None = None
+    cutoff_len: int = 2048
+    image_max_pixels: int = 768 * 768
+    device: str = "auto"
+    num_threads: int | None = None
+
+    @classmethod
+    def parse(cls, request: dict[str, Any]) -> "EvaluateRequest":
+        """Read the JSON form; what is absent takes its default."""
+        known = {name: request[name] for name in cls.__dataclass_fields__ if name in request}
+        accelerator = request.get("accelerator") or {}
+        paths = {name: Path(known[name]) for name in ("model_dir", "base_model_dir", "data_dir", "directory")}
+        return cls(
+            **{
+                **known,
+                **paths,
+                "entries": tuple(known["entries"]),
+                "device": accelerator.get("device") or "auto",
+                "num_threads": accelerator.get("num_threads"),
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One row of an entry and its images' stand-ins; `partner_images` is None where there are none."""
+
+    entry: str
+    index: int
+    row: Row
+    partner_images: tuple[Path, ...] | None
+
+
+def evaluate_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
+    """Worker entry: write `predictions.parquet` and the galleries, and return the manifest.
+
+    Args:
+        request: `recipe_name`, `model_dir`, `base_model_dir`, `data_dir`, `entries`, `directory` (the target; a
+            complete one is returned as it is) and optionally `max_samples` (per entry), `max_new_tokens`,
+            `batch_size`, `system`, `cutoff_len`, `image_max_pixels`, `accelerator` (`device`, `num_threads`).
+        reporter: Told after each batch.
+
+    Raises:
+        RecipeError: No such entry; names the nearest.
+        DataError: A row cannot be used or an image is damaged. Names the row.
+        ModelError: One of the models cannot be loaded.
+        MachineError: The device asked for is not there.
+    """
+    spec = EvaluateRequest.parse(request)
+    if is_complete(spec.directory):
+        return read_manifest(spec.directory)
+    if spec.num_threads:
+        torch.set_num_threads(spec.num_threads)
+    started = time.perf_counter()
+    samples = load_samples(spec)
+    device = pick_device(spec.device)
+    rows: list[dict[str, Any]] = []
+    for model, directory in (("base", spec.base_model_dir), ("tuned", spec.model_dir)):
+        rows += predict(model, find_model(directory), samples, spec, device.kind, reporter)
+    table = to_table(rows)
+    with staged_directory(spec.directory) as staging:
+        pq.write_table(table, staging / PREDICTIONS_FILE)
+        write_gallery(staging, table, data_dir=spec.data_dir, title=spec.recipe_name)
+        payload = {
+            "recipe": spec.recipe_name,
+            "digest": predictions_digest(table),
+            "entries": {entry: sum(s.entry == entry for s in samples) for entry in spec.entries},
+            "num_predictions": len(table),
+            "max_new_tokens": spec.max_new_tokens,
+            "device": asdict(device),
+            "wall_s": round(time.perf_counter() - started, 2),
+        }
+        return write_manifest(staging, payload)
+
+
+def load_samples(spec: EvaluateRequest) -> list[Sample]:
+    """Read the entries' rows and give each row with images a partner whose images stand in for its own."""
+    samples = []
+    for entry in spec.entries:
+        rows = load_rows(spec.data_dir, entry, max_samples=spec.max_samples)
+        partners = shuffled_partners([row.images for row in rows], seed=SHUFFLE_SEED)
+        samples += [
+            Sample(entry=entry, index=index, row=row, partner_images=None if p is None else tuple(rows[p].images))
+            for index, (row, p) in enumerate(zip(rows, partners, strict=True))
+        ]
+    return samples
+
+
+def predict(
+    model: str,
+    directory: Path,
+    samples: Sequence[Sample],
+    spec: EvaluateRequest,
+    device: str,
+    reporter: "Reporter",
+) -> list[dict[str, Any]]:
+    """Score and answer every sample with one model; the rows are in the samples' order."""
+    answerer = Answerer(
+        directory,
+        device=device,
+        system=spec.system,
+        cutoff_len=spec.cutoff_len,
+        image_max_pixels=spec.image_max_pixels,
+    )
+    encoded = [answerer.encoder.encode(sample.row) for sample in samples]
+    paired = [index for index, sample in enumerate(samples) if sample.partner_images is not None]
+    swapped = [replace(encoded[index], images=samples[index].partner_images) for index in paired]
+    prompts = [answerer.encoder.encode_prompt(sample.row) for sample in samples]
+
+    progress = _Progress(reporter, f"evaluate {model} model", len(encoded) + len(swapped) + len(prompts))
+    losses = dict(progress.follow(in_batches(encoded, spec.batch_size, answerer.losses)))
+    shuffled = {paired[i]: v for i, v in progress.follow(in_batches(swapped, spec.batch_size, answerer.losses))}
+
+    def answer(rows: Sequence[EncodedRow]) -> Sequence[Any]:
+        return answerer.answers(rows, max_new_tokens=spec.max_new_tokens)
+
+    answers = dict(progress.follow(in_batches(prompts, spec.batch_size, answer)))
+    return [
+        {
+            "model": model,
+            "entry": sample.entry,
+            "sample_id": sample.row.id,
+            "row_index": sample.index,
+            "images": [path.resolve().relative_to(spec.data_dir.resolve()).as_posix() for path in sample.row.images],
+            "prompt": _last(sample.row, "user").replace(IMAGE_PLACEHOLDER, "").strip(),
+            "reference": _last(sample.row, "assistant"),
+            "label": sample.row.label,
+            "answer": answers[index].text,
+            "loss_nats": losses[index][0],
+            "loss_shuffled_nats": shuffled[index][0] if index in shuffled else None,
+            "num_supervised_tokens": losses[index][1],
+            "num_answer_tokens": answers[index].num_tokens,
+            "latency_s": answers[index].latency_s,
+        }
+        for index, sample in enumerate(samples)
+    ]
+
+
+def _last(row: Row, role: str) -> str:
+    return next(message.content for message in reversed(row.messages) if message.role == role)
+
+
+class _Progress:
+    """Counts finished rows over several passes."""
+
+    def __init__(self, reporter: "Reporter", stage: str, total: int) -> None:
+        self._reporter, self._stage, self._total, self._done = reporter, stage, total, 0
+        self._started = time.perf_counter()
+
+    def follow(self, batches: Iterator[tuple[list[int], Sequence[Any]]]) -> Iterator[tuple[int, Any]]:
+        """Yield (position, value) of every row, telling the reporter after each batch."""
+        for positions, values in batches:
+            self._done += len(positions)
+            rows_per_s = self._done / max(time.perf_counter() - self._started, 1e-9)
+            self._reporter.progress(self._stage, self._done, self._total, rows_per_s=round(rows_per_s, 1))
+            yield from zip(positions, values, strict=True)

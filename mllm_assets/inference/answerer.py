@@ -1,0 +1,163 @@
+"""A loaded model that answers and scores encoded rows in batches, in the turn format it was trained on.
+
+Shape suffixes: B rows, T tokens, S supervised positions over all rows, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.nn import functional
+
+from mllm_assets.errors import MllmAssetsError
+from mllm_assets.training.collate import Collator
+from mllm_assets.training.encode import EncodedRow, Encoder
+from mllm_assets.training.model import load_model, load_processor, quiet_libraries
+
+END_OF_TURN = "<end_of_turn>"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What a model said; `num_tokens` without the token that ends the turn, `latency_s` its share of the batch."""
+
+    text: str
+    num_tokens: int
+    latency_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the next token is drawn. Without `do_sample` the likeliest one is taken and the rest has no effect."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise MllmAssetsError(
+                f"temperature must be above 0 and top_p in 0..1 (not 0), got {self.temperature} and {self.top_p}. "
+                "For the likeliest answer leave sampling off."
+            )
+
+
+class Answerer:
+    """Answers and scores rows with one model.
+
+    Args:
+        directory: A Hugging Face model directory.
+        device: Where the model runs.
+        dtype: Of the weights; None keeps the directory's own.
+        system: System text for rows without one of their own.
+        cutoff_len: Most tokens of a scored row, as in training.
+        image_max_pixels: Larger images are first shrunk to this area, as in training.
+
+    Raises:
+        ModelError: The directory holds no usable Gemma 3.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        system: str | None = None,
+        cutoff_len: int = 2048,
+        image_max_pixels: int = 768 * 768,
+    ) -> None:
+        quiet_libraries()
+        processor = load_processor(directory)
+        self.device = torch.device(device)
+        self.model: Any = load_model(directory, dtype=dtype, device=self.device).eval()
+        self.tokenizer = processor.tokenizer
+        self.encoder = Encoder(processor, cutoff_len=cutoff_len, system=system)
+        self._scored = Collator(processor, image_max_pixels=image_max_pixels)
+        self._asked = Collator(
+            processor, image_max_pixels=image_max_pixels, padding_side="left", select_logits=False, pad_to_multiple_of=1
+        )
+        self._stop_ids = self._find_stop_ids()
+
+    @torch.inference_mode()
+    def losses(self, rows: Sequence[EncodedRow]) -> list[tuple[float, int]]:
+        """Mean loss in nats over each row's supervised tokens, and their number.
+
+        Raises:
+            DataError: An image is damaged. Names row and file.
+        """
+        batch = self._to_device(self._scored(rows))
+        keep_BT, labels_S = batch["logits_to_keep"], batch.pop("shift_labels")
+        del batch["labels"]
+        logits_SV = self.model(**batch, use_cache=False).logits.reshape(len(labels_S), -1)
+        losses_S = functional.cross_entropy(logits_SV.float(), labels_S, reduction="none").double()
+        counts = keep_BT.sum(dim=1).tolist()
+        return [(float(row_S.mean()), count) for row_S, count in zip(losses_S.split(counts), counts, strict=True)]
+
+    @torch.inference_mode()
+    def answers(
+        self, rows: Sequence[EncodedRow], *, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> list[Answer]:
+        """Continue prompts (`Encoder.encode_prompt`) until the model ends its turn or `max_new_tokens` are said.
+
+        Raises:
+            DataError: An image is damaged. Names row and file.
+        """
+        sampling = sampling or Sampling()
+        started = time.perf_counter()
+        batch = self._to_device(self._asked(rows))
+        del batch["labels"]
+        options: dict[str, Any] = {"do_sample": sampling.do_sample, "max_new_tokens": max_new_tokens, "use_cache": True}
+        if sampling.do_sample:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
+        else:
+            options |= {"temperature": None, "top_p": None, "top_k": None}
+        output_BT = self.model.generate(
+            **batch, **options, eos_token_id=self._stop_ids, pad_token_id=self.tokenizer.pad_token_id
+        )
+        said = [self._until_stop(row) for row in output_BT[:, batch["input_ids"].shape[1] :].tolist()]
+        latency_s = (time.perf_counter() - started) / len(rows)
+        return [
+            Answer(
+                text=self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                num_tokens=len(ids),
+                latency_s=latency_s,
+            )
+            for ids in said
+        ]
+
+    def _find_stop_ids(self) -> list[int]:
+        configured = self.model.generation_config.eos_token_id
+        ids = set(configured if isinstance(configured, list) else [configured] if configured is not None else [])
+        return sorted(ids | {self.tokenizer.convert_tokens_to_ids(END_OF_TURN)})
+
+    def _until_stop(self, ids: list[int]) -> list[int]:
+        end = next((index for index, token in enumerate(ids) if token in self._stop_ids), len(ids))
+        return ids[:end]
+
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        if "pixel_values" in moved:
+            moved["pixel_values"] = moved["pixel_values"].to(self.model.dtype)
+        return moved
+
+
+def in_batches(
+    rows: Sequence[EncodedRow], batch_size: int, run: Callable[[Sequence[EncodedRow]], Sequence[T]]
+) -> Iterator[tuple[list[int], Sequence[T]]]:
+    """Run batches of rows of like length, longest first, and yield each with the rows' positions.
+
+    Rows of like length need little padding; the longest first, so that a batch that does not fit in memory fails at
+    once.
+    """
+    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].input_ids), index))
+    for start in range(0, len(order), batch_size):
+        positions = order[start : start + batch_size]
+        yield positions, run([rows[index] for index in positions])

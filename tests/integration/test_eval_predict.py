@@ -1,0 +1,164 @@
+"""Predictions, metrics and gates on a tiny Gemma 3 with random weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mllm_assets.artifacts import find_damage
+from mllm_assets.data.sharegpt import load_rows
+from mllm_assets.errors import DataError, MachineError, ModelError, RecipeError
+from mllm_assets.evaluation.gates import GateSpec, evaluate_gates
+from mllm_assets.evaluation.metrics import compute_metrics
+from mllm_assets.evaluation.predict import evaluate_task
+from mllm_assets.evaluation.table import SCHEMA, predictions_digest
+from mllm_assets.inference.answerer import Answerer
+from mllm_assets.training.protocol import Reporter
+
+pytestmark = pytest.mark.integration
+GOLDEN = Path(__file__).parents[1] / "golden" / "parity"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def blind_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parity model with a projector of zeros: every image looks the same to it."""
+    directory = tmp_path_factory.mktemp("blind") / "model"
+    shutil.copytree(GOLDEN / "model", directory)
+    weights = load_file(directory / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("mm_input_projection_weight")]
+    save_file(weights | {name: torch.zeros_like(weights[name])}, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def request_for(base: Path, directory: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "task": "evaluate",
+        "recipe_name": "parity",
+        "model_dir": str(GOLDEN / "model"),
+        "base_model_dir": str(base),
+        "data_dir": str(GOLDEN / "data"),
+        "entries": ["gemma3_vlm_val"],
+        "directory": str(directory),
+        "max_samples": None,
+        "max_new_tokens": 8,
+        "batch_size": 3,
+        "system": None,
+        "accelerator": {"device": "cpu", "num_threads": 1},
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def evaluated(blind_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("predictions") / "digest"
+    evaluate_task(request_for(blind_model, directory), Reporter())
+    return directory
+
+
+def test_predictions_hold_a_row_per_model_and_sample(evaluated: Path) -> None:
+    table = pq.read_table(evaluated / "predictions.parquet")
+    assert table.schema.equals(SCHEMA)
+    rows = table.to_pylist()
+    assert [(row["model"], row["row_index"]) for row in rows] == [(m, i) for m in ("base", "tuned") for i in range(8)]
+    assert rows[0]["prompt"] == "Describe this picture." and rows[0]["reference"] == "crayon"
+    assert rows[1]["prompt"] == "Only the name, please." and rows[1]["reference"] == "unlocked"
+    assert rows[0]["images"] == ["images/emoji_048.png"]
+    manifest = json.loads((evaluated / "manifest.json").read_text())
+    assert manifest["entries"] == {"gemma3_vlm_val": 8} and manifest["digest"] == predictions_digest(table)
+    assert find_damage(evaluated) is None and (evaluated / "gallery.html").stat().st_size > 10_000
+
+
+def test_the_loss_is_that_of_the_reference_trajectory() -> None:
+    """LLaMA-Factory's first step, before any update: the mean over two micro-batches of two rows."""
+    answerer = Answerer(GOLDEN / "model")
+    rows = [answerer.encoder.encode(row) for row in load_rows(GOLDEN / "data", "gemma3_vlm_train", max_samples=4)]
+    losses = answerer.losses(rows)
+    means = [sum(loss * num for loss, num in pair) / sum(num for _, num in pair) for pair in (losses[:2], losses[2:])]
+    reference = json.loads((GOLDEN / "reference" / "freeze.json").read_text())["losses"][0]
+    assert sum(means) / 2 == pytest.approx(reference, abs=5e-6)
+
+
+def test_batches_give_the_answers_and_losses_of_single_rows() -> None:
+    """Left padding with wrong positions or token types changes answers without any error."""
+    answerer = Answerer(GOLDEN / "model")
+    rows = load_rows(GOLDEN / "data", "gemma3_vlm_train", max_samples=12)
+    prompts = [answerer.encoder.encode_prompt(row) for row in rows]
+    together = [answer.text for answer in answerer.answers(prompts, max_new_tokens=12)]
+    assert together == [answerer.answers([prompt], max_new_tokens=12)[0].text for prompt in prompts]
+    scored = [answerer.encoder.encode(row) for row in rows]
+    alone = [answerer.losses([row])[0] for row in scored]
+    assert [num for _, num in answerer.losses(scored)] == [num for _, num in alone]
+    assert [loss for loss, _ in answerer.losses(scored)] == pytest.approx([loss for loss, _ in alone], abs=1e-5)
+
+
+def test_another_image_changes_the_loss_only_of_a_model_that_sees_it(evaluated: Path) -> None:
+    rows = pq.read_table(evaluated / "predictions.parquet").to_pylist()
+    change = {
+        model: max(abs(row["loss_shuffled_nats"] - row["loss_nats"]) for row in rows if row["model"] == model)
+        for model in ("base", "tuned")
+    }
+    assert change["base"] == 0
+    assert change["tuned"] > 1e-3
+
+
+def test_random_weights_do_not_pass_the_gates(evaluated: Path) -> None:
+    answers = [row.messages[-1].content for row in load_rows(GOLDEN / "data", "gemma3_vlm_train")]
+    metrics = compute_metrics(pq.read_table(evaluated / "predictions.parquet"), answers)
+    gates = {gate.name: gate.passed for gate in evaluate_gates(metrics, GateSpec())}
+    assert not gates["beats_most_common_answer"] and not gates["the_model_uses_the_image"]
+
+
+def test_batch_size_and_a_second_evaluation_change_nothing(evaluated: Path, blind_model: Path, tmp_path: Path) -> None:
+    request = request_for(blind_model, tmp_path / "p", batch_size=8)
+    first = evaluate_task(request, Reporter())
+    other = pq.read_table(tmp_path / "p" / "predictions.parquet").to_pylist()
+    for row, expected in zip(other, pq.read_table(evaluated / "predictions.parquet").to_pylist(), strict=True):
+        assert row["answer"] == expected["answer"]
+        assert row["loss_nats"] == pytest.approx(expected["loss_nats"], abs=1e-5)
+        assert row["loss_shuffled_nats"] == pytest.approx(expected["loss_shuffled_nats"], abs=1e-5)
+    before = (tmp_path / "p" / "manifest.json").stat().st_mtime_ns
+    assert evaluate_task(request, Reporter()) == first
+    assert (tmp_path / "p" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_the_same_request_gives_the_same_digest(evaluated: Path, blind_model: Path, tmp_path: Path) -> None:
+    again = evaluate_task(request_for(blind_model, tmp_path / "p"), Reporter())
+    assert again["digest"] == json.loads((evaluated / "manifest.json").read_text())["digest"]
+
+
+def test_progress_is_reported_for_both_models(blind_model: Path, tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = []
+    reporter = Reporter(emit=said.append, min_interval_s=0)
+    evaluate_task(request_for(blind_model, tmp_path / "p", max_samples=4, batch_size=4), reporter)
+    assert [(m["stage"], m["done"], m["total"]) for m in said] == [
+        (f"evaluate {model} model", done, 12) for model in ("base", "tuned") for done in (4, 8, 12)
+    ]
+
+
+def test_what_cannot_be_evaluated_is_named_and_leaves_nothing(blind_model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out" / "p"
+    with pytest.raises(RecipeError, match="gemma3_vlm_val"):
+        evaluate_task(request_for(blind_model, target, entries=["gemma3_vlm_vall"]), Reporter())
+    with pytest.raises(ModelError, match="nowhere does not exist. Give a model directory"):
+        evaluate_task(request_for(tmp_path / "nowhere", target), Reporter())
+    if not torch.cuda.is_available():
+        with pytest.raises(MachineError, match="cuda was asked for"):
+            evaluate_task(request_for(blind_model, target, accelerator={"device": "cuda"}), Reporter())
+    assert not target.exists()
+
+
+def test_a_damaged_image_is_named(blind_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "data", tmp_path / "data")
+    (tmp_path / "data" / "images" / "emoji_050.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    with pytest.raises(DataError, match=r"emoji_050.png of row gemma3_vlm_val\[2\] cannot be read"):
+        evaluate_task(request_for(blind_model, tmp_path / "p", data_dir=str(tmp_path / "data")), Reporter())
+    assert not (tmp_path / "p").exists()
