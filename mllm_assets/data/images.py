@@ -7,8 +7,9 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-# Pillow also opens formats that run other programs (EPS calls ghostscript); a dataset gets none of those.
-SAFE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+# Pillow also opens formats that run other programs (EPS calls ghostscript); a dataset gets none of those. JPEG covers
+# the multi-picture files of phones, which then call themselves MPO.
+SAFE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # Formats and modes that LLaMA-Factory reads as they are; anything else is written again as PNG.
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 PLAIN_MODES = ("RGB", "L")
