@@ -1,0 +1,222 @@
+"""A training run is named by what it computes, so that the same question is never computed twice or mixed up.
+
+`<output_dir>/<fingerprint>/` is finished if it has a manifest, and resumed if it has none. `force` makes
+`<fingerprint>-2`, `-3`, ... Nothing overwrites another run's output.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mllm_assets.artifacts import (
+    MANIFEST,
+    digest_json,
+    find_damage,
+    is_complete,
+    point_symlink,
+    read_manifest,
+    sha256_file,
+)
+from mllm_assets.data.sharegpt import entry_digest
+from mllm_assets.errors import IntegrityError, ModelError
+from mllm_assets.training.recipe import Recipe
+from mllm_assets.training.spec import TrainSpec
+
+# Raise it when the same recipe on the same data would give other weights than before
+ENGINE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlan:
+    """Where a recipe's run lies and what is left to do.
+
+    Attributes:
+        recipe: What is trained.
+        root: The project's folder, which the recipe's paths are relative to.
+        model_dir: The model that it starts from.
+        data_dir: The folder of `dataset_info.json`.
+        fingerprint: 16 hex digits that name what the run computes, with "-2" and so on where it was forced.
+        directory: Of the run; its last part is the fingerprint.
+        state: "new": no directory yet; "unfinished": to be resumed; "finished": nothing is left to do.
+        data_digests: Of each entry that it trains on or evaluates, by name.
+    """
+
+    recipe: Recipe
+    root: Path
+    model_dir: Path
+    data_dir: Path
+    fingerprint: str
+    directory: Path
+    state: Literal["new", "unfinished", "finished"]
+    data_digests: Mapping[str, str]
+
+
+def fingerprint(
+    spec: TrainSpec,
+    *,
+    data_digests: Mapping[str, str],
+    eval_digests: Mapping[str, str],
+    pretrained_fingerprint: str,
+    num_processes: int = 1,
+) -> str:
+    """Name what a run computes: 16 hex digits.
+
+    Covers the semantic keys, the content of the training entries in the recipe's order, the model, and the number of
+    processes where it multiplies the batch. The evaluation entries count only where evaluation chooses the weights.
+    Paths, names of entries, logging, loader processes and save intervals do not count.
+    """
+    return digest_json(
+        {
+            "engine": ENGINE_VERSION,
+            "spec": spec.semantic_values(),
+            "train": [data_digests[name] for name in spec.train_entries],
+            "eval": [eval_digests[name] for name in spec.eval_entries] if spec.evaluation_selects else [],
+            "model": pretrained_fingerprint,
+            "num_processes": num_processes,
+        }
+    )[:16]
+
+
+def model_fingerprint(directory: Path) -> str:
+    """Name a model directory's content: 16 hex digits over the names and digests of its files.
+
+    The digests come from a manifest where there is one (its own, or that of the run which the directory is part of),
+    otherwise the files are read. README, LICENSE and hidden files do not count: the same weights, the same name.
+
+    Raises:
+        ModelError: There is no such directory, or no config.json in it.
+        IntegrityError: A file no longer has the size that the manifest says.
+    """
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"{directory} holds no model: it has no config.json. Materialise the model's asset, or put a Hugging Face "
+            "model directory there."
+        )
+    digests = _manifest_digests(directory)
+    if digests is None:
+        paths = (path for path in directory.rglob("*") if path.is_file())
+        names = {path.relative_to(directory).as_posix(): path for path in paths}
+        digests = {name: sha256_file(path) for name, path in names.items() if _counts(name)}
+    return digest_json(digests)[:16]
+
+
+def _manifest_digests(directory: Path) -> dict[str, str] | None:
+    for owner, prefix in ((directory, ""), (directory.parent, f"{directory.name}/")):
+        if not is_complete(owner):
+            continue
+        files = read_manifest(owner)["files"]
+        names = [name for name in files if name.startswith(prefix) and _counts(name.removeprefix(prefix))]
+        if f"{prefix}config.json" not in names:
+            continue
+        if damage := find_damage(owner, deep=False):
+            raise IntegrityError(f"{owner} was changed: {damage}. Delete it and materialise its asset again.")
+        return {name.removeprefix(prefix): files[name]["sha256"] for name in names}
+    return None
+
+
+def _counts(name: str) -> bool:
+    parts = name.split("/")
+    hidden = any(part.startswith(".") for part in parts)
+    return not hidden and parts[-1] != MANIFEST and not parts[-1].startswith(("README", "LICENSE"))
+
+
+def find_model_dir(recipe: Recipe, root: Path) -> Path:
+    """The directory that `model_name_or_path` names, relative to the root, links followed.
+
+    Raises:
+        ModelError: It is not there. Says how to get it.
+    """
+    directory = (root / recipe.model_name_or_path).resolve()
+    if not directory.is_dir():
+        raise ModelError(
+            f"{recipe.path}: model_name_or_path is {recipe.model_name_or_path}, and {directory} is no directory. "
+            f"Download the model there, for example: hf download google/gemma-3-4b-it --local-dir {directory}"
+        )
+    return directory
+
+
+def plan_run(
+    recipe: Recipe,
+    *,
+    root: Path,
+    model_dir: Path | None = None,
+    data_dir: Path | None = None,
+    output_dir: Path | None = None,
+    force: bool = False,
+    num_processes: int = 1,
+) -> RunPlan:
+    """Name a recipe's run, and find what is there of it.
+
+    Args:
+        recipe: What to train.
+        root: The project's folder.
+        model_dir: The model to start from, by default what `model_name_or_path` names.
+        data_dir: The folder of `dataset_info.json`, by default the recipe's `dataset_dir`.
+        output_dir: The folder of the recipe's runs, by default the recipe's `output_dir`.
+        force: Train again where this very run is finished. An unfinished run is resumed all the same.
+        num_processes: How many processes train.
+
+    Raises:
+        MllmAssetsError: The model, an entry or its rows are missing or wrong.
+    """
+    spec = recipe.spec
+    data_dir = data_dir or root / spec.dataset_dir
+    model_dir = model_dir or find_model_dir(recipe, root)
+    digests = {name: entry_digest(data_dir, name) for name in dict.fromkeys((*spec.train_entries, *spec.eval_entries))}
+    name = fingerprint(
+        spec,
+        data_digests=digests,
+        eval_digests=digests,
+        pretrained_fingerprint=model_fingerprint(model_dir),
+        num_processes=num_processes,
+    )
+    directory = _choose(output_dir or root / recipe.output_dir, name, force=force)
+    state = "finished" if is_complete(directory) else "unfinished" if directory.exists() else "new"
+    return RunPlan(
+        recipe=recipe,
+        root=root,
+        model_dir=model_dir,
+        data_dir=data_dir,
+        fingerprint=directory.name,
+        directory=directory,
+        state=state,
+        data_digests=digests,
+    )
+
+
+def _choose(folder: Path, name: str, *, force: bool) -> Path:
+    """The newest finished attempt, else the newest one; forced: the newest one if it is unfinished, else the next."""
+    attempts = [folder / name]
+    while (following := folder / f"{name}-{len(attempts) + 1}").exists():
+        attempts.append(following)
+    finished = [attempt for attempt in attempts if is_complete(attempt)]
+    if not force:
+        return finished[-1] if finished else attempts[-1]
+    return folder / f"{name}-{len(attempts) + 1}" if is_complete(attempts[-1]) else attempts[-1]
+
+
+def train_request(
+    plan: RunPlan, *, features_dir: Path | None = None, accelerator: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The worker's request for a planned run, JSON-able."""
+    return {
+        "task": "train",
+        "recipe": plan.recipe.spec.to_dict(),
+        "recipe_name": plan.recipe.name,
+        "root": str(plan.root),
+        "model_dir": str(plan.model_dir),
+        "data_dir": str(plan.data_dir),
+        "run_dir": str(plan.directory),
+        "fingerprint": plan.fingerprint,
+        "data_digests": dict(plan.data_digests),
+        "features_dir": str(features_dir) if features_dir is not None else None,
+        "notes": list(plan.recipe.notes),
+        **({"accelerator": dict(accelerator)} if accelerator is not None else {}),
+    }
+
+
+def point_latest(plan: RunPlan) -> None:
+    """Let `latest` beside a finished run point to it, for people and for recipes that start from it."""
+    if is_complete(plan.directory):
+        point_symlink(plan.directory.parent / "latest", plan.directory)
