@@ -35,13 +35,17 @@ def png(seed: int, edge_px: int = 64) -> bytes:
 
 def write_source(root: Path, rows: Sequence[tuple[bytes | None, str | None]], name: str = "source.parquet") -> str:
     """A Parquet file of (image, text) rows; returns its path as a spec has it."""
-    table = pa.table({"image": pa.array([r[0] for r in rows], pa.binary()), "text": pa.array([r[1] for r in rows], pa.string())})
+    table = pa.table(
+        {"image": pa.array([r[0] for r in rows], pa.binary()), "text": pa.array([r[1] for r in rows], pa.string())}
+    )
     root.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, root / name)
     return name
 
 
-def made_spec(num_train: int = 8, num_val: int = 2, *, quality: QualitySpec | None = None, **fields: Any) -> DatasetSpec:
+def made_spec(
+    num_train: int = 8, num_val: int = 2, *, quality: QualitySpec | None = None, **fields: Any
+) -> DatasetSpec:
     source = fields.pop("source", None) or SourceSpec(kind="parquet", path="source.parquet")
     return DatasetSpec(
         name=fields.pop("name", "made"),
