@@ -69,7 +69,9 @@ class Reporter:
         if self._emit is not None and (done >= total or now - self._last_emitted >= self._min_interval_s):
             self._last_emitted = now
             elapsed_s = round(now - self._stage_started, 1)
-            self._emit({"stage": stage, "done": done, "total": total, "elapsed_s": elapsed_s, **facts})
+            text = ", ".join([f"{stage} {done}/{total}", *(f"{name} {_short(fact)}" for name, fact in facts.items())])
+            message = {"text": text, "stage": stage, "done": done, "total": total, "elapsed_s": elapsed_s}
+            self._emit({**message, **facts})
 
     def warn(self, text: str) -> None:
         """Say something once that a person should know; kept in `warnings` for the result."""
@@ -79,7 +81,7 @@ class Reporter:
         if self._stream is not None:
             self._write_line(f"warning: {text}")
         if self._emit is not None:
-            self._emit({"warning": text})
+            self._emit({"text": f"warning: {text}", "warning": text})
 
     def close(self) -> None:
         """End the bar, if there is one."""
@@ -95,13 +97,17 @@ class Reporter:
             interval_s = 0.2 if self._stream is not None and self._stream.isatty() else 10.0
             self._bar = tqdm(desc=stage, total=total, file=self._stream, mininterval=interval_s, dynamic_ncols=True)
         if facts:
-            self._bar.set_postfix({k: f"{v:.4g}" for k, v in facts.items()}, refresh=False)
+            self._bar.set_postfix({name: _short(fact) for name, fact in facts.items()}, refresh=False)
         self._bar.update(done - self._bar.n)
 
     def _write_line(self, text: str) -> None:
         from tqdm import tqdm
 
         tqdm.write(text, file=self._stream)
+
+
+def _short(fact: float) -> str:
+    return f"{fact:.4g}" if isinstance(fact, float) else str(fact)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from mllm_assets.artifacts import (
     MANIFEST,
     digest_json,
-    find_damage,
     is_complete,
     point_symlink,
     read_manifest,
@@ -109,8 +108,14 @@ def _manifest_digests(directory: Path) -> dict[str, str] | None:
         names = [name for name in files if name.startswith(prefix) and _counts(name.removeprefix(prefix))]
         if f"{prefix}config.json" not in names:
             continue
-        if damage := find_damage(owner, deep=False):
-            raise IntegrityError(f"{owner} was changed: {damage}. Delete it and materialise its asset again.")
+        for name in names:
+            path, expected = owner / name, files[name]["num_bytes"]
+            found = path.stat().st_size if path.is_file() else 0
+            if found != expected:
+                raise IntegrityError(
+                    f"{path} has {found} bytes, but {MANIFEST} says {expected}. "
+                    f"Delete {owner} and materialise its asset again."
+                )
         return {name.removeprefix(prefix): files[name]["sha256"] for name in names}
     return None
 

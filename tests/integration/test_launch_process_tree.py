@@ -42,8 +42,9 @@ def stubborn(request, reporter):
     pids = [os.getpid(), _hold(), _hold(start_new_session=True), _orphan()]
     rank = os.environ.get("RANK", "0")
     path = pathlib.Path(request["folder"]) / f"pids.{rank}"
-    path.with_suffix(".tmp").write_text(" ".join(map(str, pids)))
-    path.with_suffix(".tmp").rename(path)
+    partial = path.with_name(f"partial.{rank}")
+    partial.write_text(" ".join(map(str, pids)))
+    partial.rename(path)
     signal.pause()
 
 def leaves_a_child(request, reporter):

@@ -1,0 +1,80 @@
+"""What launcher and worker say to each other."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_assets import errors, worker
+from mllm_assets.errors import MllmAssetsError
+from mllm_assets.training.protocol import EXIT_USER_ERROR, Reporter, error_from_payload, error_payload
+
+
+def test_progress_is_throttled_but_the_first_and_the_last_pass() -> None:
+    """Each message becomes a row in Dagster's database."""
+    sent: list[dict[str, Any]] = []
+    reporter = Reporter(emit=sent.append, min_interval_s=3600)
+    for step in range(1, 101):
+        reporter.progress("training", step, 100, loss=1 / step)
+    assert [message["done"] for message in sent] == [1, 100]
+    assert sent[1]["text"] == "training 100/100, loss 0.01"
+    assert sent[1]["loss"] == 0.01 and sent[1]["stage"] == "training" and sent[1]["elapsed_s"] >= 0
+
+
+def test_each_stage_reports_at_once() -> None:
+    sent: list[dict[str, Any]] = []
+    reporter = Reporter(emit=sent.append, min_interval_s=3600)
+    for stage in ("loading", "training"):
+        reporter.progress(stage, 1, 9)
+    assert [message["stage"] for message in sent] == ["loading", "training"]
+
+
+def test_a_warning_is_said_once_everywhere_and_kept() -> None:
+    sent: list[dict[str, Any]] = []
+    stream = io.StringIO()
+    reporter = Reporter(emit=sent.append, stream=stream)
+    reporter.warn("checkpoint-3 is damaged")
+    reporter.warn("checkpoint-3 is damaged")
+    assert reporter.warnings == ["checkpoint-3 is damaged"]
+    assert [message["warning"] for message in sent] == ["checkpoint-3 is damaged"]
+    assert stream.getvalue() == "warning: checkpoint-3 is damaged\n"
+
+
+def test_the_bar_shows_stage_count_and_facts() -> None:
+    stream = io.StringIO()
+    reporter = Reporter(stream=stream)
+    reporter.progress("training", 5, 5, loss=0.123456)
+    reporter.close()
+    assert "training" in stream.getvalue() and "5/5" in stream.getvalue() and "loss=0.1235" in stream.getvalue()
+
+
+@pytest.mark.parametrize("name", [name for name in vars(errors) if name.endswith("Error")])
+def test_every_error_class_crosses_the_process_border(name: str) -> None:
+    error = getattr(errors, name)("what and how")
+    again = error_from_payload(json.loads(json.dumps(error_payload(error))))
+    assert type(again) is type(error) and str(again) == "what and how"
+
+
+def test_the_worker_writes_a_users_error_and_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "border_tasks.py").write_text(
+        "from mllm_assets.errors import DataError\n"
+        "def bad(request, reporter): raise DataError('row 7')\n"
+        "def good(request, reporter): return {'sum': sum(request['numbers'])}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    result = tmp_path / "result.json"
+    assert worker.run({"task": "border_tasks:bad"}, result) == EXIT_USER_ERROR
+    assert json.loads(result.read_text()) == {"error": {"type": "DataError", "message": "row 7"}}
+    assert worker.run({"task": "border_tasks:good", "numbers": [1, 2]}, result) == 0
+    assert json.loads(result.read_text()) == {"result": {"sum": 3}}
+
+
+def test_an_unknown_task_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="Unknown task 'trian': expected one of build_pretrained, train,"):
+        worker.find_task("trian")
+
+
+def test_only_people_errors_are_people_errors() -> None:
+    assert all(issubclass(getattr(errors, name), MllmAssetsError) for name in vars(errors) if name.endswith("Error"))

@@ -1,0 +1,266 @@
+"""A run's name stands for what it computes, no more and no less."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mllm_assets.artifacts import write_manifest
+from mllm_assets.errors import IntegrityError, ModelError, RecipeError
+from mllm_assets.training.recipe import Recipe, TrainSpec, load_recipe
+from mllm_assets.training.runs import (
+    RunPlan,
+    find_model_dir,
+    fingerprint,
+    model_fingerprint,
+    plan_run,
+    point_latest,
+    train_request,
+)
+
+RECIPE = """
+model_name_or_path: pretrains/tiny
+dataset: gemma3_vlm_train
+eval_dataset: gemma3_vlm_val
+template: gemma3
+do_train: true
+output_dir: outputs/r
+"""
+
+
+def name_of(train: str = "t1", val: str = "v1", model: str = "m1", num_processes: int = 1, **values: object) -> str:
+    spec = TrainSpec.from_dict(
+        {
+            "model_name_or_path": "m",
+            "dataset": "a",
+            "eval_dataset": "b",
+            "template": "gemma3",
+            "do_train": True,
+            **values,
+        }
+    )
+    digests = {spec.train_entries[0]: train, spec.train_entries[-1]: train, "b": val}
+    return fingerprint(
+        spec,
+        data_digests=digests,
+        eval_digests=digests,
+        pretrained_fingerprint=model,
+        num_processes=num_processes,
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-3},
+        {"seed": 1},
+        {"num_train_epochs": 1},
+        {"warmup_ratio": 0.1},
+        {"finetuning_type": "full"},
+        {"bf16": True},
+        {"cutoff_len": 64},
+        {"max_samples": 9},
+        {"train": "t2"},
+        {"model": "m2"},
+        {"num_processes": 2},
+        {"disable_shuffling": True},
+    ],
+    ids=str,
+)
+def test_what_changes_the_weights_changes_the_name(change: dict) -> None:
+    assert name_of(**change) != name_of()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logging_steps": 1},
+        {"save_steps": 1},
+        {"save_total_limit": 1},
+        {"output_dir": "elsewhere"},
+        {"dataloader_num_workers": 4},
+        {"eval_strategy": "epoch"},
+        {"per_device_eval_batch_size": 1},
+        {"val": "v2"},
+        {"dataset": "renamed"},
+        {"model_name_or_path": "moved"},
+        {"plot_loss": True},
+        {"use_cpu": True},
+        {"disable_gradient_checkpointing": True},
+        {"lora_alpha": 16},  # the default, spelled out
+        {"ddp_timeout": 180000000},
+    ],
+    ids=str,
+)
+def test_what_does_not_change_the_weights_keeps_the_name(change: dict) -> None:
+    """A new name would throw a finished run away because somebody wanted more log lines."""
+    assert name_of(**change) == name_of()
+
+
+@pytest.mark.parametrize(
+    "change", [{"val": "v2"}, {"eval_steps": 250}, {"per_device_eval_batch_size": 1}, {"save_steps": 1500}], ids=str
+)
+def test_evaluation_counts_where_it_picks_the_weights(change: dict) -> None:
+    chosen = {"eval_strategy": "steps", "load_best_model_at_end": True}
+    assert name_of(**{**chosen, **change}) != name_of(**chosen)
+
+
+def test_the_order_of_entries_counts() -> None:
+    """They are concatenated, so another order trains on other batches."""
+    spec = {"model_name_or_path": "m", "template": "gemma3", "do_train": True}
+    names = {
+        fingerprint(
+            TrainSpec.from_dict({**spec, "dataset": order}),
+            data_digests={"a": "1", "b": "2"},
+            eval_digests={},
+            pretrained_fingerprint="m",
+        )
+        for order in ("a,b", "b,a")
+    }
+    assert len(names) == 2
+
+
+@pytest.fixture
+def project(tmp_path: Path, parity_dir: Path) -> Path:
+    """A root with a model directory (its config only), the parity data, and `configs/r.yaml`."""
+    (tmp_path / "pretrains" / "tiny").mkdir(parents=True)
+    (tmp_path / "pretrains" / "tiny" / "config.json").write_text("{}")
+    (tmp_path / "pretrains" / "tiny" / "model.safetensors").write_bytes(b"weights")
+    shutil.copytree(parity_dir / "data", tmp_path / "data")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "r.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+@pytest.fixture
+def recipe(project: Path) -> Recipe:
+    return load_recipe(project / "configs" / "r.yaml")
+
+
+def finish(plan: RunPlan) -> None:
+    plan.directory.mkdir(parents=True, exist_ok=True)
+    write_manifest(plan.directory, {})
+
+
+def test_a_run_is_new_then_unfinished_then_finished(recipe: Recipe, project: Path) -> None:
+    plan = plan_run(recipe, root=project)
+    assert plan.state == "new"
+    assert plan.directory == project / "outputs" / "r" / plan.fingerprint
+    assert set(plan.data_digests) == {"gemma3_vlm_train", "gemma3_vlm_val"}
+    plan.directory.mkdir(parents=True)
+    assert plan_run(recipe, root=project).state == "unfinished"
+    finish(plan)
+    assert plan_run(recipe, root=project).state == "finished"
+
+
+def test_force_trains_again_beside_the_finished_run(recipe: Recipe, project: Path) -> None:
+    first = plan_run(recipe, root=project)
+    finish(first)
+    second = plan_run(recipe, root=project, force=True)
+    assert (second.fingerprint, second.state) == (f"{first.fingerprint}-2", "new")
+    finish(second)
+    assert plan_run(recipe, root=project, force=True).fingerprint == f"{first.fingerprint}-3"
+    assert plan_run(recipe, root=project).fingerprint == second.fingerprint
+
+
+def test_a_forced_run_that_was_killed_is_resumed_by_the_next_attempt(recipe: Recipe, project: Path) -> None:
+    """Dagster's retry asks with the same config: it must go on with -2, not begin -3."""
+    finish(plan_run(recipe, root=project))
+    killed = plan_run(recipe, root=project, force=True)
+    killed.directory.mkdir()
+    again = plan_run(recipe, root=project, force=True)
+    assert (again.fingerprint, again.state) == (killed.fingerprint, "unfinished")
+
+
+def test_without_force_an_unfinished_forced_run_does_not_hide_the_finished_one(recipe: Recipe, project: Path) -> None:
+    first = plan_run(recipe, root=project)
+    finish(first)
+    plan_run(recipe, root=project, force=True).directory.mkdir()
+    assert plan_run(recipe, root=project) == plan_run(recipe, root=project, force=False)
+    assert plan_run(recipe, root=project).fingerprint == first.fingerprint
+
+
+def test_changed_data_is_another_run(recipe: Recipe, project: Path) -> None:
+    before = plan_run(recipe, root=project)
+    path = project / "data" / "train.json"
+    rows = json.loads(path.read_text())
+    rows[0]["messages"][-1]["content"] += "!"
+    path.write_text(json.dumps(rows))
+    assert plan_run(recipe, root=project).fingerprint != before.fingerprint
+
+
+def test_latest_points_to_the_finished_run_only(recipe: Recipe, project: Path) -> None:
+    plan = plan_run(recipe, root=project)
+    plan.directory.mkdir(parents=True)
+    latest = plan.directory.parent / "latest"
+    point_latest(plan)
+    assert not latest.is_symlink()
+    finish(plan)
+    point_latest(plan)
+    assert os.readlink(latest) == plan.fingerprint
+
+
+def test_the_request_is_json_and_carries_the_plan(recipe: Recipe, project: Path) -> None:
+    plan = plan_run(recipe, root=project, output_dir=project / "elsewhere")
+    request = json.loads(json.dumps(train_request(plan, accelerator={"device": "cpu"})))
+    assert request["task"] == "train"
+    assert request["run_dir"] == str(project / "elsewhere" / plan.fingerprint)
+    assert TrainSpec.from_dict(request["recipe"]) == recipe.spec
+    assert request["accelerator"] == {"device": "cpu"} and request["features_dir"] is None
+
+
+def test_a_model_has_one_name_with_or_without_a_manifest(project: Path) -> None:
+    """A copy of a downloaded model has no manifest; training from it is the same run."""
+    model = project / "pretrains" / "tiny"
+    plain = model_fingerprint(model)
+    (model / "README.md").write_text("about")
+    write_manifest(model, {})
+    assert model_fingerprint(model) == plain
+    run = project / "outputs" / "run"
+    shutil.copytree(model, run / "model")
+    (run / "model" / "manifest.json").unlink()
+    write_manifest(run, {})
+    assert model_fingerprint(run / "model") == plain
+
+
+def test_other_weights_are_another_model(project: Path) -> None:
+    model = project / "pretrains" / "tiny"
+    before = model_fingerprint(model)
+    (model / "model.safetensors").write_bytes(b"Weights")
+    assert model_fingerprint(model) != before
+
+
+def test_a_model_that_no_longer_fits_its_manifest_is_named(project: Path) -> None:
+    model = project / "pretrains" / "tiny"
+    write_manifest(model, {})
+    (model / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(IntegrityError) as caught:
+        model_fingerprint(model)
+    assert str(caught.value) == (
+        f"{model / 'model.safetensors'} has 3 bytes, but manifest.json says 7. "
+        f"Delete {model} and materialise its asset again."
+    )
+
+
+def test_a_missing_model_says_how_to_get_it(recipe: Recipe, project: Path) -> None:
+    shutil.rmtree(project / "pretrains")
+    with pytest.raises(ModelError) as caught:
+        find_model_dir(recipe, project)
+    where = (project / "pretrains" / "tiny").resolve()
+    assert str(caught.value) == (
+        f"{recipe.path}: model_name_or_path is pretrains/tiny, and {where} is no directory. "
+        f"Download the model there, for example: hf download google/gemma-3-4b-it --local-dir {where}"
+    )
+
+
+def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no model: it has no config.json. Materialise the model's asset"):
+        model_fingerprint(tmp_path)
+
+
+def test_an_unknown_entry_is_refused_before_anything_starts(project: Path) -> None:
+    recipe = load_recipe(project / "configs" / "r.yaml", ["dataset=gemma3_vlm_trian"])
+    with pytest.raises(RecipeError, match="gemma3_vlm_trian.*gemma3_vlm_train"):
+        plan_run(recipe, root=project)
