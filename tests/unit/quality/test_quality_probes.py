@@ -1,0 +1,104 @@
+"""Probes measure what is there and never raise for what the bytes hold."""
+
+import os
+import random
+import struct
+import zlib
+
+import pytest
+from made_images import encode, measure, picture
+from PIL import Image
+
+from mllm_assets.quality.probes import measure_caption
+
+
+def png_header(width: int, height: int) -> bytes:
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return start + encode(picture(1))[33:]
+
+
+def test_a_picture_is_measured() -> None:
+    image = measure(encode(picture(1, 96)))
+    assert (image.format, image.mode, image.width_px, image.height_px) == ("PNG", "RGB", 96, 96)
+    assert image.defect is None and image.passes_through is True and image.orientation == 1
+    assert image.brightness_p5 is not None and image.brightness_p99 is not None and image.entropy_bits is not None
+    assert 0 < image.brightness_p5 < image.brightness_p99 < 1
+    assert 0 < image.entropy_bits <= 24
+    assert image.phash_64 is not None and 0 < image.phash_64 < 2**64
+    assert len(image.color_48 or "") == 96
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_each_common_format_is_read(kind: str) -> None:
+    image = measure(encode(picture(1), kind))
+    assert (image.defect, image.format) == (None, kind)
+
+
+@pytest.mark.parametrize(
+    ("data", "defect"),
+    [
+        (None, "image_missing"),
+        (b"", "image_missing"),
+        (b"<html>404</html>", "image_unreadable"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image_unreadable"),
+        (encode(picture(1), "JPEG")[:-300], "image_truncated"),
+        (encode(picture(1))[:150], "image_truncated"),
+        (png_header(40_000, 40_000), "image_too_many_pixels"),
+        (png_header(10_001, 10_000), "image_too_many_pixels"),
+        (png_header(2_000, 2_000), "image_truncated"),
+    ],
+    ids=["none", "empty", "html", "eps", "cut-jpeg", "cut-png", "bomb", "over-the-limit", "header-lies"],
+)
+def test_a_bad_image_has_a_defect_and_raises_nothing(data: bytes | None, defect: str) -> None:
+    assert measure(data).defect == defect
+
+
+def test_a_file_that_is_too_large_is_not_opened() -> None:
+    image = measure(encode(picture(1)), max_bytes=100)
+    assert (image.defect, image.width_px) == ("image_too_many_bytes", None)
+
+
+def test_no_damage_of_a_file_raises() -> None:
+    """Pillow's decoders raise nearly every class of exception for a flipped byte."""
+    chooser = random.Random(7)
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
+        whole = encode(picture(3), kind)
+        for _ in range(40):
+            data = bytearray(whole)
+            for _ in range(chooser.randint(1, 8)):
+                data[chooser.randrange(len(data))] = chooser.randrange(256)
+            measure(bytes(data), max_pixels=10**6)
+    for size in (1, 10, 1000):
+        assert measure(os.urandom(size)).defect is not None
+
+
+def test_numbers_are_of_the_upright_picture() -> None:
+    """A photo turned by EXIF and the same picture turned in pixels are duplicates."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = picture(5).resize((96, 48))
+    turned = measure(encode(wide, "JPEG", exif=exif, quality=100))
+    upright = measure(encode(wide.transpose(Image.Transpose.ROTATE_270), "JPEG", quality=100))
+    assert turned.passes_through is False and upright.passes_through is True
+    assert turned.phash_64 is not None and upright.phash_64 is not None
+    assert (turned.phash_64 ^ upright.phash_64).bit_count() <= 4
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "I", "F"])
+def test_each_mode_is_measured(mode: str) -> None:
+    kind = "TIFF" if mode in ("CMYK", "F", "I") else "PNG"
+    image = Image.new("I;16", (32, 32), 30_000) if mode == "I;16" else picture(1, 32).convert(mode)
+    measured = measure(encode(image, kind))
+    assert measured.defect is None
+    assert measured.passes_through is (mode == "L")
+
+
+def test_captions_are_counted() -> None:
+    assert measure_caption("Red red heart ♥") == {
+        "caption_num_chars": 15,
+        "caption_num_words": 4,
+        "caption_num_unique_words": 3,
+        "caption_ascii_share": 0.933333,
+    }
+    assert measure_caption(None)["caption_num_chars"] == 0

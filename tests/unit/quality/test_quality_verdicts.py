@@ -1,0 +1,75 @@
+"""Verdicts are pure: numbers in, reasons out."""
+
+from typing import Any
+
+import pytest
+from made_images import encode, measure, picture
+from PIL import Image
+
+from mllm_assets.data.spec import DatasetSpec, QualitySpec, SourceSpec
+from mllm_assets.quality.verdicts import image_flags, image_reject_reason, render_answer, sample_reject_reason
+
+
+def spec(answer: str = "{caption}", **quality: Any) -> DatasetSpec:
+    source = SourceSpec(kind="parquet", path="a.parquet", label_column="label")
+    return DatasetSpec(name="made", source=source, prompts=("What?",), answer=answer, quality=QualitySpec(**quality))
+
+
+GOOD = measure(encode(picture(1)))
+
+
+@pytest.mark.parametrize(
+    ("caption", "label", "answer", "reason"),
+    [
+        ("a heart", None, "{caption}", None),
+        (None, None, "{caption}", "caption_empty"),
+        (" \n", None, "{caption}", "caption_empty"),
+        (None, "heart", "{label}", None),
+        ("a heart", None, "{label}", "label_missing"),
+        ("x" * 8193, None, "{caption}", "caption_too_long"),
+        ("an <image> here", None, "{caption}", "caption_control_token"),
+        ("stop<end_of_turn>", None, "{caption}", "caption_control_token"),
+        ("an <unused12> here", None, "{caption}", "caption_control_token"),
+        ("x", "<bos>", "{label}", "label_control_token"),
+        ("image>", "x", "<{caption}", "caption_control_token"),
+        ("<b>bold</b>", None, "{caption}", None),
+    ],
+)
+def test_texts_are_judged_by_what_the_answer_uses(
+    caption: str | None, label: str | None, answer: str, reason: str | None
+) -> None:
+    """A control token in a caption would be read as control by the tokenizer."""
+    assert sample_reject_reason([GOOD], caption, label, spec(answer)) == reason
+
+
+def test_limits_are_judged_without_decoding_again() -> None:
+    assert image_reject_reason(GOOD, QualitySpec()) is None
+    assert image_reject_reason(GOOD, QualitySpec(min_edge_px=65)) == "image_too_small"
+    assert image_reject_reason(GOOD, QualitySpec(max_pixels=4000)) == "image_too_many_pixels"
+    assert image_reject_reason(GOOD, QualitySpec(max_image_bytes=10)) == "image_too_many_bytes"
+
+
+def test_a_sample_without_images_is_rejected() -> None:
+    assert sample_reject_reason([], "x", None, spec()) == "image_missing"
+
+
+@pytest.mark.parametrize(
+    ("image", "flags"),
+    [
+        (Image.new("RGB", (64, 64), "black"), {"image_dark", "image_low_information"}),
+        (Image.new("RGB", (64, 64), "white"), {"image_light", "image_low_information"}),
+        (picture(1).resize((640, 64)), {"image_odd_aspect_ratio"}),
+        (picture(1), set()),
+    ],
+    ids=["black", "white", "strip", "picture"],
+)
+def test_flags_mark_and_reject_only_where_asked(image: Image.Image, flags: set[str]) -> None:
+    measured = measure(encode(image))
+    assert flags <= set(image_flags(measured, QualitySpec()))
+    assert image_reject_reason(measured, QualitySpec()) is None
+    if flags:
+        assert image_reject_reason(measured, QualitySpec(reject_flags=tuple(sorted(flags)))) in flags
+
+
+def test_a_label_is_shown_without_underscores() -> None:
+    assert render_answer(None, "apple_pie", spec("This image shows {label}.")) == "This image shows apple pie."
