@@ -17,7 +17,7 @@ from mllm_assets.artifacts import is_complete, read_manifest, staged_directory, 
 from mllm_assets.data.sharegpt import Row, load_rows
 from mllm_assets.evaluation.gallery import write_gallery
 from mllm_assets.evaluation.shuffling import shuffled_partners
-from mllm_assets.evaluation.table import predictions_digest, to_table
+from mllm_assets.evaluation.table import PREDICTIONS_FILE, predictions_digest, to_table
 from mllm_assets.inference.answerer import Answerer, in_batches
 from mllm_assets.inference.generate import find_model
 from mllm_assets.training.encode import IMAGE_PLACEHOLDER, EncodedRow
@@ -26,7 +26,6 @@ from mllm_assets.training.memory import pick_device
 if TYPE_CHECKING:
     from mllm_assets.training.protocol import Reporter
 
-PREDICTIONS_FILE = "predictions.parquet"
 SHUFFLE_SEED = 42
 
 

@@ -1,11 +1,15 @@
 """The table of predictions: its columns, its digest and the rows that go into DuckDB."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from mllm_assets.artifacts import digest_json
+from mllm_assets.artifacts import digest_json, read_manifest
+
+PREDICTIONS_FILE = "predictions.parquet"
 
 SCHEMA = pa.schema(
     [
@@ -27,13 +31,23 @@ SCHEMA = pa.schema(
 )
 
 STORE_COLUMNS = (
-    "model entry sample_id row_index prompt reference label answer loss_nats loss_shuffled_nats num_supervised_tokens "
+    "model entry sample_id row_index prompt reference answer loss_nats loss_shuffled_nats num_supervised_tokens "
     "latency_s"
 ).split()
 
 
 def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=SCHEMA)
+
+
+def read_predictions(directory: Path) -> pa.Table:
+    """Read the predictions of a complete directory.
+
+    Raises:
+        IntegrityError: They were never finished.
+    """
+    read_manifest(directory)
+    return pq.read_table(directory / PREDICTIONS_FILE)
 
 
 def predictions_digest(predictions: pa.Table) -> str:

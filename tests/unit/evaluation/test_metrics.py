@@ -11,6 +11,7 @@ from mllm_assets.artifacts import find_damage
 from mllm_assets.errors import DataError, IntegrityError, ModelError
 from mllm_assets.evaluation.metrics import compute_metrics, metric_rows, write_metrics
 from mllm_assets.evaluation.table import STORE_COLUMNS, predictions_digest, store_table, to_table
+from mllm_assets.quality.store import QualityStore
 
 TRAIN = ["cat", "cat", "dog"]
 
@@ -97,6 +98,19 @@ def test_rows_for_the_store_carry_run_recipe_and_checkpoint() -> None:
     assert {row["model"] for row in rows} == {"base", "tuned", "most_common_answer"}
     assert rows[0] | names == rows[0]
     assert store_table(predictions(), **names).column_names == ["run_id", "recipe", "checkpoint_digest", *STORE_COLUMNS]
+
+
+def test_the_store_takes_predictions_and_metrics(tmp_path: Path) -> None:
+    names = {"run_id": "r1", "recipe": "pets", "checkpoint_digest": "abc"}
+    store = QualityStore(tmp_path / "quality.duckdb")
+    metrics = metric_rows(compute_metrics(predictions(), TRAIN), **names)
+    store.write({"predictions": store_table(predictions(), **names), "eval_metrics": metrics})
+    (row,) = store.query("SELECT count(*) AS n, max(loss_nats) AS worst FROM predictions WHERE model = 'tuned'", [])
+    assert row["n"] == 6 and row["worst"] == pytest.approx(1.05)
+    (row,) = store.query(
+        "SELECT value FROM eval_metrics WHERE model = 'most_common_answer' AND metric = 'exact_match'", []
+    )
+    assert row["value"] == pytest.approx(2 / 6)
 
 
 def test_written_metrics_are_json_and_complete(tmp_path: Path) -> None:
