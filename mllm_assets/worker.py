@@ -15,6 +15,7 @@ from typing import Any
 from mllm_assets.artifacts import write_json_atomic
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.training.protocol import EXIT_OK, EXIT_USER_ERROR, Reporter, error_payload, open_reporter
+from mllm_assets.training.supervisor import die_with_parent
 
 Task = Callable[[dict[str, Any], Reporter], dict[str, Any]]
 
@@ -51,6 +52,7 @@ def run(request: dict[str, Any], result_path: Path) -> int:
 
 def main() -> None:
     """Entry point of the worker process."""
+    die_with_parent()  # a rank of torchrun too, whose parent is not the supervisor
     request_path, result_path = (Path(argument) for argument in sys.argv[1:3])
     try:
         code = run(json.loads(request_path.read_text(encoding="utf-8")), result_path)

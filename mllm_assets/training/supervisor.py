@@ -6,7 +6,8 @@ SIGINT or SIGHUP, and when the worker ends and leaves children. A tree is walked
 ranks of torchrun start sessions of their own. As a child subreaper the supervisor adopts what the tree orphans.
 
 What is not covered: on other systems than Linux only the worker's process group is ended. Where launcher and
-supervisor are killed with -9 in the same instant, the worker dies (PR_SET_PDEATHSIG), its children may stay.
+supervisor are killed with -9 in the same instant, torchrun and its ranks die (PR_SET_PDEATHSIG), and PyTorch's loader
+processes see it and end; other children of a task may stay.
 """
 
 import ctypes
@@ -57,14 +58,23 @@ def send(pids: list[int], number: int) -> None:
             pass
 
 
+def descendants() -> list[int]:
+    """Ids of all processes below this one, and of those that carry this job's mark (kernels without `children`)."""
+    mark = os.environ.get(MARK)
+    return list(dict.fromkeys([*tree(os.getpid()), *(marked(mark) if mark else [])]))
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies."""
+    if IS_LINUX:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _start(command: list[str]) -> subprocess.Popen[bytes]:
     if not IS_LINUX:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-    libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    )
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
 
 
 def _signal_all(child: subprocess.Popen[bytes], number: int) -> bool:
@@ -75,7 +85,7 @@ def _signal_all(child: subprocess.Popen[bytes], number: int) -> bool:
         except (ProcessLookupError, PermissionError):
             return False
         return child.poll() is None
-    pids = tree(os.getpid())
+    pids = descendants()
     send(pids, number)
     return bool(pids)
 

@@ -47,6 +47,18 @@ def stubborn(request, reporter):
     partial.rename(path)
     signal.pause()
 
+def waits(request, reporter):
+    """Ignores SIGTERM, and has no children."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (pathlib.Path(request["folder"]) / f"pids.{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
+    signal.pause()
+
+def reports(request, reporter):
+    for step in (1, 2):
+        reporter.progress("training", step, 2, loss=0.5)
+    reporter.warn("half a warning")
+    return {"done": True}
+
 def leaves_a_child(request, reporter):
     return {"pid": _hold(start_new_session=True)}
 
@@ -162,6 +174,32 @@ def test_no_process_stays_when_the_launcher_is_ended_by(number: signal.Signals, 
     wait_until(lambda: world.alive() == [], timeout_s=20)
 
 
+def test_ctrl_c_on_a_terminal_twice_leaves_nothing(world: World) -> None:
+    """It goes to the whole foreground group, and impatient people press it again while the first one works."""
+    command = [sys.executable, "-c", LAUNCHER, json.dumps(world.request("stubborn"))]
+    launcher = subprocess.Popen(
+        command, env={**os.environ, **world.env}, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_until(world.is_up, timeout_s=60)
+    for _ in range(2):
+        os.killpg(launcher.pid, signal.SIGINT)
+        time.sleep(0.15)
+    launcher.wait(20)
+    wait_until(lambda: world.alive() == [], timeout_s=20)
+
+
+def test_launcher_and_supervisor_killed_at_once_leave_no_rank(world: World) -> None:
+    """Nobody is left to clean up: each process below must go with its parent."""
+    launcher = world.launch("waits", accelerator={"num_processes": 2})
+    wait_until((world.folder / "pids.1").exists, timeout_s=60)
+    supervisor = psutil.Process(launcher.pid).children()[0]
+    assert len(world.alive()) == 5, "launcher, supervisor, torchrun and two ranks"
+    for pid in (supervisor.pid, launcher.pid):
+        os.kill(pid, signal.SIGKILL)
+    launcher.wait(20)
+    wait_until(lambda: world.alive() == [], timeout_s=20)
+
+
 def test_a_killed_worker_is_a_crash_that_names_the_signal_and_leaves_nothing(world: World) -> None:
     launched: list[int] = []
 
@@ -241,6 +279,32 @@ def test_the_worker_gets_threads_and_variables_and_no_stdin(world: World) -> Non
     request = world.request("variables", accelerator={"num_threads": 2})
     result = run_worker(request, env={"PYTHONPATH": str(world.folder), "OWN": "yes"})
     assert result == {"omp": "2", "own": "yes", "stdin": ""}
+
+
+def test_progress_and_warnings_reach_dagster_through_pipes(world: World) -> None:
+    import dagster as dg
+
+    seen: list[dict[str, Any]] = []
+
+    @dg.asset
+    def step(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        with dg.open_pipes_session(
+            context=context,
+            context_injector=dg.PipesTempFileContextInjector(),
+            message_reader=dg.PipesTempFileMessageReader(),
+        ) as session:
+            env = {**world.env, **session.get_bootstrap_env_vars()}
+            assert run_worker(world.request("reports"), env=env) == {"done": True}
+        seen.extend(session.get_custom_messages())
+        return dg.MaterializeResult()
+
+    with dg.instance_for_test() as instance:
+        assert dg.materialize([step], instance=instance).success
+    assert [message["text"] for message in seen] == [
+        "training 1/2, loss 0.5",
+        "training 2/2, loss 0.5",
+        "warning: half a warning",
+    ]
 
 
 def test_an_error_class_is_never_invented() -> None:

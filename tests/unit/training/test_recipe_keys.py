@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from mllm_assets.training.keys import ALIASES, KEYS
@@ -45,3 +46,16 @@ def test_every_field_says_what_it_is_for() -> None:
     """A field without a scope would silently be left out of the run's name."""
     scopes = {field.name: field.metadata.get("scope") for field in dataclasses.fields(TrainSpec)}
     assert set(scopes.values()) == {"semantic", "selection", "operational"}
+
+
+def test_every_supported_key_is_read_by_the_code() -> None:
+    """A key that nobody reads would be accepted and do nothing."""
+    package = Path(__file__).parents[3] / "mllm_assets"
+    source = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "spec.py")
+    read_in_spec = {"dataset", "eval_dataset", "template", "do_train", "warmup_ratio"}
+    unread = {
+        field.name
+        for field in dataclasses.fields(TrainSpec)
+        if not field.metadata["hf"] and not re.search(rf"\.{field.name}\b", source)
+    }
+    assert unread <= read_in_spec
