@@ -35,7 +35,8 @@ class Key:
     note: str = ""
 
     def asks_for_something(self, value: Any) -> bool:
-        return value != self.default and not (not self.default and value in (None, False, ""))
+        """Whether the value says more than the default; all empty values (null, false, "", []) say the same."""
+        return value != self.default and bool(value or self.default)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,11 +50,13 @@ def parse_yaml(text: str, name: str) -> dict[str, Entry]:
     Raises:
         RecipeError: Not YAML, not a mapping, or a key that stands twice. Names file and line.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
     except yaml.YAMLError as error:
         raise RecipeError(_syntax_message(error, name)) from None
+    except RecursionError:
+        raise RecipeError(f"{name} is nested too deeply. Write a recipe: lines of `key: value`.") from None
     if node is None:
         raise RecipeError(f"{name} is empty. Write a LLaMA-Factory recipe into it, for example a copy from configs/.")
     if not isinstance(node, yaml.MappingNode):
@@ -105,5 +107,5 @@ def _syntax_message(error: yaml.YAMLError, name: str) -> str:
 
 
 def _problem(error: Exception) -> str:
-    problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
+    problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error).partition("\n")[0]
     return " ".join((problem or "unknown problem").split())

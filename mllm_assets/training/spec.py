@@ -164,7 +164,12 @@ class TrainSpec:
     def semantic_values(self) -> dict[str, Any]:
         """The fields that decide which weights come out, for the run's fingerprint."""
         scopes = {"semantic", "selection"} if self.evaluation_selects else {"semantic"}
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["scope"] in scopes}
+        other_methods = tuple({"lora_", "freeze_trainable_", "freeze_extra_"} - _PREFIXES[self.finetuning_type])
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.metadata["scope"] in scopes and not f.name.startswith(other_methods)
+        }
 
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments for transformers' `TrainingArguments`, without `output_dir`, precision or device.
@@ -191,6 +196,9 @@ class TrainSpec:
         return cls(**values)
 
 
+# Which keys are read by one way of fine-tuning only
+_PREFIXES = {"lora": {"lora_"}, "freeze": {"freeze_trainable_", "freeze_extra_"}, "full": set[str]()}
+
 # Keys whose number must be above 0, and keys where it may be 0; null passes
 _POSITIVE = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps cutoff_len lora_rank
     num_train_epochs image_min_pixels max_samples save_total_limit early_stopping_steps""".split()
@@ -214,6 +222,9 @@ def _range_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     for key in _NOT_NEGATIVE:
         if getattr(spec, key) < 0:
             yield key, f"{key} is {getattr(spec, key)}: expected 0 or more. Change it or delete the line."
+    for key in ("seed", "data_seed"):
+        if (getattr(spec, key) or 0) >= 2**32:
+            yield key, f"{key} is {getattr(spec, key)}: expected a number below 2**32, numpy's limit. Change it."
     if not 0 <= spec.lora_dropout < 1:
         yield "lora_dropout", f"lora_dropout is {spec.lora_dropout}: expected 0 or more and below 1. Change it."
     if spec.warmup_ratio is not None and not 0 <= spec.warmup_ratio <= 1:

@@ -66,6 +66,8 @@ def name_of(train: str = "t1", val: str = "v1", model: str = "m1", num_processes
         {"model": "m2"},
         {"num_processes": 2},
         {"disable_shuffling": True},
+        {"lora_rank": 4},
+        {"freeze_vision_tower": False},
     ],
     ids=str,
 )
@@ -91,6 +93,7 @@ def test_what_changes_the_weights_changes_the_name(change: dict) -> None:
         {"disable_gradient_checkpointing": True},
         {"lora_alpha": 16},  # the default, spelled out
         {"ddp_timeout": 180000000},
+        {"freeze_trainable_layers": 3},  # it is a LoRA recipe
     ],
     ids=str,
 )
