@@ -1,0 +1,103 @@
+"""Device, precision, memory, and numbers that are none: each message says what to do."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mllm_assets.errors import MachineError, RecipeError
+from mllm_assets.training import freezing, memory
+from mllm_assets.training.memory import Device, MemoryEstimate, Precision
+from mllm_assets.training.model import load_config, model_on_meta
+from mllm_assets.training.reporting import check_finite, plot_loss, read_log, smooth
+from mllm_assets.training.spec import TrainSpec
+
+CPU = Device(kind="cpu", name="a CPU", driver="", memory_gib=8.0)
+
+
+def make_spec(**values: Any) -> TrainSpec:
+    return TrainSpec(model_name_or_path="m", dataset="d", template="gemma3", do_train=True, **values)
+
+
+def test_cuda_asked_for_and_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that a machine with a GPU runs this test too
+    with pytest.raises(
+        MachineError, match=r"The device cuda was asked for, and this machine has only .*cpu.* sees no"
+    ) as e:
+        memory.pick_device("cuda")
+    assert "or set device: auto" in str(e.value)
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"device is 'tpu': expected auto, cuda, mps or cpu"):
+        memory.pick_device("tpu")
+
+
+def test_the_device_is_named_with_its_memory() -> None:
+    device = memory.pick_device("cpu")
+    assert device.kind == "cpu" and device.name and device.memory_gib > 0.5
+
+
+def test_the_recipes_use_cpu_wins_over_auto() -> None:
+    assert memory.pick_device("auto", use_cpu=True).kind == "cpu"
+
+
+def test_fp16_on_the_cpu_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"fp16 needs a CUDA device, and this run is on cpu"):
+        memory.pick_precision(make_spec(fp16=True), CPU)
+
+
+def test_bf16_means_bf16_weights_under_autocast() -> None:
+    assert memory.pick_precision(make_spec(bf16=True), CPU) == Precision(weights=torch.bfloat16, autocast="bf16")
+    assert memory.pick_precision(make_spec(), CPU) == Precision(weights=torch.float32, autocast=None)
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_largest_part_and_its_cure() -> None:
+    needed = MemoryEstimate(weights_gib=1.0, gradients_gib=1.0, optimizer_gib=2.0, activations_gib=9.0)
+    with pytest.raises(MachineError, match=r"needs about 13\.0 GiB .*a CPU \(cpu\) has 8\.0 GiB\. Halve per_device"):
+        memory.require_memory(needed, CPU)
+    memory.require_memory(MemoryEstimate(weights_gib=1, gradients_gib=1, optimizer_gib=2, activations_gib=1), CPU)
+
+
+def test_the_estimate_counts_three_copies_of_what_trains(parity_dir: Path) -> None:
+    spec = make_spec(finetuning_type="full", freeze_multi_modal_projector=False)
+    trainable = freezing.apply(spec, model_on_meta(load_config(parity_dir / "model")))
+    needed = memory.estimate(
+        trainable,
+        spec,
+        Precision(weights=torch.float32, autocast=None),
+        num_tokens=64,
+        num_images=1,
+        num_supervised=8,
+        checkpointed=False,
+        tower_cached=False,
+    )
+    assert needed.weights_gib == pytest.approx(265_088 * 4 / 2**30)
+    assert needed.gradients_gib == pytest.approx(228_576 * 4 / 2**30)
+    assert needed.optimizer_gib == pytest.approx(2 * needed.gradients_gib)
+    assert needed.activations_gib > 0
+
+
+@pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (1.0, math.inf)])
+def test_a_step_that_is_not_finite_is_named(loss: float, grad_norm: float) -> None:
+    with pytest.raises(RecipeError, match=r"Step 12 is not finite: .* Lower learning_rate"):
+        check_finite(12, loss, grad_norm)
+
+
+def test_a_log_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "trainer_log.jsonl"
+    path.write_text('{"current_steps": 1, "loss": 2.0}\n{"current_steps": 2, "lo')
+    assert read_log(path) == [{"current_steps": 1, "loss": 2.0}]
+
+
+def test_the_plot_is_drawn_from_the_log(tmp_path: Path) -> None:
+    lines = "".join(f'{{"current_steps": {step}, "loss": {10 - step}}}\n' for step in range(1, 9))
+    (tmp_path / "trainer_log.jsonl").write_text(lines + '{"current_steps": 8, "eval_loss": 2.5}\n')
+    assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_smoothing_keeps_the_first_value() -> None:
+    assert smooth([4.0, 2.0])[0] == 4.0
+    assert smooth([]) == []
