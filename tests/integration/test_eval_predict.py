@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mllm_assets import sample_data
 from mllm_assets.artifacts import find_damage
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.errors import DataError, MachineError, ModelError, RecipeError
@@ -18,6 +20,8 @@ from mllm_assets.evaluation.metrics import compute_metrics
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import SCHEMA, predictions_digest
 from mllm_assets.inference.answerer import Answerer
+from mllm_assets.training import tiny_gemma
+from mllm_assets.training.launch import run_worker
 from mllm_assets.training.protocol import Reporter
 
 pytestmark = pytest.mark.integration
@@ -162,3 +166,32 @@ def test_a_damaged_image_is_named(blind_model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"emoji_050.png of row gemma3_vlm_val\[2\] cannot be read"):
         evaluate_task(request_for(blind_model, tmp_path / "p", data_dir=str(tmp_path / "data")), Reporter())
     assert not (tmp_path / "p").exists()
+
+
+def test_the_worker_returns_the_manifest_and_the_errors_class(blind_model: Path, tmp_path: Path) -> None:
+    request = request_for(blind_model, tmp_path / "p", max_samples=2, max_new_tokens=2)
+    result = run_worker(request)
+    assert result["entries"] == {"gemma3_vlm_val": 2} and find_damage(tmp_path / "p") is None
+    with pytest.raises(ModelError, match="is no model directory: it has neither config.json nor model/config.json"):
+        run_worker(request | {"model_dir": str(tmp_path), "directory": str(tmp_path / "q")})
+
+
+def test_the_demos_evaluation_takes_few_cpu_seconds(tmp_path: Path) -> None:
+    """120 samples, both models, all 64 tokens of a model that never ends its turn: the demo has 3 minutes in all."""
+    tiny_gemma.build(tmp_path / "tiny")
+    samples = pq.read_table(Path(sample_data.__file__).parent / "emoji.parquet").slice(0, 120).to_pylist()
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    rows = []
+    for index, sample in enumerate(samples):
+        (tmp_path / "data" / "images" / f"{index}.png").write_bytes(sample["image"]["bytes"])
+        question = {"role": "user", "content": "<image>What kind of emoji is this?"}
+        answer = {"role": "assistant", "content": sample["subgroup"]}
+        rows.append({"messages": [question, answer], "images": [f"images/{index}.png"]})
+    info = json.loads((GOLDEN / "data" / "dataset_info.json").read_text())
+    (tmp_path / "data" / "val.json").write_text(json.dumps(rows))
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    request = request_for(tmp_path / "tiny", tmp_path / "p", data_dir=str(tmp_path / "data"), max_new_tokens=64)
+    request |= {"model_dir": str(tmp_path / "tiny"), "batch_size": 16}
+    started_s = time.process_time()
+    assert evaluate_task(request, Reporter())["num_predictions"] == 240
+    assert time.process_time() - started_s < 20
