@@ -47,10 +47,10 @@ def compute_metrics(predictions: pa.Table, train_answers: Sequence[str]) -> dict
     if not train_answers:
         raise DataError("There are no training answers to compare with. Pass those of the recipe's training entries.")
     most_common = min(Counter(train_answers).items(), key=lambda item: (-item[1], item[0]))[0]
-    entries = {}
-    for entry in sorted(set(predictions["entry"].to_pylist())):
-        rows = [row for row in predictions.to_pylist() if row["entry"] == entry]
-        entries[entry] = _entry_metrics(entry, rows, most_common)
+    by_entry: dict[str, list[dict[str, Any]]] = {}
+    for row in predictions.to_pylist():
+        by_entry.setdefault(row["entry"], []).append(row)
+    entries = {entry: _entry_metrics(entry, rows, most_common) for entry, rows in sorted(by_entry.items())}
     return {"entries": entries, "definitions": scores.definitions()}
 
 

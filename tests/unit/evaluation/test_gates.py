@@ -83,5 +83,5 @@ def test_losses_on_other_samples_are_not_compared() -> None:
 
 
 def test_thresholds_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(RecipeError, match="num_stderr and max_regression_nats must be 0 or more, got -1 and 0.0"):
+    with pytest.raises(RecipeError, match="num_stderr and max_regression_nats must be 0 or more, got -1 and 0.01"):
         GateSpec(num_stderr=-1)
