@@ -17,7 +17,7 @@ from mllm_assets.data.images import sha256
 from mllm_assets.data.parquet import read_parquet
 from mllm_assets.data.rows import SourceRow
 from mllm_assets.data.spec import DatasetSpec, as_json
-from mllm_assets.errors import DataError
+from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.layout import Layout
 
 SAMPLES_FILE = "samples.parquet"
@@ -26,6 +26,7 @@ RAW_SCHEMA = pa.schema(
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("row_index", pa.int64(), nullable=False),
         pa.field("images", pa.list_(pa.binary()), nullable=False),
+        pa.field("image_ids", pa.list_(pa.string()), nullable=False),
         pa.field("caption", pa.string()),
         pa.field("label", pa.string()),
         pa.field("messages", pa.string()),
@@ -92,9 +93,30 @@ def sample_content_id(row: SourceRow, image_ids: list[str]) -> str:
 
 
 def read_raw(raw: Path) -> Iterator[dict[str, Any]]:
-    """The rows of an ingested source one by one; only one row group is in memory."""
-    for batch in pq.ParquetFile(raw / SAMPLES_FILE).iter_batches(batch_size=64):
-        yield from batch.to_pylist()
+    """The rows of an ingested source one by one; only one row group is in memory.
+
+    Raises:
+        IntegrityError: The file is missing, or a page does not match its checksum.
+    """
+    yield from _read_batches(raw, None)
+
+
+def read_image_ids(raw: Path) -> set[str]:
+    """The digests of all images of an ingested source, without reading an image."""
+    return {image_id for row in _read_batches(raw, ["image_ids"]) for image_id in row["image_ids"]}
+
+
+def _read_batches(raw: Path, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+    path = raw / SAMPLES_FILE
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        cause = str(error).splitlines()[0]
+        raise IntegrityError(
+            f"{path} is damaged ({cause}). Delete {raw} and materialise the raw asset again."
+        ) from error
 
 
 def _write_samples(rows: Iterator[SourceRow], path: Path) -> tuple[int, str]:
@@ -102,7 +124,9 @@ def _write_samples(rows: Iterator[SourceRow], path: Path) -> tuple[int, str]:
     digest = hashlib.sha256()
     pending: list[dict[str, Any]] = []
     num_pending_bytes = 0
-    with pq.ParquetWriter(path, RAW_SCHEMA, compression="zstd", compression_level=1) as writer:
+    with pq.ParquetWriter(
+        path, RAW_SCHEMA, compression="zstd", compression_level=1, write_page_checksum=True
+    ) as writer:
         for row in rows:
             image_ids = [sha256(data) for data in row.images]
             content_id = sample_content_id(row, image_ids)
@@ -115,6 +139,7 @@ def _write_samples(rows: Iterator[SourceRow], path: Path) -> tuple[int, str]:
                     "sample_id": sample_id,
                     "row_index": row.row_index,
                     "images": list(row.images),
+                    "image_ids": image_ids,
                     "caption": row.caption,
                     "label": row.label,
                     "messages": row.messages,

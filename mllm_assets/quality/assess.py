@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mllm_assets.artifacts import digest_json, publish, read_manifest, staging_directory, write_manifest
-from mllm_assets.data.images import sha256
-from mllm_assets.data.sources import read_raw
+from mllm_assets.data.sources import read_image_ids, read_raw
 from mllm_assets.data.spec import DatasetSpec, as_json
 from mllm_assets.layout import Layout
 from mllm_assets.quality.duplicates import Pair, find_pairs, group_keys, group_samples, look_of
@@ -60,7 +59,7 @@ def assess(spec: DatasetSpec, layout: Layout, raw: Path, run_id: str) -> Quality
     """
     raw_manifest = read_manifest(raw)
     store = QualityStore(layout.quality_db)
-    known = _known_measurements(store)
+    known = _known_measurements(store, read_image_ids(raw))
     num_known = len(known)
     samples = _measure(spec, raw, known)
     num_decoded = len(known) - num_known
@@ -88,9 +87,13 @@ def assess(spec: DatasetSpec, layout: Layout, raw: Path, run_id: str) -> Quality
     return result
 
 
-def _known_measurements(store: QualityStore) -> dict[str, ImageMeasurement]:
+def _known_measurements(store: QualityStore, image_ids: set[str]) -> dict[str, ImageMeasurement]:
     columns = ", ".join(ImageMeasurement.__dataclass_fields__)
-    rows = store.query(f"SELECT {columns} FROM image_quality WHERE probe_version = ?", [PROBE_VERSION])
+    rows = store.query(
+        f"SELECT {columns} FROM image_quality WHERE probe_version = ? "
+        "AND image_sha256 IN (SELECT unnest(?::VARCHAR[]))",
+        [PROBE_VERSION, sorted(image_ids)],
+    )
     return {row["image_sha256"]: ImageMeasurement(**row) for row in rows if row["defect"] not in _CUT_SHORT}
 
 
@@ -98,12 +101,11 @@ def _measure(spec: DatasetSpec, raw: Path, known: dict[str, ImageMeasurement]) -
     limits = spec.quality
     samples = []
     for row in read_raw(raw):
-        image_ids = [sha256(data) for data in row["images"]]
-        for image_id, data in zip(image_ids, row["images"], strict=True):
+        for image_id, data in zip(row["image_ids"], row["images"], strict=True):
             if image_id not in known:
                 known[image_id] = measure_image(data, max_pixels=limits.max_pixels, max_bytes=limits.max_image_bytes)
-        texts = {key: row[key] for key in ("sample_id", "row_index", "caption", "label")}
-        samples.append({**texts, "image_ids": image_ids, **measure_caption(row["caption"])})
+        kept = {key: row[key] for key in ("sample_id", "row_index", "caption", "label", "image_ids")}
+        samples.append({**kept, **measure_caption(row["caption"])})
     return samples
 
 

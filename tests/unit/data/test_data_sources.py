@@ -11,7 +11,7 @@ from made_datasets import made_spec, png, write_source
 from mllm_assets.artifacts import find_damage
 from mllm_assets.data.sources import SAMPLES_FILE, ingest, read_raw
 from mllm_assets.data.spec import DatasetSpec, SourceSpec
-from mllm_assets.errors import DataError
+from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.layout import Layout
 
 
@@ -103,3 +103,15 @@ def test_a_column_of_another_type_is_named_with_its_row(layout: Layout) -> None:
     assert "Row 0 of source.parquet, column 'text': expected a text, got list" in failing(layout, made_spec())
     pq.write_table(pa.table({"image": ["a.png"], "text": ["a"]}), layout.root / "source.parquet")
     assert "column 'image': expected image bytes, got str" in failing(layout, made_spec())
+
+
+def test_one_flipped_bit_in_the_ingested_file_is_noticed(layout: Layout) -> None:
+    """Without page checksums a changed caption or image would be trained on."""
+    write_source(layout.root, [(os.urandom(5000), "one"), (os.urandom(5000), "two")])
+    raw = ingest(made_spec(), layout)
+    path = raw.directory / SAMPLES_FILE
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="samples.parquet is damaged .*materialise the raw asset again"):
+        list(read_raw(raw.directory))
