@@ -159,16 +159,10 @@ def predict(
         return answerer.answers(rows, max_new_tokens=spec.max_new_tokens)
 
     answers = dict(progress.follow(in_batches(prompts, spec.batch_size, answer)))
+    data_dir = spec.data_dir.resolve()
     return [
         {
-            "model": model,
-            "entry": sample.entry,
-            "sample_id": sample.row.id,
-            "row_index": sample.index,
-            "images": [path.resolve().relative_to(spec.data_dir.resolve()).as_posix() for path in sample.row.images],
-            "prompt": _last(sample.row, "user").replace(IMAGE_PLACEHOLDER, "").strip(),
-            "reference": _last(sample.row, "assistant"),
-            "label": sample.row.label,
+            **_question(model, sample, data_dir),
             "answer": answers[index].text,
             "loss_nats": losses[index][0],
             "loss_shuffled_nats": shuffled[index][0] if index in shuffled else None,
@@ -178,6 +172,20 @@ def predict(
         }
         for index, sample in enumerate(samples)
     ]
+
+
+def _question(model: str, sample: Sample, data_dir: Path) -> dict[str, Any]:
+    """The columns that say who was asked what, and what would have been right."""
+    return {
+        "model": model,
+        "entry": sample.entry,
+        "sample_id": sample.row.id,
+        "row_index": sample.index,
+        "images": [path.resolve().relative_to(data_dir).as_posix() for path in sample.row.images],
+        "prompt": _last(sample.row, "user").replace(IMAGE_PLACEHOLDER, "").strip(),
+        "reference": _last(sample.row, "assistant"),
+        "label": sample.row.label,
+    }
 
 
 def _last(row: Row, role: str) -> str:

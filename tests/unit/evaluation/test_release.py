@@ -1,6 +1,7 @@
 """Releases and their cards."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def test_the_same_checkpoint_is_released_once_and_another_gets_the_next_version(
     assert second.version == "v2" and second.digest != first.digest
     assert list_releases(Layout(tmp_path), "pets") == [first, second]
     assert newest_release(Layout(tmp_path), "pets") == second
+
+
+def test_two_releases_at_once_get_a_version_each(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"run-{i}", bytes([i]) * 1000) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda run: release(run, tmp_path), runs))
+    assert sorted(r.version for r in made) == ["v1", "v2", "v3", "v4"]
+
+
+def test_a_damaged_release_is_not_handed_out_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (release(run, tmp_path).directory / "config.json").unlink()
+    assert release(run, tmp_path).version == "v2"
 
 
 def test_a_model_that_fails_its_gates_is_not_released(tmp_path: Path) -> None:
