@@ -8,16 +8,21 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mllm_assets.artifacts import write_json_atomic
-from mllm_assets.errors import MllmAssetsError
+from mllm_assets.errors import MachineError, MllmAssetsError
 from mllm_assets.training.protocol import EXIT_OK, EXIT_USER_ERROR, Reporter, error_payload, open_reporter
 from mllm_assets.training.supervisor import die_with_parent
 
 Task = Callable[[dict[str, Any], Reporter], dict[str, Any]]
+
+LOCK_WAIT_S = 5.0  # a worker that is being ended may still hold it
 
 TASKS = {
     "build_pretrained": "mllm_assets.training.tiny_gemma:build_task",
@@ -40,7 +45,8 @@ def run(request: dict[str, Any], result_path: Path) -> int:
     """Run one task and write its outcome. Returns the exit code; a crash is raised, with its traceback."""
     with open_reporter() as reporter:
         try:
-            result = find_task(request["task"])(request, reporter)
+            with _alone_in_run_directory(request):
+                result = find_task(request["task"])(request, reporter)
         except MllmAssetsError as error:
             # Any rank may be the one that found it: the file is replaced in one step, so the last one wins
             write_json_atomic(result_path, {"error": error_payload(error)})
@@ -48,6 +54,27 @@ def run(request: dict[str, Any], result_path: Path) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         write_json_atomic(result_path, {"result": result})
     return EXIT_OK
+
+
+@contextmanager
+def _alone_in_run_directory(request: dict[str, Any]) -> Iterator[None]:
+    """Hold the run's lock; the kernel gives it back however this process ends."""
+    if "run_dir" not in request or int(os.environ.get("RANK", "0")) != 0:
+        yield
+        return
+    run_dir = Path(request["run_dir"])
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir.with_name(f".{run_dir.name}.lock"))
+    try:
+        lock.acquire(timeout=LOCK_WAIT_S)
+    except Timeout:
+        raise MachineError(
+            f"Another process is training {run_dir}. Wait for it, or stop it; then the same command goes on from it."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def main() -> None:

@@ -281,6 +281,20 @@ def test_the_worker_gets_threads_and_variables_and_no_stdin(world: World) -> Non
     assert result == {"omp": "2", "own": "yes", "stdin": ""}
 
 
+def test_two_workers_never_train_in_one_directory(world: World) -> None:
+    """A run from Dagster and one from the terminal would mix their checkpoints. A killed worker leaves no lock."""
+    run_dir = world.folder / "outputs" / "run"
+    first = world.launch("waits", run_dir=str(run_dir))
+    with pytest.raises(MachineError) as caught:
+        world.run("variables", run_dir=str(run_dir))
+    assert str(caught.value) == (
+        f"Another process is training {run_dir}. Wait for it, or stop it; then the same command goes on from it."
+    )
+    first.kill()
+    first.wait(20)
+    assert world.run("variables", run_dir=str(run_dir))["stdin"] == ""
+
+
 def test_progress_and_warnings_reach_dagster_through_pipes(world: World) -> None:
     import dagster as dg
 
