@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,22 @@ def test_the_worker_writes_a_users_error_and_a_result(tmp_path: Path, monkeypatc
     assert json.loads(result.read_text()) == {"error": {"type": "DataError", "message": "row 7"}}
     assert worker.run({"task": "border_tasks:good", "numbers": [1, 2]}, result) == 0
     assert json.loads(result.read_text()) == {"result": {"sum": 3}}
+
+
+def test_a_ranks_crash_does_not_hide_another_ranks_error(tmp_path: Path) -> None:
+    """When one rank ends, the others fall over a broken connection: that is not what the person must read."""
+    (tmp_path / "falling_tasks.py").write_text("def fall(request, reporter): raise ConnectionError('peer is gone')\n")
+    request, result = tmp_path / "request.json", tmp_path / "result.json"
+    request.write_text(json.dumps({"task": "falling_tasks:fall"}))
+    command = [sys.executable, "-m", "mllm_assets.worker", str(request), str(result)]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    assert subprocess.run(command, env=env, capture_output=True).returncode == 1
+    assert "ConnectionError: peer is gone" in json.loads(result.read_text())["traceback"]
+
+    result.write_text('{"error": {"type": "DataError", "message": "row 7"}}')
+    assert subprocess.run(command, env=env, capture_output=True).returncode == 1
+    assert json.loads(result.read_text())["error"]["message"] == "row 7"
 
 
 def test_an_unknown_task_lists_the_known_ones() -> None:

@@ -115,7 +115,10 @@ def test_names_of_earlier_versions_are_understood(recipe_file) -> None:
 def test_what_has_no_effect_is_noted_and_a_default_is_not(recipe_file) -> None:
     """Many recipes spell the defaults out; a note for each would bury the ones that matter."""
     recipe = load_recipe(
-        recipe_file("trust_remote_code: true\nuse_galore: false\ngalore_rank: 16\npacking: false\nstage: sft\n")
+        recipe_file(
+            "trust_remote_code: true\nuse_galore: false\ngalore_rank: 16\npacking: false\nstage: sft\n"
+            "report_to: null\ninclude_num_input_tokens_seen: false\n"
+        )
     )
     assert recipe.notes == ("trust_remote_code has no effect: code from a model or dataset repository is never run.",)
 
