@@ -1,0 +1,111 @@
+"""`mllm-assets`: what can be done without Dagster. One thin subcommand a verb; torch loads only where it is used."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mllm_assets.errors import MllmAssetsError
+from mllm_assets.layout import Layout
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Exit code 2 says that something is for the user to mend; the message says what."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except MllmAssetsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, and the same command goes on from it", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mllm-assets", description="Fine-tune vision-language models.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="train a LLaMA-Factory recipe on a ShareGPT directory, without Dagster")
+    train.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    train.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    train.add_argument("--num-processes", type=int, default=1)
+    train.add_argument("--force", action="store_true", help="train again although this very run is finished")
+    train.set_defaults(run=_train)
+
+    generate = verbs.add_parser("generate", help="a model's answer to an image and a prompt")
+    generate.add_argument("--model", type=Path, required=True, help="model, run, checkpoint or release directory")
+    generate.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--system", help="system message")
+    generate.add_argument("--max-new-tokens", type=int, default=100)
+    generate.add_argument("--do-sample", action="store_true", help="sample in place of greedy decoding")
+    generate.add_argument("--temperature", type=float, default=0.7)
+    generate.add_argument("--top-p", type=float, default=0.9)
+    generate.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    generate.add_argument("--json", action="store_true", help="print one JSON object")
+    generate.set_defaults(run=_generate)
+
+    summary = verbs.add_parser("summary", help="where a recipe's results are and what they say")
+    summary.add_argument("recipe", help="recipe name, for example emoji_sft")
+    summary.set_defaults(run=_summary)
+
+    check = verbs.add_parser("check-recipes", help="read every recipe; exit code 2 names the first that is wrong")
+    check.add_argument("folder", type=Path, nargs="?", default=Path("configs"))
+    check.set_defaults(run=_check_recipes)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from mllm_assets.training.local import train
+
+    accelerator = {"device": arguments.device, "num_processes": arguments.num_processes, "num_threads": None}
+    run = train(arguments.recipe, arguments.overrides, Layout.from_environment(), accelerator, force=arguments.force)
+    print(run.describe())
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from mllm_assets.inference.generate import generate
+
+    answer = generate(
+        arguments.model,
+        arguments.image,
+        arguments.prompt,
+        system=arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
+        do_sample=arguments.do_sample,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(json.dumps({"text": answer.text, "time_s": answer.time_s, "num_tokens": answer.num_tokens}))
+    else:
+        print(answer.text)
+        print(f"Time taken: {answer.time_s:.2f} seconds")
+    return 0
+
+
+def _summary(arguments: argparse.Namespace) -> int:
+    from mllm_assets.summary import summarise
+
+    print(summarise(Layout.from_environment(), arguments.recipe))
+    return 0
+
+
+def _check_recipes(arguments: argparse.Namespace) -> int:
+    from mllm_assets.training.recipe import load_recipe
+
+    paths = sorted(arguments.folder.glob("*.yaml"))
+    for path in paths:
+        for note in load_recipe(path).notes:
+            print(f"{path.name}: {note}")
+    print(f"{len(paths)} recipes read")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

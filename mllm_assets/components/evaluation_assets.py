@@ -1,0 +1,251 @@
+"""`<recipe>/predictions`, `<recipe>/eval_metrics` and `<recipe>/released_model`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+
+from mllm_assets import __version__
+from mllm_assets.artifacts import digest_json, is_complete, read_manifest
+from mllm_assets.components.lineage import library_versions, upstream, upstream_path
+from mllm_assets.components.reporting import table
+from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
+from mllm_assets.components.training_assets import model_directory
+from mllm_assets.components.wiring import Node
+from mllm_assets.data.sharegpt import entry_digest, load_rows
+from mllm_assets.evaluation.gates import GateResult, GateSpec, evaluate_gates
+from mllm_assets.evaluation.metrics import compute_metrics, metric_rows, read_metrics, write_metrics
+from mllm_assets.evaluation.model_card import Lineage
+from mllm_assets.evaluation.release import newest_release, publish
+from mllm_assets.evaluation.table import read_predictions, store_table
+from mllm_assets.layout import Layout
+
+GATES = ("beats_base_model", "beats_most_common_answer", "the_model_uses_the_image", "no_regression_against_release")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSettings:
+    """How predictions are made; see `components.fine_tuning.Evaluation`."""
+
+    max_new_tokens: int
+    batch_size: int
+    max_samples: int | None
+
+
+def predictions_asset(node: Node, settings: EvaluationSettings) -> dg.AssetsDefinition:
+    """What the base and the tuned model say for each validation sample."""
+
+    @dg.asset(
+        key=node.key("predictions"),
+        group_name="evaluate",
+        kinds={"duckdb"},
+        deps=[node.key("checkpoint"), node.model, *sorted(set(node.eval_data.values()))],
+        pool="gpu",
+        code_version=digest_json(asdict(settings))[:16],
+        description="Answers and losses of the base and the tuned model, by sample, in DuckDB, with a gallery.",
+    )
+    def predictions(
+        context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
+    ) -> dg.MaterializeResult:
+        layout = project.layout
+        with failures_for_people():
+            request = _evaluation_request(context, node, settings, layout)
+        directory = Path(request["directory"])
+        if is_complete(directory):
+            context.log.info(f"{layout.relative(directory)} holds these predictions already.")
+            result = read_manifest(directory)
+        else:
+            result = gpu.run(context, request)
+        with failures_for_people():
+            project.quality_store.write({"predictions": _for_store(context, node, read_predictions(directory))})
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(result["digest"]),
+            metadata={
+                "num_samples": sum(result["entries"].values()),
+                "num_predictions": result["num_predictions"],
+                "gallery": dg.MetadataValue.md((directory / "gallery.md").read_text(encoding="utf-8")),
+                "gallery_path": layout.relative(directory / "gallery.html"),
+                "wall_s": result["wall_s"],
+                "path": layout.relative(directory),
+            },
+        )
+
+    return predictions
+
+
+def eval_metrics_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
+    """The tuned model's metrics against the base model's, the most common answer's and the released model's."""
+    key = node.key("eval_metrics")
+
+    @dg.asset(
+        key=key,
+        group_name="evaluate",
+        kinds={"json"},
+        deps=[node.key("predictions"), *node.data],
+        code_version=digest_json(asdict(gates))[:16],
+        check_specs=[dg.AssetCheckSpec(name, asset=key, blocking=True) for name in GATES],
+        description="Loss, perplexity, BLEU, chrF, ROUGE-L and label accuracy, with the gates of a release as checks.",
+    )
+    def eval_metrics(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
+        layout, spec = project.layout, node.recipe.spec
+        with failures_for_people():
+            rows = read_predictions(upstream_path(context, node.key("predictions"), layout))
+            answers = _train_answers(layout.root / spec.dataset_dir, spec.train_entries)
+            metrics = compute_metrics(rows, answers)
+            inputs = {"predictions": upstream(context, node.key("predictions"))["data_version"], "answers": answers}
+            directory = layout.metrics(node.name, digest_json([__version__, metrics])[:16])
+            manifest = write_metrics(directory, metrics, {"inputs": digest_json(inputs)})
+            release = newest_release(layout, node.name)
+            results = evaluate_gates(metrics, gates, read_metrics(release.directory) if release else None)
+            scores = metric_rows(metrics, **_run_columns(context, node))
+            project.quality_store.write({"eval_metrics": scores})
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(manifest["digest"]),
+            check_results=_gate_checks(results),
+            metadata={**_headline(metrics), "metrics": _metrics_table(metrics), "path": layout.relative(directory)},
+        )
+
+    return eval_metrics
+
+
+def released_model_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
+    """The model that passed its gates, which are judged here once more."""
+
+    @dg.asset(
+        key=node.key("released_model"),
+        group_name="release",
+        kinds={"pytorch"},
+        deps=[node.key("eval_metrics"), node.key("checkpoint")],
+        pool="gpu",
+        description="A plain Hugging Face directory with a model card; a release never changes.",
+    )
+    def released_model(
+        context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
+    ) -> dg.MaterializeResult:
+        layout = project.layout
+        with failures_for_people():
+            run_dir = upstream_path(context, node.key("checkpoint"), layout)
+            metrics = read_metrics(upstream_path(context, node.key("eval_metrics"), layout))
+
+            def verify(directory: Path) -> Mapping[str, Any]:
+                model = run_dir / "model"
+                return gpu.run(context, {"task": "release", "directory": str(directory), "checkpoint_dir": str(model)})
+
+            lineage = _lineage(context, node, read_manifest(run_dir))
+            release = publish(node.name, run_dir, metrics, gates, lineage, layout, verify=verify)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(release.digest),
+            metadata={
+                "version": release.version,
+                "model_card": dg.MetadataValue.md((release.directory / "README.md").read_text(encoding="utf-8")),
+                "path": layout.relative(release.directory),
+            },
+        )
+
+    return released_model
+
+
+def _evaluation_request(
+    context: dg.AssetExecutionContext, node: Node, settings: EvaluationSettings, layout: Layout
+) -> dict[str, Any]:
+    """What to ask of the worker; the directory is named by all that the answers depend on."""
+    spec = node.recipe.spec
+    data_dir = layout.root / spec.dataset_dir
+    how = {"cutoff_len": spec.cutoff_len, "image_max_pixels": spec.image_max_pixels, **asdict(settings)}
+    identity = {
+        "engine_version": __version__,
+        "tuned": upstream(context, node.key("checkpoint"))["data_version"],
+        "base": upstream(context, node.model)["data_version"],
+        "data": {entry: entry_digest(data_dir, entry) for entry in spec.eval_entries},
+        **how,
+    }
+    return {
+        "task": "evaluate",
+        "recipe_name": node.name,
+        "model_dir": str(upstream_path(context, node.key("checkpoint"), layout, name="model_path")),
+        "base_model_dir": str(model_directory(context, node, layout)),
+        "data_dir": str(data_dir),
+        "entries": list(spec.eval_entries),
+        "directory": str(layout.predictions(node.name, digest_json(identity)[:16])),
+        **how,
+    }
+
+
+def _run_columns(context: dg.AssetExecutionContext, node: Node) -> dict[str, str]:
+    digest = upstream(context, node.key("checkpoint"))["data_version"]
+    return {"run_id": context.run_id, "recipe": node.name, "checkpoint_digest": digest}
+
+
+def _for_store(context: dg.AssetExecutionContext, node: Node, rows: pa.Table) -> pa.Table:
+    return store_table(rows, **_run_columns(context, node))
+
+
+def _train_answers(data_dir: Path, entries: Sequence[str]) -> list[str]:
+    return [row.messages[-1].content for entry in entries for row in load_rows(data_dir, entry)]
+
+
+def _gate_checks(results: Sequence[GateResult]) -> list[dg.AssetCheckResult]:
+    judged = {result.name: result for result in results}
+    none_yet = "Nothing of this recipe is released yet."
+    checks = []
+    for name in GATES:
+        result = judged.get(name)
+        passed, text = (result.passed, result.description) if result else (True, none_yet)
+        figures = {"observed": result.observed, "threshold": result.threshold} if result else {}
+        figures = {figure: value for figure, value in figures.items() if value is not None}
+        checks.append(dg.AssetCheckResult(check_name=name, passed=passed, description=text, metadata=figures))
+    return checks
+
+
+def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The tuned model's numbers as metadata of their own, so that Dagster plots them over time."""
+    entries = metrics["entries"]
+    return {
+        f"{metric}_{entry}" if len(entries) > 1 else metric: value
+        for entry, scored in entries.items()
+        for metric, value in scored["models"]["tuned"].items()
+    }
+
+
+def _metrics_table(metrics: Mapping[str, Any]) -> dg.TableMetadataValue:
+    rows = [
+        {"entry": entry, "metric": metric, "tuned": value, "base": scored["models"]["base"].get(metric)}
+        for entry, scored in metrics["entries"].items()
+        for metric, value in scored["models"]["tuned"].items()
+    ]
+    return table(rows, {"entry": "string", "metric": "string", "base": "float", "tuned": "float"})
+
+
+def _lineage(context: dg.AssetExecutionContext, node: Node, run: Mapping[str, Any]) -> Lineage:
+    """What the model was made from, for its card."""
+    spec, base = node.recipe.spec, upstream(context, node.model)
+    uses = {"train": node.train_data, "evaluate": node.eval_data}
+    return {
+        "base_model": {
+            "name": spec.model_name_or_path,
+            "fingerprint": base["data_version"] or "",
+            "hub_id": base.get("hub_id") or None,
+            "revision": base.get("revision") or None,
+            "license": base.get("license") or None,
+        },
+        "datasets": [
+            {"entry": entry, "use": use, "digest": run["data_digests"].get(entry, ""), **_source(context, key)}
+            for use, data in uses.items()
+            for entry, key in data.items()
+        ],
+        "recipe": dict(node.recipe.values),
+        "versions": library_versions(),
+        "command": f"dagster asset materialize -m mllm_assets.definitions --select '+key:\"{node.name}/released_model\"'",
+    }
+
+
+def _source(context: dg.AssetExecutionContext, dataset_info: dg.AssetKey) -> dict[str, Any]:
+    """Where a dataset came from; nothing for entries written by hand."""
+    raw = dg.AssetKey([dataset_info.path[0], "raw"])
+    if context.instance.get_latest_materialization_event(raw) is None:
+        return {}
+    facts = upstream(context, raw)
+    return {name: facts.get(name) or None for name in ("hub_id", "revision", "license")}

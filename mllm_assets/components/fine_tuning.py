@@ -1,0 +1,154 @@
+"""Every recipe in `configs/` as assets: features, checkpoint, predictions, metrics, release."""
+
+from pathlib import Path, PurePosixPath
+
+import dagster as dg
+from pydantic import Field
+
+from mllm_assets.artifacts import slug
+from mllm_assets.components.image_text_dataset import ImageTextDataset
+from mllm_assets.components.pretrained_model import Model, PretrainedModels
+from mllm_assets.components.recipe_assets import (
+    EvaluationSettings,
+    RecipeSettings,
+    build_recipe_assets,
+    hand_written_asset,
+)
+from mllm_assets.components.reporting import failing_asset
+from mllm_assets.components.retraining import weekly_retraining
+from mllm_assets.components.wiring import Node, Surroundings, hand_written_entries, lines_of, resolve
+from mllm_assets.errors import MllmAssetsError, RecipeError
+from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.layout import Layout
+from mllm_assets.training.recipe import Recipe, load_recipe
+
+
+class Evaluation(dg.Model, dg.Resolvable):
+    """How predictions are made."""
+
+    max_new_tokens: int = 64
+    batch_size: int = 16
+    max_samples: int | None = Field(default=None, description="Validation samples to use; all by default.")
+
+
+class Gates(dg.Model, dg.Resolvable):
+    """What a model must show before it is released."""
+
+    min_loss_gain_nats: float = Field(default=0.0, description="How much lower than the base model's its loss must be.")
+    min_answer_gain: float = Field(
+        default=0.0, description="How far above the most common answer its accuracy must be."
+    )
+    min_image_gain_nats: float = Field(default=0.0, description="How much lower its loss must be with the true image.")
+    max_regression_nats: float = Field(default=0.0, description="How far above the release's its loss may be.")
+    num_stderr: float = Field(
+        default=1.645, description="Standard errors that a gain must exceed; 1.645 is one-sided 95 %."
+    )
+
+
+class Settings(dg.Model, dg.Resolvable):
+    """Settings of one recipe that LLaMA-Factory has no key for."""
+
+    feature_cache: bool = Field(default=True, description="Keep the frozen vision tower's output and train from it.")
+    evaluation: Evaluation = Evaluation()
+    gates: Gates = Gates()
+
+    def to_domain(self) -> RecipeSettings:
+        return RecipeSettings(
+            feature_cache=self.feature_cache,
+            evaluation=EvaluationSettings(**self.evaluation.model_dump()),
+            gates=GateSpec(**self.gates.model_dump()),
+        )
+
+
+class RecipeOverride(Settings):
+    """Settings of one recipe, in place of the defaults."""
+
+    recipe: str = Field(description="Name of the recipe: its file's stem.")
+
+
+class Retraining(dg.Model, dg.Resolvable):
+    """The schedule that retrains what changed."""
+
+    enabled: bool = False
+    cron_schedule: str = "0 3 * * 1"
+
+
+class FineTuning(dg.Component, dg.Model, dg.Resolvable):
+    """LLaMA-Factory recipes as assets; a new file matching `recipes` becomes a new line of the graph.
+
+    Makes `<recipe>/vision_features`, `/checkpoint`, `/predictions`, `/eval_metrics` and `/released_model`.
+    """
+
+    recipes: str = Field(default="configs/*.yaml", description="Recipe files, below the project's root.")
+    defaults: Settings = Field(default=Settings(), description="Settings of every recipe.")
+    settings: list[RecipeOverride] = Field(default=[], description="Settings of single recipes.")
+    weekly_retraining: Retraining = Retraining()
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        layout = Layout.from_environment()
+        recipes, assets = read_recipes(context.project_root, self.recipes)
+        made = _made_entries(context)
+        by_hand = hand_written_entries(layout.dataset_info, made)
+        around = Surroundings(
+            entries={**by_hand, **made},
+            models={model.directory: model.key for model in _models(context)},
+            recipes={recipe.output_dir: dg.AssetKey([recipe.name, "checkpoint"]) for recipe in recipes},
+        )
+        settings = {slug(override.recipe): override for override in self.settings}
+        nodes: list[Node] = []
+        for recipe in recipes:
+            try:
+                nodes.append(resolve(recipe, around))
+            except MllmAssetsError as error:
+                assets.append(failing_asset(dg.AssetKey([recipe.name, "checkpoint"]), "train", error))
+        for node in nodes:
+            assets.extend(build_recipe_assets(node, settings.get(node.name, self.defaults).to_domain()))
+        used = {key for node in nodes for key in node.data}
+        assets.extend(hand_written_asset(entry, key) for entry, key in by_hand.items() if key in used)
+        retraining = self.weekly_retraining
+        schedule = weekly_retraining(lines_of(nodes), retraining.cron_schedule, retraining.enabled)
+        return dg.Definitions(assets=assets, schedules=[schedule])
+
+
+def read_recipes(project_root: Path, pattern: str) -> tuple[list[Recipe], list[dg.AssetsDefinition]]:
+    """Read the recipe files; each one that cannot be read becomes an asset that fails with the message."""
+    by_name: dict[str, list[Path]] = {}
+    for path in sorted(project_root.glob(pattern)):
+        by_name.setdefault(slug(path.stem), []).append(path)
+    recipes: list[Recipe] = []
+    unreadable: list[dg.AssetsDefinition] = []
+    for name, paths in by_name.items():
+        try:
+            recipes.append(_read_recipe(paths, recipes))
+        except MllmAssetsError as error:
+            unreadable.append(failing_asset(dg.AssetKey([name, "checkpoint"]), "train", error))
+    return recipes, unreadable
+
+
+def _read_recipe(paths: list[Path], earlier: list[Recipe]) -> Recipe:
+    if len(paths) > 1:
+        raise RecipeError(
+            f"{' and '.join(path.name for path in paths)} would both be the recipe {slug(paths[0].stem)!r}. Rename one."
+        )
+    recipe = load_recipe(paths[0])
+    for other in earlier:
+        if PurePosixPath(other.output_dir) == PurePosixPath(recipe.output_dir):
+            raise RecipeError(
+                f"{recipe.path.name}: output_dir {recipe.output_dir!r} is also that of {other.path.name}. "
+                f"Give it one of its own, for example outputs/{recipe.name}."
+            )
+    return recipe
+
+
+def _made_entries(context: dg.ComponentLoadContext) -> dict[str, dg.AssetKey]:
+    """Every entry that a dataset component writes -> the asset that writes it."""
+    datasets = context.component_tree.get_all_components(of_type=ImageTextDataset)
+    return {
+        entry: dg.AssetKey([slug(dataset.name), "dataset_info"])
+        for dataset in datasets
+        for entry in dataset.entry_names()
+    }
+
+
+def _models(context: dg.ComponentLoadContext) -> list[Model]:
+    return [m for c in context.component_tree.get_all_components(of_type=PretrainedModels) for m in c.models]

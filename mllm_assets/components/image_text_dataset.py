@@ -1,0 +1,272 @@
+"""One dataset, from its source to its entries in `dataset_info.json`, as five assets declared by a `defs.yaml`."""
+
+from typing import Literal
+
+import dagster as dg
+from pydantic import Field
+
+from mllm_assets.artifacts import digest_json, slug
+from mllm_assets.components.lineage import upstream_path
+from mllm_assets.components.resources import ProjectResource, failures_for_people
+from mllm_assets.components.reporting import check_results, counts_table, failing_asset
+from mllm_assets.data.checks import counts_add_up, every_image_has_a_placeholder, splits_share_no_image
+from mllm_assets.data.dataset_info import register
+from mllm_assets.data.sources import ingest
+from mllm_assets.data.spec import DatasetSpec, QualitySpec, SourceSpec, SplitSpec, as_json
+from mllm_assets.data.splits import split
+from mllm_assets.errors import MllmAssetsError
+from mllm_assets.quality.assess import assess
+
+
+COUNTS = ("num_raw", "num_train", "num_val", "num_unused", "num_rejected")
+
+
+class Source(dg.Model, dg.Resolvable):
+    """Where the samples come from."""
+
+    kind: Literal["huggingface", "parquet"] = Field(description="A Hugging Face Hub dataset, or a Parquet file.")
+    repo: str = Field(default="", description="Hub id, for example ethz/food101.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit; resolved to a commit and recorded.")
+    split: str = Field(default="train", description="Hub split to read.")
+    path: str = Field(default="", description="Parquet file below the root, or package:emoji.parquet.")
+    image_column: str = "image"
+    caption_column: str | None = "text"
+    label_column: str | None = Field(default=None, description="Class label; names come from the dataset's features.")
+
+
+class Split(dg.Model, dg.Resolvable):
+    """How many samples go where. Groups of near-duplicates stay together."""
+
+    num_train: int = 500
+    num_val: int = 50
+    seed: int = 42
+
+
+class Quality(dg.Model, dg.Resolvable):
+    """What rejects a sample, what only flags it, and what counts as a near-duplicate. Null keeps the default."""
+
+    min_edge_px: int | None = None
+    max_pixels: int | None = Field(default=None, description="Larger images are rejected before they are decoded.")
+    max_image_bytes: int | None = None
+    max_caption_chars: int | None = None
+    duplicate_distance_bits: int | None = Field(
+        default=None, description="Near-duplicates differ in at most so many of 64 bits of their perceptual hash."
+    )
+    duplicate_color_distance: float | None = Field(
+        default=None, description="And their 4x4 thumbnails by at most so much, 0..255: the hash is colour-blind."
+    )
+    max_dark_brightness: float | None = None
+    max_light_headroom: float | None = None
+    max_low_information: float | None = None
+    max_blurry: float | None = None
+    max_odd_aspect_ratio: float | None = None
+    reject_flags: list[str] | None = Field(default=None, description="Flags that reject, for example image_dark.")
+
+
+class Entries(dg.Model, dg.Resolvable):
+    """Names in `dataset_info.json`; by default `<dataset>_train` and `<dataset>_val`."""
+
+    train: str = ""
+    val: str = ""
+
+
+class ImageTextDataset(dg.Component, dg.Model, dg.Resolvable):
+    """An image-text dataset as a ShareGPT directory that LLaMA-Factory reads.
+
+    Makes `<name>/raw`, `/sample_quality`, `/train`, `/val` and `/dataset_info`.
+    """
+
+    name: str = Field(description="Name of the dataset; its slug is the first part of the asset keys.")
+    description: str = Field(default="", description="What the dataset is.")
+    license: str = Field(default="", description="Its licence, for the model card; for example apache-2.0.")
+    source: Source
+    prompts: list[str] = Field(description="Questions, used in turn by the sample's index within its split.")
+    answer: str = Field(default="{caption}", description="Template of the answer, with {caption} and {label}.")
+    system: str | None = Field(default=None, description="System message of every sample.")
+    split: Split = Split()
+    quality: Quality = Quality()
+    entries: Entries = Entries()
+
+    def spec(self) -> DatasetSpec:
+        """Return the domain's description of this dataset.
+
+        Raises:
+            RecipeError: A value cannot stand. Says which.
+        """
+        return DatasetSpec(
+            name=slug(self.name),
+            source=SourceSpec(**self.source.model_dump()),
+            prompts=tuple(self.prompts),
+            answer=self.answer,
+            system=self.system,
+            train_entry=self.entries.train,
+            val_entry=self.entries.val,
+            split=SplitSpec(**self.split.model_dump()),
+            quality=QualitySpec(**self.quality.model_dump(exclude_none=True)),
+        )
+
+    def entry_names(self) -> tuple[str, str]:
+        """The names of the training and the validation entry, also of a dataset that cannot be read."""
+        return self.entries.train or f"{slug(self.name)}_train", self.entries.val or f"{slug(self.name)}_val"
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        try:
+            spec = self.spec()
+        except MllmAssetsError as error:
+            return dg.Definitions(
+                assets=[failing_asset(dg.AssetKey([slug(self.name), "dataset_info"]), "curate", error)]
+            )
+        return dg.Definitions(
+            assets=[
+                _raw_asset(spec, self.description, self.license),
+                _sample_quality_asset(spec),
+                _splits_asset(spec),
+                _dataset_info_asset(spec),
+            ]
+        )
+
+
+def _raw_asset(spec: DatasetSpec, description: str, license: str) -> dg.AssetsDefinition:
+    kinds = {"parquet"} | ({"huggingface"} if spec.source.kind == "huggingface" else set())
+
+    @dg.asset(
+        key=[spec.name, "raw"],
+        group_name="ingest",
+        kinds=kinds,
+        code_version=digest_json(as_json(spec.source))[:16],
+        description=f"{description}\n\nThe source at a pinned revision, image bytes undecoded.".strip(),
+    )
+    def raw(project: ProjectResource) -> dg.MaterializeResult:
+        with failures_for_people():
+            result = ingest(spec, project.layout)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(result.digest),
+            metadata={
+                "num_samples": result.num_samples,
+                "size_mib": round(result.num_bytes / 2**20, 2),
+                "revision": result.revision or "",
+                "hub_id": spec.source.repo,
+                "license": license,
+                "path": project.layout.relative(result.directory),
+            },
+        )
+
+    return raw
+
+
+def _sample_quality_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
+    raw_key = dg.AssetKey([spec.name, "raw"])
+
+    @dg.asset(
+        key=[spec.name, "sample_quality"],
+        group_name="curate",
+        kinds={"duckdb"},
+        deps=[raw_key],
+        code_version=digest_json([as_json(spec.quality), spec.answer])[:16],
+        description="One row a sample in data/quality.duckdb: dimensions, brightness, blur, entropy, hashes, caption "
+        "statistics, near-duplicates, and the reason where a sample is rejected.",
+    )
+    def sample_quality(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
+        with failures_for_people():
+            raw = upstream_path(context, raw_key, project.layout)
+            result = assess(spec, project.layout, raw, context.run_id)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(result.digest),
+            metadata={
+                "num_samples": result.num_samples,
+                "num_rejected": result.num_rejected,
+                "num_duplicates": result.num_duplicates,
+                "num_decoded": result.num_decoded,
+                "reject_reasons": counts_table(result.reject_reasons, "reason"),
+                "flags": counts_table(result.flags, "flag"),
+                "path": project.layout.relative(result.directory),
+            },
+        )
+
+    return sample_quality
+
+
+def _splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
+    raw_key, quality_key = dg.AssetKey([spec.name, "raw"]), dg.AssetKey([spec.name, "sample_quality"])
+    train_key, val_key = dg.AssetKey([spec.name, "train"]), dg.AssetKey([spec.name, "val"])
+    checks = {
+        train_key: ("every_image_has_a_placeholder", "counts_add_up"),
+        val_key: ("every_image_has_a_placeholder", "splits_share_no_image"),
+    }
+
+    def asset_spec(key: dg.AssetKey, description: str) -> dg.AssetSpec:
+        return dg.AssetSpec(
+            key,
+            deps=[raw_key, quality_key],
+            group_name="curate",
+            kinds={"json"},
+            code_version=digest_json(as_json(spec))[:16],
+            description=description,
+        )
+
+    @dg.multi_asset(
+        name=f"{spec.name}__splits",
+        specs=[
+            asset_spec(train_key, "The training split as ShareGPT JSON."),
+            asset_spec(val_key, "The validation split: no image of it, nor a near-duplicate, is in train."),
+        ],
+        check_specs=[
+            dg.AssetCheckSpec(name, asset=key, blocking=True) for key, names in checks.items() for name in names
+        ],
+    )
+    def splits(context: dg.AssetExecutionContext, project: ProjectResource):
+        layout = project.layout
+        with failures_for_people():
+            raw = upstream_path(context, raw_key, layout)
+            quality = upstream_path(context, quality_key, layout)
+            result = split(spec, layout, raw, quality, context.run_id)
+            placeholders = every_image_has_a_placeholder(result.directory, layout.data)
+            outcomes = {
+                train_key: {"every_image_has_a_placeholder": placeholders, "counts_add_up": counts_add_up(result)},
+                val_key: {
+                    "every_image_has_a_placeholder": placeholders,
+                    "splits_share_no_image": splits_share_no_image(
+                        result.directory, layout.data, spec.quality.duplicate_distance_bits
+                    ),
+                },
+            }
+        sizes = {train_key: (result.num_train, result.train_digest), val_key: (result.num_val, result.val_digest)}
+        for key, (num_samples, digest) in sizes.items():
+            yield dg.MaterializeResult(
+                asset_key=key,
+                data_version=dg.DataVersion(digest),
+                check_results=check_results(key, outcomes[key]),
+                metadata={
+                    "num_samples": num_samples,
+                    **{name: getattr(result, name) for name in COUNTS},
+                    "unused_reasons": counts_table(result.unused_reasons, "reason"),
+                    "path": layout.relative(result.directory),
+                },
+            )
+
+    return splits
+
+
+def _dataset_info_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
+    train_key, val_key = dg.AssetKey([spec.name, "train"]), dg.AssetKey([spec.name, "val"])
+
+    @dg.asset(
+        key=[spec.name, "dataset_info"],
+        group_name="curate",
+        kinds={"json"},
+        deps=[train_key, val_key],
+        description=f"The entries {spec.train_entry} and {spec.val_entry} of data/dataset_info.json, as LLaMA-Factory reads them.",
+    )
+    def dataset_info(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
+        with failures_for_people():
+            version = upstream_path(context, train_key, project.layout)
+            result = register(spec, project.layout, version)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(result.digest),
+            metadata={
+                "entries": dg.MetadataValue.json(result.entries),
+                "path": project.layout.relative(project.layout.dataset_info),
+            },
+        )
+
+    return dataset_info

@@ -1,0 +1,44 @@
+"""What an asset reads of the assets above it: the metadata of their latest materialisation."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from mllm_assets.errors import IntegrityError
+from mllm_assets.layout import Layout
+
+
+def upstream(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, Any]:
+    """Return the metadata values of `key`'s latest materialisation, with its data version as `data_version`.
+
+    Raises:
+        IntegrityError: It was never materialised. Says the command that does it.
+    """
+    event = context.instance.get_latest_materialization_event(key)
+    if event is None or event.asset_materialization is None:
+        name = key.to_user_string()
+        raise IntegrityError(
+            f"{name} was never materialised. Run: "
+            f"dagster asset materialize -m mllm_assets.definitions --select '+key:\"{name}\"'"
+        )
+    materialization = event.asset_materialization
+    values = {name: value.value for name, value in materialization.metadata.items()}
+    return {**values, "data_version": (materialization.tags or {}).get("dagster/data_version")}
+
+
+def upstream_path(context: dg.AssetExecutionContext, key: dg.AssetKey, layout: Layout, *, name: str = "path") -> Path:
+    """Return the directory that `key` published, never a link that a later run may move."""
+    directory = layout.root / upstream(context, key)[name]
+    if not directory.is_dir():
+        raise IntegrityError(
+            f"{directory} of {key.to_user_string()} is gone. Materialise {key.to_user_string()} again."
+        )
+    return directory
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide what a model computes."""
+    names = ("mllm-assets", "torch", "transformers", "accelerate", "peft", "dagster")
+    return {name: version(name) for name in names}

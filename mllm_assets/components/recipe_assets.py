@@ -1,0 +1,51 @@
+"""The assets of one recipe, and the external ones that it may read."""
+
+from dataclasses import dataclass
+
+import dagster as dg
+
+from mllm_assets.components.evaluation_assets import (
+    EvaluationSettings,
+    eval_metrics_asset,
+    predictions_asset,
+    released_model_asset,
+)
+from mllm_assets.components.resources import ProjectResource, failures_for_people
+from mllm_assets.components.training_assets import checkpoint_asset, vision_features_asset
+from mllm_assets.components.wiring import Node
+from mllm_assets.data.sharegpt import entry_digest
+from mllm_assets.evaluation.gates import GateSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeSettings:
+    """What a recipe's line needs beside the recipe; see `components.fine_tuning.Settings`."""
+
+    feature_cache: bool
+    evaluation: EvaluationSettings
+    gates: GateSpec
+
+
+def build_recipe_assets(node: Node, settings: RecipeSettings) -> list[dg.AssetsDefinition]:
+    """Make a recipe's line. Without `eval_dataset` it ends at the checkpoint: there is nothing to judge a release by."""
+    with_features = settings.feature_cache and node.recipe.spec.freeze_vision_tower
+    assets = [vision_features_asset(node)] if with_features else []
+    assets.append(checkpoint_asset(node, with_features=with_features))
+    if node.eval_data:
+        assets.append(predictions_asset(node, settings.evaluation))
+        assets.append(eval_metrics_asset(node, settings.gates))
+        assets.append(released_model_asset(node, settings.gates))
+    return assets
+
+
+def hand_written_asset(entry: str, key: dg.AssetKey) -> dg.AssetsDefinition:
+    """An entry that a user wrote into `dataset_info.json`: external, observed for changes of its files and images."""
+
+    @dg.observable_source_asset(
+        key=key, group_name="ingest", description=f"The entry {entry} of data/dataset_info.json, written by hand."
+    )
+    def hand_written(project: ProjectResource) -> dg.DataVersion:
+        with failures_for_people():
+            return dg.DataVersion(entry_digest(project.layout.data, entry))
+
+    return hand_written

@@ -1,0 +1,57 @@
+"""Turn domain results into what the Dagster UI shows."""
+
+import base64
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from mllm_assets.data.checks import CheckOutcome
+from mllm_assets.errors import MllmAssetsError
+
+
+def counts_table(counts: Mapping[str, int], name: str) -> dg.TableMetadataValue:
+    """Counts as a table of two columns, the largest first."""
+    rows = [{name: key, "num_samples": count} for key, count in sorted(counts.items(), key=lambda item: -item[1])]
+    return table(rows, {name: "string", "num_samples": "int"})
+
+
+def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> dg.TableMetadataValue:
+    """Rows as a table; `columns` gives the order and the types, so that an empty table still renders."""
+    schema = dg.TableSchema([dg.TableColumn(name, kind) for name, kind in columns.items()])
+    records = [dg.TableRecord({name: row[name] for name in columns}) for row in rows]
+    return dg.MetadataValue.table(records, schema=schema)
+
+
+def check_results(key: dg.AssetKey, outcomes: Mapping[str, CheckOutcome]) -> list[dg.AssetCheckResult]:
+    return [
+        dg.AssetCheckResult(
+            asset_key=key,
+            check_name=name,
+            passed=outcome.passed,
+            description=outcome.description,
+            metadata=dict(outcome.metadata),
+        )
+        for name, outcome in outcomes.items()
+    ]
+
+
+def failing_asset(
+    key: dg.AssetKey, group: str, error: MllmAssetsError, deps: Iterable[dg.AssetKey] = ()
+) -> dg.AssetsDefinition:
+    """An asset in place of one whose YAML cannot be read: it is there, and fails with the message."""
+    message = str(error)
+
+    @dg.asset(
+        key=key, group_name=group, deps=list(deps), description=f"Cannot be built: {message}", tags={"unreadable": ""}
+    )
+    def unreadable() -> dg.MaterializeResult:
+        raise dg.Failure(description=message, allow_retries=False)
+
+    return unreadable
+
+
+def image_markdown(path: Path) -> dg.MarkdownMetadataValue:
+    """A PNG inside the metadata; the UI shows it behind "Show Markdown"."""
+    return dg.MetadataValue.md(f"![{path.stem}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})")

@@ -1,0 +1,154 @@
+"""`<recipe>/vision_features` and `<recipe>/checkpoint`."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from mllm_assets.artifacts import digest_json, read_manifest
+from mllm_assets.components.lineage import upstream_path
+from mllm_assets.components.reporting import image_markdown, table
+from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
+from mllm_assets.components.wiring import Node
+from mllm_assets.layout import Layout
+from mllm_assets.training.recipe import Recipe, load_recipe
+from mllm_assets.training.runs import RunPlan, plan_run, point_latest, train_request
+
+RELOADS = "checkpoint_reloads_strictly"
+
+
+class CheckpointConfig(dg.Config):
+    """What people turn in the launchpad; everything else is in the recipe."""
+
+    max_steps: int | None = Field(default=None, description="Optimizer steps in all; wins over num_train_epochs.")
+    num_train_epochs: float | None = Field(default=None, description="Passes over the training data.")
+    learning_rate: float | None = Field(default=None, description="Peak learning rate.")
+    max_samples: int | None = Field(default=None, description="Use only the first so many samples of each entry.")
+    force: bool = Field(
+        default=False, description="Train again although this very run is finished; nothing is overwritten."
+    )
+
+    def overrides(self) -> dict[str, Any]:
+        return {key: value for key, value in self.model_dump(exclude={"force"}).items() if value is not None}
+
+
+def vision_features_asset(node: Node) -> dg.AssetsDefinition:
+    """The frozen tower's output for every image of the recipe, shared by all recipes with the same tower and images."""
+    spec = node.recipe.spec
+
+    @dg.asset(
+        key=node.key("vision_features"),
+        group_name="train",
+        kinds={"safetensors"},
+        deps=[*node.data, node.model],
+        pool="gpu",
+        description="Pooled output of the frozen vision tower for each image, computed once and content-addressed.",
+    )
+    def vision_features(
+        context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
+    ) -> dg.MaterializeResult:
+        layout = project.layout
+        with failures_for_people():
+            request = {
+                "task": "vision_features",
+                "recipe": spec.to_dict(),
+                "model_dir": str(model_directory(context, node, layout)),
+                "data_dir": str(layout.root / spec.dataset_dir),
+                "entries": [*spec.train_entries, *spec.eval_entries],
+                "features_root": str(layout.features),
+            }
+        result = gpu.run(context, request)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(result["digest"]),
+            metadata={
+                "num_images": result["num_images"],
+                "size_mib": round(result["num_bytes"] / 2**20, 2),
+                "tower_fingerprint": result["tower_fingerprint"],
+                "path": layout.relative(layout.features / result["directory"]),
+            },
+        )
+
+    return vision_features
+
+
+def checkpoint_asset(node: Node, *, with_features: bool) -> dg.AssetsDefinition:
+    """The trained model. A finished run is returned at once, an unfinished one resumes."""
+    features = [node.key("vision_features")] if with_features else []
+
+    @dg.asset(
+        key=node.key("checkpoint"),
+        group_name="train",
+        kinds={"pytorch"},
+        deps=[*node.data, node.model, *features],
+        pool="gpu",
+        code_version=digest_json(node.recipe.spec.semantic_values())[:16],
+        check_specs=[dg.AssetCheckSpec(RELOADS, asset=node.key("checkpoint"), blocking=True)],
+        description=_describe(node.recipe),
+    )
+    def checkpoint(
+        context: dg.AssetExecutionContext, config: CheckpointConfig, project: ProjectResource, gpu: AcceleratorResource
+    ) -> dg.MaterializeResult:
+        layout = project.layout
+        with failures_for_people():
+            recipe = load_recipe(node.recipe.path, config.overrides())
+            model_dir = model_directory(context, node, layout)
+            plan = plan_run(
+                recipe, root=layout.root, model_dir=model_dir, force=config.force, num_processes=gpu.num_processes
+            )
+            features_dir = upstream_path(context, features[0], layout) if features else None
+        if plan.state == "finished":
+            context.log.info(f"{layout.relative(plan.directory)} is finished already: nothing is trained again.")
+            result = read_manifest(plan.directory)
+        else:
+            result = gpu.run(context, train_request(plan, features_dir=features_dir))
+        point_latest(plan)
+        return _checkpoint_result(plan, result, layout)
+
+    return checkpoint
+
+
+def model_directory(context: dg.AssetExecutionContext, node: Node, layout: Layout) -> Path:
+    """The directory of the model that a recipe starts from, as its asset last published it."""
+    return upstream_path(context, node.model, layout, name="model_path")
+
+
+def _describe(recipe: Recipe) -> str:
+    lines = [f"{recipe.path.name}: {recipe.spec.finetuning_type}, from {recipe.model_name_or_path}."]
+    return "\n\n".join([*lines, *(f"Note: {note}" for note in recipe.notes)])
+
+
+def _checkpoint_result(plan: RunPlan, result: dict[str, Any], layout: Layout) -> dg.MaterializeResult:
+    reload = result["reload"]
+    columns = {"module": "string", "num_tensors": "int", "num_params": "int", "share": "float"}
+    plot = plan.directory / "training_loss.png"
+    check = dg.AssetCheckResult(
+        check_name=RELOADS,
+        passed=reload["num_missing"] == reload["num_unexpected"] == 0
+        and reload["loss_saved"] == reload["loss_reloaded"],
+        description="The saved model was loaded again, key by key, and gave the same loss on one batch.",
+        metadata=reload,
+    )
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(result["weights_digest"]),
+        check_results=[check],
+        metadata={
+            "num_steps": result["num_steps"],
+            "final_loss": result["final_loss"],
+            **({"eval_loss": result["eval_loss"]} if result["eval_loss"] is not None else {}),
+            "training_loss": image_markdown(plot) if plot.is_file() else "no plot: set plot_loss: true",
+            "trainable": table(result["trainable"], columns),
+            "num_trainable_params": result["num_trainable_params"],
+            "warnings": dg.MetadataValue.json(result["warnings"]),
+            "device": dg.MetadataValue.json(result["device"]),
+            "train_wall_s": result["train_wall_s"],
+            "samples_per_s": result["samples_per_s"],
+            "tokens_per_s": result["tokens_per_s"],
+            "peak_memory_gib": result["peak_memory_gib"],
+            "memory_estimate_gib": result["memory_estimate_gib"],
+            "already_finished": plan.state == "finished",
+            "fingerprint": plan.fingerprint,
+            "path": layout.relative(plan.directory),
+            "model_path": layout.relative(plan.directory / result["model_dir"]),
+        },
+    )

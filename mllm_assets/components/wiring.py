@@ -1,0 +1,118 @@
+"""Edges of the graph, read from the recipes' own keys: data by entry name, models by directory."""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import dagster as dg
+
+from mllm_assets.artifacts import slug
+from mllm_assets.errors import RecipeError
+from mllm_assets.training.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """One recipe with the assets that it reads."""
+
+    recipe: Recipe
+    model: dg.AssetKey
+    train_data: Mapping[str, dg.AssetKey]  # entry of dataset_info.json -> the asset that writes it
+    eval_data: Mapping[str, dg.AssetKey]
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    def key(self, asset: str) -> dg.AssetKey:
+        return dg.AssetKey([self.name, asset])
+
+    @property
+    def data(self) -> list[dg.AssetKey]:
+        """Assets of the training and the evaluation entries, each once."""
+        return sorted({*self.train_data.values(), *self.eval_data.values()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What recipes can refer to.
+
+    Attributes:
+        entries: Entry of `dataset_info.json` -> the asset that writes it.
+        models: `pretrains/<name>` -> its asset.
+        recipes: `output_dir` of a recipe -> that recipe's checkpoint.
+    """
+
+    entries: Mapping[str, dg.AssetKey]
+    models: Mapping[str, dg.AssetKey]
+    recipes: Mapping[str, dg.AssetKey]
+
+
+def resolve(recipe: Recipe, around: Surroundings) -> Node:
+    """Find the assets that a recipe reads.
+
+    Raises:
+        RecipeError: An entry or a model that nothing makes. Names the nearest ones.
+    """
+    return Node(
+        recipe=recipe,
+        model=_model_key(recipe, around),
+        train_data=_entry_keys(recipe, "dataset", recipe.train_entries, around.entries),
+        eval_data=_entry_keys(recipe, "eval_dataset", recipe.eval_entries, around.entries),
+    )
+
+
+def lines_of(nodes: Sequence[Node]) -> dict[str, list[str]]:
+    """Recipes that start from one another, by the first of each line."""
+    parent = {node.name: node.model.path[0] for node in nodes}
+    lines: dict[str, list[str]] = {}
+    for name in parent:
+        first = name
+        while parent[first] in parent:
+            first = parent[first]
+        lines.setdefault(first, []).append(name)
+    return lines
+
+
+def hand_written_entries(dataset_info: Path, made: Iterable[str]) -> dict[str, dg.AssetKey]:
+    """Entries that a user wrote into `dataset_info.json`: each is an external asset, `<entry>/dataset_info`."""
+    try:
+        entries = json.loads(dataset_info.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # a broken file is reported, with its line, by whatever reads its rows
+        return {}
+    return {name: dg.AssetKey([slug(name), "dataset_info"]) for name in entries if name not in set(made)}
+
+
+def _entry_keys(
+    recipe: Recipe, key: str, names: Iterable[str], entries: Mapping[str, dg.AssetKey]
+) -> dict[str, dg.AssetKey]:
+    for name in names:
+        if name not in entries:
+            near = difflib.get_close_matches(name, entries, n=1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise RecipeError(
+                f"{recipe.path.name}: {key} names {name!r}, which no dataset writes. {hint}Known entries: "
+                f"{', '.join(sorted(entries))}. Correct the recipe, or add the dataset below defs/datasets/."
+            )
+    return {name: entries[name] for name in names}
+
+
+def _model_key(recipe: Recipe, around: Surroundings) -> dg.AssetKey:
+    path = PurePosixPath(recipe.model_name_or_path)
+    if (known := around.models.get(str(path))) is not None:
+        return known
+    for output_dir, checkpoint in around.recipes.items():
+        if path.is_relative_to(output_dir):
+            if checkpoint.path[0] == recipe.name:
+                raise RecipeError(
+                    f"{recipe.path.name}: model_name_or_path {str(path)!r} is the recipe's own output. "
+                    "Name the model that it starts from, for example pretrains/gemma3-4b-it."
+                )
+            return checkpoint
+    raise RecipeError(
+        f"{recipe.path.name}: model_name_or_path is {str(path)!r}, which no asset makes. Known models: "
+        f"{', '.join(sorted(around.models))}; outputs of recipes: {', '.join(sorted(around.recipes))}. "
+        "Correct the recipe, or declare the model in defs/pretrained/defs.yaml (kind: local for a directory of your own)."
+    )

@@ -1,0 +1,95 @@
+"""Where a recipe's results are and what they say, for a terminal."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mllm_assets.artifacts import read_manifest
+from mllm_assets.data.dataset_info import load_entries
+from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation.metrics import read_metrics
+from mllm_assets.evaluation.release import newest_release
+from mllm_assets.layout import Layout
+
+SPARKS = "▁▂▃▄▅▆▇█"
+SHOWN = ("loss", "loss_shuffled", "perplexity", "label_accuracy", "bleu", "chrf", "rouge_l")
+
+
+def summarise(layout: Layout, recipe: str) -> str:
+    """Describe the newest run of a recipe.
+
+    Raises:
+        IntegrityError: There is none. Says the command that makes it.
+    """
+    run_dir = (layout.outputs / recipe / "latest").resolve()
+    if not run_dir.is_dir():
+        raise IntegrityError(
+            f"{recipe} was not trained below {layout.root}. Run: dagster asset materialize -m mllm_assets.definitions "
+            f"--select '+key:\"{recipe}/released_model\"'"
+        )
+    run = read_manifest(run_dir)
+    release = newest_release(layout, recipe)
+    parts = [
+        f"\n{recipe}",
+        *_samples(layout, run),
+        *_losses(run_dir, run),
+        *(_metrics(read_metrics(release.directory)) if release else ["  released    nothing yet"]),
+        f"  run         {layout.relative(run_dir)}",
+        *([f"  released    {layout.relative(release.directory)} ({release.version})"] if release else []),
+        f"\nTry it:       mllm-assets generate --model {layout.relative(release.directory if release else run_dir)} "
+        "--image FILE --prompt 'What kind of emoji is this?'",
+        "Open the UI:  make dev   (http://127.0.0.1:3000)",
+    ]
+    return "\n".join(parts)
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """Values as a line of block characters, the mean of each of at most `width` equal parts."""
+    num_bins = min(width, len(values))
+    edges = [round(i * len(values) / num_bins) for i in range(num_bins + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(means), max(means)
+    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0
+    return "".join(SPARKS[round((mean - low) * scale)] for mean in means)
+
+
+def _samples(layout: Layout, run: Mapping[str, Any]) -> list[str]:
+    """Counts of the datasets that the run read, each once."""
+    entries = load_entries(layout.data)
+    folders = {layout.data / Path(entries[name].file_name).parent for name in run["data_digests"] if name in entries}
+    lines = []
+    for folder in sorted(folders - {layout.data}):
+        counts = read_manifest(folder.resolve())
+        lines.append(
+            f"  samples     {counts['num_raw']} raw = {counts['num_train']} train + {counts['num_val']} validation + "
+            f"{counts['num_unused']} unused + {counts['num_rejected']} rejected"
+        )
+    return lines
+
+
+def _losses(run_dir: Path, run: Mapping[str, Any]) -> list[str]:
+    log = [json.loads(line) for line in (run_dir / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in log if line.get("loss") is not None]
+    head = (
+        f"  trained     {run['num_steps']} steps in {run['train_wall_s']:.0f} s, {run['samples_per_s']:.0f} samples/s"
+    )
+    if not losses:
+        return [head]
+    return [head, f"  loss curve  {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}"]
+
+
+def _metrics(metrics: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for entry, scored in metrics["entries"].items():
+        models = scored["models"]
+        lines.append(f"\n  {entry}, {scored['num_samples']} samples{'base model':>18}{'tuned model':>14}")
+        lines += [
+            f"    {name:<24}{models['base'][name]:>18.4f}{models['tuned'][name]:>14.4f}"
+            for name in SHOWN
+            if name in models["tuned"]
+        ]
+        constant = models.get("most_common_answer", {}).get("label_accuracy")
+        if constant is not None:
+            lines.append(f"    {'label_accuracy of always ' + repr(scored['most_common_answer']):<42}{constant:>14.4f}")
+    return [*lines, ""]

@@ -1,0 +1,51 @@
+"""Train a recipe from the command line: the same run, folder and worker as the checkpoint asset, without Dagster."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm_assets.artifacts import read_manifest
+from mllm_assets.layout import Layout
+from mllm_assets.training.launch import run_worker
+from mllm_assets.training.recipe import load_recipe
+from mllm_assets.training.runs import plan_run, point_latest, train_request
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalRun:
+    """A finished run and whether it was trained now."""
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    trained_now: bool
+
+    def describe(self) -> str:
+        facts = self.manifest
+        done = "trained" if self.trained_now else "was finished already, nothing was trained again"
+        losses = f"loss {facts['final_loss']:.4f}" + (f", eval {facts['eval_loss']:.4f}" if facts["eval_loss"] else "")
+        return f"{self.directory} {done}: {facts['num_steps']} steps, {losses}\nmodel: {self.directory / 'model'}"
+
+
+def train(
+    recipe_path: Path,
+    overrides: Sequence[str],
+    layout: Layout,
+    accelerator: Mapping[str, Any],
+    *,
+    force: bool = False,
+) -> LocalRun:
+    """Train, resume, or return a finished run.
+
+    Raises:
+        MllmAssetsError: Recipe, data, model or machine must change.
+        WorkerCrashed: The trainer ended otherwise; the same call resumes.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    plan = plan_run(recipe, root=layout.root, force=force, num_processes=int(accelerator["num_processes"]))
+    if plan.state != "finished":
+        run_worker(train_request(plan, accelerator=accelerator))
+    point_latest(plan)
+    return LocalRun(
+        directory=plan.directory, manifest=read_manifest(plan.directory), trained_now=plan.state != "finished"
+    )

@@ -1,0 +1,32 @@
+"""The files that Dagster reads, through Dagster's own loaders."""
+
+from pathlib import Path
+
+import yaml
+from dagster._core.workspace.load import location_origins_from_yaml_paths
+from dagster_cloud_cli.config.models import load_dagster_cloud_yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_dagster_cloud_accepts_the_location() -> None:
+    config = load_dagster_cloud_yaml((ROOT / "dagster_cloud.yaml").read_text())
+    [location] = config.locations
+    assert location.code_source.module_name == "mllm_assets.definitions"
+
+
+def test_the_workspace_names_the_code_location() -> None:
+    [origin] = location_origins_from_yaml_paths([str(ROOT / "workspace.yaml")])
+    assert origin.location_name == "mllm_assets"
+
+
+def test_the_instance_limits_pools_and_sends_no_telemetry() -> None:
+    """A pool without a limit limits nothing."""
+    settings = yaml.safe_load((ROOT / "dagster.yaml").read_text())
+    assert settings["concurrency"]["pools"]["default_limit"] == 1
+    assert settings["run_monitoring"] == {
+        "enabled": True,
+        "free_slots_after_run_end_seconds": 10,
+        "max_resume_run_attempts": 0,
+    }
+    assert settings["telemetry"] == {"enabled": False}

@@ -1,0 +1,83 @@
+"""The shipped graph, as a golden file that changes only on purpose."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from mllm_assets.components.fine_tuning import Gates, read_recipes
+from mllm_assets.components.image_text_dataset import Quality, Source, Split
+from mllm_assets.components.training_assets import CheckpointConfig
+from mllm_assets.data.spec import QualitySpec, SourceSpec, SplitSpec
+from mllm_assets.definitions import defs
+from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.training.recipe import TrainSpec
+
+
+@pytest.fixture(scope="module")
+def shipped() -> dg.Definitions:
+    return defs()
+
+
+def test_the_asset_graph_is_the_golden_one(shipped: dg.Definitions, golden: Callable[[str, Any], None]) -> None:
+    graph = {
+        spec.key.to_user_string(): {
+            "group": spec.group_name,
+            "kinds": sorted(spec.kinds),
+            "deps": sorted(dep.asset_key.to_user_string() for dep in spec.deps),
+        }
+        for spec in shipped.resolve_all_asset_specs()
+    }
+    checks = sorted(key.to_user_string() for key in shipped.resolve_asset_graph().asset_check_keys)
+    golden("asset_graph", {"assets": graph, "checks": checks})
+
+
+def test_every_asset_says_what_it_is(shipped: dg.Definitions) -> None:
+    assert [s.key.to_user_string() for s in shipped.resolve_all_asset_specs() if not s.description] == []
+
+
+def test_whatever_runs_a_model_waits_for_the_gpu(shipped: dg.Definitions) -> None:
+    pools = {key.path[-1]: node.pools for key, node in _nodes(shipped).items()}
+    assert {name for name, found in pools.items() if found == {"gpu"}} == {
+        "vision_features",
+        "checkpoint",
+        "predictions",
+        "released_model",
+    }
+
+
+@pytest.mark.parametrize(
+    ("component", "spec"), [(Source, SourceSpec), (Split, SplitSpec), (Quality, QualitySpec), (Gates, GateSpec)]
+)
+def test_the_yaml_offers_exactly_the_fields_of_the_spec(component: type[dg.Model], spec: type) -> None:
+    assert set(component.model_fields) == set(spec.__dataclass_fields__)
+
+
+def test_each_knob_of_the_launchpad_is_a_key_of_the_recipe_and_is_described() -> None:
+    fields = CheckpointConfig.model_fields
+    assert set(fields) - {"force"} <= set(TrainSpec.__dataclass_fields__)
+    assert all(field.description for field in fields.values())
+
+
+def test_a_recipe_that_cannot_be_read_becomes_an_asset_that_fails_with_the_message(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("stage: sft\nlearning_rte: 1.0e-4\n")
+    recipes, assets = read_recipes(tmp_path, "*.yaml")
+    assert recipes == []
+    result = dg.materialize(assets, raise_on_error=False)
+    [failure] = result.get_step_failure_events()
+    assert failure.step_key == "broken__checkpoint"
+    assert "unknown key 'learning_rte'. Did you mean learning_rate?" in failure.step_failure_data.user_failure_data.description
+
+
+def test_two_files_with_the_same_slug_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a-b.yaml").touch()
+    (tmp_path / "a_b.yaml").touch()
+    _, [asset] = read_recipes(tmp_path, "*.yaml")
+    assert "a-b.yaml and a_b.yaml would both be the recipe 'a_b'. Rename one." in asset.specs_by_key[asset.key].description
+
+
+def _nodes(shipped: dg.Definitions) -> dict[dg.AssetKey, Any]:
+    graph = shipped.resolve_asset_graph()
+    return {key: graph.get(key) for key in graph.materializable_asset_keys}

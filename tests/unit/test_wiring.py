@@ -1,0 +1,68 @@
+"""Edges come from the recipes' own keys."""
+
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from mllm_assets.components.wiring import Surroundings, hand_written_entries, lines_of, resolve
+from mllm_assets.errors import RecipeError
+from mllm_assets.training.recipe import Recipe, load_recipe
+
+AROUND = Surroundings(
+    entries={"emoji_train": dg.AssetKey(["emoji", "dataset_info"]), "emoji_val": dg.AssetKey(["emoji", "dataset_info"])},
+    models={"pretrains/gemma3_tiny": dg.AssetKey(["pretrained", "gemma3_tiny"])},
+    recipes={"outputs/first": dg.AssetKey(["first", "checkpoint"])},
+)
+
+
+def write_recipe(folder: Path, name: str = "mine", **values: str) -> Recipe:
+    keys = {
+        "model_name_or_path": "pretrains/gemma3_tiny",
+        "stage": "sft",
+        "do_train": "true",
+        "finetuning_type": "full",
+        "dataset": "emoji_train",
+        "eval_dataset": "emoji_val",
+        "template": "gemma3",
+        "output_dir": f"outputs/{name}",
+        **values,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    return load_recipe(path)
+
+
+def test_an_entry_leads_to_the_dataset_that_writes_it(tmp_path: Path) -> None:
+    node = resolve(write_recipe(tmp_path), AROUND)
+    assert node.data == [dg.AssetKey(["emoji", "dataset_info"])]
+    assert node.model == dg.AssetKey(["pretrained", "gemma3_tiny"])
+
+
+def test_an_output_of_another_recipe_leads_to_its_checkpoint(tmp_path: Path) -> None:
+    first = resolve(write_recipe(tmp_path, "first"), AROUND)
+    second = resolve(write_recipe(tmp_path, "second", model_name_or_path="outputs/first/latest/model"), AROUND)
+    assert second.model == dg.AssetKey(["first", "checkpoint"])
+    assert lines_of([first, second]) == {"first": ["first", "second"]}
+
+
+def test_an_unknown_dataset_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"mine\.yaml: dataset names 'emoji_trian'.*Did you mean 'emoji_train'\?"):
+        resolve(write_recipe(tmp_path, dataset="emoji_trian"), AROUND)
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'pretrains/gemma', which no asset makes\. Known models: pretrains/gemma3_tiny"):
+        resolve(write_recipe(tmp_path, model_name_or_path="pretrains/gemma"), AROUND)
+
+
+def test_a_recipe_cannot_start_from_its_own_output(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "first", model_name_or_path="outputs/first/latest/model")
+    with pytest.raises(RecipeError, match="is the recipe's own output"):
+        resolve(recipe, AROUND)
+
+
+def test_entries_written_by_hand_are_found_beside_those_that_datasets_write(tmp_path: Path) -> None:
+    path = tmp_path / "dataset_info.json"
+    path.write_text('{"emoji_train": {}, "my-own": {}}')
+    assert hand_written_entries(path, ["emoji_train"]) == {"my-own": dg.AssetKey(["my_own", "dataset_info"])}
