@@ -1,8 +1,8 @@
-"""Gemma 3's turn format: a ShareGPT row becomes token ids and labels exactly as LLaMA-Factory makes them.
+r"""Gemma 3's turn format: a ShareGPT row becomes token ids and labels exactly as LLaMA-Factory makes them.
 
-`<bos>` once, then for each turn `<start_of_turn>user\\n{text}<end_of_turn>\\n<start_of_turn>model\\n`; a system text
+`<bos>` once, then for each turn `<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n`; a system text
 stands before the first user text with a blank line; `<image>` becomes the processor's full image sequence; nothing is
-trimmed. What is supervised: each assistant answer with its `<end_of_turn>\\n`, newline included. Question and answer
+trimmed. What is supervised: each assistant answer with its `<end_of_turn>\n`, newline included. Question and answer
 are tokenised apart. Source: llamafactory 0.9.5, `data/template.py` (gemma3) and `data/processor/supervised.py`.
 """
 
@@ -83,7 +83,7 @@ class Encoder:
         return encoded
 
     def encode_prompt(self, row: "Row") -> EncodedRow:
-        """Encode what stands before a row's last answer, ending in `<start_of_turn>model\\n`; all labels are -100.
+        """Encode what stands before a row's last answer, up to where the model answers; all labels are -100.
 
         Raises:
             DataError: The text itself holds image tokens. Names the row.
@@ -127,8 +127,8 @@ class Encoder:
             return
         if row.num_tokens_cut:
             raise DataError(
-                f"Row {row.id} is cut inside its images: cutoff_len {self.cutoff_len} leaves {found} of {expected} image "
-                f"tokens. Raise cutoff_len by at least {row.num_tokens_cut}."
+                f"Row {row.id} is cut inside its images: cutoff_len {self.cutoff_len} leaves {found} of {expected} "
+                f"image tokens. Raise cutoff_len by at least {row.num_tokens_cut}."
             )
         raise DataError(
             f"Row {row.id} has {found} image tokens in its text, expected {expected} for its {len(row.images)} images. "
@@ -171,7 +171,8 @@ def load_image(path: Path, *, max_pixels: int = 768 * 768, min_pixels: int = 32 
         raise DataError(f"The image {path}{where} does not exist. Make the dataset again, or drop the row.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"The image {path}{where} cannot be read ({type(error).__name__}: {error}). Replace the file or drop the row."
+            f"The image {path}{where} cannot be read ({type(error).__name__}: {error}). "
+            f"Replace the file or drop the row."
         ) from error
 
 

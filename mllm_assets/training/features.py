@@ -186,7 +186,8 @@ def require_match(store: FeatureStore, model: Any, collator: Collator, rows: Seq
         if difference > TOLERANCE[fresh.dtype]:
             raise IntegrityError(
                 f"The cached vision features of row {row.id} differ from the tower's output by {difference:.1e} of "
-                f"the largest value, expected at most {TOLERANCE[fresh.dtype]:.0e}. Delete {store.directory} and make them again."
+                f"the largest value, expected at most {TOLERANCE[fresh.dtype]:.0e}. "
+                f"Delete {store.directory} and make them again."
             )
 
 

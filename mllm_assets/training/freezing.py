@@ -6,6 +6,7 @@ Source: llamafactory 0.9.5, `model/adapter.py` and `model/model_utils/visual.py`
 
 import difflib
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,19 +53,20 @@ def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
         RecipeError: A named module does not exist, or nothing trains.
     """
     num_params = sum(p.numel() for p in model.parameters())
-    warnings: list[str] = []
+    notes: list[str] = []
     if spec.finetuning_type == "lora":
         model = _add_lora(spec, model)
     else:
-        wanted = None if spec.finetuning_type == "full" else _wanted_by_freeze(spec, model, warnings)
+        wanted = None if spec.finetuning_type == "full" else _wanted_by_freeze(spec, model, notes)
         frozen = _frozen_keys(spec)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(_matches(name, wanted) and not any(key in name for key in frozen))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise RecipeError(
-            f"Nothing trains: finetuning_type is {spec.finetuning_type} and vision tower, projector and language model "
-            f"are all frozen. Set one of freeze_vision_tower, freeze_multi_modal_projector, freeze_language_model to false."
+            f"Nothing trains: finetuning_type is {spec.finetuning_type} and vision tower, projector and language "
+            f"model are all frozen. Set one of freeze_vision_tower, freeze_multi_modal_projector, "
+            f"freeze_language_model to false."
         )
     if not spec.pure_bf16:
         for _, parameter in trainable:
@@ -75,7 +77,7 @@ def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
         table=_table(trainable, num_params),
         num_trainable_params=sum(p.numel() for _, p in trainable),
         num_params=num_params,
-        warnings=warnings,
+        warnings=notes,
     )
 
 
@@ -94,7 +96,7 @@ def _matches(name: str, wanted: tuple[str, ...] | None) -> bool:
     return wanted is None or any(key in name for key in wanted)
 
 
-def _wanted_by_freeze(spec: TrainSpec, model: nn.Module, warnings: list[str]) -> tuple[str, ...]:
+def _wanted_by_freeze(spec: TrainSpec, model: nn.Module, notes: list[str]) -> tuple[str, ...]:
     """Return the name fragments that `finetuning_type: freeze` trains, frozen parts not yet taken out.
 
     Layer numbers count the text layers, but a fragment such as `.32.` matches the tower's layer of that number too:
@@ -119,7 +121,7 @@ def _wanted_by_freeze(spec: TrainSpec, model: nn.Module, warnings: list[str]) ->
         wanted.append(module)
         matched = [name for name in names if module in name]
         if all(any(key in name for key in frozen) for name in matched):
-            warnings.append(
+            notes.append(
                 f"freeze_extra_modules names {module}, but it trains nothing: its {len(matched)} parameters "
                 f"({matched[0]} ...) are frozen by freeze_vision_tower, freeze_multi_modal_projector or "
                 f"freeze_language_model."
@@ -146,7 +148,9 @@ def _add_lora(spec: TrainSpec, model: nn.Module) -> nn.Module:
         lora_alpha=spec.lora_alpha or 2 * spec.lora_rank,
         lora_dropout=spec.lora_dropout,
     )
-    return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 reads a name that transformers 5.23 deprecates
+        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
 
 
 def lora_targets(spec: TrainSpec, model: nn.Module) -> list[str]:

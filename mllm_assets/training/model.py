@@ -79,7 +79,7 @@ def load_model(
     """
     load_config(directory)
     try:
-        model, info = Gemma3ForConditionalGeneration.from_pretrained(
+        loaded: Any = Gemma3ForConditionalGeneration.from_pretrained(
             directory,
             dtype="auto" if dtype is None else dtype,
             attn_implementation="sdpa",
@@ -91,6 +91,7 @@ def load_model(
         raise ModelError(
             f"The weights in {directory} cannot be loaded ({error}). Make or download them again."
         ) from error
+    model, info = loaded
     problems = {kind: sorted(info[f"{kind}_keys"], key=str) for kind in ("missing", "unexpected", "mismatched")}
     if any(problems.values()):
         counts = ", ".join(f"{len(keys)} {kind}" for kind, keys in problems.items() if keys)
@@ -99,17 +100,17 @@ def load_model(
             f"The weights in {directory} do not fit the model: {counts} keys, such as {first}. "
             f"Make or download the model again."
         )
-    return model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    return model.to(device)
 
 
 def model_on_meta(config: Any, *, dtype: torch.dtype = torch.float32) -> Gemma3ForConditionalGeneration:
     """Return the model's shape without any memory behind it."""
     with torch.device("meta"):
-        model = Gemma3ForConditionalGeneration(config)
+        model: Any = Gemma3ForConditionalGeneration(config)
     return model.to(dtype)
 
 
-def save_model(model: Gemma3ForConditionalGeneration, processor: Any, directory: Path, *, source: Path) -> None:
+def save_model(model: Any, processor: Any, directory: Path, *, source: Path) -> None:
     """Write a complete Hugging Face directory: weights, configuration, tokenizer, chat template, processor.
 
     What `source` says of generation is kept; `use_cache` is on again.

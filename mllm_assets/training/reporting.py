@@ -1,4 +1,4 @@
-"""What a run says of itself: `trainer_log.jsonl`, TensorBoard, the loss plot, progress, and the guard of its numbers."""
+"""What a run says of itself: `trainer_log.jsonl`, TensorBoard, loss plot, progress, and a guard of its numbers."""
 
 import json
 import math
@@ -93,7 +93,7 @@ class RunLog(TrainerCallback):
 def tensorboard_callback(run_dir: Path, *, first_step: int) -> TrainerCallback:
     """Return transformers' TensorBoard callback, writing below `logs/`; events of steps to be repeated are purged."""
     from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     purge_step = first_step + 1 if first_step else None
     return TensorBoardCallback(SummaryWriter(log_dir=str(run_dir / TENSORBOARD_DIR), purge_step=purge_step))

@@ -48,6 +48,17 @@ SPECIAL_TOKENS = (
 )
 # Gemma 3 has one token for each run of newlines; the turn format depends on "\n" and "\n\n\n".
 NEWLINES = tuple("\n" * count for count in range(1, 6))
+# Questions that the embedded dataset asks, and some that a person would
+PROMPTS = (
+    "What kind of emoji is this?",
+    "Which group does this emoji belong to?",
+    "Name the category of this emoji.",
+    "What does this emoji show?",
+    "Which kind of picture is this?",
+    "Describe this picture.",
+    "What is shown here?",
+    "Name the emoji.",
+)
 # Gemma 3's own template (gemma-3-4b-it): bos once, the system text before the first user text, turns trimmed.
 CHAT_TEMPLATE = """{{ bos_token }}
 {%- set system = "" -%}
@@ -117,7 +128,7 @@ def build(directory: Path) -> dict[str, Any]:
         )
 
 
-def build_tokenizer() -> GemmaTokenizer:
+def build_tokenizer() -> Any:
     """Train a byte-fallback BPE on the embedded captions, class names and prompts."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -136,7 +147,7 @@ def build_tokenizer() -> GemmaTokenizer:
         merges.append((shorter, longer[len(shorter) :]))
     return GemmaTokenizer(
         vocab=model["vocab"],
-        merges=merges,
+        merges=merges,  # pyright: ignore[reportArgumentType]
         boi_token="<start_of_image>",
         eoi_token="<end_of_image>",
         image_token="<image_soft_token>",
@@ -153,11 +164,10 @@ def _corpus() -> Iterator[str]:
     names = features["group"]["names"]
     yield from table["text"].to_pylist()
     yield from [names[group] for group in table["group"].to_pylist()]
-    prompts = ("What kind of emoji is this?", "Describe this picture.", "What is shown here?", "Name the emoji.")
-    yield from ["user", "model", *prompts] * 20
+    yield from ["user", "model", *PROMPTS] * 20
 
 
-def build_config(tokenizer: GemmaTokenizer) -> Gemma3Config:
+def build_config(tokenizer: Any) -> Any:
     """Return the shape: text 4 x 128, tower 3 x 128 at 64 px, 16 image tokens."""
     text = Gemma3TextConfig(
         vocab_size=len(tokenizer),
@@ -193,12 +203,12 @@ def build_config(tokenizer: GemmaTokenizer) -> Gemma3Config:
         boi_token_index=by_token["<start_of_image>"],
         eoi_token_index=by_token["<end_of_image>"],
         image_token_index=by_token["<image_soft_token>"],
-        eos_token_id=[by_token["<eos>"], by_token["<end_of_turn>"]],
+        eos_token_id=[by_token["<eos>"], by_token["<end_of_turn>"]],  # pyright: ignore[reportCallIssue]
         tie_word_embeddings=True,
     )
 
 
-def build_model(tokenizer: GemmaTokenizer) -> Gemma3ForConditionalGeneration:
+def build_model(tokenizer: Any) -> Gemma3ForConditionalGeneration:
     """Return the float32 model with its seeded weights."""
     config = build_config(tokenizer)
     model = Gemma3ForConditionalGeneration(config)

@@ -1,0 +1,221 @@
+"""Killed at any instant and run again, a run ends with the weights of one that was never interrupted, bit for bit."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_assets.artifacts import find_damage, read_manifest
+from mllm_assets.errors import IntegrityError, MachineError
+from mllm_assets.training.checkpoints import checkpoint_dirs, find_resumable
+from mllm_assets.training.engine import train_task
+from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.spec import TrainSpec
+
+pytestmark = pytest.mark.integration
+
+NUM_STEPS = 40
+
+
+def make_request(parity_dir: Path, run_dir: Path, **overrides: Any) -> dict[str, Any]:
+    """Shuffled rows, dropout, accumulation and warm-up: each has state that a resume must bring back."""
+    values = {
+        "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "eval_dataset": "gemma3_vlm_val",
+        "template": "gemma3", "do_train": True, "finetuning_type": "lora", "lora_dropout": 0.1,
+        "freeze_multi_modal_projector": False, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+        "max_steps": NUM_STEPS, "logging_steps": 1, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 10,
+    }  # fmt: skip
+    return {
+        "task": "train",
+        "recipe": TrainSpec(**{**values, **overrides}).to_dict(),
+        "model_dir": str(parity_dir / "model"),
+        "data_dir": str(parity_dir / "data"),
+        "run_dir": str(run_dir),
+        "fingerprint": "f",
+        "accelerator": {"device": "cpu", "num_threads": 1},
+    }
+
+
+@pytest.fixture(scope="module")
+def whole_run(parity_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    train_task(make_request(parity_dir, run_dir, save_total_limit=2), Reporter())
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole_run: Path) -> dict[str, Any]:
+    return read_manifest(whole_run)
+
+
+@pytest.fixture
+def unpublished(whole_run: Path, tmp_path: Path) -> Path:
+    """A run as a kill between its last step and its manifest leaves it."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").unlink()
+    return tmp_path / "run"
+
+
+def run_until(request: dict[str, Any], folder: Path, reached: Callable[[Path], bool]) -> int:
+    """Start the real worker, wait for a moment, kill -9."""
+    request_path = folder / "request.json"
+    request_path.write_text(json.dumps(request))
+    command = [sys.executable, "-m", "mllm_assets.worker", str(request_path), str(folder / "result.json")]
+    with (folder / "stderr.txt").open("w") as errors:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+    deadline = time.monotonic() + 120
+    while not reached(Path(request["run_dir"])):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.002)
+        assert process.returncode is None, (folder / "stderr.txt").read_text()
+        assert time.monotonic() < deadline, (folder / "stderr.txt").read_text()
+    process.send_signal(signal.SIGKILL)
+    return process.wait()
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_dir / "trainer_log.jsonl").read_text().splitlines()]
+    return {line["current_steps"]: line["loss"] for line in lines if "loss" in line}
+
+
+def num_log_lines(run_dir: Path) -> int:
+    path = run_dir / "trainer_log.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def test_killed_at_a_random_step_the_weights_are_the_same(
+    parity_dir: Path, tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    """transformers' own resume loses every trained weight of Gemma 3 and says nothing."""
+    step = random.randrange(7, NUM_STEPS - 2)
+    request = make_request(parity_dir, tmp_path / "run")
+    assert run_until(request, tmp_path, lambda run_dir: num_log_lines(run_dir) > step) == -signal.SIGKILL
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    result = train_task(request, Reporter())
+    assert result["resumed_from_step"] is not None and result["resumed_from_step"] >= 5, step
+    assert result["weights_digest"] == uninterrupted["weights_digest"], step
+    assert result["eval_loss"] == uninterrupted["eval_loss"]
+    assert sorted(losses(tmp_path / "run")) == list(range(1, NUM_STEPS + 1)), "each step stands once in the log"
+
+
+def test_killed_inside_a_save_the_half_written_checkpoint_does_not_count(
+    parity_dir: Path, tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    request = make_request(parity_dir, tmp_path / "run")
+
+    def saving(run_dir: Path) -> bool:
+        return (run_dir / "checkpoint-10").exists() and any(run_dir.glob(".checkpoint-*.tmp"))
+
+    assert run_until(request, tmp_path, saving) == -signal.SIGKILL
+    result = train_task(request, Reporter())
+    assert result["resumed_from_step"] >= 10
+    assert result["weights_digest"] == uninterrupted["weights_digest"]
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_killed_after_the_last_step_no_further_step_is_done(
+    parity_dir: Path, unpublished: Path, uninterrupted: dict[str, Any]
+) -> None:
+    """`Trainer.train` resumed at its last step does one more."""
+    result = train_task(make_request(parity_dir, unpublished), Reporter())
+    assert result["resumed_from_step"] == result["num_steps"] == NUM_STEPS
+    assert result["weights_digest"] == uninterrupted["weights_digest"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("bit", "trainable.safetensors does not match its digest"),
+        ("missing", "optimizer.pt is missing"),
+        ("no_manifest", "it has no readable manifest, so it was never finished"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_skipped(
+    parity_dir: Path, unpublished: Path, uninterrupted: dict[str, Any], damage: str, reason: str
+) -> None:
+    """A missing optimizer file or one flipped bit is silent in the library."""
+    assert [path.name for path in checkpoint_dirs(unpublished)] == ["checkpoint-35", "checkpoint-40"]
+    victim = unpublished / "checkpoint-40"
+    if damage == "bit":
+        data = bytearray((victim / "trainable.safetensors").read_bytes())
+        data[-1] ^= 1
+        (victim / "trainable.safetensors").write_bytes(data)
+    else:
+        (victim / ("optimizer.pt" if damage == "missing" else "manifest.json")).unlink()
+    result = train_task(make_request(parity_dir, unpublished), Reporter())
+    assert result["skipped_checkpoints"] == [{"name": "checkpoint-40", "reason": reason}]
+    assert f"checkpoint-40 is skipped: {reason}." in result["warnings"]
+    assert result["resumed_from_step"] == 35
+    assert result["weights_digest"] == uninterrupted["weights_digest"]
+    assert find_damage(victim) is None, "it was written again"
+
+
+def test_the_run_keeps_its_number_of_threads(parity_dir: Path, unpublished: Path) -> None:
+    """Sums in another order give other last bits."""
+    request = make_request(parity_dir, unpublished)
+    request["accelerator"]["num_threads"] = 2
+    assert train_task(request, Reporter())["num_threads"] == 1
+    assert json.loads((unpublished / "run.json").read_text()) == {"num_threads": 1}
+
+
+def test_a_checkpoint_of_another_trainable_set_is_refused(parity_dir: Path, unpublished: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"does not fit what trains: .* in it, expected .* Delete .*checkpoint-40"):
+        train_task(make_request(parity_dir, unpublished, lora_rank=4), Reporter())
+
+
+def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(parity_dir: Path, tmp_path: Path) -> None:
+    """The limit is the kernel's: from step 7 on no file may grow beyond 64 KiB, a third of the optimizer's."""
+    request = make_request(parity_dir, tmp_path / "run")
+    code = """
+import json, resource, sys
+from mllm_assets.training import reporting
+from mllm_assets.training.engine import train_task
+from mllm_assets.training.protocol import Reporter
+
+class Limiting(Reporter):
+    def progress(self, stage, done, total, **facts):
+        if stage == "train" and done == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
+
+from mllm_assets.errors import MllmAssetsError
+try:
+    train_task(json.load(open(sys.argv[1])), Limiting())
+except MllmAssetsError as error:
+    print(type(error).__name__, error)
+    sys.exit(2)
+"""
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "request.json")], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.startswith("MachineError The disk is full: checkpoint-10 needs about 0.4 MiB in "), done.stdout
+    assert "Free some space or lower save_total_limit, then run again: it resumes." in done.stdout
+    resumable = find_resumable(tmp_path / "run")
+    assert resumable.step == 5 and resumable.skipped == []
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_a_full_disk_at_publication_is_said(parity_dir: Path, tmp_path: Path) -> None:
+    request = make_request(parity_dir, tmp_path / "run", max_steps=2, eval_strategy="no", save_strategy="no")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (262_144, hard))
+    try:
+        with pytest.raises(MachineError, match=r"The disk is full: the trained model needs about"):
+            train_task(request, Reporter())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "run" / "model").exists()
+    assert train_task(request, Reporter())["num_steps"] == 2
