@@ -350,6 +350,7 @@ def publish_model(
         MachineError: The disk is full.
     """
     config_dtype = load_config(source).dtype or torch.float32
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes autocast off `forward`
     trainer.accelerator.free_memory()
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     staging = run_dir / ".model.tmp"

@@ -1,0 +1,137 @@
+"""What stops a run, and what it says: numbers, images, memory, best model, precision."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mllm_assets.artifacts import is_complete
+from mllm_assets.errors import DataError, MachineError, ModelError, RecipeError
+from mllm_assets.training.engine import train_task
+from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.spec import TrainSpec
+
+pytestmark = pytest.mark.integration
+
+
+def make_request(parity_dir: Path, run_dir: Path, **overrides: Any) -> dict[str, Any]:
+    values = {
+        "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "template": "gemma3", "do_train": True,
+        "finetuning_type": "full", "freeze_language_model": True, "freeze_multi_modal_projector": False,
+        "learning_rate": 1e-3, "per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 1, "save_steps": 2,
+    }  # fmt: skip
+    return {
+        "recipe": TrainSpec(**{**values, **overrides}).to_dict(),
+        "model_dir": str(parity_dir / "model"),
+        "data_dir": str(parity_dir / "data"),
+        "run_dir": str(run_dir),
+        "accelerator": {"device": "cpu", "num_threads": 1},
+    }
+
+
+def test_a_step_that_is_not_finite_stops_the_run_before_the_optimizer(parity_dir: Path, tmp_path: Path) -> None:
+    """The library replaces the loss in its log and goes on with ruined weights."""
+    request = make_request(parity_dir, tmp_path / "run", learning_rate=1e38, lr_scheduler_type="constant")
+    with pytest.raises(RecipeError, match=r"Step \d is not finite: loss .* Lower learning_rate"):
+        train_task(request, Reporter())
+    assert not is_complete(tmp_path / "run")
+
+
+def test_a_damaged_image_is_named_with_its_row(parity_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(parity_dir / "data", tmp_path / "data")
+    image = tmp_path / "data" / "images" / "emoji_007.png"
+    image.write_bytes(image.read_bytes()[:200])
+    request = make_request(parity_dir, tmp_path / "run") | {"data_dir": str(tmp_path / "data")}
+    with pytest.raises(DataError, match=r"emoji_007\.png of row .* cannot be read"):
+        train_task(request, Reporter())
+
+
+def test_rows_that_are_cut_are_counted(parity_dir: Path, tmp_path: Path) -> None:
+    reporter = Reporter()
+    result = train_task(make_request(parity_dir, tmp_path / "run", cutoff_len=90, max_steps=1), reporter)
+    (warning,) = result["warnings"]
+    assert warning.endswith("of 48 rows are longer than cutoff_len 90 and were cut.")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_the_weights_load(parity_dir: Path, tmp_path: Path) -> None:
+    request = make_request(parity_dir, tmp_path / "run", per_device_train_batch_size=10**8)
+    with pytest.raises(MachineError, match=r"The run needs about .* GiB .* Halve per_device_train_batch_size"):
+        train_task(request, Reporter())
+
+
+def test_the_best_checkpoint_is_the_one_that_is_published(parity_dir: Path, tmp_path: Path) -> None:
+    """`load_best_model_at_end` loads nothing for Gemma 3 in the library: no key matches, and it only warns."""
+    request = make_request(
+        parity_dir, tmp_path / "run", eval_dataset="gemma3_vlm_val", eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, learning_rate=3.0, lr_scheduler_type="constant", warmup_steps=2,
+        save_total_limit=1,
+    )  # fmt: skip
+    train_task(request, Reporter())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "trainer_log.jsonl").read_text().splitlines()]
+    eval_losses = {line["current_steps"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = min(eval_losses, key=lambda step: eval_losses[step])
+    assert best != 6, "the rate is too high for the last step to be the best"
+    kept = load_file(tmp_path / "run" / f"checkpoint-{best}" / "trainable.safetensors")
+    published = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    for name, tensor in kept.items():
+        assert published[next(key for key in published if key.endswith(name.split("model.", 1)[1]))].equal(tensor)
+
+
+def test_early_stopping_ends_the_run(parity_dir: Path, tmp_path: Path) -> None:
+    request = make_request(
+        parity_dir, tmp_path / "run", eval_dataset="gemma3_vlm_val", eval_strategy="steps", eval_steps=1, save_steps=1,
+        load_best_model_at_end=True, early_stopping_steps=1, learning_rate=3.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    assert train_task(request, Reporter())["num_steps"] < 6
+
+
+def test_bf16_trains_float32_parameters_under_autocast(parity_dir: Path, tmp_path: Path) -> None:
+    """As LLaMA-Factory: what trains is float32, what is frozen bfloat16. Published in the model's own dtype."""
+    result = train_task(make_request(parity_dir, tmp_path / "run", bf16=True), Reporter())
+    saved = load_file(tmp_path / "run" / "checkpoint-6" / "trainable.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    model = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in model.values()} == {torch.float32}
+    assert result["final_loss"] == pytest.approx(7.1, abs=0.2)
+
+
+def test_lora_publishes_merged_weights_and_its_adapter_beside(parity_dir: Path, tmp_path: Path) -> None:
+    train_task(
+        make_request(parity_dir, tmp_path / "run", finetuning_type="lora", freeze_language_model=False), Reporter()
+    )
+    model = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert not any("lora" in name for name in model)
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert adapter and all("lora" in name for name in adapter)
+
+
+def test_a_directory_without_a_model_is_refused(parity_dir: Path, tmp_path: Path) -> None:
+    request = make_request(parity_dir, tmp_path / "run") | {"model_dir": str(tmp_path)}
+    with pytest.raises(ModelError, match=r"is no model directory: it has no config\.json"):
+        train_task(request, Reporter())
+
+
+def test_a_model_of_another_family_is_refused(parity_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    request = make_request(parity_dir, tmp_path / "run") | {"model_dir": str(tmp_path)}
+    with pytest.raises(ModelError, match=r"holds a model of type 'llava': expected 'gemma3'"):
+        train_task(request, Reporter())
+
+
+def test_weights_that_do_not_fit_are_refused(parity_dir: Path, tmp_path: Path) -> None:
+    """`from_pretrained` fills a missing key with random numbers and only warns."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(parity_dir / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights.pop(next(name for name in weights if "layers.1.mlp.up_proj" in name))
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    request = make_request(parity_dir, tmp_path / "run") | {"model_dir": str(tmp_path / "model")}
+    with pytest.raises(
+        ModelError, match=r"do not fit the model: 1 missing keys, such as model\.language_model\.layers\.1"
+    ):
+        train_task(request, Reporter())
