@@ -98,8 +98,13 @@ def worker_command(accelerator: Mapping[str, Any], request_path: Path, result_pa
 
 
 def _thread_variables(accelerator: Mapping[str, Any]) -> dict[str, str]:
+    # Threads that spin while they wait starve each other on a busy machine: 30 steps of the emoji recipe took 21.5 s
+    # with active waiting and 9.0 s with passive, beside three other processes on 2 cores
+    variables = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     num_threads = accelerator.get("num_threads")
-    return {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)} if num_threads else {}
+    if num_threads:
+        variables |= {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
+    return variables
 
 
 def _end(process: subprocess.Popen[bytes], mark: str, grace_s: float) -> None:
