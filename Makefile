@@ -9,7 +9,8 @@ EXTRAS := .venv/.extras-installed
 .PHONY: demo test test-all check dev bench install constraints clean
 
 demo: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the whole line of emoji_sft, raw images to released model
-	$(BIN)/dagster job execute -m mllm_assets.definitions -j emoji_demo
+	@$(BIN)/mllm-assets slots free
+	$(BIN)/dg launch --job emoji_demo
 	@$(BIN)/mllm-assets summary emoji_sft
 
 test: $(CORE) ## unit and integration tests

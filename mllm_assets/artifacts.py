@@ -143,7 +143,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory} has no {MANIFEST}, so it was never finished. Materialise the asset that makes it again."
         ) from None
     except ValueError:
-        raise IntegrityError(f"{directory / MANIFEST} is not JSON. Delete {directory} and materialise it again.") from None
+        raise IntegrityError(
+            f"{directory / MANIFEST} is not JSON. Delete {directory} and materialise it again."
+        ) from None
 
 
 def find_damage(directory: Path, *, deep: bool = True) -> str | None:

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mllm_assets.errors import MllmAssetsError
+from mllm_assets.errors import MachineError, MllmAssetsError
 from mllm_assets.layout import Layout
+from mllm_assets.training.launch import WorkerCrashed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MllmAssetsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except WorkerCrashed as crash:
+        print(f"error: {crash}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, and the same command goes on from it", file=sys.stderr)
         return 130
@@ -42,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--system", help="system message")
     generate.add_argument("--max-new-tokens", type=int, default=100)
     generate.add_argument("--do-sample", action="store_true", help="sample in place of greedy decoding")
-    generate.add_argument("--temperature", type=float, default=0.7)
-    generate.add_argument("--top-p", type=float, default=0.9)
+    generate.add_argument("--temperature", type=float, default=1.0)
+    generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     generate.set_defaults(run=_generate)
@@ -51,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     summary = verbs.add_parser("summary", help="where a recipe's results are and what they say")
     summary.add_argument("recipe", help="recipe name, for example emoji_sft")
     summary.set_defaults(run=_summary)
+
+    slots = verbs.add_parser("slots", help="pool slots that killed runs still hold")
+    slots.add_argument("action", choices=("free",))
+    slots.set_defaults(run=_free_slots)
 
     check = verbs.add_parser("check-recipes", help="read every recipe; exit code 2 names the first that is wrong")
     check.add_argument("folder", type=Path, nargs="?", default=Path("configs"))
@@ -93,6 +102,23 @@ def _summary(arguments: argparse.Namespace) -> int:
     from mllm_assets.summary import summarise
 
     print(summarise(Layout.from_environment(), arguments.recipe))
+    return 0
+
+
+def _free_slots(arguments: argparse.Namespace) -> int:
+    if not os.environ.get("DAGSTER_HOME"):
+        raise MachineError(
+            "DAGSTER_HOME is not set, so no run outlives its command. Set it as `make dev` does: "
+            "export DAGSTER_HOME=$PWD/.dagster_home"
+        )
+    from dagster import DagsterInstance
+
+    from mllm_assets.components.slots import end_dead_runs
+
+    with DagsterInstance.get() as instance:
+        dead = end_dead_runs(instance)
+    for run_id in dead:
+        print(f"run {run_id}: its process is gone; ended, and its slots are free")
     return 0
 
 

@@ -58,6 +58,7 @@ def explained(hub: HubRepo, action: Callable[[], T]) -> T:
     Raises:
         SourceError: Gated, unknown, no such revision, offline or unreachable.
     """
+    import pyarrow as pa
     from huggingface_hub import errors
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (its HTTP client's base)
 
@@ -65,8 +66,8 @@ def explained(hub: HubRepo, action: Callable[[], T]) -> T:
         return action()
     except errors.GatedRepoError as error:
         raise SourceError(
-            f"The {hub.kind} {hub.repo} is gated. Accept its terms on its page on the Hub, then set HF_TOKEN to a token "
-            f"of that account. {hub.otherwise}"
+            f"The {hub.kind} {hub.repo} is gated. Accept its terms on its page on the Hub, then set HF_TOKEN to a "
+            f"token of that account. {hub.otherwise}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise SourceError(
@@ -74,15 +75,15 @@ def explained(hub: HubRepo, action: Callable[[], T]) -> T:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise SourceError(
-            f"There is no {hub.kind} {hub.repo!r} on the Hub, or it is private. {hub.known}Correct {hub.setting}, or set "
-            f"HF_TOKEN to a token that may read it. {hub.otherwise}"
+            f"There is no {hub.kind} {hub.repo!r} on the Hub, or it is private. {hub.known}Correct {hub.setting}, or "
+            f"set HF_TOKEN to a token that may read it. {hub.otherwise}"
         ) from error
     except errors.OfflineModeIsEnabled as error:
         raise SourceError(
-            f"{hub.repo} cannot be fetched because HF_HUB_OFFLINE is set. {hub.known}Unset it where there is a network. "
-            f"{hub.otherwise}"
+            f"{hub.repo} cannot be fetched because HF_HUB_OFFLINE is set. {hub.known}Unset it where there is a "
+            f"network. {hub.otherwise}"
         ) from error
-    except (errors.HfHubHTTPError, HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, HTTPError, OSError, pa.ArrowException) as error:  # Arrow: a file that is cut off
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
             f"{hub.repo} cannot be fetched from the Hub ({cause}). {hub.known}Check the network and HF_ENDPOINT, then "

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json, is_complete, read_manifest
-from mllm_assets.components.lineage import library_versions, upstream, upstream_path
+from mllm_assets.components.lineage import library_versions, materialize_command, upstream, upstream_path
 from mllm_assets.components.reporting import table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.components.training_assets import model_directory
@@ -18,7 +18,7 @@ from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt import entry_digest, load_rows
 from mllm_assets.evaluation.gates import GateResult, GateSpec, evaluate_gates
 from mllm_assets.evaluation.metrics import compute_metrics, metric_rows, read_metrics, write_metrics
-from mllm_assets.evaluation.model_card import Lineage
+from mllm_assets.evaluation.model_card import DatasetLineage, Lineage
 from mllm_assets.evaluation.release import newest_release, publish
 from mllm_assets.evaluation.table import read_predictions, store_table
 from mllm_assets.layout import Layout
@@ -232,20 +232,28 @@ def _lineage(context: dg.AssetExecutionContext, node: Node, run: Mapping[str, An
             "license": base.get("license") or None,
         },
         "datasets": [
-            {"entry": entry, "use": use, "digest": run["data_digests"].get(entry, ""), **_source(context, key)}
+            _dataset_lineage(context, entry, use, key, run["data_digests"].get(entry, ""))
             for use, data in uses.items()
             for entry, key in data.items()
         ],
         "recipe": dict(node.recipe.values),
         "versions": library_versions(),
-        "command": f"dagster asset materialize -m mllm_assets.definitions --select '+key:\"{node.name}/released_model\"'",
+        "command": materialize_command(node.key("released_model")),
     }
 
 
-def _source(context: dg.AssetExecutionContext, dataset_info: dg.AssetKey) -> dict[str, Any]:
-    """Where a dataset came from; nothing for entries written by hand."""
+def _dataset_lineage(
+    context: dg.AssetExecutionContext, entry: str, use: str, dataset_info: dg.AssetKey, digest: str
+) -> DatasetLineage:
+    """What trained or judged the model, and where it came from; entries written by hand say no more than their name."""
     raw = dg.AssetKey([dataset_info.path[0], "raw"])
-    if context.instance.get_latest_materialization_event(raw) is None:
-        return {}
-    facts = upstream(context, raw)
-    return {name: facts.get(name) or None for name in ("hub_id", "revision", "license")}
+    known = context.instance.get_latest_materialization_event(raw) is not None
+    facts = upstream(context, raw) if known else {}
+    return {
+        "entry": entry,
+        "use": use,
+        "digest": digest,
+        "hub_id": facts.get("hub_id") or None,
+        "revision": facts.get("revision") or None,
+        "license": facts.get("license") or None,
+    }

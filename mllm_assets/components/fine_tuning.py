@@ -32,17 +32,15 @@ class Evaluation(dg.Model, dg.Resolvable):
 
 
 class Gates(dg.Model, dg.Resolvable):
-    """What a model must show before it is released."""
+    """What a model must show before it is released. Null keeps the default."""
 
-    min_loss_gain_nats: float = Field(default=0.0, description="How much lower than the base model's its loss must be.")
-    min_answer_gain: float = Field(
-        default=0.0, description="How far above the most common answer its accuracy must be."
+    min_loss_gain_nats: float | None = Field(default=None, description="How far its loss is below the base model's.")
+    min_answer_gain: float | None = Field(
+        default=None, description="How far its accuracy is above the constant answer's."
     )
-    min_image_gain_nats: float = Field(default=0.0, description="How much lower its loss must be with the true image.")
-    max_regression_nats: float = Field(default=0.0, description="How far above the release's its loss may be.")
-    num_stderr: float = Field(
-        default=1.645, description="Standard errors that a gain must exceed; 1.645 is one-sided 95 %."
-    )
+    min_image_gain_nats: float | None = Field(default=None, description="How far the true image lowers its loss.")
+    max_regression_nats: float | None = Field(default=None, description="How far its loss may be above the release's.")
+    num_stderr: float | None = Field(default=None, description="Standard errors that each gain must exceed.")
 
 
 class Settings(dg.Model, dg.Resolvable):
@@ -56,7 +54,7 @@ class Settings(dg.Model, dg.Resolvable):
         return RecipeSettings(
             feature_cache=self.feature_cache,
             evaluation=EvaluationSettings(**self.evaluation.model_dump()),
-            gates=GateSpec(**self.gates.model_dump()),
+            gates=GateSpec(**self.gates.model_dump(exclude_none=True)),
         )
 
 
@@ -104,10 +102,10 @@ class FineTuning(dg.Component, dg.Model, dg.Resolvable):
         for node in nodes:
             assets.extend(build_recipe_assets(node, settings.get(node.name, self.defaults).to_domain()))
         used = {key for node in nodes for key in node.data}
-        assets.extend(hand_written_asset(entry, key) for entry, key in by_hand.items() if key in used)
+        by_hand_assets = [hand_written_asset(entry, key) for entry, key in by_hand.items() if key in used]
         retraining = self.weekly_retraining
         schedule = weekly_retraining(lines_of(nodes), retraining.cron_schedule, retraining.enabled)
-        return dg.Definitions(assets=assets, schedules=[schedule])
+        return dg.Definitions(assets=[*assets, *by_hand_assets], schedules=[schedule])
 
 
 def read_recipes(project_root: Path, pattern: str) -> tuple[list[Recipe], list[dg.AssetsDefinition]]:

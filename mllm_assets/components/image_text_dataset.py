@@ -7,8 +7,8 @@ from pydantic import Field
 
 from mllm_assets.artifacts import digest_json, slug
 from mllm_assets.components.lineage import upstream_path
-from mllm_assets.components.resources import ProjectResource, failures_for_people
 from mllm_assets.components.reporting import check_results, counts_table, failing_asset
+from mllm_assets.components.resources import ProjectResource, failures_for_people
 from mllm_assets.data.checks import counts_add_up, every_image_has_a_placeholder, splits_share_no_image
 from mllm_assets.data.dataset_info import register
 from mllm_assets.data.sources import ingest
@@ -16,7 +16,6 @@ from mllm_assets.data.spec import DatasetSpec, QualitySpec, SourceSpec, SplitSpe
 from mllm_assets.data.splits import split
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.quality.assess import assess
-
 
 COUNTS = ("num_raw", "num_train", "num_val", "num_unused", "num_rejected")
 
@@ -255,7 +254,7 @@ def _dataset_info_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
         group_name="curate",
         kinds={"json"},
         deps=[train_key, val_key],
-        description=f"The entries {spec.train_entry} and {spec.val_entry} of data/dataset_info.json, as LLaMA-Factory reads them.",
+        description=f"The entries {spec.train_entry} and {spec.val_entry} of data/dataset_info.json.",
     )
     def dataset_info(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         with failures_for_people():

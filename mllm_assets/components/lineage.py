@@ -18,11 +18,7 @@ def upstream(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, A
     """
     event = context.instance.get_latest_materialization_event(key)
     if event is None or event.asset_materialization is None:
-        name = key.to_user_string()
-        raise IntegrityError(
-            f"{name} was never materialised. Run: "
-            f"dagster asset materialize -m mllm_assets.definitions --select '+key:\"{name}\"'"
-        )
+        raise IntegrityError(f"{key.to_user_string()} was never materialised. Run: {materialize_command(key)}")
     materialization = event.asset_materialization
     values = {name: value.value for name, value in materialization.metadata.items()}
     return {**values, "data_version": (materialization.tags or {}).get("dagster/data_version")}
@@ -42,3 +38,8 @@ def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what a model computes."""
     names = ("mllm-assets", "torch", "transformers", "accelerate", "peft", "dagster")
     return {name: version(name) for name in names}
+
+
+def materialize_command(key: dg.AssetKey) -> str:
+    """The command that makes an asset and all it needs. Without `key:` the `+` would go up one layer only."""
+    return f"dagster asset materialize -m mllm_assets.definitions --select '+key:\"{key.to_user_string()}\"'"

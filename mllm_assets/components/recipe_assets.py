@@ -27,7 +27,7 @@ class RecipeSettings:
 
 
 def build_recipe_assets(node: Node, settings: RecipeSettings) -> list[dg.AssetsDefinition]:
-    """Make a recipe's line. Without `eval_dataset` it ends at the checkpoint: there is nothing to judge a release by."""
+    """Make a recipe's line. Without `eval_dataset` it ends at the checkpoint: nothing could judge a release."""
     with_features = settings.feature_cache and node.recipe.spec.freeze_vision_tower
     assets = [vision_features_asset(node)] if with_features else []
     assets.append(checkpoint_asset(node, with_features=with_features))
@@ -38,7 +38,7 @@ def build_recipe_assets(node: Node, settings: RecipeSettings) -> list[dg.AssetsD
     return assets
 
 
-def hand_written_asset(entry: str, key: dg.AssetKey) -> dg.AssetsDefinition:
+def hand_written_asset(entry: str, key: dg.AssetKey) -> dg.SourceAsset:
     """An entry that a user wrote into `dataset_info.json`: external, observed for changes of its files and images."""
 
     @dg.observable_source_asset(

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,9 +48,7 @@ class AcceleratorResource(dg.ConfigurableResource):
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         default="auto", description="auto takes CUDA, then MPS, then the CPU; a named device must be there."
     )
-    num_processes: int = Field(
-        default=1, ge=1, description="Processes on this machine; above 1 `accelerate launch` starts them."
-    )
+    num_processes: int = Field(default=1, ge=1, description="Processes on this machine; above 1 torchrun starts them.")
     num_threads: int | None = Field(default=None, description="CPU threads of each process; by default one per core.")
     grace_s: float = Field(
         default=10.0, description="Seconds between asking a cancelled worker to stop and killing it."
@@ -62,16 +61,12 @@ class AcceleratorResource(dg.ConfigurableResource):
             dg.Failure: The task failed. A crash may be retried; a mistake in the input or a cancellation may not.
         """
         key = next(iter(context.selected_asset_keys))
-        with dg.open_pipes_session(
-            context=context,
-            context_injector=dg.PipesTempFileContextInjector(),
-            message_reader=dg.PipesTempFileMessageReader(),
-        ) as session:
+        with _pipes_session(context) as session:
             progress = _ProgressRelay(context, key, session)
             try:
                 with failures_for_people():
                     return run_worker(
-                        {**request, "accelerator": self.settings()},
+                        {**request, "accelerator": self.settings(request["task"])},
                         env=session.get_bootstrap_env_vars(),
                         on_poll=progress.relay,
                         grace_s=self.grace_s,
@@ -84,8 +79,22 @@ class AcceleratorResource(dg.ConfigurableResource):
             except WorkerCrashed as crash:
                 raise dg.Failure(description=str(crash), allow_retries=True) from None
 
-    def settings(self) -> dict[str, Any]:
-        return {"device": self.device, "num_processes": self.num_processes, "num_threads": self.num_threads}
+    def settings(self, task: str) -> dict[str, Any]:
+        """What the worker is told; only training is spread over processes."""
+        num_processes = self.num_processes if task == "train" else 1
+        return {"device": self.device, "num_processes": num_processes, "num_threads": self.num_threads}
+
+
+@contextmanager
+def _pipes_session(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSession]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.PreviewWarning)  # Dagster warns of a method that it calls itself
+        with dg.open_pipes_session(
+            context=context,
+            context_injector=dg.PipesTempFileContextInjector(),
+            message_reader=dg.PipesTempFileMessageReader(),
+        ) as session:
+            yield session
 
 
 class _ProgressRelay:
@@ -103,5 +112,5 @@ class _ProgressRelay:
             return
         self._num_seen, self._last_s = len(messages), time.monotonic()
         facts = dict(messages[-1])
-        self._context.log.info(facts.pop("text", str(facts)))
+        self._context.log.info(facts.pop("text"))
         self._context.log_event(dg.AssetObservation(asset_key=self._key, metadata=facts))

@@ -119,7 +119,7 @@ def weekly_retraining(lines: Mapping[str, Sequence[str]], cron_schedule: str, en
         job=job,
         cron_schedule=cron_schedule,
         default_status=dg.DefaultScheduleStatus.RUNNING if enabled else dg.DefaultScheduleStatus.STOPPED,
-        description="Retrains each recipe whose inputs changed since its last checkpoint, and all that follows from it.",
+        description="Retrains each recipe whose inputs changed since its last checkpoint, and what follows from it.",
     )
     def schedule(context: dg.ScheduleEvaluationContext):
         yield from _tick(lines, context)

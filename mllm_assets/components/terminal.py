@@ -5,6 +5,7 @@ import sys
 
 import dagster as dg
 
+NOT_FOR_PEOPLE = ("[pipes]",)
 SHOWN = ("num_", "final_", "eval_", "loss", "accuracy", "already", "version", "path")
 
 
@@ -17,7 +18,8 @@ class OneLinePerAsset(logging.Handler):
         if event is not None:
             line = describe(event)
         elif record.levelno >= logging.INFO:
-            line = f"      {meta.get('orig_message') or record.getMessage()}"
+            text = meta.get("orig_message") or record.getMessage()
+            line = None if text.startswith(NOT_FOR_PEOPLE) else f"      {text}"
         else:
             line = None
         if line:
@@ -47,11 +49,15 @@ def describe(event: dg.DagsterEvent) -> str | None:
 
 
 def _failure(event: dg.DagsterEvent) -> str:
-    if event.event_type == dg.DagsterEventType.STEP_FAILURE:
-        data = event.step_failure_data
-        text = data.user_failure_data.description if data.user_failure_data else None
-        return f"{event.step_key}: {text or (data.error.message.strip() if data.error else event.message)}"
-    return event.message or "the run failed"
+    if event.event_type != dg.DagsterEventType.STEP_FAILURE:
+        return event.message or "the run failed"
+    data = event.step_failure_data
+    if data.user_failure_data and data.user_failure_data.description:
+        return f"{event.step_key}: {data.user_failure_data.description}"
+    error = data.error
+    while error and error.cause:
+        error = error.cause
+    return f"{event.step_key}: {error.message.strip() if error else event.message}"
 
 
 @dg.logger(

@@ -114,5 +114,5 @@ def _model_key(recipe: Recipe, around: Surroundings) -> dg.AssetKey:
     raise RecipeError(
         f"{recipe.path.name}: model_name_or_path is {str(path)!r}, which no asset makes. Known models: "
         f"{', '.join(sorted(around.models))}; outputs of recipes: {', '.join(sorted(around.recipes))}. "
-        "Correct the recipe, or declare the model in defs/pretrained/defs.yaml (kind: local for a directory of your own)."
+        "Correct the recipe, or declare the model in defs/pretrained/defs.yaml (kind: local for one of your own)."
     )

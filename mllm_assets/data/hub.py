@@ -9,10 +9,9 @@ import hashlib
 import math
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,11 +19,8 @@ import pyarrow.parquet as pq
 from mllm_assets.data.rows import SourceRow, class_names, needed_columns, rows_of_batch
 from mllm_assets.data.spec import DatasetSpec, SourceSpec
 from mllm_assets.errors import SourceError
+from mllm_assets.hub import REACH_TIMEOUT_S, REQUEST_TIMEOUT_S, HubRepo, explained, within
 
-T = TypeVar("T")
-# `datasets` retries for 28 s before it says that there is no network; a request with its name look-up gets this
-REACH_TIMEOUT_S = 8.0
-REQUEST_TIMEOUT_S = 5.0
 # rejects and duplicates take samples away: fetch a fifth more than the splits ask for
 SLACK = 1.2
 # more row groups than needed are sampled from, up to this: ethz/food101 is sorted by class, 100 rows a group
@@ -63,12 +59,23 @@ def read_hub(spec: DatasetSpec, *, endpoint: str | None = None) -> tuple[str, It
     """
     from huggingface_hub import HfApi, HfFileSystem
 
-    source = spec.source
+    source, hub = spec.source, _hub_repo(spec.source)
     token = os.environ.get("HF_TOKEN") or False
     api = HfApi(endpoint=endpoint, token=token)
-    commit, files = _explained(source, lambda: _within(REACH_TIMEOUT_S, lambda: _find_files(api, source)))
+    commit, files = explained(hub, lambda: within(REACH_TIMEOUT_S, lambda: _find_files(api, source)))
     system = HfFileSystem(endpoint=endpoint, token=token, skip_instance_cache=True)
     return commit, _read_rows(spec, system, commit, files)
+
+
+def _hub_repo(source: SourceSpec) -> HubRepo:
+    return HubRepo(
+        kind="dataset",
+        repo=source.repo,
+        revision=source.revision,
+        setting="source.repo in the dataset's YAML",
+        known=WITHDRAWN.get(source.repo, ""),
+        otherwise=EMBEDDED,
+    )
 
 
 def _find_files(api: Any, source: SourceSpec) -> tuple[str, list[str]]:
@@ -99,14 +106,14 @@ def split_files(names: list[str], split: str) -> list[str]:
 
 
 def _read_rows(spec: DatasetSpec, system: Any, commit: str, files: list[str]) -> Iterator[SourceRow]:
-    source = spec.source
+    source, hub = spec.source, _hub_repo(spec.source)
     order = sorted(files, key=lambda name: _rank(spec, name))[:MAX_FILES]
 
     def opened() -> dict[str, pq.ParquetFile]:
         paths = {name: f"datasets/{source.repo}@{commit}/{name}" for name in sorted(order)}
         return {name: pq.ParquetFile(system.open(path, "rb"), pre_buffer=True) for name, path in paths.items()}
 
-    readers = _explained(source, opened)
+    readers = explained(hub, opened)
     first = next(iter(readers.values())).schema_arrow
     columns = needed_columns(source, first, source.repo)
     names = class_names(first, source.label_column)
@@ -120,7 +127,7 @@ def _read_rows(spec: DatasetSpec, system: Any, commit: str, files: list[str]) ->
 
         rows = sorted(row for row in kept if group.first_row <= row < group.first_row + group.num_rows)
         if rows:
-            table = _explained(source, fetched).take([row - group.first_row for row in rows])
+            table = explained(hub, fetched).take([row - group.first_row for row in rows])
             for batch in table.to_batches(max_chunksize=64):
                 yield from rows_of_batch(batch, source, names, rows[: batch.num_rows], source.repo)
                 rows = rows[batch.num_rows :]
@@ -158,58 +165,3 @@ def _choose_rows(spec: DatasetSpec, groups: list[_RowGroup], needed: int) -> set
 
 def _rank(spec: DatasetSpec, key: str) -> str:
     return hashlib.sha256(f"{spec.split.seed} {key}".encode()).hexdigest()
-
-
-def _within(timeout_s: float, action: Callable[[], T]) -> T:
-    """Run an action in a thread that may be left behind: a name look-up has no timeout of its own."""
-    outcome: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            outcome["value"] = action()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if "error" in outcome:
-        raise outcome["error"]
-    if "value" not in outcome:
-        raise TimeoutError(f"no answer within {timeout_s:g} s")
-    return outcome["value"]
-
-
-def _explained(source: SourceSpec, action: Callable[[], T]) -> T:
-    """Run an action against the Hub and turn what goes wrong into a message that says what to do."""
-    from huggingface_hub import errors
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (its HTTP client's base)
-
-    withdrawn = WITHDRAWN.get(source.repo, "")
-    try:
-        return action()
-    except errors.GatedRepoError as error:
-        raise SourceError(
-            f"{source.repo} is gated. Accept its terms on its page on the Hub, then set HF_TOKEN to a token of that "
-            "account."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise SourceError(
-            f"{source.repo} has no revision {source.revision!r}. Correct source.revision in the dataset's YAML."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise SourceError(
-            f"There is no dataset {source.repo!r} on the Hub, or it is private. {withdrawn}Correct source.repo, or set "
-            f"HF_TOKEN to a token that may read it. {EMBEDDED}"
-        ) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise SourceError(
-            f"{source.repo} cannot be fetched because HF_HUB_OFFLINE is set. {withdrawn}Unset it where there is a "
-            f"network. {EMBEDDED}"
-        ) from error
-    except (errors.HfHubHTTPError, HTTPError, OSError, pa.ArrowException) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(
-            f"{source.repo} cannot be fetched from the Hub ({cause}). {withdrawn}Check the network and HF_ENDPOINT, "
-            f"then materialise again. {EMBEDDED}"
-        ) from error

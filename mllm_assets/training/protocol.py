@@ -112,15 +112,16 @@ def _short(fact: float) -> str:
 
 @contextmanager
 def open_reporter() -> Iterator[Reporter]:
-    """The reporter for this process: to the terminal, and to Dagster under Pipes; silent on every rank but 0."""
+    """The reporter for this process: to Dagster under Pipes, otherwise to the terminal; silent on every rank but 0."""
     with ExitStack() as stack:
         emit, stream = None, None
         if int(os.environ.get("RANK", "0")) == 0:
-            stream = sys.stderr
             if all(name in os.environ for name in PIPES_VARIABLES):
                 from dagster_pipes import open_dagster_pipes
 
                 emit = stack.enter_context(open_dagster_pipes()).report_custom_message
+            else:
+                stream = sys.stderr
         reporter = Reporter(emit=emit, stream=stream)
         stack.callback(reporter.close)
         yield reporter

@@ -192,7 +192,7 @@ def test_the_token_comes_from_the_environment_only(hub: str, tmp_path: Path) -> 
     [
         ({"repo": "made/none"}, "There is no dataset 'made/none' on the Hub, or it is private"),
         ({"repo": "gated/set"}, "gated/set is gated. Accept its terms on its page on the Hub, then set HF_TOKEN"),
-        ({"repo": "made/set", "revision": "gone"}, "made/set has no revision 'gone'. Correct source.revision"),
+        ({"repo": "made/set", "revision": "gone"}, "has no revision 'gone'. Correct the revision beside source.repo"),
         ({"repo": "made/set", "split": "test"}, "has no Parquet files of the split 'test'. Correct source.split"),
         ({"repo": "lambdalabs/pokemon-blip-captions"}, "It was withdrawn from the Hub in 2024"),
     ],

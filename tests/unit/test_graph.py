@@ -68,14 +68,19 @@ def test_a_recipe_that_cannot_be_read_becomes_an_asset_that_fails_with_the_messa
     result = dg.materialize(assets, raise_on_error=False)
     [failure] = result.get_step_failure_events()
     assert failure.step_key == "broken__checkpoint"
-    assert "unknown key 'learning_rte'. Did you mean learning_rate?" in failure.step_failure_data.user_failure_data.description
+    assert (
+        "unknown key 'learning_rte'. Did you mean learning_rate?"
+        in failure.step_failure_data.user_failure_data.description
+    )
 
 
 def test_two_files_with_the_same_slug_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a-b.yaml").touch()
     (tmp_path / "a_b.yaml").touch()
     _, [asset] = read_recipes(tmp_path, "*.yaml")
-    assert "a-b.yaml and a_b.yaml would both be the recipe 'a_b'. Rename one." in asset.specs_by_key[asset.key].description
+    assert (
+        "a-b.yaml and a_b.yaml would both be the recipe 'a_b'. Rename one." in asset.specs_by_key[asset.key].description
+    )
 
 
 def _nodes(shipped: dg.Definitions) -> dict[dg.AssetKey, Any]:

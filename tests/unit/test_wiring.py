@@ -10,7 +10,10 @@ from mllm_assets.errors import RecipeError
 from mllm_assets.training.recipe import Recipe, load_recipe
 
 AROUND = Surroundings(
-    entries={"emoji_train": dg.AssetKey(["emoji", "dataset_info"]), "emoji_val": dg.AssetKey(["emoji", "dataset_info"])},
+    entries={
+        "emoji_train": dg.AssetKey(["emoji", "dataset_info"]),
+        "emoji_val": dg.AssetKey(["emoji", "dataset_info"]),
+    },
     models={"pretrains/gemma3_tiny": dg.AssetKey(["pretrained", "gemma3_tiny"])},
     recipes={"outputs/first": dg.AssetKey(["first", "checkpoint"])},
 )
@@ -52,7 +55,9 @@ def test_an_unknown_dataset_is_refused_with_the_nearest_name(tmp_path: Path) -> 
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"'pretrains/gemma', which no asset makes\. Known models: pretrains/gemma3_tiny"):
+    with pytest.raises(
+        RecipeError, match=r"'pretrains/gemma', which no asset makes\. Known models: pretrains/gemma3_tiny"
+    ):
         resolve(write_recipe(tmp_path, model_name_or_path="pretrains/gemma"), AROUND)
 
 

@@ -1,0 +1,45 @@
+"""Runs whose process was killed: end them, so that the pool slots they hold are free again."""
+
+import os
+
+import dagster as dg
+
+HOLDING = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+
+
+def end_dead_runs(instance: dg.DagsterInstance) -> list[str]:
+    """Report the runs of this machine whose processes are all gone as failed, and free their slots.
+
+    `kill -9` of a run leaves it "started" for ever, and its slot of the pool `gpu` taken: the next run would wait.
+
+    Returns:
+        The ids of those runs.
+    """
+    dead = []
+    for run in instance.get_runs(dg.RunsFilter(statuses=HOLDING)):
+        pids = _process_ids(instance, run.run_id)
+        if pids and not any(_is_alive(pid) for pid in pids):
+            instance.report_run_failed(run, "Its process is gone (killed, or the machine was restarted).")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+            dead.append(run.run_id)
+    return dead
+
+
+def _process_ids(instance: dg.DagsterInstance, run_id: str) -> set[int]:
+    """The processes that the run's own events name: the one that executes it, and its step workers."""
+    pids = set()
+    for record in instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
+        metadata = record.get_dagster_event().engine_event_data.metadata
+        if "pid" in metadata:
+            pids.add(int(str(metadata["pid"].value)))
+    return pids
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's process: it is there
+        return True
+    return True

@@ -1,0 +1,192 @@
+"""A Dagster project of its own in a temporary folder, made of the same components: real files, real subprocesses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import psutil
+import pytest
+import yaml
+
+from mllm_assets.layout import Layout
+
+REPOSITORY = Path(__file__).parents[2]
+DEFINITIONS = """from pathlib import Path
+import dagster as dg
+
+
+@dg.definitions
+def defs():
+    return dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
+"""
+RECIPE = {
+    "model_name_or_path": "pretrains/gemma3_tiny",
+    "stage": "sft",
+    "do_train": True,
+    "finetuning_type": "full",
+    "freeze_vision_tower": False,
+    "freeze_multi_modal_projector": False,
+    "dataset_dir": "data",
+    "dataset": "emoji_train",
+    "eval_dataset": "emoji_val",
+    "template": "gemma3",
+    "cutoff_len": 512,
+    "logging_steps": 1,
+    "save_steps": 3,
+    "save_total_limit": 2,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1.0e-3,
+    "lr_scheduler_type": "cosine",
+    "max_steps": 24,
+    "seed": 42,
+}
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project folder with the emoji dataset and the tiny Gemma 3, and the ways to run it."""
+
+    root: Path
+    package: str
+    home: Path
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.root)
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {**os.environ, "DAGSTER_HOME": str(self.home), "PYTHONPATH": str(self.root), "COLUMNS": "200"}
+
+    def write_recipe(self, name: str, **values: Any) -> None:
+        recipe = {**RECIPE, "output_dir": f"outputs/{name}", **values}
+        (self.root / "configs").mkdir(exist_ok=True)
+        (self.root / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a Dagster command in the project; it is ended with the test."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=self.root,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        self.processes.append(process)
+        return process
+
+    def materialize(self, selection: str, config: Mapping[str, Any] | None = None) -> subprocess.Popen[str]:
+        options = ["--config-json", json.dumps(config)] if config else []
+        command = ["dagster", "asset", "materialize", "-m", f"{self.package}.definitions", "--select", selection]
+        return self.start(*command, *options)
+
+    def made(self, selection: str, config: Mapping[str, Any] | None = None) -> str:
+        """Materialise, wait, and return the output."""
+        process = self.materialize(selection, config)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        return output
+
+    def metadata(self, *key: str) -> dict[str, Any]:
+        """The metadata of an asset's latest materialisation."""
+        with dg.DagsterInstance.from_config(str(self.home)) as instance:
+            event = instance.get_latest_materialization_event(dg.AssetKey(list(key)))
+            assert event is not None and event.asset_materialization is not None, f"{key} was never materialised"
+            return {name: value.value for name, value in event.asset_materialization.metadata.items()}
+
+    def run_manifest(self, recipe: str) -> dict[str, Any]:
+        return json.loads((self.layout.outputs / recipe / "latest" / "manifest.json").read_text())
+
+
+def make_project(root: Path) -> Project:
+    """Write a project that uses the components from outside their package."""
+    package = f"project_{uuid.uuid4().hex[:8]}"
+    defs = root / package / "defs"
+    for folder in ("datasets/emoji", "pretrained", "recipes"):
+        (defs / folder).mkdir(parents=True)
+    (root / package / "__init__.py").touch()
+    (root / package / "definitions.py").write_text(DEFINITIONS)
+    shipped = REPOSITORY / "mllm_assets" / "defs"
+    for name in ("datasets/emoji/defs.yaml", "recipes/defs.yaml", "resources.py"):
+        shutil.copy(shipped / name, defs / name)
+    (defs / "pretrained" / "defs.yaml").write_text(
+        "type: mllm_assets.components.PretrainedModels\n"
+        "attributes:\n  models:\n    - {name: gemma3_tiny, kind: tiny_gemma3}\n"
+    )
+    (root / "pyproject.toml").write_text(
+        f'[tool.dg]\ndirectory_type = "project"\n[tool.dg.project]\nroot_module = "{package}"\n'
+        f'code_location_name = "{package}"\n'
+    )
+    home = root / ".dagster_home"
+    home.mkdir()
+    shutil.copy(REPOSITORY / "dagster.yaml", home)
+    return Project(root, package, home)
+
+
+@pytest.fixture(scope="session")
+def emoji_ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emoji dataset and the tiny model, materialised once; `project` copies them."""
+    project = make_project(tmp_path_factory.mktemp("emoji_ready"))
+    project.write_recipe("ready")
+    project.made('+key:"emoji/dataset_info" or key:"pretrained/gemma3_tiny"')
+    return project.root
+
+
+@pytest.fixture
+def project(emoji_ready: Path, tmp_path: Path) -> Iterator[Project]:
+    """A project whose emoji dataset and tiny model are made already."""
+    root = tmp_path / "project"
+    shutil.copytree(emoji_ready, root, symlinks=True)
+    [package] = [path.name for path in root.glob("project_*")]
+    (root / "configs" / "ready.yaml").unlink()
+    project = Project(root, package, root / ".dagster_home")
+    yield project
+    for process in project.processes:
+        for child in descendants(process.pid):
+            child.kill()
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120) -> Any:
+    """Poll until the condition gives something true, and return it."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"waited {timeout_s:g} s for {what}")
+
+
+def processes_of(root: Path) -> list[psutil.Process]:
+    """Every process that works in or for a project folder, whoever its parent is by now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            text = " ".join([process.cwd(), *process.cmdline(), process.environ().get("DAGSTER_HOME", "")])
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+        if str(root) in text and process.pid != os.getpid():
+            found.append(process)
+    return found

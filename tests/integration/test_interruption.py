@@ -1,0 +1,81 @@
+"""Killed at any instant and materialised again, a run ends with the weights of one that was never interrupted."""
+
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mllm_assets.components.slots import end_dead_runs
+from tests.integration.conftest import Project, descendants, processes_of, wait_for
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+SELECT = 'key:"victim/checkpoint"'
+
+
+def num_steps_logged(project: Project) -> int:
+    logs = list((project.layout.outputs / "victim").glob("*/trainer_log.jsonl"))
+    return len(logs[0].read_text().splitlines()) if logs else 0
+
+
+def find(victim: str, command: subprocess.Popen[str]) -> psutil.Process:
+    """The trainer, the step worker that launched it, or the process of the whole run."""
+    tree = descendants(command.pid)
+    [trainer] = [p for p in tree if "mllm_assets.worker" in p.cmdline() and "supervisor" not in " ".join(p.cmdline())]
+    supervisor = trainer.parent()
+    assert supervisor is not None
+    step_worker = supervisor.parent()
+    assert step_worker is not None and step_worker.pid != command.pid
+    return {"trainer": trainer, "step worker": step_worker, "run": psutil.Process(command.pid)}[victim]
+
+
+def test_kill_9_of_trainer_step_worker_or_run_changes_no_bit_of_the_weights(project: Project) -> None:
+    """The library's own resume silently drops the weights of Gemma 3."""
+    project.write_recipe("victim")
+    rng = random.Random(20260801)
+    for victim in ("trainer", "step worker", "run"):
+        step = num_steps_logged(project) + rng.randint(2, 7)
+        command = project.materialize(SELECT)
+        wait_for(lambda step=step: num_steps_logged(project) >= step, f"step {step}")
+        find(victim, command).send_signal(signal.SIGKILL)
+        command.communicate(timeout=120)
+        wait_for(lambda: not processes_of(project.root), "all processes to end", 30)
+        assert not list((project.layout.outputs / "victim").glob("*/manifest.json")), "it finished before the kill"
+        end_killed_runs(project)
+    project.made(SELECT)
+    resumed = project.run_manifest("victim")
+    assert resumed["resumed_from_step"] > 0
+
+    project.made(SELECT, {"ops": {"victim__checkpoint": {"config": {"force": True}}}})
+    whole = project.run_manifest("victim")
+    assert whole["fingerprint"] == f"{resumed['fingerprint']}-2"
+    assert whole["resumed_from_step"] is None
+    assert whole["weights_digest"] == resumed["weights_digest"]
+    assert weights(project, whole["fingerprint"]) == weights(project, resumed["fingerprint"])
+
+
+def end_killed_runs(project: Project) -> None:
+    import dagster as dg
+
+    with dg.DagsterInstance.from_config(str(project.home)) as instance:
+        end_dead_runs(instance)
+
+
+def weights(project: Project, fingerprint: str) -> bytes:
+    path: Path = project.layout.outputs / "victim" / fingerprint / "model" / "model.safetensors"
+    return path.read_bytes()
+
+
+def test_ctrl_c_leaves_no_process_and_keeps_what_was_done(project: Project) -> None:
+    project.write_recipe("victim", max_steps=2000)
+    command = project.materialize(SELECT)
+    wait_for(lambda: num_steps_logged(project) >= 7, "step 7")
+    assert any("mllm_assets.worker" in p.cmdline() for p in descendants(command.pid))
+    command.send_signal(signal.SIGINT)
+    command.communicate(timeout=120)
+    assert command.returncode != 0
+    wait_for(lambda: not processes_of(project.root), "all processes to end", 30)
+    assert list((project.layout.outputs / "victim").glob("*/checkpoint-6"))
