@@ -88,10 +88,13 @@ class Project:
         self.processes.append(process)
         return process
 
-    def materialize(self, selection: str, config: Mapping[str, Any] | None = None) -> subprocess.Popen[str]:
-        options = ["--config-json", json.dumps(config)] if config else []
+    def materialize(
+        self, selection: str, config: Mapping[str, Any] | None = None, *, executor: str = "in_process"
+    ) -> subprocess.Popen[str]:
+        """Start `dagster asset materialize`; one process for all steps saves two seconds a step."""
+        options = json.dumps({"execution": {"config": {executor: {}}}, **(config or {})})
         command = ["dagster", "asset", "materialize", "-m", f"{self.package}.definitions", "--select", selection]
-        return self.start(*command, *options)
+        return self.start(*command, "--config-json", options)
 
     def made(self, selection: str, config: Mapping[str, Any] | None = None) -> str:
         """Materialise, wait, and return the output."""

@@ -38,7 +38,7 @@ def test_kill_9_of_trainer_step_worker_or_run_changes_no_bit_of_the_weights(proj
     rng = random.Random(20260801)
     for victim in ("trainer", "step worker", "run"):
         step = num_steps_logged(project) + rng.randint(2, 7)
-        command = project.materialize(SELECT)
+        command = project.materialize(SELECT, executor="multiprocess")
         wait_for(lambda step=step: num_steps_logged(project) >= step, f"step {step}")
         find(victim, command).send_signal(signal.SIGKILL)
         command.communicate(timeout=120)
@@ -71,7 +71,7 @@ def weights(project: Project, fingerprint: str) -> bytes:
 
 def test_ctrl_c_leaves_no_process_and_keeps_what_was_done(project: Project) -> None:
     project.write_recipe("victim", max_steps=2000)
-    command = project.materialize(SELECT)
+    command = project.materialize(SELECT, executor="multiprocess")
     wait_for(lambda: num_steps_logged(project) >= 7, "step 7")
     assert any("mllm_assets.worker" in p.cmdline() for p in descendants(command.pid))
     command.send_signal(signal.SIGINT)

@@ -1,0 +1,123 @@
+"""The whole line in a project of the user's own: real files, a real instance, the real commands."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import yaml
+
+from mllm_assets.artifacts import read_manifest
+from mllm_assets.evaluation.release import list_releases
+from mllm_assets.quality.store import QualityStore
+from tests.integration.conftest import Project
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99, "num_stderr": 0}
+
+
+def set_gates(project: Project, gates: Mapping[str, float]) -> None:
+    path = project.root / project.package / "defs" / "recipes" / "defs.yaml"
+    component = yaml.safe_load(path.read_text())
+    component["attributes"]["defaults"] = {"gates": dict(gates), "evaluation": {"max_new_tokens": 8, "max_samples": 24}}
+    path.write_text(yaml.safe_dump(component))
+
+
+def config(recipe: str, **values: Any) -> dict[str, Any]:
+    return {"ops": {f"{recipe}__checkpoint": {"config": values}}}
+
+
+def test_a_recipe_dropped_into_configs_becomes_a_release_and_is_not_trained_twice(project: Project) -> None:
+    project.write_recipe("mine")
+    set_gates(project, EVERYTHING_PASSES)
+    project.made('+key:"mine/released_model"')
+    made = project.metadata("mine", "checkpoint")
+    assert made["num_steps"] == 24 and not made["already_finished"]
+
+    [release] = list_releases(project.layout, "mine")
+    assert {"config.json", "model.safetensors", "README.md", "manifest.json"} <= {
+        p.name for p in release.directory.iterdir()
+    }
+    card = (release.directory / "README.md").read_text()
+    assert "emoji_train" in card and made["fingerprint"] in card
+    store = QualityStore(project.layout.quality_db)
+    [counts] = store.query(
+        "SELECT count(*) AS n, count(DISTINCT sample_id) AS samples FROM predictions WHERE recipe = 'mine'"
+    )
+    assert counts == {"n": 48, "samples": 24}
+
+    project.made('+key:"mine/released_model"')
+    again = project.metadata("mine", "checkpoint")
+    assert again["already_finished"] and again["fingerprint"] == made["fingerprint"]
+    assert project.metadata("emoji", "sample_quality")["num_decoded"] == 0
+    assert len(list_releases(project.layout, "mine")) == 1
+
+
+def test_the_counts_of_samples_add_up_in_the_metadata(project: Project) -> None:
+    counts = project.metadata("emoji", "train")
+    parts = ("num_train", "num_val", "num_unused", "num_rejected")
+    assert counts["num_raw"] == 800 == sum(counts[name] for name in parts)
+
+
+def test_stages_start_from_one_another_and_train_from_cached_features(project: Project) -> None:
+    """Projector first, then the last layers, as in the guide: the second starts from the first one's weights."""
+    frozen = {"freeze_vision_tower": True, "max_steps": 4}
+    project.write_recipe("first", **frozen, freeze_language_model=True)
+    project.write_recipe(
+        "second",
+        **{**frozen, "finetuning_type": "freeze", "freeze_trainable_layers": 2},
+        freeze_extra_modules="multi_modal_projector",
+        model_name_or_path="outputs/first/latest/model",
+    )
+    project.made('+key:"second/checkpoint"')
+    first, second = project.run_manifest("first"), project.run_manifest("second")
+    assert first["features"] and second["features"]
+    assert [row["module"] for row in first["trainable"]] == ["multi_modal_projector"]
+    shared = [project.metadata(recipe, "vision_features") for recipe in ("first", "second")]
+    assert shared[0]["path"] == shared[1]["path"], "the same frozen tower and images share one cache"
+
+
+def test_the_launchpad_changes_the_run_and_its_name(project: Project) -> None:
+    project.write_recipe("mine")
+    project.made('key:"mine/checkpoint"', config("mine", max_steps=2, learning_rate=1e-4, max_samples=16))
+    short = project.run_manifest("mine")
+    assert (short["num_steps"], short["num_train_samples"], short["recipe"]["learning_rate"]) == (2, 16, 1e-4)
+    project.made('key:"mine/checkpoint"', config("mine", num_train_epochs=1.0, max_steps=-1, max_samples=16))
+    epoch = project.run_manifest("mine")
+    assert epoch["num_steps"] == 2 and epoch["fingerprint"] != short["fingerprint"]
+
+
+def test_a_failed_gate_stops_the_release_also_when_it_is_materialised_alone(project: Project) -> None:
+    project.write_recipe("weak", max_steps=1)
+    set_gates(project, {"min_answer_gain": 0.5})
+    line = project.materialize('+key:"weak/released_model"')
+    output, _ = line.communicate(timeout=240)
+    assert line.returncode == 1 and "beats_most_common_answer" in output
+
+    alone = project.materialize('key:"weak/released_model"')
+    output, _ = alone.communicate(timeout=120)
+    assert alone.returncode == 1
+    assert "weak is not released" in output and "Train longer or on more data" in output
+    assert list_releases(project.layout, "weak") == []
+
+
+def test_an_asset_whose_inputs_were_never_made_says_the_command_that_makes_them(project: Project) -> None:
+    project.write_recipe("mine")
+    run = project.materialize('key:"mine/eval_metrics"')
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert "mine/predictions was never materialised. Run: dagster asset materialize -m" in output
+
+
+def test_the_run_directory_says_all_that_the_guide_looks_at(project: Project) -> None:
+    project.write_recipe("mine", plot_loss=True, max_steps=6, eval_strategy="steps", eval_steps=3, max_samples=16)
+    project.made('key:"mine/checkpoint"')
+    run_dir = project.layout.outputs / "mine" / "latest"
+    assert {p.name for p in run_dir.iterdir()} >= {
+        "model", "checkpoint-3", "checkpoint-6", "trainer_log.jsonl", "logs", "training_loss.png", "manifest.json"
+    }  # fmt: skip
+    assert list((run_dir / "logs").glob("events.out.tfevents.*"))
+    last = json.loads((run_dir / "trainer_log.jsonl").read_text().splitlines()[-1])
+    assert {"current_steps", "total_steps", "epoch", "percentage", "elapsed_time", "remaining_time"} <= set(last)
+    assert read_manifest(run_dir)["eval_loss"] > 0
