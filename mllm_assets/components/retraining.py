@@ -49,7 +49,7 @@ def find_outdated(
             found.blocked[key] = f"blocked by {failed.get(stopped[0], stopped[0].to_user_string())}"
         elif materialization is None:
             found.reasons[key] = "never made"
-        elif node.code_version != tags.get("dagster/code_version"):
+        elif node.code_version is not None and node.code_version != tags.get("dagster/code_version"):
             found.reasons[key] = "its definition changed"
         elif changed:
             found.reasons[key] = f"{changed[0].to_user_string()} changed"

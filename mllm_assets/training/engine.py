@@ -6,6 +6,7 @@ The run's folder fills in this order: `run.json` (what resume must not change), 
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -121,7 +122,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     trained_s = time.monotonic()
     train_loss = run_training(trainer, resumable)
     train_wall_s = time.monotonic() - trained_s
-    facts = training_facts(trainer.state, train_loss, train_wall_s, resumable, spec)
+    facts = training_facts(trainer, train_loss, train_wall_s, resumable)
     if not trainer.is_world_process_zero():
         return {}
 
@@ -235,7 +236,8 @@ def estimate_memory(
 
 def clean_and_find_resumable(run_dir: Path, reporter: "Reporter") -> Resumable:
     """Take out what a kill left half-written, and say which checkpoints cannot be used."""
-    for leftover in run_dir.glob(".*.tmp"):
+    is_first_rank = int(os.environ.get("RANK", "0")) == 0
+    for leftover in run_dir.glob(".*.tmp") if is_first_rank else ():
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -322,13 +324,14 @@ def run_training(trainer: FineTuner, resumable: Resumable) -> float | None:
 
 
 def training_facts(
-    state: TrainerState, train_loss: float | None, train_wall_s: float, resumable: Resumable, spec: TrainSpec
+    trainer: FineTuner, train_loss: float | None, train_wall_s: float, resumable: Resumable
 ) -> dict[str, Any]:
-    """Return what the steps gave: losses, counts, and throughput of this process's share of them."""
+    """Return what the steps gave: losses, counts, and the throughput of those done since the last resume."""
+    state, args = trainer.state, trainer.args
     logged = {key: [line[key] for line in state.log_history if key in line] for key in ("loss", "eval_loss")}
     num_steps_here = state.global_step - resumable.step
     share = num_steps_here / state.global_step if state.global_step else 0.0
-    num_samples = num_steps_here * spec.per_device_train_batch_size * spec.gradient_accumulation_steps
+    num_samples = num_steps_here * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "num_steps": state.global_step,
         "num_epochs": state.epoch,

@@ -71,13 +71,17 @@ class Project:
 
     def write_recipe(self, name: str, **values: Any) -> None:
         recipe = {**RECIPE, "output_dir": f"outputs/{name}", **values}
+        recipe = {key: value for key, value in recipe.items() if value is not None}
         (self.root / "configs").mkdir(exist_ok=True)
         (self.root / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start a Dagster command in the project; it is ended with the test."""
+    def start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start a module's command in the project; it is ended with the test."""
+        return self.start_python("-m", module, *arguments)
+
+    def start_python(self, *arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            [sys.executable, *arguments],
             cwd=self.root,
             env=self.env,
             stdout=subprocess.PIPE,
