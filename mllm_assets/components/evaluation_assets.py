@@ -176,7 +176,7 @@ def _evaluation_request(
 
 def _run_columns(context: dg.AssetExecutionContext, node: Node) -> dict[str, str]:
     digest = upstream(context, node.key("checkpoint"))["data_version"]
-    return {"run_id": context.run_id, "recipe": node.name, "checkpoint_digest": digest}
+    return {"run_id": context.run.run_id, "recipe": node.name, "checkpoint_digest": digest}
 
 
 def _for_store(context: dg.AssetExecutionContext, node: Node, rows: pa.Table) -> pa.Table:

@@ -168,7 +168,7 @@ def _sample_quality_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
     def sample_quality(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         with failures_for_people():
             raw = upstream_path(context, raw_key, project.layout)
-            result = assess(spec, project.layout, raw, context.run_id)
+            result = assess(spec, project.layout, raw, context.run.run_id)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(result.digest),
             metadata={
@@ -218,7 +218,7 @@ def _splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
         with failures_for_people():
             raw = upstream_path(context, raw_key, layout)
             quality = upstream_path(context, quality_key, layout)
-            result = split(spec, layout, raw, quality, context.run_id)
+            result = split(spec, layout, raw, quality, context.run.run_id)
             placeholders = every_image_has_a_placeholder(result.directory, layout.data)
             outcomes = {
                 train_key: {"every_image_has_a_placeholder": placeholders, "counts_add_up": counts_add_up(result)},

@@ -75,6 +75,14 @@ class Project:
         (self.root / "configs").mkdir(exist_ok=True)
         (self.root / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
 
+    def set_defaults(self, *, gates: Mapping[str, float]) -> None:
+        """Set the gates of every recipe, and evaluate on few samples and tokens."""
+        path = self.root / self.package / "defs" / "recipes" / "defs.yaml"
+        component = yaml.safe_load(path.read_text())
+        evaluation = {"max_new_tokens": 8, "max_samples": 24}
+        component["attributes"]["defaults"] = {"gates": dict(gates), "evaluation": evaluation}
+        path.write_text(yaml.safe_dump(component))
+
     def start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
         """Start a module's command in the project; it is ended with the test."""
         return self.start_python("-m", module, *arguments)

@@ -1,11 +1,9 @@
 """The whole line in a project of the user's own: real files, a real instance, the real commands."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import yaml
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.evaluation.release import list_releases
@@ -17,20 +15,13 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99, "num_stderr": 0}
 
 
-def set_gates(project: Project, gates: Mapping[str, float]) -> None:
-    path = project.root / project.package / "defs" / "recipes" / "defs.yaml"
-    component = yaml.safe_load(path.read_text())
-    component["attributes"]["defaults"] = {"gates": dict(gates), "evaluation": {"max_new_tokens": 8, "max_samples": 24}}
-    path.write_text(yaml.safe_dump(component))
-
-
 def config(recipe: str, **values: Any) -> dict[str, Any]:
     return {"ops": {f"{recipe}__checkpoint": {"config": values}}}
 
 
 def test_a_recipe_dropped_into_configs_becomes_a_release_and_is_not_trained_twice(project: Project) -> None:
     project.write_recipe("mine")
-    set_gates(project, EVERYTHING_PASSES)
+    project.set_defaults(gates=EVERYTHING_PASSES)
     project.made('+key:"mine/released_model"')
     made = project.metadata("mine", "checkpoint")
     assert made["num_steps"] == 24 and not made["already_finished"]
@@ -90,7 +81,7 @@ def test_the_launchpad_changes_the_run_and_its_name(project: Project) -> None:
 
 def test_a_failed_gate_stops_the_release_also_when_it_is_materialised_alone(project: Project) -> None:
     project.write_recipe("weak", max_steps=1)
-    set_gates(project, {"min_answer_gain": 0.5})
+    project.set_defaults(gates={"min_answer_gain": 0.5})
     line = project.materialize('+key:"weak/released_model"')
     output, _ = line.communicate(timeout=240)
     assert line.returncode == 1 and "beats_most_common_answer" in output

@@ -74,6 +74,7 @@ def test_a_tick_launches_what_changed_and_skips_the_rest_with_a_reason(trained: 
 def test_a_line_that_a_failed_check_blocks_is_not_launched_again(project: Project) -> None:
     """With the same inputs the gate would fail again, every week."""
     project.write_recipe("weak", max_steps=1, max_samples=8)
+    project.set_defaults(gates={"min_answer_gain": 0.5})
     project.materialize('+key:"weak/eval_metrics"').communicate(timeout=240)
     blocked = tick(project)
     assert blocked["requests"] == []

@@ -1,0 +1,148 @@
+"""The commands of Dagster that the README and the issue name, run as a user runs them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.conftest import REPOSITORY, Project, descendants, processes_of, wait_for
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+
+def run(*command: str, env: dict[str, str] | None = None) -> str:
+    """Run a command in the repository and return what it printed."""
+    environment = {**os.environ, **(env or {})}
+    script = Path(sys.executable).with_name(command[0])
+    done = subprocess.run(
+        [script, *command[1:]], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_definitions_validate_accepts_the_code_location() -> None:
+    assert "All code locations passed validation" in run("dagster", "definitions", "validate")
+
+
+def test_dg_lists_the_components_that_a_user_configures() -> None:
+    listed = run("dg", "list", "components", "--json")
+    for name in ("FineTuning", "ImageTextDataset", "PretrainedModels"):
+        assert f"mllm_assets.components.{name}" in listed
+
+
+def test_dg_launch_materialises_from_the_root(tmp_path: Path) -> None:
+    run("dg", "launch", "--assets", 'key:"emoji/raw"', env={"MLLM_ASSETS_ROOT": str(tmp_path)})
+    assert list((tmp_path / "data" / ".raw" / "emoji").glob("*/manifest.json"))
+
+
+class Server:
+    """`dagster dev`, asked through its GraphQL API as its own page does."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+        self.process, self.url = process, f"http://127.0.0.1:{port}"
+
+    def query(self, query: str, **variables: Any) -> dict[str, Any]:
+        body = json.dumps({"query": query, "variables": variables}).encode()
+        request = urllib.request.Request(f"{self.url}/graphql", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)["data"]
+
+    def is_up(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/server_info", timeout=5):
+                return True
+        except OSError:
+            return False
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def serve(project: Project, *arguments: str) -> Server:
+    port = free_port()
+    process = project.start("dagster", "dev", "-h", "127.0.0.1", "-p", str(port), *arguments)
+    server = Server(process, port)
+    wait_for(server.is_up, "dagster dev", 90)
+    return server
+
+
+@pytest.fixture
+def server(project: Project) -> Iterator[Server]:
+    project.write_recipe("victim", max_steps=2000)
+    server = serve(project, "-m", f"{project.package}.definitions")
+    yield server
+    server.process.send_signal(signal.SIGINT)
+    server.process.communicate(timeout=60)
+
+
+LOCATIONS = "{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus } } } }"
+LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
+  __typename ... on LaunchRunSuccess { run { id } } ... on PythonError { message } } }"""
+TERMINATE = "mutation($id: String!) { terminateRun(runId: $id) { __typename } }"
+STATUS = "query($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
+SLOTS = '{ instance { concurrencyLimit(concurrencyKey: "gpu") { claimedSlots { runId } } } }'
+
+
+def test_the_shipped_workspace_file_starts_the_ui(project: Project) -> None:
+    """`working_directory: .` is relative to the current directory, and pyproject.toml wins unless -w is given."""
+    for name in ("mllm_assets", "configs", "workspace.yaml", "pyproject.toml"):
+        path = project.root / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        path.symlink_to(REPOSITORY / name)
+    server = serve(project, "-w", "workspace.yaml")
+    assert loaded_location(server) == "mllm_assets"
+    server.process.send_signal(signal.SIGINT)
+    server.process.communicate(timeout=60)
+
+
+def loaded_location(server: Server) -> str:
+    """The name of the one code location, once it is loaded."""
+
+    def find() -> str | None:
+        entries = server.query(LOCATIONS)["workspaceOrError"]["locationEntries"]
+        return next((entry["name"] for entry in entries if entry["loadStatus"] == "LOADED"), None)
+
+    return wait_for(find, "the code location", 60)
+
+
+def test_cancelling_through_dagster_leaves_no_process_and_frees_the_gpu(project: Project, server: Server) -> None:
+    """`PipesSubprocessClient` signals its direct child once and never kills: trainers were left on the GPU."""
+    selector = {
+        "repositoryLocationName": loaded_location(server),
+        "repositoryName": "__repository__",
+        "pipelineName": "__ASSET_JOB",
+        "assetSelection": [{"path": ["victim", "checkpoint"]}],
+    }
+    launched = server.query(LAUNCH, params={"selector": selector, "runConfigData": {}, "mode": "default"})
+    assert launched["launchRun"]["__typename"] == "LaunchRunSuccess", launched
+    run_id = launched["launchRun"]["run"]["id"]
+    logs = project.layout.outputs / "victim"
+    wait_for(lambda: any(len(p.read_text().splitlines()) > 3 for p in logs.glob("*/trainer_log.jsonl")), "step 3")
+    workers = [p for p in descendants(server.process.pid) if "mllm_assets.worker" in p.cmdline()]
+    assert workers
+    assert server.query(SLOTS)["instance"]["concurrencyLimit"]["claimedSlots"] == [{"runId": run_id}]
+
+    assert server.query(TERMINATE, id=run_id)["terminateRun"]["__typename"] == "TerminateRunSuccess"
+    wait_for(lambda: server.query(STATUS, id=run_id)["runOrError"]["status"] == "CANCELED", "the run's end", 60)
+    wait_for(
+        lambda: not [p for p in processes_of(project.root) if "mllm_assets.worker" in p.cmdline()],
+        "the worker's end",
+        30,
+    )
+    assert not [worker for worker in workers if worker.is_running()]
+    wait_for(lambda: not server.query(SLOTS)["instance"]["concurrencyLimit"]["claimedSlots"], "the slot", 60)
