@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,13 @@ def emoji_ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(emoji_ready: Path, tmp_path: Path) -> Iterator[Project]:
     """A project whose emoji dataset and tiny model are made already."""
-    root = tmp_path / "project"
+    with copied_project(emoji_ready, tmp_path / "project") as project:
+        yield project
+
+
+@contextmanager
+def copied_project(emoji_ready: Path, root: Path) -> Iterator[Project]:
+    """A copy of the ready project, whose processes are ended with the block."""
     shutil.copytree(emoji_ready, root, symlinks=True)
     [package] = [path.name for path in root.glob("project_*")]
     (root / "configs" / "ready.yaml").unlink()

@@ -1,20 +1,17 @@
 """The commands of Dagster that the README and the issue name, run as a user runs them."""
 
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.integration.conftest import REPOSITORY, Project, descendants, processes_of, wait_for
+from tests.integration.dagster_dev import Server, loaded_location, serve
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -45,40 +42,6 @@ def test_dg_launch_materialises_from_the_root(tmp_path: Path) -> None:
     assert list((tmp_path / "data" / ".raw" / "emoji").glob("*/manifest.json"))
 
 
-class Server:
-    """`dagster dev`, asked through its GraphQL API as its own page does."""
-
-    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
-        self.process, self.url = process, f"http://127.0.0.1:{port}"
-
-    def query(self, query: str, **variables: Any) -> dict[str, Any]:
-        body = json.dumps({"query": query, "variables": variables}).encode()
-        request = urllib.request.Request(f"{self.url}/graphql", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)["data"]
-
-    def is_up(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/server_info", timeout=5):
-                return True
-        except OSError:
-            return False
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def serve(project: Project, *arguments: str) -> Server:
-    port = free_port()
-    process = project.start("dagster", "dev", "-h", "127.0.0.1", "-p", str(port), *arguments)
-    server = Server(process, port)
-    wait_for(server.is_up, "dagster dev", 90)
-    return server
-
-
 @pytest.fixture
 def server(project: Project) -> Iterator[Server]:
     project.write_recipe("victim", max_steps=2000)
@@ -88,7 +51,6 @@ def server(project: Project) -> Iterator[Server]:
     server.process.communicate(timeout=60)
 
 
-LOCATIONS = "{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus } } } }"
 LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
   __typename ... on LaunchRunSuccess { run { id } } ... on PythonError { message } } }"""
 TERMINATE = "mutation($id: String!) { terminateRun(runId: $id) { __typename } }"
@@ -108,16 +70,6 @@ def test_the_shipped_workspace_file_starts_the_ui(project: Project) -> None:
     assert loaded_location(server) == "mllm_assets"
     server.process.send_signal(signal.SIGINT)
     server.process.communicate(timeout=60)
-
-
-def loaded_location(server: Server) -> str:
-    """The name of the one code location, once it is loaded."""
-
-    def find() -> str | None:
-        entries = server.query(LOCATIONS)["workspaceOrError"]["locationEntries"]
-        return next((entry["name"] for entry in entries if entry["loadStatus"] == "LOADED"), None)
-
-    return wait_for(find, "the code location", 60)
 
 
 def test_cancelling_through_dagster_leaves_no_process_and_frees_the_gpu(project: Project, server: Server) -> None:

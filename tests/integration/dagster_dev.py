@@ -1,0 +1,55 @@
+"""`dagster dev` for tests: started on a free port of 127.0.0.1 and asked through its GraphQL API."""
+
+import json
+import socket
+import subprocess
+import urllib.request
+from typing import Any
+
+from tests.integration.conftest import Project, wait_for
+
+LOCATIONS = "{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus } } } }"
+
+
+class Server:
+    """`dagster dev`, asked through its GraphQL API as its own page does."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+        self.process, self.url = process, f"http://127.0.0.1:{port}"
+
+    def query(self, query: str, **variables: Any) -> dict[str, Any]:
+        body = json.dumps({"query": query, "variables": variables}).encode()
+        request = urllib.request.Request(f"{self.url}/graphql", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)["data"]
+
+    def is_up(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/server_info", timeout=5):
+                return True
+        except OSError:
+            return False
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def serve(project: Project, *arguments: str) -> Server:
+    port = free_port()
+    process = project.start("dagster", "dev", "-h", "127.0.0.1", "-p", str(port), *arguments)
+    server = Server(process, port)
+    wait_for(server.is_up, "dagster dev", 90)
+    return server
+
+
+def loaded_location(server: Server) -> str:
+    """The name of the one code location, once it is loaded."""
+
+    def find() -> str | None:
+        entries = server.query(LOCATIONS)["workspaceOrError"]["locationEntries"]
+        return next((entry["name"] for entry in entries if entry["loadStatus"] == "LOADED"), None)
+
+    return wait_for(find, "the code location", 60)
