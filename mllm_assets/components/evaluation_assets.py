@@ -23,7 +23,12 @@ from mllm_assets.evaluation.release import newest_release, publish
 from mllm_assets.evaluation.table import read_predictions, store_table
 from mllm_assets.layout import Layout
 
-GATES = ("beats_base_model", "beats_most_common_answer", "the_model_uses_the_image", "no_regression_against_release")
+GATES = {
+    "beats_base_model": "Its loss is lower than that of the model it started from.",
+    "beats_most_common_answer": "It answers better than one who always gives the most common training answer.",
+    "the_model_uses_the_image": "Its loss is lower with a sample's own image than with another sample's.",
+    "no_regression_against_release": "Its loss is not above that of the newest release.",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +91,9 @@ def eval_metrics_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
         kinds={"json"},
         deps=[node.key("predictions"), *node.data],
         code_version=digest_json(asdict(gates))[:16],
-        check_specs=[dg.AssetCheckSpec(name, asset=key, blocking=True) for name in GATES],
+        check_specs=[
+            dg.AssetCheckSpec(name, asset=key, blocking=True, description=text) for name, text in GATES.items()
+        ],
         description="Loss, perplexity, BLEU, chrF, ROUGE-L and label accuracy, with the gates of a release as checks.",
     )
     def eval_metrics(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:

@@ -74,9 +74,9 @@ def failed(results: Iterable[GateResult]) -> list[GateResult]:
 
 
 _GAINS = {
-    "beats_base_model": "lower {metric} than the base model",
-    "beats_most_common_answer": "higher {metric} than always answering {answer!r}",
-    "the_model_uses_the_image": "lower {metric} with the sample's own image than with another's",
+    "beats_base_model": "gain in {metric} over the base model",
+    "beats_most_common_answer": "gain in {metric} over always answering {answer!r}",
+    "the_model_uses_the_image": "gain in {metric} of the sample's own image over another's",
 }
 
 
@@ -96,8 +96,8 @@ def _gain_gate(
         result = GateResult(
             name=name,
             passed=measured["mean"] > needed,
-            description=f"{entry}: {claim} by {measured['mean']:.4f} (more than {needed:.4f} is needed: "
-            f"{threshold:g} plus {spec.num_stderr:g} standard errors of {measured['num_pairs']} samples).",
+            description=f"{entry}: the {claim} is {measured['mean']:.4f}; more than {needed:.4f} is needed "
+            f"({threshold:g} plus {spec.num_stderr:g} standard errors of {measured['num_pairs']} samples).",
             observed=measured["mean"],
             threshold=needed,
         )

@@ -62,7 +62,7 @@ def test_a_checkpoint_shows_what_trained_and_its_loss(server: Server, page: Page
 
 def test_a_failed_gate_can_be_read(server: Server, page: Page) -> None:
     page.goto(f"{server.url}/assets/mine/eval_metrics?view=checks&checkDetail=beats_most_common_answer")
-    expect(page.get_by_text("higher label_accuracy than always answering").first).to_be_visible()
+    expect(page.get_by_text("the gain in label_accuracy over always answering").first).to_be_visible()
     expect(page.get_by_text("Failed").first).to_be_visible()
 
 

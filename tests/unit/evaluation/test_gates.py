@@ -32,8 +32,8 @@ def test_always_giving_the_most_common_answer_does_not_pass() -> None:
     gate = results["beats_most_common_answer"]
     assert not gate.passed
     assert gate.description == (
-        "pets_val: higher label_accuracy than always answering 'cat' by 0.0000 (more than 0.0000 is needed: "
-        "0 plus 1.645 standard errors of 6 samples)."
+        "pets_val: the gain in label_accuracy over always answering 'cat' is 0.0000; more than 0.0000 is needed "
+        "(0 plus 1.645 standard errors of 6 samples)."
     )
 
 
