@@ -66,16 +66,19 @@ def predictions_asset(node: Node, settings: EvaluationSettings) -> dg.AssetsDefi
             result = gpu.run(context, request)
         with failures_for_people():
             project.quality_store.write({"predictions": _for_store(context, node, read_predictions(directory))})
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(result["digest"]),
-            metadata={
-                "num_samples": sum(result["entries"].values()),
-                "num_predictions": result["num_predictions"],
-                "gallery": dg.MetadataValue.md((directory / "gallery.md").read_text(encoding="utf-8")),
-                "gallery_path": layout.relative(directory / "gallery.html"),
-                "wall_s": result["wall_s"],
-                "path": layout.relative(directory),
-            },
+        return project.recorded(
+            context,
+            dg.MaterializeResult(
+                data_version=dg.DataVersion(result["digest"]),
+                metadata={
+                    "num_samples": sum(result["entries"].values()),
+                    "num_predictions": result["num_predictions"],
+                    "gallery": dg.MetadataValue.md((directory / "gallery.md").read_text(encoding="utf-8")),
+                    "gallery_path": layout.relative(directory / "gallery.html"),
+                    "wall_s": result["wall_s"],
+                    "path": layout.relative(directory),
+                },
+            ),
         )
 
     return predictions
@@ -109,10 +112,13 @@ def eval_metrics_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
             results = evaluate_gates(metrics, gates, read_metrics(release.directory) if release else None)
             scores = metric_rows(metrics, **_run_columns(context, node))
             project.quality_store.write({"eval_metrics": scores})
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(manifest["digest"]),
-            check_results=_gate_checks(results),
-            metadata={**_headline(metrics), "metrics": _metrics_table(metrics), "path": layout.relative(directory)},
+        return project.recorded(
+            context,
+            dg.MaterializeResult(
+                data_version=dg.DataVersion(manifest["digest"]),
+                check_results=_gate_checks(results),
+                metadata={**_headline(metrics), "metrics": _metrics_table(metrics), "path": layout.relative(directory)},
+            ),
         )
 
     return eval_metrics
@@ -143,13 +149,16 @@ def released_model_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
 
             lineage = _lineage(context, node, read_manifest(run_dir))
             release = publish(node.name, run_dir, metrics, gates, lineage, layout, verify=verify)
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(release.digest),
-            metadata={
-                "version": release.version,
-                "model_card": dg.MetadataValue.md((release.directory / "README.md").read_text(encoding="utf-8")),
-                "path": layout.relative(release.directory),
-            },
+        return project.recorded(
+            context,
+            dg.MaterializeResult(
+                data_version=dg.DataVersion(release.digest),
+                metadata={
+                    "version": release.version,
+                    "model_card": dg.MetadataValue.md((release.directory / "README.md").read_text(encoding="utf-8")),
+                    "path": layout.relative(release.directory),
+                },
+            ),
         )
 
     return released_model

@@ -135,19 +135,22 @@ def _raw_asset(spec: DatasetSpec, description: str, license: str) -> dg.AssetsDe
         code_version=digest_json(as_json(spec.source))[:16],
         description=f"{description}\n\nThe source at a pinned revision, image bytes undecoded.".strip(),
     )
-    def raw(project: ProjectResource) -> dg.MaterializeResult:
+    def raw(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         with failures_for_people():
             result = ingest(spec, project.layout)
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(result.digest),
-            metadata={
-                "num_samples": result.num_samples,
-                "size_mib": round(result.num_bytes / 2**20, 2),
-                "revision": result.revision or "",
-                "hub_id": spec.source.repo,
-                "license": license,
-                "path": project.layout.relative(result.directory),
-            },
+        return project.recorded(
+            context,
+            dg.MaterializeResult(
+                data_version=dg.DataVersion(result.digest),
+                metadata={
+                    "num_samples": result.num_samples,
+                    "size_mib": round(result.num_bytes / 2**20, 2),
+                    "revision": result.revision or "",
+                    "hub_id": spec.source.repo,
+                    "license": license,
+                    "path": project.layout.relative(result.directory),
+                },
+            ),
         )
 
     return raw
@@ -169,17 +172,20 @@ def _sample_quality_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
         with failures_for_people():
             raw = upstream_path(context, raw_key, project.layout)
             result = assess(spec, project.layout, raw, context.run.run_id)
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(result.digest),
-            metadata={
-                "num_samples": result.num_samples,
-                "num_rejected": result.num_rejected,
-                "num_duplicates": result.num_duplicates,
-                "num_decoded": result.num_decoded,
-                "reject_reasons": counts_table(result.reject_reasons, "reason"),
-                "flags": counts_table(result.flags, "flag"),
-                "path": project.layout.relative(result.directory),
-            },
+        return project.recorded(
+            context,
+            dg.MaterializeResult(
+                data_version=dg.DataVersion(result.digest),
+                metadata={
+                    "num_samples": result.num_samples,
+                    "num_rejected": result.num_rejected,
+                    "num_duplicates": result.num_duplicates,
+                    "num_decoded": result.num_decoded,
+                    "reject_reasons": counts_table(result.reject_reasons, "reason"),
+                    "flags": counts_table(result.flags, "flag"),
+                    "path": project.layout.relative(result.directory),
+                },
+            ),
         )
 
     return sample_quality
@@ -231,16 +237,19 @@ def _splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
             }
         sizes = {train_key: (result.num_train, result.train_digest), val_key: (result.num_val, result.val_digest)}
         for key, (num_samples, digest) in sizes.items():
-            yield dg.MaterializeResult(
-                asset_key=key,
-                data_version=dg.DataVersion(digest),
-                check_results=check_results(key, outcomes[key]),
-                metadata={
-                    "num_samples": num_samples,
-                    **{name: getattr(result, name) for name in COUNTS},
-                    "unused_reasons": counts_table(result.unused_reasons, "reason"),
-                    "path": layout.relative(result.directory),
-                },
+            yield project.recorded(
+                context,
+                dg.MaterializeResult(
+                    asset_key=key,
+                    data_version=dg.DataVersion(digest),
+                    check_results=check_results(key, outcomes[key]),
+                    metadata={
+                        "num_samples": num_samples,
+                        **{name: getattr(result, name) for name in COUNTS},
+                        "unused_reasons": counts_table(result.unused_reasons, "reason"),
+                        "path": layout.relative(result.directory),
+                    },
+                ),
             )
 
     return splits
@@ -260,12 +269,15 @@ def _dataset_info_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
         with failures_for_people():
             version = upstream_path(context, train_key, project.layout)
             result = register(spec, project.layout, version)
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(result.digest),
-            metadata={
-                "entries": dg.MetadataValue.json(result.entries),
-                "path": project.layout.relative(project.layout.dataset_info),
-            },
+        return project.recorded(
+            context,
+            dg.MaterializeResult(
+                data_version=dg.DataVersion(result.digest),
+                metadata={
+                    "entries": dg.MetadataValue.json(result.entries),
+                    "path": project.layout.relative(project.layout.dataset_info),
+                },
+            ),
         )
 
     return dataset_info

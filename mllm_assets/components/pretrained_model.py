@@ -56,15 +56,18 @@ def _pretrained_asset(model: Model) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         with failures_for_people():
             result = _obtain(model, project.layout.root / model.directory, context, gpu)
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(result.fingerprint),
-            metadata={
-                "size_mib": round(result.num_bytes / 2**20, 1),
-                "revision": result.revision or "",
-                "hub_id": model.repo,
-                "license": model.license,
-                "model_path": project.layout.relative(result.directory),
-            },
+        return project.recorded(
+            context,
+            dg.MaterializeResult(
+                data_version=dg.DataVersion(result.fingerprint),
+                metadata={
+                    "size_mib": round(result.num_bytes / 2**20, 1),
+                    "revision": result.revision or "",
+                    "hub_id": model.repo,
+                    "license": model.license,
+                    "model_path": project.layout.relative(result.directory),
+                },
+            ),
         )
 
     return pretrained

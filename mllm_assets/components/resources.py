@@ -1,5 +1,6 @@
 """The two resources that the assets use: where things lie, and what runs the model."""
 
+import json
 import os
 import time
 import warnings
@@ -13,7 +14,7 @@ from pydantic import Field
 
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
-from mllm_assets.quality.store import QualityStore
+from mllm_assets.quality.store import QualityStore, table_for, utc_now
 from mllm_assets.training.launch import WorkerCrashed, run_worker
 
 OBSERVE_EVERY_S = 5.0  # an observation is a database row, so progress is throttled
@@ -40,6 +41,21 @@ class ProjectResource(dg.ConfigurableResource):
     @property
     def quality_store(self) -> QualityStore:
         return QualityStore(self.layout.quality_db)
+
+    def recorded(self, context: dg.AssetExecutionContext, result: dg.MaterializeResult) -> dg.MaterializeResult:
+        """Write a materialisation into the table `runs` of DuckDB, with its plain metadata, and hand it on."""
+        key = dg.AssetKey.from_coercible(result.asset_key) if result.asset_key else context.asset_key
+        plain = {name: value for name, value in (result.metadata or {}).items() if isinstance(value, str | int | float)}
+        row = {
+            "run_id": context.run.run_id,
+            "asset": key.to_user_string(),
+            "digest": result.data_version.value if result.data_version else None,
+            "created_at": utc_now(),
+            "metadata": json.dumps(plain),
+        }
+        with failures_for_people():
+            self.quality_store.write({"runs": table_for("runs", [row])})
+        return result
 
 
 class AcceleratorResource(dg.ConfigurableResource):

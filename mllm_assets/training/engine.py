@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments, set_seed
 
 from mllm_assets.artifacts import is_complete, read_manifest, write_json_atomic, write_manifest
-from mllm_assets.data.sharegpt import load_rows
+from mllm_assets.data.sharegpt import entry_digest, load_rows
 from mllm_assets.errors import IntegrityError
 from mllm_assets.training import features, freezing, memory, reporting
 from mllm_assets.training.checkpoints import DeltaTrainer, Resumable, find_resumable, no_space_is_an_error
@@ -99,6 +99,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     num_threads = fix_num_threads(run_dir, accelerator.get("num_threads"))
 
     model_dir = Path(request["model_dir"])
+    require_same_data(Path(request["data_dir"]), request.get("data_digests") or {})
     inputs = read_inputs(spec, model_dir, Path(request["data_dir"]), reporter)
     features_dir = Path(request["features_dir"]) if request.get("features_dir") else None
     needed = estimate_memory(spec, model_dir, device, precision, inputs, tower_cached=features_dir is not None)
@@ -173,6 +174,21 @@ def fix_num_threads(run_dir: Path, wanted: int | None) -> int:
         write_json_atomic(path, {"num_threads": num_threads})
     torch.set_num_threads(num_threads)
     return num_threads
+
+
+def require_same_data(data_dir: Path, digests: Mapping[str, str]) -> None:
+    """Refuse data that changed since the run was named by it.
+
+    Raises:
+        IntegrityError: Names the entry.
+    """
+    for entry, expected in digests.items():
+        found = entry_digest(data_dir, entry)
+        if found != expected:
+            raise IntegrityError(
+                f"The entry {entry} in {data_dir} changed after this run was named by its content: expected digest "
+                f"{expected[:12]}, found {found[:12]}. Start the run again: it gets a name of its own."
+            )
 
 
 def read_inputs(spec: TrainSpec, model_dir: Path, data_dir: Path, reporter: "Reporter") -> Inputs:

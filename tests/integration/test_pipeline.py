@@ -37,6 +37,8 @@ def test_a_recipe_dropped_into_configs_becomes_a_release_and_is_not_trained_twic
         "SELECT count(*) AS n, count(DISTINCT sample_id) AS samples FROM predictions WHERE recipe = 'mine'"
     )
     assert counts == {"n": 48, "samples": 24}
+    runs = {row["asset"]: row["digest"] for row in store.query("SELECT asset, digest FROM runs")}
+    assert runs["mine/released_model"] == release.digest and {"emoji/raw", "mine/checkpoint"} <= set(runs)
 
     project.made('+key:"mine/released_model"')
     again = project.metadata("mine", "checkpoint")

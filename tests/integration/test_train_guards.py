@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from mllm_assets.artifacts import is_complete
-from mllm_assets.errors import DataError, MachineError, ModelError, RecipeError
+from mllm_assets.data.sharegpt import entry_digest
+from mllm_assets.errors import DataError, IntegrityError, MachineError, ModelError, RecipeError
 from mllm_assets.training.engine import train_task
 from mllm_assets.training.protocol import Reporter
 from mllm_assets.training.spec import TrainSpec
@@ -47,6 +48,17 @@ def test_a_damaged_image_is_named_with_its_row(parity_dir: Path, tmp_path: Path)
     image.write_bytes(image.read_bytes()[:200])
     request = make_request(parity_dir, tmp_path / "run") | {"data_dir": str(tmp_path / "data")}
     with pytest.raises(DataError, match=r"emoji_007\.png of row .* cannot be read"):
+        train_task(request, Reporter())
+
+
+def test_data_that_changed_after_the_run_was_named_by_it_is_refused(parity_dir: Path, tmp_path: Path) -> None:
+    """A dataset materialised between plan and training would give other weights under the old name."""
+    shutil.copytree(parity_dir / "data", tmp_path / "data")
+    request = make_request(parity_dir, tmp_path / "run") | {"data_dir": str(tmp_path / "data")}
+    request["data_digests"] = {"gemma3_vlm_train": entry_digest(tmp_path / "data", "gemma3_vlm_train")}
+    rows = json.loads((tmp_path / "data" / "train.json").read_text())
+    (tmp_path / "data" / "train.json").write_text(json.dumps(rows[:-1]))
+    with pytest.raises(IntegrityError, match=r"The entry gemma3_vlm_train in .* changed after this run was named"):
         train_task(request, Reporter())
 
 
