@@ -1,7 +1,9 @@
 """Every test makes its own world: a folder of its own, no network, no hub, no clock."""
 
+import atexit
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,3 +48,10 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
         assert json.loads(json.dumps(value)) == expected, f"differs from golden {path.name}"
 
     return compare
+
+
+@atexit.register
+def _leave_quietly() -> None:
+    """Silence duckdb's binding, which reports "nanobind: leaked ..." of itself at exit where torch is loaded too."""
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
