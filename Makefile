@@ -25,7 +25,7 @@ check: $(CORE) ## style, types, and that every definition and YAML file is sound
 	$(BIN)/pyright
 	$(BIN)/dg check yaml
 	$(BIN)/dg check defs
-	$(BIN)/mllm-assets check-recipes
+	$(BIN)/mllm-assets check-graph
 
 dev: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the Dagster UI on http://127.0.0.1:3000
 	$(BIN)/dagster dev -h 127.0.0.1 -p 3000

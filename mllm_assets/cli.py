@@ -61,9 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     slots.add_argument("action", choices=("free",))
     slots.set_defaults(run=_free_slots)
 
-    check = verbs.add_parser("check-recipes", help="read every recipe; exit code 2 names the first that is wrong")
-    check.add_argument("folder", type=Path, nargs="?", default=Path("configs"))
-    check.set_defaults(run=_check_recipes)
+    check = verbs.add_parser("check-graph", help="name every recipe and dataset that cannot be built (exit code 2)")
+    check.set_defaults(run=_check_graph)
     return parser
 
 
@@ -122,15 +121,14 @@ def _free_slots(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_recipes(arguments: argparse.Namespace) -> int:
-    from mllm_assets.training.recipe import load_recipe
+def _check_graph(arguments: argparse.Namespace) -> int:
+    from mllm_assets.components.reporting import unreadable_assets
+    from mllm_assets.definitions import defs
 
-    paths = sorted(arguments.folder.glob("*.yaml"))
-    for path in paths:
-        for note in load_recipe(path).notes:
-            print(f"{path.name}: {note}")
-    print(f"{len(paths)} recipes read")
-    return 0
+    unreadable = unreadable_assets(defs())
+    for key, message in unreadable.items():
+        print(f"{key}: {message}", file=sys.stderr)
+    return 2 if unreadable else 0
 
 
 if __name__ == "__main__":

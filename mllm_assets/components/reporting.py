@@ -10,6 +10,8 @@ import dagster as dg
 from mllm_assets.data.checks import CheckOutcome
 from mllm_assets.errors import MllmAssetsError
 
+UNREADABLE = "mllm_assets/unreadable"
+
 
 def counts_table(counts: Mapping[str, int], name: str) -> dg.TableMetadataValue:
     """Counts as a table of two columns, the largest first."""
@@ -44,7 +46,7 @@ def failing_asset(
     message = str(error)
 
     @dg.asset(
-        key=key, group_name=group, deps=list(deps), description=f"Cannot be built: {message}", tags={"unreadable": ""}
+        key=key, group_name=group, deps=list(deps), description=f"Cannot be built: {message}", tags={UNREADABLE: ""}
     )
     def unreadable() -> dg.MaterializeResult:
         raise dg.Failure(description=message, allow_retries=False)
@@ -55,3 +57,9 @@ def failing_asset(
 def image_markdown(path: Path) -> dg.MarkdownMetadataValue:
     """A PNG inside the metadata; the UI shows it behind "Show Markdown"."""
     return dg.MetadataValue.md(f"![{path.stem}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})")
+
+
+def unreadable_assets(definitions: dg.Definitions) -> dict[str, str]:
+    """Key and message of each asset that stands in place of one that cannot be built."""
+    specs = definitions.resolve_all_asset_specs()
+    return {spec.key.to_user_string(): spec.description or "" for spec in specs if UNREADABLE in spec.tags}

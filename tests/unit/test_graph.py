@@ -9,6 +9,7 @@ import pytest
 
 from mllm_assets.components.fine_tuning import Gates, read_recipes
 from mllm_assets.components.image_text_dataset import Quality, Source, Split
+from mllm_assets.components.reporting import unreadable_assets
 from mllm_assets.components.training_assets import CheckpointConfig
 from mllm_assets.data.spec import QualitySpec, SourceSpec, SplitSpec
 from mllm_assets.definitions import defs
@@ -32,6 +33,10 @@ def test_the_asset_graph_is_the_golden_one(shipped: dg.Definitions, golden: Call
     }
     checks = sorted(key.to_user_string() for key in shipped.resolve_asset_graph().asset_check_keys)
     golden("asset_graph", {"assets": graph, "checks": checks})
+
+
+def test_every_shipped_recipe_and_dataset_can_be_built(shipped: dg.Definitions) -> None:
+    assert unreadable_assets(shipped) == {}
 
 
 def test_every_asset_says_what_it_is(shipped: dg.Definitions) -> None:
@@ -65,6 +70,7 @@ def test_a_recipe_that_cannot_be_read_becomes_an_asset_that_fails_with_the_messa
     (tmp_path / "broken.yaml").write_text("stage: sft\nlearning_rte: 1.0e-4\n")
     recipes, assets = read_recipes(tmp_path, "*.yaml")
     assert recipes == []
+    assert list(unreadable_assets(dg.Definitions(assets=assets))) == ["broken/checkpoint"]
     result = dg.materialize(assets, raise_on_error=False)
     [failure] = result.get_step_failure_events()
     assert failure.step_key == "broken__checkpoint"
