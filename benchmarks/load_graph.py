@@ -15,6 +15,7 @@ def make_empty_project(folder: Path) -> None:
     package = folder / "empty_project"
     (package / "defs").mkdir(parents=True)
     (package / "__init__.py").touch()
+    (package / "defs" / "__init__.py").touch()
     (package / "definitions.py").write_text(
         "from pathlib import Path\nimport dagster as dg\n\n\n@dg.definitions\ndef defs():\n"
         "    return dg.load_from_defs_folder(path_within_project=Path(__file__).parent)\n"
