@@ -98,9 +98,10 @@ def worker_command(accelerator: Mapping[str, Any], request_path: Path, result_pa
 
 
 def _thread_variables(accelerator: Mapping[str, Any]) -> dict[str, str]:
-    # Threads that spin while they wait starve each other on a busy machine: 30 steps of the emoji recipe took 21.5 s
-    # with active waiting and 9.0 s with passive, beside three other processes on 2 cores
-    variables = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    # Threads that spin long while they wait starve each other on a busy machine, and such that do not spin at all are
+    # slow on a quiet one. 40 steps of the emoji recipe with 2 threads on 2 cores, quiet / beside two busy processes:
+    # libgomp's default 3.9 s / above 50 s, OMP_WAIT_POLICY=PASSIVE 5.5 / 17.8 s, 1000 turns 3.7 / 19.1 s.
+    variables = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
     num_threads = accelerator.get("num_threads")
     if num_threads:
         variables |= {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
