@@ -1,6 +1,7 @@
 """Runs whose process was killed: end them, so that the pool slots they hold are free again."""
 
 import os
+from pathlib import Path
 
 import dagster as dg
 
@@ -42,4 +43,13 @@ def _is_alive(pid: int) -> bool:
         return False
     except PermissionError:  # somebody else's process: it is there
         return True
-    return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether the process is dead and only waits for its parent to ask; unknown (False) where there is no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "Z"

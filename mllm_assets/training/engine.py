@@ -5,7 +5,6 @@ The run's folder fills in this order: `run.json` (what resume must not change), 
 """
 
 import json
-import math
 import os
 import shutil
 import time
@@ -22,17 +21,16 @@ from mllm_assets.artifacts import is_complete, read_manifest, write_json_atomic,
 from mllm_assets.data.sharegpt import entry_digest, load_rows
 from mllm_assets.errors import IntegrityError
 from mllm_assets.training import features, freezing, memory, reporting
-from mllm_assets.training.checkpoints import DeltaTrainer, Resumable, find_resumable, no_space_is_an_error
+from mllm_assets.training.checkpoints import DeltaTrainer, Resumable, find_resumable
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.encode import EncodedRow, Encoder, check_image_headers
 from mllm_assets.training.model import (
-    batch_loss,
     load_config,
     load_model,
     load_processor,
     model_on_meta,
+    publish_model,
     quiet_libraries,
-    save_model,
     weights_digest,
 )
 from mllm_assets.training.spec import TrainSpec
@@ -133,7 +131,9 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
         features.uninstall(trained, tower.to(next(trained.parameters()).device))
     rows = (inputs.eval_rows or inputs.train_rows)[:NUM_RELOAD_ROWS]
     batch = make_collator(spec, inputs.processor)(rows)
-    reload = publish_model(trainer, trainable.model, inputs.processor, run_dir, model_dir, batch)
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes autocast off `forward`
+    trainer.accelerator.free_memory()
+    reload = publish_model(trainable.model, inputs.processor, run_dir, model_dir, batch)
     reporting.plot_loss(run_dir)
     result = {
         "recipe_name": request.get("recipe_name"),
@@ -357,49 +357,6 @@ def training_facts(
         "samples_per_s": num_samples / train_wall_s,
         "tokens_per_s": float(state.num_input_tokens_seen) * share / train_wall_s,
     }
-
-
-def publish_model(
-    trainer: FineTuner, model: Any, processor: Any, run_dir: Path, source: Path, batch: dict[str, torch.Tensor]
-) -> dict[str, Any]:
-    """Write `model/` (and `adapter/` for LoRA), reload it strictly and compare one batch's loss.
-
-    Raises:
-        IntegrityError: The loss differs, or the weights do not fit what was saved.
-        MachineError: The disk is full.
-    """
-    config_dtype = load_config(source).dtype or torch.float32
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes autocast off `forward`
-    trainer.accelerator.free_memory()
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    staging = run_dir / ".model.tmp"
-    shutil.rmtree(run_dir / "model", ignore_errors=True)
-    shutil.rmtree(run_dir / "adapter", ignore_errors=True)
-    with no_space_is_an_error(staging, "the trained model", num_bytes):
-        staging.mkdir()
-        try:
-            if hasattr(model, "merge_and_unload"):
-                model.save_pretrained(staging / "adapter")
-                model = model.merge_and_unload()
-            model.to(config_dtype)
-            model.requires_grad_(False)
-            save_model(model, processor, staging / "model", source=source)
-            for part in sorted(staging.iterdir()):
-                part.rename(run_dir / part.name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    loss_saved = batch_loss(model, batch)
-    device = model.device
-    model.to("cpu")
-    reloaded = load_model(run_dir / "model", device=device)  # raises on a missing or unexpected key
-    loss_reloaded = batch_loss(reloaded, batch)
-    tolerance = 0.0 if device.type == "cpu" else 1e-3
-    if not math.isclose(loss_saved, loss_reloaded, rel_tol=tolerance, abs_tol=0.0):
-        raise IntegrityError(
-            f"The saved model gives another loss than the trained one: {loss_reloaded!r} after reloading, "
-            f"{loss_saved!r} before. Run again: it goes on from the last checkpoint and saves once more."
-        )
-    return {"num_missing": 0, "num_unexpected": 0, "loss_saved": loss_saved, "loss_reloaded": loss_reloaded}
 
 
 def base_model(model: Any) -> Any:

@@ -4,6 +4,7 @@ Not covered: model families other than Gemma 3 with images (`model_type: gemma3`
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from transformers import AutoConfig, AutoProcessor, Gemma3ForConditionalGenerati
 from transformers.utils import logging as transformers_logging
 
 from mllm_assets.artifacts import digest_json, sha256_file
-from mllm_assets.errors import ModelError
+from mllm_assets.errors import IntegrityError, ModelError
+from mllm_assets.training.checkpoints import no_space_is_an_error
 
 MODEL_TYPE = "gemma3"
 
@@ -122,6 +124,47 @@ def save_model(model: Any, processor: Any, directory: Path, *, source: Path) -> 
     for name in ("generation_config.json", "chat_template.jinja"):
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+
+
+def publish_model(
+    model: Any, processor: Any, run_dir: Path, source: Path, batch: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Write `model/` (and `adapter/` for LoRA), reload it strictly and compare one batch's loss.
+
+    Raises:
+        IntegrityError: The loss differs, or the weights do not fit what was saved.
+        MachineError: The disk is full.
+    """
+    config_dtype = load_config(source).dtype or torch.float32
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    staging = run_dir / ".model.tmp"
+    shutil.rmtree(run_dir / "model", ignore_errors=True)
+    shutil.rmtree(run_dir / "adapter", ignore_errors=True)
+    with no_space_is_an_error(staging, "the trained model", num_bytes):
+        staging.mkdir()
+        try:
+            if hasattr(model, "merge_and_unload"):
+                model.save_pretrained(staging / "adapter")
+                model = model.merge_and_unload()
+            model.to(config_dtype)
+            model.requires_grad_(False)
+            save_model(model, processor, staging / "model", source=source)
+            for part in sorted(staging.iterdir()):
+                part.rename(run_dir / part.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    loss_saved = batch_loss(model, batch)
+    device = model.device
+    model.to("cpu")
+    reloaded = load_model(run_dir / "model", device=device)  # raises on a missing or unexpected key
+    loss_reloaded = batch_loss(reloaded, batch)
+    tolerance = 0.0 if device.type == "cpu" else 1e-3
+    if not math.isclose(loss_saved, loss_reloaded, rel_tol=tolerance, abs_tol=0.0):
+        raise IntegrityError(
+            f"The saved model gives another loss than the trained one: {loss_reloaded!r} after reloading, "
+            f"{loss_saved!r} before. Run again: it goes on from the last checkpoint and saves once more."
+        )
+    return {"num_missing": 0, "num_unexpected": 0, "loss_saved": loss_saved, "loss_reloaded": loss_reloaded}
 
 
 @torch.no_grad()

@@ -30,3 +30,10 @@ def test_the_instance_limits_pools_and_sends_no_telemetry() -> None:
         "max_resume_run_attempts": 0,
     }
     assert settings["telemetry"] == {"enabled": False}
+
+
+def test_the_yaml_examples_of_the_readme_are_valid() -> None:
+    """A user pastes them, and a dataset file that is not YAML stops the code location."""
+    blocks = (ROOT / "README.md").read_text().split("```yaml\n")[1:]
+    examples = [yaml.safe_load(block.split("```")[0]) for block in blocks]
+    assert [example["attributes"].get("name") for example in examples] == ["birds", None]

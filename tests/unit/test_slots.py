@@ -1,0 +1,18 @@
+"""Which processes count as gone."""
+
+import os
+import signal
+import subprocess
+import sys
+
+from mllm_assets.components.slots import _is_alive
+
+
+def test_a_killed_process_that_its_parent_has_not_reaped_counts_as_gone() -> None:
+    """A signal of 0 reaches a zombie: its run kept the pool slot, and the next `make demo` waited for ever."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert _is_alive(process.pid)
+    process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not _is_alive(process.pid)
+    process.communicate()
