@@ -11,11 +11,13 @@ from mllm_assets.errors import MachineError, MllmAssetsError
 from mllm_assets.layout import Layout
 from mllm_assets.training.launch import WorkerCrashed
 
+DEVICES = ("auto", "cuda", "mps", "cpu")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Exit code 2 says that something is for the user to mend; the message says what."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         return arguments.run(arguments) or 0
     except MllmAssetsError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -28,6 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _device_from_environment() -> str:
+    device = os.environ.get("MLLM_ASSETS_DEVICE", "auto")
+    if device not in DEVICES:
+        raise MachineError(
+            f"MLLM_ASSETS_DEVICE is {device!r}: expected one of {', '.join(DEVICES)}. Correct or unset it."
+        )
+    return device
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mllm-assets", description="Fine-tune vision-language models.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -35,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train a LLaMA-Factory recipe on a ShareGPT directory, without Dagster")
     train.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
-    train.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    train.add_argument("--num-processes", type=int, default=1)
+    train.add_argument("--device", choices=DEVICES, default=_device_from_environment())
+    train.add_argument("--num-processes", type=int, default=os.environ.get("MLLM_ASSETS_NUM_PROCESSES", "1"))
     train.add_argument("--force", action="store_true", help="train again although this very run is finished")
     train.set_defaults(run=_train)
 
@@ -49,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--do-sample", action="store_true", help="sample in place of greedy decoding")
     generate.add_argument("--temperature", type=float, default=1.0)
     generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    generate.add_argument("--device", choices=DEVICES, default=_device_from_environment())
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     generate.set_defaults(run=_generate)
 

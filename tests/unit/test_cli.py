@@ -1,0 +1,22 @@
+"""The command line, before it starts any work."""
+
+import pytest
+
+from mllm_assets.cli import _parser, main
+
+
+def test_the_device_of_the_environment_counts_unless_an_option_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training silently took the CPU where MLLM_ASSETS_DEVICE asked for a GPU."""
+    monkeypatch.setenv("MLLM_ASSETS_DEVICE", "cuda")
+    monkeypatch.setenv("MLLM_ASSETS_NUM_PROCESSES", "2")
+    arguments = _parser().parse_args(["train", "r.yaml"])
+    assert (arguments.device, arguments.num_processes) == ("cuda", 2)
+    assert _parser().parse_args(["train", "r.yaml", "--device", "cpu"]).device == "cpu"
+
+
+def test_an_unknown_device_in_the_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLLM_ASSETS_DEVICE", "gpu")
+    assert main(["train", "r.yaml"]) == 2
+    assert "MLLM_ASSETS_DEVICE is 'gpu': expected one of auto, cuda, mps, cpu" in capsys.readouterr().err
