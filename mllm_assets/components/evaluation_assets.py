@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import pyarrow as pa
 
 from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json, is_complete, read_manifest
@@ -65,7 +64,8 @@ def predictions_asset(node: Node, settings: EvaluationSettings) -> dg.AssetsDefi
         else:
             result = gpu.run(context, request)
         with failures_for_people():
-            project.quality_store.write({"predictions": _for_store(context, node, read_predictions(directory))})
+            rows = store_table(read_predictions(directory), **_run_columns(context, node, request["weights_digest"]))
+            project.quality_store.write({"predictions": rows})
         return project.recorded(
             context,
             dg.MaterializeResult(
@@ -73,6 +73,7 @@ def predictions_asset(node: Node, settings: EvaluationSettings) -> dg.AssetsDefi
                 metadata={
                     "num_samples": sum(result["entries"].values()),
                     "num_predictions": result["num_predictions"],
+                    "weights_digest": request["weights_digest"],
                     "gallery": dg.MetadataValue.md((directory / "gallery.md").read_text(encoding="utf-8")),
                     "gallery_path": layout.relative(directory / "gallery.html"),
                     "wall_s": result["wall_s"],
@@ -105,12 +106,13 @@ def eval_metrics_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
             rows = read_predictions(upstream_path(context, node.key("predictions"), layout))
             answers = _train_answers(layout.root / spec.dataset_dir, spec.train_entries)
             metrics = compute_metrics(rows, answers)
-            inputs = {"predictions": upstream(context, node.key("predictions"))["data_version"], "answers": answers}
-            directory = layout.metrics(node.name, digest_json([__version__, metrics])[:16])
-            manifest = write_metrics(directory, metrics, {"inputs": digest_json(inputs)})
+            predicted = upstream(context, node.key("predictions"))
+            inputs = {"weights_digest": predicted["weights_digest"], "predictions": predicted["data_version"]}
+            directory = layout.metrics(node.name, digest_json([__version__, inputs, metrics])[:16])
+            manifest = write_metrics(directory, metrics, inputs)
             release = newest_release(layout, node.name)
             results = evaluate_gates(metrics, gates, read_metrics(release.directory) if release else None)
-            scores = metric_rows(metrics, **_run_columns(context, node))
+            scores = metric_rows(metrics, **_run_columns(context, node, predicted["weights_digest"]))
             project.quality_store.write({"eval_metrics": scores})
         return project.recorded(
             context,
@@ -141,14 +143,24 @@ def released_model_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
         layout = project.layout
         with failures_for_people():
             run_dir = upstream_path(context, node.key("checkpoint"), layout)
-            metrics = read_metrics(upstream_path(context, node.key("eval_metrics"), layout))
+            metrics_dir = upstream_path(context, node.key("eval_metrics"), layout)
+            scored_weights = read_manifest(metrics_dir)["inputs"]["weights_digest"]
 
             def verify(directory: Path) -> Mapping[str, Any]:
                 model = run_dir / "model"
                 return gpu.run(context, {"task": "release", "directory": str(directory), "checkpoint_dir": str(model)})
 
             lineage = _lineage(context, node, read_manifest(run_dir))
-            release = publish(node.name, run_dir, metrics, gates, lineage, layout, verify=verify)
+            release = publish(
+                node.name,
+                run_dir,
+                read_metrics(metrics_dir),
+                gates,
+                lineage,
+                layout,
+                scored_weights=scored_weights,
+                verify=verify,
+            )
         return project.recorded(
             context,
             dg.MaterializeResult(
@@ -170,10 +182,11 @@ def _evaluation_request(
     """What to ask of the worker; the directory is named by all that the answers depend on."""
     spec = node.recipe.spec
     data_dir = layout.root / spec.dataset_dir
+    tuned = upstream(context, node.key("checkpoint"))
     how = {"cutoff_len": spec.cutoff_len, "image_max_pixels": spec.image_max_pixels, **asdict(settings)}
     identity = {
         "engine_version": __version__,
-        "tuned": upstream(context, node.key("checkpoint"))["data_version"],
+        "tuned": tuned["data_version"],
         "base": upstream(context, node.model)["data_version"],
         "data": {entry: entry_digest(data_dir, entry) for entry in spec.eval_entries},
         **how,
@@ -181,7 +194,8 @@ def _evaluation_request(
     return {
         "task": "evaluate",
         "recipe_name": node.name,
-        "model_dir": str(upstream_path(context, node.key("checkpoint"), layout, name="model_path")),
+        "weights_digest": tuned["data_version"],
+        "model_dir": str(layout.root / tuned["model_path"]),
         "base_model_dir": str(model_directory(context, node, layout)),
         "data_dir": str(data_dir),
         "entries": list(spec.eval_entries),
@@ -190,13 +204,8 @@ def _evaluation_request(
     }
 
 
-def _run_columns(context: dg.AssetExecutionContext, node: Node) -> dict[str, str]:
-    digest = upstream(context, node.key("checkpoint"))["data_version"]
-    return {"run_id": context.run.run_id, "recipe": node.name, "checkpoint_digest": digest}
-
-
-def _for_store(context: dg.AssetExecutionContext, node: Node, rows: pa.Table) -> pa.Table:
-    return store_table(rows, **_run_columns(context, node))
+def _run_columns(context: dg.AssetExecutionContext, node: Node, weights_digest: str) -> dict[str, str]:
+    return {"run_id": context.run.run_id, "recipe": node.name, "checkpoint_digest": weights_digest}
 
 
 def _train_answers(data_dir: Path, entries: Sequence[str]) -> list[str]:

@@ -53,6 +53,7 @@ def publish(
     lineage: Lineage,
     layout: Layout,
     *,
+    scored_weights: str,
     verify: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> Release:
     """Release a finished run's model, or return the release that already holds it.
@@ -64,14 +65,21 @@ def publish(
         gates: Judged here again, the newest release's metrics included, whatever judged them before.
         lineage: What the model was made from, for the card.
         layout: Where releases lie.
+        scored_weights: The `weights_digest` of the model that the metrics were measured on.
         verify: Called with the staged directory before it is published, in practice a worker that runs
             `verify_task` in a new process; what it returns goes into the card and the manifest.
 
     Raises:
         GateError: A gate did not pass. Names each that did not, with its figures.
-        IntegrityError: The run is not finished, or a file of its model does not match its digest.
+        IntegrityError: The run is not finished, a file of its model does not match its digest, or the metrics are of
+            another model.
     """
     run = read_manifest(run_dir)
+    if scored_weights != run["weights_digest"]:
+        raise IntegrityError(
+            f"{recipe_name} is not released: the metrics are of other weights ({scored_weights[:12]}) than those of "
+            f"{run_dir} ({run['weights_digest'][:12]}). Materialise predictions and eval_metrics, then the release."
+        )
     files = _model_files(run_dir, run)
     with FileLock(_lock_path(layout, recipe_name)):
         newest = newest_release(layout, recipe_name)

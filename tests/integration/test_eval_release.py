@@ -63,7 +63,9 @@ def released(run_dir: Path, root: Path) -> Release:
         request = {"task": "release", "directory": str(directory), "checkpoint_dir": str(run_dir / "model")}
         return verify_task(request, Reporter())
 
-    return publish("parity", run_dir, passing_metrics(), GateSpec(), LINEAGE, Layout(root), verify=verify)
+    return publish(
+        "parity", run_dir, passing_metrics(), GateSpec(), LINEAGE, Layout(root), scored_weights="4567", verify=verify
+    )
 
 
 def test_a_release_loads_in_a_new_process_with_transformers_alone(run_dir: Path, tmp_path: Path) -> None:

@@ -95,6 +95,20 @@ def test_a_failed_gate_stops_the_release_also_when_it_is_materialised_alone(proj
     assert list_releases(project.layout, "weak") == []
 
 
+def test_metrics_of_another_checkpoint_release_nothing(project: Project) -> None:
+    """The gates were passed by the old weights: the new ones would have slipped past on their figures."""
+    project.write_recipe("mine", max_steps=2, max_samples=16)
+    project.set_defaults(gates=EVERYTHING_PASSES)
+    project.made('+key:"mine/eval_metrics"')
+    project.made('key:"mine/checkpoint"', config("mine", max_steps=3))
+    for selection in ('key:"mine/released_model"', 'key:"mine/eval_metrics" or key:"mine/released_model"'):
+        run = project.materialize(selection)
+        output, _ = run.communicate(timeout=120)
+        assert run.returncode == 1, output
+        assert "the metrics are of other weights" in output and "Materialise predictions and eval_metrics" in output
+    assert list_releases(project.layout, "mine") == []
+
+
 def test_an_asset_whose_inputs_were_never_made_says_the_command_that_makes_them(project: Project) -> None:
     project.write_recipe("mine")
     run = project.materialize('key:"mine/eval_metrics"')

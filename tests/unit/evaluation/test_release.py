@@ -52,7 +52,15 @@ def make_run(directory: Path, weights: bytes = b"w" * (2 << 20)) -> Path:
 
 def release(run_dir: Path, root: Path, metrics: dict[str, Any] | None = None, **kwargs: Any) -> Release:
     metrics = metrics or compute_metrics(predictions(), ["cat", "dog", "cat"])
-    return publish("pets", run_dir, metrics, kwargs.pop("gates", GateSpec()), LINEAGE, Layout(root), **kwargs)
+    return publish(
+        "pets",
+        run_dir,
+        metrics,
+        kwargs.pop("gates", GateSpec()),
+        LINEAGE,
+        Layout(root),
+        **{"scored_weights": "c" * 64, **kwargs},
+    )
 
 
 def test_a_release_is_a_model_directory_with_card_metrics_and_manifest(tmp_path: Path) -> None:
