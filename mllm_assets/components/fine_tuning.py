@@ -16,7 +16,7 @@ from mllm_assets.components.recipe_assets import (
 )
 from mllm_assets.components.reporting import failing_asset
 from mllm_assets.components.retraining import weekly_retraining
-from mllm_assets.components.wiring import Node, Surroundings, hand_written_entries, lines_of, resolve
+from mllm_assets.components.wiring import Node, Surroundings, hand_written_entries, lines_of, resolve, split_circles
 from mllm_assets.errors import MllmAssetsError, RecipeError
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.layout import Layout
@@ -99,6 +99,9 @@ class FineTuning(dg.Component, dg.Model, dg.Resolvable):
                 nodes.append(resolve(recipe, around))
             except MllmAssetsError as error:
                 assets.append(failing_asset(dg.AssetKey([recipe.name, "checkpoint"]), "train", error))
+        nodes, circular = split_circles(nodes)
+        for node, error in circular:
+            assets.append(failing_asset(node.key("checkpoint"), "train", error))
         for node in nodes:
             assets.extend(build_recipe_assets(node, settings.get(node.name, self.defaults).to_domain()))
         used = {key for node in nodes for key in node.data}

@@ -125,6 +125,12 @@ class ImageTextDataset(dg.Component, dg.Model, dg.Resolvable):
         )
 
 
+def raw_code_version(spec: DatasetSpec) -> str:
+    """What decides which rows are ingested: of a Hub dataset only as many are fetched as the splits ask for."""
+    sampled = as_json(spec.split) if spec.source.kind == "huggingface" else None
+    return digest_json([as_json(spec.source), sampled])[:16]
+
+
 def _raw_asset(spec: DatasetSpec, description: str, license: str) -> dg.AssetsDefinition:
     kinds = {"parquet"} | ({"huggingface"} if spec.source.kind == "huggingface" else set())
 
@@ -132,7 +138,7 @@ def _raw_asset(spec: DatasetSpec, description: str, license: str) -> dg.AssetsDe
         key=[spec.name, "raw"],
         group_name="ingest",
         kinds=kinds,
-        code_version=digest_json(as_json(spec.source))[:16],
+        code_version=raw_code_version(spec),
         description=f"{description}\n\nThe source at a pinned revision, image bytes undecoded.".strip(),
     )
     def raw(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
@@ -230,9 +236,7 @@ def _splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
                 train_key: {"every_image_has_a_placeholder": placeholders, "counts_add_up": counts_add_up(result)},
                 val_key: {
                     "every_image_has_a_placeholder": placeholders,
-                    "splits_share_no_image": splits_share_no_image(
-                        result.directory, layout.data, spec.quality.duplicate_distance_bits
-                    ),
+                    "splits_share_no_image": splits_share_no_image(result.directory, layout.data),
                 },
             }
         sizes = {train_key: (result.num_train, result.train_digest), val_key: (result.num_val, result.val_digest)}

@@ -39,15 +39,11 @@ def check_results(key: dg.AssetKey, outcomes: Mapping[str, CheckOutcome]) -> lis
     ]
 
 
-def failing_asset(
-    key: dg.AssetKey, group: str, error: MllmAssetsError, deps: Iterable[dg.AssetKey] = ()
-) -> dg.AssetsDefinition:
+def failing_asset(key: dg.AssetKey, group: str, error: MllmAssetsError) -> dg.AssetsDefinition:
     """An asset in place of one whose YAML cannot be read: it is there, and fails with the message."""
     message = str(error)
 
-    @dg.asset(
-        key=key, group_name=group, deps=list(deps), description=f"Cannot be built: {message}", tags={UNREADABLE: ""}
-    )
+    @dg.asset(key=key, group_name=group, description=f"Cannot be built: {message}", tags={UNREADABLE: ""})
     def unreadable() -> dg.MaterializeResult:
         raise dg.Failure(description=message, allow_retries=False)
 

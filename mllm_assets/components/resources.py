@@ -114,19 +114,25 @@ def _pipes_session(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSessio
 
 
 class _ProgressRelay:
-    """Pass the newest progress message on: a line in the log and an observation, at most one every few seconds."""
+    """Pass every warning on, and the newest progress as a line and an observation, at most one every few seconds."""
 
     def __init__(self, context: dg.AssetExecutionContext, key: dg.AssetKey, session: dg.PipesSession):
         self._context, self._key, self._session = context, key, session
         self._num_seen, self._last_s, self._parent = 0, time.monotonic(), os.getppid()
+        self._newest: Mapping[str, Any] | None = None
 
     def relay(self) -> None:
         if os.getppid() != self._parent:  # kill -9 of the run worker leaves this step worker alive
             raise dg.Failure(description="The run's process is gone, so this step ends too.", allow_retries=False)
         messages = self._session.get_custom_messages()
-        if len(messages) == self._num_seen or time.monotonic() - self._last_s < OBSERVE_EVERY_S:
+        for message in messages[self._num_seen :]:
+            if "warning" in message:  # each is said once, and would be lost among the progress
+                self._context.log.warning(message["warning"])
+            else:
+                self._newest = message
+        self._num_seen = len(messages)
+        if self._newest is None or time.monotonic() - self._last_s < OBSERVE_EVERY_S:
             return
-        self._num_seen, self._last_s = len(messages), time.monotonic()
-        facts = dict(messages[-1])
+        facts, self._newest, self._last_s = dict(self._newest), None, time.monotonic()
         self._context.log.info(facts.pop("text"))
         self._context.log_event(dg.AssetObservation(asset_key=self._key, metadata=facts))

@@ -64,6 +64,27 @@ def resolve(recipe: Recipe, around: Surroundings) -> Node:
     )
 
 
+def split_circles(nodes: Sequence[Node]) -> tuple[list[Node], list[tuple[Node, RecipeError]]]:
+    """Part the recipes that lead back to themselves from those that can be built."""
+    by_name = {node.name: node for node in nodes}
+    sound: list[Node] = []
+    circular: list[tuple[Node, RecipeError]] = []
+    for node in nodes:
+        walk = [node.name]
+        while (start := by_name[walk[-1]].model.path[0]) in by_name and start not in walk:
+            walk.append(start)
+        if start != node.name:
+            sound.append(node)
+            continue
+        circle = " <- ".join([*walk, node.name])
+        text = (
+            f"{node.recipe.path.name}: model_name_or_path leads back to the recipe itself ({circle}). "
+            "Let one of them start from a model below pretrains/."
+        )
+        circular.append((node, RecipeError(text)))
+    return sound, circular
+
+
 def lines_of(nodes: Sequence[Node]) -> dict[str, list[str]]:
     """Recipes that start from one another, by the first of each line."""
     parent = {node.name: node.model.path[0] for node in nodes}

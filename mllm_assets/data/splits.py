@@ -138,19 +138,19 @@ def _write_images_and_rows(
     """Publish the images of used samples and build their rows; returns rows by split and image path -> sha256."""
     placed: dict[str, dict[int, dict[str, Any]]] = {side: {} for side in SPLIT_FILES}
     digests: dict[str, str] = {}
-    names: dict[bytes, str] = {}
+    names: dict[str, str] = {}
     for sample in read_raw(raw):
         assignment = by_id.get(sample["sample_id"])
         if assignment is None or assignment.position is None:
             continue
-        for data in sample["images"]:
-            if data not in names:
+        for source_id, data in zip(sample["image_ids"], sample["images"], strict=True):
+            if source_id not in names:
                 content, extension = published_bytes(data)
                 image_id = sha256(content)
-                names[data] = f"images/{image_id[:16]}.{extension}"
-                digests[names[data]] = image_id
-                _write_image(layout.data / names[data], content, image_id)
-        paths = [names[data] for data in sample["images"]]
+                names[source_id] = f"images/{image_id[:16]}.{extension}"
+                digests[names[source_id]] = image_id
+                _write_image(layout.data / names[source_id], content, image_id)
+        paths = [names[source_id] for source_id in sample["image_ids"]]
         placed[assignment.split][assignment.position] = build_row(spec, sample, assignment.position, paths)
     return {side: [rows[position] for position in sorted(rows)] for side, rows in placed.items()}, digests
 

@@ -8,10 +8,10 @@ import dagster as dg
 import pytest
 
 from mllm_assets.components.fine_tuning import Gates, read_recipes
-from mllm_assets.components.image_text_dataset import Quality, Source, Split
+from mllm_assets.components.image_text_dataset import Quality, Source, Split, raw_code_version
 from mllm_assets.components.reporting import unreadable_assets
 from mllm_assets.components.training_assets import CheckpointConfig
-from mllm_assets.data.spec import QualitySpec, SourceSpec, SplitSpec
+from mllm_assets.data.spec import DatasetSpec, QualitySpec, SourceSpec, SplitSpec
 from mllm_assets.definitions import defs
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.training.recipe import TrainSpec
@@ -92,3 +92,16 @@ def test_two_files_with_the_same_slug_are_refused_by_name(tmp_path: Path) -> Non
 def _nodes(shipped: dg.Definitions) -> dict[dg.AssetKey, Any]:
     graph = shipped.resolve_asset_graph()
     return {key: graph.get(key) for key in graph.materializable_asset_keys}
+
+
+def test_asking_for_more_of_a_hub_dataset_makes_its_raw_outdated() -> None:
+    """Only as many rows are fetched as the splits ask for, so larger splits need another fetch."""
+    hub = SourceSpec(kind="huggingface", repo="a/b")
+    file = SourceSpec(kind="parquet", path="a.parquet")
+
+    def version(source: SourceSpec, num_train: int) -> str:
+        split = SplitSpec(num_train=num_train)
+        return raw_code_version(DatasetSpec(name="a", source=source, prompts=("What?",), split=split))
+
+    assert version(hub, 500) != version(hub, 5000)
+    assert version(file, 500) == version(file, 5000)

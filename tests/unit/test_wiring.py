@@ -1,11 +1,12 @@
 """Edges come from the recipes' own keys."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
-from mllm_assets.components.wiring import Surroundings, hand_written_entries, lines_of, resolve
+from mllm_assets.components.wiring import Surroundings, hand_written_entries, lines_of, resolve, split_circles
 from mllm_assets.errors import RecipeError
 from mllm_assets.training.recipe import Recipe, load_recipe
 
@@ -65,6 +66,18 @@ def test_a_recipe_cannot_start_from_its_own_output(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, "first", model_name_or_path="outputs/first/latest/model")
     with pytest.raises(RecipeError, match="is the recipe's own output"):
         resolve(recipe, AROUND)
+
+
+def test_recipes_that_start_from_one_another_in_a_circle_are_refused_by_name(tmp_path: Path) -> None:
+    """Following their models never ended, and with it the loading of the code location."""
+    around = replace(AROUND, recipes={f"outputs/{n}": dg.AssetKey([n, "checkpoint"]) for n in ("a", "b", "c")})
+    models = {"a": "outputs/b", "b": "outputs/a/latest/model", "c": "outputs/a"}
+    nodes = [resolve(write_recipe(tmp_path, name, model_name_or_path=m), around) for name, m in models.items()]
+    sound, circular = split_circles(nodes)
+    assert [node.name for node in sound] == ["c"]
+    assert {node.name for node, _ in circular} == {"a", "b"}
+    assert "a.yaml: model_name_or_path leads back to the recipe itself (a <- b <- a)" in str(circular[0][1])
+    assert lines_of(sound) == {"c": ["c"]}
 
 
 def test_entries_written_by_hand_are_found_beside_those_that_datasets_write(tmp_path: Path) -> None:

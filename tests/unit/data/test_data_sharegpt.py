@@ -137,3 +137,14 @@ def test_the_digest_follows_file_images_and_tags(tmp_path: Path) -> None:
     assert len(set(digests)) == 3
     shutil.copytree(tmp_path, tmp_path / "copy")
     assert entry_digest(tmp_path / "copy", "rows") == digests[2]
+
+
+def test_the_digest_notices_two_pictures_that_change_places(tmp_path: Path) -> None:
+    """Each answer then belongs to the other picture: training under the old name would be on other data."""
+    write(tmp_path, [row(), row(images=["images/b.png"])])
+    first, second = (tmp_path / "images" / name for name in ("a.png", "b.png"))
+    second.write_bytes(png(2))
+    before = entry_digest(tmp_path, "rows")
+    first.write_bytes(png(2))
+    second.write_bytes(png(1))
+    assert entry_digest(tmp_path, "rows") != before
