@@ -1,15 +1,18 @@
 """Where a recipe's results are and what they say, for a terminal."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.data.dataset_info import load_entries
+from mllm_assets.data.sharegpt import load_rows
+from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.metrics import read_metrics
-from mllm_assets.evaluation.release import newest_release
+from mllm_assets.evaluation.release import Release, newest_release
 from mllm_assets.layout import Layout
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -30,18 +33,42 @@ def summarise(layout: Layout, recipe: str) -> str:
         )
     run = read_manifest(run_dir)
     release = newest_release(layout, recipe)
+    metrics = _metrics_of(layout, recipe, run["weights_digest"])
     parts = [
         f"\n{recipe}",
         *_samples(layout, run),
         *_losses(run_dir, run),
-        *(_metrics(read_metrics(release.directory)) if release else ["  released    nothing yet"]),
+        *(_metrics(metrics) if metrics else ["  metrics     none yet of this run"]),
         f"  run         {layout.relative(run_dir)}",
-        *([f"  released    {layout.relative(release.directory)} ({release.version})"] if release else []),
-        f"\nTry it:       mllm-assets generate --model {layout.relative(release.directory if release else run_dir)} "
-        "--image FILE --prompt 'What kind of emoji is this?'",
+        f"  released    {_describe_release(layout, release, run)}",
+        f"\nTry it:       {_generate_command(layout, run_dir, run)}",
         "Open the UI:  make dev   (http://127.0.0.1:3000)",
     ]
     return "\n".join(parts)
+
+
+def _metrics_of(layout: Layout, recipe: str, weights_digest: str) -> dict[str, Any] | None:
+    """The newest metrics that were measured on these weights."""
+    directories = (layout.outputs / recipe / "eval_metrics").glob("*/manifest.json")
+    for manifest in sorted(directories, key=lambda path: path.stat().st_mtime, reverse=True):
+        if read_manifest(manifest.parent)["inputs"].get("weights_digest") == weights_digest:
+            return read_metrics(manifest.parent)
+    return None
+
+
+def _describe_release(layout: Layout, release: Release | None, run: Mapping[str, Any]) -> str:
+    if release is None:
+        return "nothing yet; the checks of eval_metrics say which gate failed"
+    of_this_run = read_manifest(release.directory)["weights_digest"] == run["weights_digest"]
+    return f"{layout.relative(release.directory)}, made from {'this run' if of_this_run else 'another run'}"
+
+
+def _generate_command(layout: Layout, run_dir: Path, run: Mapping[str, Any]) -> str:
+    """A question of the run's own data, to be typed as it is."""
+    [row, *_] = load_rows(layout.data, next(reversed(run["data_digests"])), max_samples=1)
+    question = next(m.content for m in row.messages if m.role == "user").replace(IMAGE_PLACEHOLDER, "").strip()
+    images = " ".join(f"--image {shlex.quote(layout.relative(path))}" for path in row.images)
+    return f"mllm-assets generate --model {layout.relative(run_dir)} {images} --prompt {shlex.quote(question)}"
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:

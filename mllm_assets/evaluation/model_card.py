@@ -130,20 +130,6 @@ def _metric_table(scored: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def metrics_markdown(metrics: Mapping[str, Any]) -> str:
-    """Every entry's results as Markdown tables, for an asset's metadata."""
-    parts = []
-    for entry, scored in metrics["entries"].items():
-        header, *rows = _metric_table(scored)
-        lines = [_line(header), _line(["---"] + ["---:"] * (len(header) - 1)), *map(_line, rows)]
-        parts.append(f"**{entry}** ({scored['num_samples']} samples)\n\n" + "\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
-
-
 def _cell(value: Any) -> str:
     """Text that stays within one cell of a Markdown table."""
     return " ".join(str("" if value is None else value).split()).replace("|", "\\|")

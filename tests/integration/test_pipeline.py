@@ -60,10 +60,12 @@ def test_stages_start_from_one_another_and_train_from_cached_features(project: P
     project.write_recipe(
         "second",
         **{**frozen, "finetuning_type": "freeze", "freeze_trainable_layers": 2},
-        freeze_extra_modules="multi_modal_projector",
+        freeze_extra_modules="multi_modal_projector,post_layernorm",
         model_name_or_path="outputs/first/latest/model",
     )
-    project.made('+key:"second/checkpoint"')
+    output = project.made('+key:"second/checkpoint"')
+    [warning] = project.run_manifest("second")["warnings"]
+    assert "post_layernorm" in warning and warning in output, "what has no effect is said, not only kept"
     first, second = project.run_manifest("first"), project.run_manifest("second")
     assert first["features"] and second["features"]
     assert [row["module"] for row in first["trainable"]] == ["multi_modal_projector"]
@@ -93,6 +95,24 @@ def test_a_failed_gate_stops_the_release_also_when_it_is_materialised_alone(proj
     assert alone.returncode == 1
     assert "weak is not released" in output and "Train longer or on more data" in output
     assert list_releases(project.layout, "weak") == []
+
+
+def test_the_summary_never_shows_one_runs_metrics_beside_another_run(project: Project) -> None:
+    project.write_recipe("mine", max_steps=2, max_samples=16)
+    project.set_defaults(gates=EVERYTHING_PASSES)
+    project.made('+key:"mine/released_model"')
+
+    def summary() -> str:
+        output, _ = project.start("mllm_assets.cli", "summary", "mine").communicate(timeout=60)
+        return output
+
+    assert "label_accuracy" in summary() and "releases/mine/v1, made from this run" in summary()
+    trial = project.start("mllm_assets.cli", "train", "configs/mine.yaml", "max_steps=1")
+    output, _ = trial.communicate(timeout=120)
+    assert trial.returncode == 0, output
+    after = summary()
+    assert "trained     1 steps" in after and "none yet of this run" in after and "label_accuracy" not in after
+    assert "made from another run" in after and "What kind of emoji is this?" in after
 
 
 def test_metrics_of_another_checkpoint_release_nothing(project: Project) -> None:

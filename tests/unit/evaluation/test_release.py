@@ -1,6 +1,5 @@
 """Releases and their cards."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from mllm_assets.artifacts import find_damage, read_manifest, write_manifest
 from mllm_assets.errors import GateError, IntegrityError
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.metrics import compute_metrics, read_metrics
-from mllm_assets.evaluation.model_card import Lineage, metrics_markdown
+from mllm_assets.evaluation.model_card import Lineage
 from mllm_assets.evaluation.release import Release, list_releases, newest_release, publish
 from mllm_assets.layout import Layout
 
@@ -175,11 +174,3 @@ def test_the_hub_can_read_the_cards_front_matter(tmp_path: Path) -> None:
     assert card.data.to_dict()["datasets"] == ["me/pets"]
     results = {r.metric_type: r.metric_value for r in card.data.eval_results or []}
     assert results["label_accuracy"] == pytest.approx(5 / 6, abs=1e-6)
-
-
-def test_metrics_show_as_a_markdown_table() -> None:
-    text = metrics_markdown(compute_metrics(predictions(), ["cat"]))
-    assert text.startswith(
-        "**pets_val** (6 samples)\n\n| metric | base model | this model | most common training answer |"
-    )
-    assert json.dumps(text)
