@@ -6,7 +6,7 @@ export DAGSTER_DISABLE_TELEMETRY := 1
 CORE := .venv/.core-installed
 EXTRAS := .venv/.extras-installed
 
-.PHONY: demo test test-all check dev bench install constraints clean
+.PHONY: demo test collect test-all check dev bench install constraints clean
 
 demo: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the whole line of emoji_sft, raw images to released model
 	@$(BIN)/mllm-assets slots free
@@ -16,8 +16,11 @@ demo: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the whole line of emoji_sft, raw i
 test: $(CORE) ## unit and integration tests
 	env -u DAGSTER_HOME $(BIN)/pytest
 
+collect: $(CORE)
+	env -u DAGSTER_HOME $(BIN)/pytest --collect-only -qq > /dev/null
+
 test-all: $(EXTRAS) ## everything, the browser included
-	env -u DAGSTER_HOME $(BIN)/pytest -m 'not bench and not gpu'
+	env -u DAGSTER_HOME $(BIN)/pytest tests -m 'not bench and not gpu'
 
 check: $(CORE) ## style, types, and that every definition and YAML file is sound
 	$(BIN)/ruff check .

@@ -89,6 +89,12 @@ run_worker(json.loads(sys.argv[1]), grace_s=0.3)
 """
 
 
+def heed_signals() -> None:
+    """A test run started by nohup or in a script's background hands ignored signals on; a user's terminal does not."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class World:
     """A folder with the tasks, and a token by which every process of this test is known."""
 
@@ -107,7 +113,9 @@ class World:
     def launch(self, task: str, **more: Any) -> subprocess.Popen[bytes]:
         """Run the launcher in a process of its own, and wait until the task's tree stands."""
         command = [sys.executable, "-c", LAUNCHER, json.dumps(self.request(task, **more))]
-        process = subprocess.Popen(command, env={**os.environ, **self.env}, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env={**os.environ, **self.env}, stderr=subprocess.DEVNULL, preexec_fn=heed_signals
+        )
         wait_until(self.is_up, timeout_s=60)
         return process
 
@@ -178,7 +186,11 @@ def test_ctrl_c_on_a_terminal_twice_leaves_nothing(world: World) -> None:
     """It goes to the whole foreground group, and impatient people press it again while the first one works."""
     command = [sys.executable, "-c", LAUNCHER, json.dumps(world.request("stubborn"))]
     launcher = subprocess.Popen(
-        command, env={**os.environ, **world.env}, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        env={**os.environ, **world.env},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=heed_signals,
     )
     wait_until(world.is_up, timeout_s=60)
     for _ in range(2):
