@@ -90,8 +90,11 @@ run_worker(json.loads(sys.argv[1]), grace_s=0.3)
 
 
 def heed_signals() -> None:
-    """A test run started by nohup or in a script's background hands ignored signals on; a user's terminal does not."""
-    for number in (signal.SIGHUP, signal.SIGINT):
+    """A test run started by nohup or in a script's background hands ignored signals on; a user's terminal does not.
+
+    SIGTERM too: where SIGINT is ignored, a Dagster run earlier in the same process has left SIGTERM ignored.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
 
