@@ -180,3 +180,8 @@ def batch_loss(model: Gemma3ForConditionalGeneration, batch: dict[str, torch.Ten
 def weights_digest(directory: Path) -> str:
     """Return a digest over a directory's weight files alone, sha256."""
     return digest_json({path.name: sha256_file(path) for path in sorted(directory.glob("*.safetensors"))})
+
+
+def base_model(model: Any) -> Any:
+    """Return the `Gemma3ForConditionalGeneration` inside, which LoRA wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
