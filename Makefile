@@ -5,6 +5,8 @@ export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export DAGSTER_DISABLE_TELEMETRY := 1
 CORE := .venv/.core-installed
 EXTRAS := .venv/.extras-installed
+# Two test processes, each file in one of them; most tests wait for subprocesses
+PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 2 --dist loadfile
 
 .PHONY: demo test collect test-all check dev bench install constraints clean
 
@@ -14,13 +16,13 @@ demo: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the whole line of emoji_sft, raw i
 	@$(BIN)/mllm-assets summary emoji_sft
 
 test: $(CORE) ## unit and integration tests
-	env -u DAGSTER_HOME $(BIN)/pytest
+	$(PYTEST)
 
 collect: $(CORE)
 	env -u DAGSTER_HOME $(BIN)/pytest --collect-only -qq > /dev/null
 
 test-all: $(EXTRAS) ## everything, the browser included
-	env -u DAGSTER_HOME $(BIN)/pytest tests -m 'not bench and not gpu'
+	$(PYTEST) tests -m 'not bench and not gpu'
 
 check: $(CORE) ## style, types, and that every definition and YAML file is sound
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.integration.conftest import copied_project, emoji_ready, wait_for
+from tests.integration.conftest import copied_project, emoji_ready, line_of, wait_for
 from tests.integration.dagster_dev import Server, loaded_location, serve
 
 __all__ = ["emoji_ready"]  # a fixture
@@ -26,7 +26,7 @@ def server(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with copied_project(emoji_ready, tmp_path_factory.mktemp("ui") / "project") as project:
         project.write_recipe("mine", max_steps=3, max_samples=16, plot_loss=True)
         project.set_defaults(gates={"min_answer_gain": 0.9})
-        project.materialize('+key:"mine/eval_metrics"').communicate(timeout=240)
+        project.materialize(line_of("mine", "eval_metrics")).communicate(timeout=240)
         server = serve(project, "-m", f"{project.package}.definitions")
         loaded_location(server)
         yield server

@@ -18,6 +18,7 @@ import dagster as dg
 import psutil
 import pytest
 import yaml
+from filelock import FileLock
 
 from mllm_assets.layout import Layout
 
@@ -127,6 +128,12 @@ class Project:
         return json.loads((self.layout.outputs / recipe / "latest" / "manifest.json").read_text())
 
 
+def line_of(recipe: str, last: str = "released_model") -> str:
+    """The selection of a recipe's own assets up to `last`, on data and model that are made already."""
+    names = ["checkpoint", "predictions", "eval_metrics", "released_model"]
+    return " or ".join(f'key:"{recipe}/{name}"' for name in names[: names.index(last) + 1])
+
+
 def make_project(root: Path) -> Project:
     """Write a project that uses the components from outside their package."""
     package = f"project_{uuid.uuid4().hex[:8]}"
@@ -154,11 +161,16 @@ def make_project(root: Path) -> Project:
 
 @pytest.fixture(scope="session")
 def emoji_ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The emoji dataset and the tiny model, materialised once; `project` copies them."""
-    project = make_project(tmp_path_factory.mktemp("emoji_ready"))
-    project.write_recipe("ready")
-    project.made('+key:"emoji/dataset_info" or key:"pretrained/gemma3_tiny"')
-    return project.root
+    """The emoji dataset and the tiny model, materialised once for all test processes; `project` copies them."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emoji_ready"
+    with FileLock(f"{root}.lock"):
+        if not root.exists():
+            project = make_project(root.with_suffix(".tmp"))
+            project.write_recipe("ready")
+            project.made('+key:"emoji/dataset_info" or key:"pretrained/gemma3_tiny"')
+            project.root.rename(root)
+    return root
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.evaluation.release import list_releases
 from mllm_assets.quality.store import QualityStore
-from tests.integration.conftest import Project
+from tests.integration.conftest import Project, line_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -86,7 +86,7 @@ def test_the_launchpad_changes_the_run_and_its_name(project: Project) -> None:
 def test_a_failed_gate_stops_the_release_also_when_it_is_materialised_alone(project: Project) -> None:
     project.write_recipe("weak", max_steps=1)
     project.set_defaults(gates={"min_answer_gain": 0.5})
-    line = project.materialize('+key:"weak/released_model"')
+    line = project.materialize(line_of("weak"))
     output, _ = line.communicate(timeout=240)
     assert line.returncode == 1 and "beats_most_common_answer" in output
 
@@ -100,7 +100,7 @@ def test_a_failed_gate_stops_the_release_also_when_it_is_materialised_alone(proj
 def test_the_summary_never_shows_one_runs_metrics_beside_another_run(project: Project) -> None:
     project.write_recipe("mine", max_steps=2, max_samples=16)
     project.set_defaults(gates=EVERYTHING_PASSES)
-    project.made('+key:"mine/released_model"')
+    project.made(line_of("mine"))
 
     def summary() -> str:
         output, _ = project.start("mllm_assets.cli", "summary", "mine").communicate(timeout=60)
@@ -119,7 +119,7 @@ def test_metrics_of_another_checkpoint_release_nothing(project: Project) -> None
     """The gates were passed by the old weights: the new ones would have slipped past on their figures."""
     project.write_recipe("mine", max_steps=2, max_samples=16)
     project.set_defaults(gates=EVERYTHING_PASSES)
-    project.made('+key:"mine/eval_metrics"')
+    project.made(line_of("mine", "eval_metrics"))
     project.made('key:"mine/checkpoint"', config("mine", max_steps=3))
     for selection in ('key:"mine/released_model"', 'key:"mine/eval_metrics" or key:"mine/released_model"'):
         run = project.materialize(selection)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.integration.conftest import Project
+from tests.integration.conftest import Project, line_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -45,7 +45,7 @@ def tick(project: Project, *options: str) -> dict[str, Any]:
 def trained(project: Project) -> Project:
     project.write_recipe("mine", max_steps=1, max_samples=8, eval_dataset=None)
     project.write_recipe("other", max_steps=1, max_samples=8, eval_dataset=None)
-    project.made('+key:"mine/checkpoint"')
+    project.made('key:"mine/checkpoint"')
     return project
 
 
@@ -75,7 +75,7 @@ def test_a_line_that_a_failed_check_blocks_is_not_launched_again(project: Projec
     """With the same inputs the gate would fail again, every week."""
     project.write_recipe("weak", max_steps=1, max_samples=8)
     project.set_defaults(gates={"min_answer_gain": 0.5})
-    project.materialize('+key:"weak/eval_metrics"').communicate(timeout=240)
+    project.materialize(line_of("weak", "eval_metrics")).communicate(timeout=240)
     blocked = tick(project)
     assert blocked["requests"] == []
     assert re.fullmatch("weak: blocked by the failed check [a-z_]+ of weak/eval_metrics", blocked["skipped"])
