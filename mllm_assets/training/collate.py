@@ -1,4 +1,4 @@
-"""Batches for Gemma 3: padding, token types, pixels, and logits at supervised positions only.
+"""Batches: padding, token types, pixels, and logits at supervised positions only.
 
 Shape suffixes: B rows, T tokens of the longest row padded up to a multiple, N images over all rows, C H W pixels,
 S supervised positions over all rows.
@@ -11,10 +11,16 @@ import torch
 from torch.nn import functional
 
 from mllm_assets.errors import DataError
-from mllm_assets.training.encode import IGNORE_INDEX, EncodedRow, load_image
+from mllm_assets.training.encode import IGNORE_INDEX, EncodedRow, image_token_id, load_image
+from mllm_assets.training.families import processor_family
+from mllm_assets.training.image_slots import image_slots
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+# What the families' towers take; the image processors return counts and layouts as well
+TOWER_INPUTS = ("pixel_values", "image_grid_thw", "image_position_ids", "pixel_attention_mask")
 
 
 class ImageFeatures(Protocol):
@@ -26,10 +32,10 @@ class ImageFeatures(Protocol):
 
 
 class Collator:
-    """Turns encoded rows into what `Gemma3ForConditionalGeneration.forward` takes.
+    """Turns encoded rows into what the model's `forward` takes.
 
     Args:
-        processor: The model's `Gemma3Processor`.
+        processor: The model's processor, as `load_processor` returns it.
         image_max_pixels: Larger images are first shrunk to this area.
         image_min_pixels: Smaller ones are first enlarged to it.
         pad_to_multiple_of: LLaMA-Factory pads to 8 while training.
@@ -50,9 +56,11 @@ class Collator:
         select_logits: bool = True,
         features: ImageFeatures | None = None,
     ) -> None:
+        tokenizer, self.family = processor.tokenizer, processor_family(processor)
         self.image_processor = processor.image_processor
-        self.pad_id: int = processor.tokenizer.pad_token_id
-        self.image_token_id: int = processor.tokenizer.image_token_id
+        self.slots = image_slots(self.family, processor)
+        self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.image_token_id: int = image_token_id(processor)
         self.image_max_pixels = image_max_pixels
         self.image_min_pixels = image_min_pixels
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -64,9 +72,10 @@ class Collator:
         """Collate at least one row.
 
         Returns:
-            input_ids_BT, attention_mask_BT, token_type_ids_BT (1 at image tokens), labels_BT (int64, -100 where
-            nothing is learned); pixel_values_NCHW (float32, -1..1, or cached features) when there are images; with
-            `select_logits` also logits_to_keep_BT (bool) and shift_labels_S.
+            input_ids_BT, attention_mask_BT, labels_BT (int64, -100 where nothing is learned); for families that want
+            them token_type_ids_BT or mm_token_type_ids_BT (1 at image tokens; for PaliGemma 0 there and 1 after them)
+            and image_grid_thw_N3; when there are images pixel_values, as the family's image processor makes them, or
+            cached features; with `select_logits` also logits_to_keep_BT (bool) and shift_labels_S.
 
         Raises:
             DataError: An image is damaged. Names row and file.
@@ -82,11 +91,11 @@ class Collator:
         batch = {
             "input_ids": input_ids_BT,
             "attention_mask": self._pad([(1,) * len(row.input_ids) for row in rows], length, 0),
-            "token_type_ids": (input_ids_BT == self.image_token_id).long(),
             "labels": labels_BT,
+            **self._token_types(input_ids_BT, rows, length),
         }
         if any(row.images for row in rows):
-            batch["pixel_values"] = self._images(rows)
+            batch |= self._images(rows)
         if self.select_logits:
             shifted_BT = functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
             keep_BT = shifted_BT != IGNORE_INDEX
@@ -96,22 +105,50 @@ class Collator:
         return batch
 
     def pixels(self, rows: Sequence[EncodedRow]) -> torch.Tensor:
-        """Return pixel_values_NCHW of all images in order.
+        """Return pixel_values of all images in order; NCHW for towers of one image size.
+
+        Raises:
+            DataError: An image is damaged. Names row and file.
+        """
+        return self.tower_inputs(rows)["pixel_values"]
+
+    def tower_inputs(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        """Return what the vision tower takes of all images in order: pixel_values and what goes with them.
 
         Raises:
             DataError: An image is damaged. Names row and file.
         """
         images = [
-            load_image(path, max_pixels=self.image_max_pixels, min_pixels=self.image_min_pixels, row_id=row.id)
+            load_image(
+                path,
+                max_pixels=self.image_max_pixels,
+                min_pixels=self.image_min_pixels,
+                row_id=row.id,
+                slots=self.slots,
+            )
             for row in rows
             for path in row.images
         ]
-        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+        made = self.image_processor(images, return_tensors="pt")
+        return {name: made[name] for name in TOWER_INPUTS if name in made}
 
-    def _images(self, rows: Sequence[EncodedRow]) -> torch.Tensor:
-        if self.features is not None:
-            return self.features.batch([path for row in rows for path in row.images])
-        return self.pixels(rows)
+    def _images(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        if self.features is None:
+            return self.tower_inputs(rows)
+        batch = {"pixel_values": self.features.batch([path for row in rows for path in row.images])}
+        grids_thw = [grid for row in rows for grid in row.grids_thw]
+        return batch | ({"image_grid_thw": torch.tensor(grids_thw)} if grids_thw else {})
+
+    def _token_types(
+        self, input_ids_BT: torch.Tensor, rows: Sequence[EncodedRow], length: int
+    ) -> dict[str, torch.Tensor]:
+        if self.family.token_types is None:
+            return {}
+        key, meaning = self.family.token_types
+        is_image_BT = (input_ids_BT == self.image_token_id).long()
+        if meaning == "images":
+            return {key: is_image_BT}
+        return {key: self._pad([(1,) * len(row.input_ids) for row in rows], length, 0) - is_image_BT}
 
     def _pad(self, sequences: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
         padded_BT = torch.full((len(sequences), length), value, dtype=torch.long)

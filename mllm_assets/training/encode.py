@@ -1,20 +1,25 @@
-r"""Gemma 3's turn format: a ShareGPT row becomes token ids and labels exactly as LLaMA-Factory makes them.
+r"""A ShareGPT row becomes token ids and labels exactly as LLaMA-Factory makes them.
 
-`<bos>` once, then for each turn `<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n`; a system text
-stands before the first user text with a blank line; `<image>` becomes the processor's full image sequence; nothing is
-trimmed. What is supervised: each assistant answer with its `<end_of_turn>\n`, newline included. Question and answer
-are tokenised apart. Source: llamafactory 0.9.5, `data/template.py` (gemma3) and `data/processor/supervised.py`.
+For Gemma 3: `<bos>` once, then for each turn `<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n`; a
+system text stands before the first user text with a blank line; `<image>` becomes the processor's full image sequence;
+nothing is trimmed. What is supervised: each assistant answer with its `<end_of_turn>\n`, newline included. Question
+and answer are tokenised apart. Other families differ as `templates.py` and `image_slots.py` say.
+Source: llamafactory 0.9.5, `data/template.py`, `data/mm_plugin.py` and `data/processor/supervised.py`.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from mllm_assets.errors import DataError
+from mllm_assets.errors import DataError, ModelError
+from mllm_assets.training.families import find_template, processor_family
+from mllm_assets.training.image_slots import ImageSlot, ImageSlots, fit, image_slots
+from mllm_assets.training.templates import fill
 
 if TYPE_CHECKING:
     from mllm_assets.data.sharegpt import Message, Row
@@ -25,56 +30,78 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedRow:
-    """One row's tokens: `input_ids` and `labels` are of one length, `images` in the order of their placeholders."""
+    """One row's tokens: `input_ids` and `labels` are of one length, `images` in the order of their placeholders.
+
+    `grids_thw` has the images' patches in time, height and width, for models that want to know; `num_patches` what the
+    tower sees of all images, None where it is the same for every image.
+    """
 
     id: str
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     images: tuple[Path, ...] = ()
     num_tokens_cut: int = 0
+    grids_thw: tuple[tuple[int, int, int], ...] = ()
+    num_patches: int | None = None
 
 
 class Encoder:
     """Encodes rows for one model's processor.
 
     Args:
-        processor: A `Gemma3Processor`.
+        processor: The model's processor, as `load_processor` returns it.
         cutoff_len: Most tokens a row may have; what is longer is cut as LLaMA-Factory cuts it.
         system: System text for rows that have none of their own.
+        template: Name of the turn format; None for the family's usual one.
+        enable_thinking: What becomes of reasoning in formats that have a place for it. An answer without it gets an
+            empty one: supervised if true, part of the question otherwise. False takes it out of all answers.
+        image_max_pixels: Larger images are first shrunk to this area.
+        image_min_pixels: Smaller ones are first enlarged to it.
+
+    Raises:
+        ModelError: The tokenizer lacks the family's image token.
     """
 
-    def __init__(self, processor: Any, *, cutoff_len: int = 2048, system: str | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        cutoff_len: int = 2048,
+        system: str | None = None,
+        template: str | None = None,
+        enable_thinking: bool | None = True,
+        image_max_pixels: int = 768 * 768,
+        image_min_pixels: int = 32 * 32,
+    ) -> None:
+        family = processor_family(processor)
         self.tokenizer = processor.tokenizer
         self.cutoff_len = cutoff_len
         self.system = system
-        self.image_token_id: int = processor.tokenizer.image_token_id
-        self.num_image_tokens: int = processor.image_seq_length
-        self._image_sequence: str = processor.full_image_sequence
+        self.template = find_template(template, family)
+        self.enable_thinking = enable_thinking
+        self.image_token = family.image_token
+        self.image_token_id: int = image_token_id(processor)
+        self._slots = image_slots(family, processor)
+        self._image_limits = {"max_pixels": image_max_pixels, "min_pixels": image_min_pixels}
 
     def encode(self, row: "Row") -> EncodedRow:
         """Encode all turns of a row, answers supervised.
 
         Raises:
-            DataError: `cutoff_len` cuts into an image or leaves no supervised token, or the text itself holds image
-                tokens. Names the row.
+            DataError: `cutoff_len` cuts into an image or leaves no supervised token, the text itself holds image
+                tokens, or an image is damaged. Names the row.
         """
-        input_ids: list[int] = []
-        labels: list[int] = []
+        slots = self._image_slots(row)
+        input_ids = self._leading_images(slots)
+        labels = [IGNORE_INDEX] * len(input_ids)
         num_tokens_cut = 0
-        for source, target in self._pairs(row):
+        for source, target in self._pairs(row, slots):
             room = self.cutoff_len - len(input_ids)
             source_len, target_len = _fit(len(source), len(target), room) if room > 0 else (0, 0)
             num_tokens_cut += len(source) - source_len + len(target) - target_len
             input_ids += source[:source_len] + target[:target_len]
             labels += [IGNORE_INDEX] * source_len + target[:target_len]
-        encoded = EncodedRow(
-            id=row.id,
-            input_ids=tuple(input_ids),
-            labels=tuple(labels),
-            images=tuple(row.images),
-            num_tokens_cut=num_tokens_cut,
-        )
-        self._check_images(encoded)
+        encoded = self._row(row, slots, input_ids, labels, num_tokens_cut)
         if all(label == IGNORE_INDEX for label in labels):
             raise DataError(
                 f"Row {row.id} supervises no token: cutoff_len is {self.cutoff_len}, and its answers are empty or cut "
@@ -86,43 +113,90 @@ class Encoder:
         """Encode what stands before a row's last answer, up to where the model answers; all labels are -100.
 
         Raises:
-            DataError: The text itself holds image tokens. Names the row.
+            DataError: The text itself holds image tokens, or an image is damaged. Names the row.
         """
-        pairs = self._pairs(row)
-        input_ids = [token for source, target in pairs[:-1] for token in source + target] + pairs[-1][0]
+        slots = self._image_slots(row)
+        pairs = self._pairs(row, slots)
+        input_ids = self._leading_images(slots)
+        input_ids += [token for source, target in pairs[:-1] for token in source + target] + pairs[-1][0]
+        return self._row(row, slots, input_ids, [IGNORE_INDEX] * len(input_ids), 0)
+
+    def _row(
+        self, row: "Row", slots: Sequence[ImageSlot], input_ids: list[int], labels: list[int], num_tokens_cut: int
+    ) -> EncodedRow:
+        patches = [slot.num_patches for slot in slots]
         encoded = EncodedRow(
             id=row.id,
             input_ids=tuple(input_ids),
-            labels=(IGNORE_INDEX,) * len(input_ids),
+            labels=tuple(labels),
             images=tuple(row.images),
+            num_tokens_cut=num_tokens_cut,
+            grids_thw=tuple(slot.grid_thw for slot in slots if slot.grid_thw is not None),
+            num_patches=sum(n for n in patches if n is not None) if any(patches) else None,
         )
-        self._check_images(encoded)
+        self._check_images(encoded, sum(slot.num_tokens for slot in slots))
         return encoded
 
-    def _pairs(self, row: "Row") -> list[tuple[list[int], list[int]]]:
+    def _image_slots(self, row: "Row") -> list[ImageSlot]:
+        if not self._slots.needs_size:
+            return [self._slots.slot(0, 0)] * len(row.images)
+        sizes = (image_size(path, row_id=row.id, **self._image_limits) for path in row.images)
+        return [self._slots.slot(*self._slots.fitted(*size)) for size in sizes]
+
+    def _leading_images(self, slots: Sequence[ImageSlot]) -> list[int]:
+        num_tokens = sum(slot.num_tokens for slot in slots) if self.template.images_first else 0
+        return [self.image_token_id] * num_tokens
+
+    def _pairs(self, row: "Row", slots: Sequence[ImageSlot]) -> list[tuple[list[int], list[int]]]:
         """Return (question, answer) token ids per exchange; the answer of a row that ends with a question is empty."""
+        template = self.template
         messages: Sequence[Message] = row.messages
         system = self.system
         if messages and messages[0].role == "system":
             system, messages = messages[0].content, messages[1:]
+        system = system or template.default_system
+        texts = iter([""] * len(slots) if template.images_first else [slot.text for slot in slots])
         pairs = []
         for index in range(0, len(messages), 2):
-            text = messages[index].content.replace(IMAGE_PLACEHOLDER, self._image_sequence)
-            if index == 0 and system:
-                text = f"{system}\n\n{text}"
-            source = self._tokens(f"<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n")
+            question = messages[index].content
+            image_first = template.user_image_first is not None and question.startswith(IMAGE_PLACEHOLDER)
+            user = template.user_image_first if image_first else template.user
+            content = _expanded(question, texts)
+            source: list[int] = []
             if index == 0:
-                source = [self.tokenizer.bos_token_id, *source]
-            answer = messages[index + 1].content if index + 1 < len(messages) else None
-            pairs.append((source, [] if answer is None else self._tokens(f"{answer}<end_of_turn>\n")))
+                if template.starts_with_bos and self.tokenizer.bos_token_id is not None:
+                    source.append(self.tokenizer.bos_token_id)
+                source += self._tokens(template.prefix)
+                if system and template.system_in_user:
+                    content = fill(template.system, system) + content
+                elif system:
+                    source += self._tokens(fill(template.system, system))
+            source += self._tokens(fill(user or template.user, content))
+            if index + 1 < len(messages):
+                before, target = self._answer(_expanded(messages[index + 1].content, texts))
+                pairs.append((source + before, target))
+            else:
+                pairs.append((source, []))
         return pairs
 
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _answer(self, answer: str) -> tuple[list[int], list[int]]:
+        """Return what an answer adds to its question, and its own token ids."""
+        template = self.template
+        if self.enable_thinking is False:
+            answer = template.without_thought(answer)
+        target = self._tokens(fill(template.assistant, answer))
+        if template.ends_with_eos and self.tokenizer.eos_token_id is not None:
+            target.append(self.tokenizer.eos_token_id)
+        if template.thought is None or not template.lacks_thought(answer):
+            return [], target
+        thought = self._tokens("".join(template.thought))
+        return ([], thought + target) if self.enable_thinking else (thought, target)
 
-    def _check_images(self, row: EncodedRow) -> None:
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _check_images(self, row: EncodedRow, expected: int) -> None:
         found = row.input_ids.count(self.image_token_id)
-        expected = len(row.images) * self.num_image_tokens
         if found == expected:
             return
         if row.num_tokens_cut:
@@ -132,8 +206,30 @@ class Encoder:
             )
         raise DataError(
             f"Row {row.id} has {found} image tokens in its text, expected {expected} for its {len(row.images)} images. "
-            f"Its text holds a control token of the model, such as <image_soft_token>: take it out."
+            f"Its text holds a control token of the model, such as {self.image_token}: take it out."
         )
+
+
+def image_token_id(processor: Any) -> int:
+    """Return the id of the token that stands for an image's features.
+
+    Raises:
+        ModelError: The tokenizer does not have it as one token.
+    """
+    token, tokenizer = processor_family(processor).image_token, processor.tokenizer
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ModelError(
+            f"The tokenizer does not know the image token {token}, so it belongs to a model without images. "
+            f"Use the tokenizer files of {processor_family(processor).example} or of a model made from it."
+        )
+    return ids[0]
+
+
+def _expanded(text: str, images: Iterator[str]) -> str:
+    """Put what stands for the images in the place of their placeholders, in order."""
+    first, *rest = text.split(IMAGE_PLACEHOLDER)
+    return first + "".join(next(images) + part for part in rest)
 
 
 def _fit(source_len: int, target_len: int, room: int) -> tuple[int, int]:
@@ -148,25 +244,48 @@ def _fit(source_len: int, target_len: int, room: int) -> tuple[int, int]:
     return min(max(room - kept_target_len, 0), source_len), kept_target_len
 
 
-def load_image(path: Path, *, max_pixels: int = 768 * 768, min_pixels: int = 32 * 32, row_id: str = "") -> Image.Image:
+def load_image(
+    path: Path,
+    *,
+    max_pixels: int = 768 * 768,
+    min_pixels: int = 32 * 32,
+    row_id: str = "",
+    slots: ImageSlots | None = None,
+) -> Image.Image:
     """Open an image as RGB with at most `max_pixels` and at least `min_pixels` pixels.
 
     LLaMA-Factory resizes to that area with Pillow's default filter before the processor sees the image, and the loss
-    depends on it (5.9e-4 on photographs).
+    depends on it (5.9e-4 on photographs). `slots` may want another size after that.
 
     Raises:
         DataError: The file is no image, or is damaged. Names the row and the file.
     """
+    with _opened(path, row_id) as opened:
+        opened.load()
+        image: Image.Image = opened
+        for size in _sizes_in_area(*image.size, max_pixels, min_pixels):
+            image = image.resize(size)
+        image = image.convert("RGB")
+        return image if slots is None else fit(image, slots)
+
+
+def image_size(path: Path, *, max_pixels: int, min_pixels: int, row_id: str = "") -> tuple[int, int]:
+    """Return the width and height that `load_image` would bring an image to, from its header alone.
+
+    Raises:
+        DataError: The file is no image. Names the row and the file.
+    """
+    with _opened(path, row_id) as opened:
+        size = opened.size
+    return [size, *_sizes_in_area(*size, max_pixels, min_pixels)][-1]
+
+
+@contextmanager
+def _opened(path: Path, row_id: str) -> Iterator[Image.Image]:
     where = f" of row {row_id}" if row_id else ""
     try:
         with Image.open(path) as opened:
-            opened.load()
-            image: Image.Image = opened
-            if image.width * image.height > max_pixels:
-                image = _resized_to_area(image, max_pixels)
-            if image.width * image.height < min_pixels:
-                image = _resized_to_area(image, min_pixels)
-            return image.convert("RGB")
+            yield opened
     except FileNotFoundError:
         raise DataError(f"The image {path}{where} does not exist. Make the dataset again, or drop the row.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -176,9 +295,13 @@ def load_image(path: Path, *, max_pixels: int = 768 * 768, min_pixels: int = 32 
         ) from error
 
 
-def _resized_to_area(image: Image.Image, num_pixels: int) -> Image.Image:
-    factor = math.sqrt(num_pixels / (image.width * image.height))
-    return image.resize((max(1, int(image.width * factor)), max(1, int(image.height * factor))))
+def _sizes_in_area(width: int, height: int, max_pixels: int, min_pixels: int) -> Iterator[tuple[int, int]]:
+    """Yield the sizes that an image is resized to in turn, none where it fits."""
+    for num_pixels, is_outside in ((max_pixels, int.__gt__), (min_pixels, int.__lt__)):
+        if is_outside(width * height, num_pixels):
+            factor = math.sqrt(num_pixels / (width * height))
+            width, height = max(1, int(width * factor)), max(1, int(height * factor))
+            yield width, height
 
 
 def check_image_headers(rows: Iterable[EncodedRow]) -> None:

@@ -233,7 +233,8 @@ def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     """
     from mllm_assets.data.sharegpt import load_rows
     from mllm_assets.training import memory
-    from mllm_assets.training.encode import Encoder
+    from mllm_assets.training.families import processor_family
+    from mllm_assets.training.inputs import make_encoder
     from mllm_assets.training.model import load_model, load_processor, quiet_libraries
 
     quiet_libraries()
@@ -247,7 +248,13 @@ def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     precision = memory.pick_precision(spec, device)
     model_dir, root = Path(request["model_dir"]), Path(request["features_root"])
     processor = load_processor(model_dir)
-    encoder = Encoder(processor, cutoff_len=spec.cutoff_len)
+    family = processor_family(processor)
+    if family.model_type != "gemma3":
+        raise RecipeError(
+            f"The vision features of {family.name} cannot be cached yet. Set feature_cache: false in the component's "
+            f"YAML and train without."
+        )
+    encoder = make_encoder(spec, processor, model_dir)
     rows = [
         encoder.encode(row)
         for entry in (*spec.train_entries, *spec.eval_entries)

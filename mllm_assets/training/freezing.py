@@ -1,4 +1,4 @@
-"""What trains: LLaMA-Factory's freezing rules for Gemma 3, as it reads them.
+"""What trains: LLaMA-Factory's freezing rules, as it reads them, in the terms of the model's family.
 
 A parameter trains if its name matches what the recipe asks for and matches nothing that is frozen; frozen wins.
 Source: llamafactory 0.9.5, `model/adapter.py` and `model/model_utils/visual.py`.
@@ -14,11 +14,8 @@ import torch
 from torch import nn
 
 from mllm_assets.errors import RecipeError
+from mllm_assets.training.families import FAMILIES, Family
 from mllm_assets.training.spec import TrainSpec, split_names
-
-VISION_TOWER = "vision_tower"
-PROJECTOR = "multi_modal_projector"
-LANGUAGE_MODEL = ("language_model", "lm_head")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,12 +24,14 @@ class TrainableSet:
 
     Attributes:
         model: The model, or the PEFT model around it.
+        family: The model's family.
         names: Trainable parameters, in the model's order.
         table: A row per module: `module`, `num_tensors`, `num_params`, `share` of all parameters.
         warnings: What the recipe asks for that has no effect.
     """
 
     model: Any
+    family: Family
     names: list[str]
     table: list[dict[str, Any]]
     num_trainable_params: int
@@ -41,7 +40,7 @@ class TrainableSet:
 
     @property
     def tower_trains(self) -> bool:
-        return any(VISION_TOWER in name for name in self.names)
+        return any(key in name for name in self.names for key in self.family.vision_keys)
 
 
 def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
@@ -52,13 +51,14 @@ def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
     Raises:
         RecipeError: A named module does not exist, or nothing trains.
     """
+    family = model_family(model)
     num_params = sum(p.numel() for p in model.parameters())
     notes: list[str] = []
     if spec.finetuning_type == "lora":
         model = _add_lora(spec, model)
     else:
-        wanted = None if spec.finetuning_type == "full" else _wanted_by_freeze(spec, model, notes)
-        frozen = _frozen_keys(spec)
+        wanted = None if spec.finetuning_type == "full" else _wanted_by_freeze(spec, model, family, notes)
+        frozen = _frozen_keys(spec, family)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(_matches(name, wanted) and not any(key in name for key in frozen))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -73,6 +73,7 @@ def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
             parameter.data = parameter.data.to(torch.float32)
     return TrainableSet(
         model=model,
+        family=family,
         names=[name for name, _ in trainable],
         table=_table(trainable, num_params),
         num_trainable_params=sum(p.numel() for _, p in trainable),
@@ -81,14 +82,19 @@ def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
     )
 
 
-def _frozen_keys(spec: TrainSpec) -> tuple[str, ...]:
+def model_family(model: Any) -> Family:
+    """Return the family of a model of a known type."""
+    return FAMILIES[model.config.model_type]
+
+
+def _frozen_keys(spec: TrainSpec, family: Family) -> tuple[str, ...]:
     keys: list[str] = []
     if spec.freeze_vision_tower:
-        keys.append(VISION_TOWER)
+        keys.extend(family.vision_keys)
     if spec.freeze_multi_modal_projector:
-        keys.append(PROJECTOR)
+        keys.extend(family.projector_keys)
     if spec.freeze_language_model:
-        keys.extend(LANGUAGE_MODEL)
+        keys.extend(family.language_keys)
     return tuple(keys)
 
 
@@ -96,7 +102,7 @@ def _matches(name: str, wanted: tuple[str, ...] | None) -> bool:
     return wanted is None or any(key in name for key in wanted)
 
 
-def _wanted_by_freeze(spec: TrainSpec, model: nn.Module, notes: list[str]) -> tuple[str, ...]:
+def _wanted_by_freeze(spec: TrainSpec, model: nn.Module, family: Family, notes: list[str]) -> tuple[str, ...]:
     """Return the name fragments that `finetuning_type: freeze` trains, frozen parts not yet taken out.
 
     Layer numbers count the text layers, but a fragment such as `.32.` matches the tower's layer of that number too:
@@ -114,7 +120,7 @@ def _wanted_by_freeze(spec: TrainSpec, model: nn.Module, notes: list[str]) -> tu
         if module != "all" and module not in in_layers:
             raise _unknown_module("freeze_trainable_modules", module, in_layers | {"all"})
         wanted += [f".{index}.{'' if module == 'all' else module}" for index in layers]
-    frozen = _frozen_keys(spec)
+    frozen = _frozen_keys(spec, family)
     for module in split_names(spec.freeze_extra_modules):
         if module not in outside:
             raise _unknown_module("freeze_extra_modules", module, outside)
@@ -127,7 +133,7 @@ def _wanted_by_freeze(spec: TrainSpec, model: nn.Module, notes: list[str]) -> tu
                 f"freeze_language_model."
             )
     if not spec.freeze_multi_modal_projector:
-        wanted.append(PROJECTOR)
+        wanted.extend(family.projector_keys)
     return tuple(wanted)
 
 
@@ -159,9 +165,9 @@ def lora_targets(spec: TrainSpec, model: nn.Module) -> list[str]:
     Raises:
         RecipeError: Nothing matches `lora_target`.
     """
-    targets = split_names(spec.lora_target)
+    family, targets = model_family(model), split_names(spec.lora_target)
     if targets == ("all",):
-        forbidden = {"lm_head", PROJECTOR} | ({VISION_TOWER} if spec.freeze_vision_tower else set())
+        forbidden = {"lm_head", *family.projector_keys, *(family.vision_keys if spec.freeze_vision_tower else ())}
         targets = tuple(
             sorted(
                 {
@@ -171,7 +177,7 @@ def lora_targets(spec: TrainSpec, model: nn.Module) -> list[str]:
                 }
             )
         )
-    frozen = _frozen_keys(spec)
+    frozen = (*_frozen_keys(spec, family), *family.lora_conflict_keys)
     names = [
         name
         for name, module in model.named_modules()

@@ -9,6 +9,7 @@ from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.training import features
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.encode import EncodedRow, Encoder, check_image_headers
+from mllm_assets.training.families import processor_family, require_template
 from mllm_assets.training.model import load_processor
 from mllm_assets.training.spec import TrainSpec
 
@@ -36,7 +37,7 @@ def read_inputs(spec: TrainSpec, model_dir: Path, data_dir: Path, reporter: "Rep
         DataError, RecipeError, ModelError: What must change.
     """
     processor = load_processor(model_dir)
-    encoder = Encoder(processor, cutoff_len=spec.cutoff_len)
+    encoder = make_encoder(spec, processor, model_dir)
 
     def rows(entries: Sequence[str]) -> list[EncodedRow]:
         loaded = [row for entry in entries for row in load_rows(data_dir, entry, max_samples=spec.max_samples)]
@@ -55,6 +56,23 @@ def read_inputs(spec: TrainSpec, model_dir: Path, data_dir: Path, reporter: "Rep
         )
     check_image_headers(inputs.images)
     return inputs
+
+
+def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
+    """Return the recipe's encoder.
+
+    Raises:
+        RecipeError: The recipe's template is of another family than the model.
+    """
+    require_template(spec.template, processor_family(processor), str(model_dir))
+    return Encoder(
+        processor,
+        cutoff_len=spec.cutoff_len,
+        template=spec.template,
+        enable_thinking=spec.enable_thinking,
+        image_max_pixels=spec.image_max_pixels,
+        image_min_pixels=spec.image_min_pixels,
+    )
 
 
 def make_collator(spec: TrainSpec, processor: Any, store: features.FeatureStore | None = None) -> Collator:

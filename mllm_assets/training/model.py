@@ -1,7 +1,4 @@
-"""Loading Gemma 3: the model, its processor, and its shape on the `meta` device.
-
-Not covered: model families other than Gemma 3 with images (`model_type: gemma3`).
-"""
+"""Loading a model of a known family, its processor, and its shape on the `meta` device; publishing it strictly."""
 
 import json
 import math
@@ -10,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, Gemma3ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from mllm_assets.artifacts import digest_json, sha256_file
 from mllm_assets.errors import IntegrityError, ModelError
+from mllm_assets.training import processors
 from mllm_assets.training.checkpoints import no_space_is_an_error
-
-MODEL_TYPE = "gemma3"
+from mllm_assets.training.families import FAMILIES, find_family
 
 
 def quiet_libraries() -> None:
@@ -30,7 +27,7 @@ def load_config(directory: Path) -> Any:
     """Read a model directory's configuration.
 
     Raises:
-        ModelError: There is no such directory, or it holds no Gemma 3 with images.
+        ModelError: There is no such directory, or it holds no model of a known family.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -42,33 +39,21 @@ def load_config(directory: Path) -> Any:
         model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except ValueError as error:
         raise ModelError(f"{path} is not JSON ({error}). Download the model again.") from None
-    if model_type != MODEL_TYPE:
-        raise ModelError(
-            f"{directory} holds a model of type {model_type!r}: expected {MODEL_TYPE!r}. "
-            f"Use a Gemma 3 model with images, for example google/gemma-3-4b-it."
-        )
+    find_family(model_type, str(directory))
     return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def load_processor(directory: Path) -> Any:
-    """Load a `Gemma3Processor`.
+    """Load a model's processor: `tokenizer`, `image_processor`, and what its family's image slots read.
 
     Raises:
         ModelError: Its files are missing or damaged.
     """
-    load_config(directory)
-    try:
-        return AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{directory} has no usable processor ({type(error).__name__}: {error}). "
-            f"Copy tokenizer.json, tokenizer_config.json and processor_config.json of the model into it."
-        ) from error
+    config = load_config(directory)
+    return processors.load(directory, FAMILIES[config.model_type], config)
 
 
-def load_model(
-    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Gemma3ForConditionalGeneration:
+def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
     """Load weights strictly: every key of the model is in the files and every key of the files in the model.
 
     Args:
@@ -77,11 +62,11 @@ def load_model(
         device: Where the model goes.
 
     Raises:
-        ModelError: No Gemma 3, no weights, or keys are missing or unexpected.
+        ModelError: No known family, no weights, or keys are missing or unexpected.
     """
     load_config(directory)
     try:
-        loaded: Any = Gemma3ForConditionalGeneration.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory,
             dtype="auto" if dtype is None else dtype,
             attn_implementation="sdpa",
@@ -105,10 +90,10 @@ def load_model(
     return model.to(device)
 
 
-def model_on_meta(config: Any, *, dtype: torch.dtype = torch.float32) -> Gemma3ForConditionalGeneration:
+def model_on_meta(config: Any, *, dtype: torch.dtype = torch.float32) -> Any:
     """Return the model's shape without any memory behind it."""
     with torch.device("meta"):
-        model: Any = Gemma3ForConditionalGeneration(config)
+        model: Any = AutoModelForImageTextToText.from_config(config)
     return model.to(dtype)
 
 
@@ -168,7 +153,7 @@ def publish_model(
 
 
 @torch.no_grad()
-def batch_loss(model: Gemma3ForConditionalGeneration, batch: dict[str, torch.Tensor]) -> float:
+def batch_loss(model: Any, batch: dict[str, torch.Tensor]) -> float:
     """Return the mean loss in nats over a batch's supervised tokens, without dropout or autocast."""
     model.eval()
     moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -183,5 +168,5 @@ def weights_digest(directory: Path) -> str:
 
 
 def base_model(model: Any) -> Any:
-    """Return the `Gemma3ForConditionalGeneration` inside, which LoRA wraps."""
+    """Return the model inside, which LoRA wraps."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mllm_assets.errors import RecipeError
+from mllm_assets.training.templates import TEMPLATES
 
 # What a field is for. "semantic" fields decide which weights come out and are hashed into the run's name;
 # "selection" fields do so only where evaluation picks the best model, stops the run or steers the learning rate;
@@ -65,6 +66,7 @@ class TrainSpec:
     eval_dataset: str | None = field(default=None, metadata=OPERATIONAL)
     dataset_dir: str = field(default="data", metadata=OPERATIONAL)
     template: str = field(metadata=SEMANTIC)
+    enable_thinking: bool | None = field(default=True, metadata=SEMANTIC)
     cutoff_len: int = field(default=2048, metadata=SEMANTIC)
     max_samples: int | None = field(default=None, metadata=SEMANTIC)
     image_max_pixels: int = field(default=768 * 768, metadata=SEMANTIC)
@@ -240,8 +242,9 @@ def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
         yield "do_train", "do_train is false, LLaMA-Factory's default: this recipe trains nothing. Set do_train: true."
     if not spec.train_entries:
         yield "dataset", "dataset is empty. Name an entry of dataset_info.json, for example dataset: emoji_train."
-    if spec.template != "gemma3":
-        yield "template", f"template is {spec.template!r}: only Gemma 3 models are trained here. Set template: gemma3."
+    if spec.template not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        yield "template", f"template is {spec.template!r}: expected one of {known}. Set the one of the model's family."
     if spec.warmup_ratio and spec.warmup_steps:
         yield "warmup_ratio", "warmup_ratio and warmup_steps are both set, and versions differ in which wins. Keep one."
     if spec.image_max_pixels < spec.image_min_pixels:

@@ -115,7 +115,7 @@ def test_batches_are_padded_to_eight_and_mark_image_tokens(processor: Any, rows:
     encoded = [encoder.encode(row) for row in rows[:3]]
     batch = Collator(processor)(encoded)
     assert batch["input_ids"].shape[1] % 8 == 0
-    assert int(batch["token_type_ids"].sum()) == sum(len(row.images) for row in rows[:3]) * encoder.num_image_tokens
+    assert int(batch["token_type_ids"].sum()) == sum(len(row.images) for row in rows[:3]) * processor.image_seq_length
     assert batch["attention_mask"].sum(1).tolist() == [len(row.input_ids) for row in encoded]
     assert batch["pixel_values"].shape == (sum(len(row.images) for row in rows[:3]), 3, 56, 56)
     left = Collator(processor, padding_side="left")(encoded)

@@ -113,7 +113,10 @@ def test_a_wrong_line_is_named_with_a_next_step(load, line: str, message: str) -
         ("a: 1\n---\nb: 2\n", "r.yaml:2: this is not YAML, at column 1: but found another document. Look at that line"),
         (BASE.replace("do_train: true", ""), "r.yaml: do_train is false, LLaMA-Factory's default: this recipe trains"),
         (BASE.replace("do_train: true", "do_train: false"), "r.yaml:4: do_train is false, LLaMA-Factory's default"),
-        (BASE.replace("gemma3", "qwen2_vl"), "r.yaml:3: template is 'qwen2_vl': only Gemma 3 models are trained here."),
+        (
+            BASE.replace("gemma3", "qwen"),
+            "r.yaml:3: template is 'qwen': expected one of gemma3, gemma4, gemma4n, qwen2_vl",
+        ),
         (BASE.replace("emoji_train", '" ,"'), "r.yaml:2: dataset is empty. Name an entry of dataset_info.json"),
         ("seed: 1\n", "r.yaml: model_name_or_path is missing. Add a line model_name_or_path: with the directory of"),
         ("model_name_or_path: m\n", "r.yaml: dataset is missing. Add a line dataset: with the entry of"),
