@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mllm_assets import __version__
 from mllm_assets.errors import DataError, IntegrityError, RecipeError
 
@@ -67,14 +69,38 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 @contextmanager
 def staging_directory(parent: Path) -> Iterator[Path]:
-    """A hidden directory below `parent` for content whose name is known only at the end; see `publish`."""
+    """A hidden directory below `parent` for content whose name is known only at the end; see `publish`.
+
+    Those of processes that were killed are deleted first: a living one holds a lock on its own.
+    """
     parent.mkdir(parents=True, exist_ok=True)
+    _sweep(parent)
     staging = parent / f".{uuid.uuid4().hex[:8]}.tmp"
-    staging.mkdir()
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _owner_lock(staging):
+        staging.mkdir()
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _owner_lock(staging: Path) -> Iterator[None]:
+    lock = FileLock(staging.with_suffix(".lock"))
+    with lock.acquire(blocking=False):
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _sweep(parent: Path) -> None:
+    for staging in parent.glob(".????????.tmp"):
+        try:
+            with _owner_lock(staging):
+                shutil.rmtree(staging, ignore_errors=True)
+        except Timeout:
+            continue  # its owner lives
 
 
 def publish(staging: Path, target: Path) -> None:

@@ -26,6 +26,7 @@ class Source(dg.Model, dg.Resolvable):
     kind: Literal["huggingface", "parquet"] = Field(description="A Hugging Face Hub dataset, or a Parquet file.")
     repo: str = Field(default="", description="Hub id, for example ethz/food101.")
     revision: str | None = Field(default=None, description="Branch, tag or commit; resolved to a commit and recorded.")
+    subset: str | None = Field(default=None, description="Configuration of a Hub dataset that has several.")
     split: str = Field(default="train", description="Hub split to read.")
     path: str = Field(default="", description="Parquet file below the root, or package:emoji.parquet.")
     image_column: str = "image"

@@ -1,32 +1,30 @@
 """Read a Hugging Face dataset: its Parquet files at one commit, and of those only row groups enough for the splits.
 
-Reading goes over HTTP ranges, so 550 samples of a dataset of gigabytes cost a few hundred megabytes at most. No code
-of a dataset repository is ever run, and `HF_TOKEN` is the only credential looked at.
-Not covered: repositories of loose image files without the Hub's own Parquet conversion; several configurations.
+Reading goes over HTTP ranges in small parts, so 550 samples of a dataset of gigabytes cost a few hundred megabytes
+of traffic at most, and little memory. No code of a dataset repository is ever run.
+Not covered: repositories of loose image files without the Hub's own Parquet conversion.
 """
 
 import hashlib
 import math
-import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from mllm_assets.data.hub_files import find_split_files
+from mllm_assets.data.hub_parquet import HubParquet
 from mllm_assets.data.rows import SourceRow, class_names, needed_columns, rows_of_batch
 from mllm_assets.data.spec import DatasetSpec, SourceSpec
-from mllm_assets.errors import SourceError
-from mllm_assets.hub import REACH_TIMEOUT_S, REQUEST_TIMEOUT_S, HubRepo, explained, within
+from mllm_assets.hub import HubRepo
 
+Choice = Callable[[int], Collection[int]]
 # rejects and duplicates take samples away: fetch a fifth more than the splits ask for
 SLACK = 1.2
 # more row groups than needed are sampled from, up to this: ethz/food101 is sorted by class, 100 rows a group
 SPREAD_BYTES = 256 * 2**20
-MAX_FILES = 32
-CONVERTED = "refs/convert/parquet"
+# and from so many files, or more where they hold too few rows
+SPREAD_FILES = 32
+NUM_CONNECTIONS = 8
 WITHDRAWN = {
     "lambdalabs/pokemon-blip-captions": "It was withdrawn from the Hub in 2024 (huggingface/diffusers#7879), so set "
     "source.repo to another dataset with images and captions. "
@@ -36,38 +34,18 @@ EMBEDDED = "The embedded dataset needs no network: use the emoji dataset (source
 
 @dataclass(frozen=True, slots=True)
 class _RowGroup:
-    file: str
+    file: HubParquet
     index: int
     first_row: int
     num_rows: int
     num_bytes: int
 
-
-def read_hub(spec: DatasetSpec, *, endpoint: str | None = None) -> tuple[str, Iterator[SourceRow]]:
-    """Pin the revision and sample rows of one split; the choice depends on the commit, sizes and seed only.
-
-    Args:
-        spec: Names repository, revision, split and columns; its sizes and seed choose the rows.
-        endpoint: Another Hub than the default one.
-
-    Returns:
-        The commit, and the rows in the order of the source.
-
-    Raises:
-        SourceError: Unreachable (within 10 s), unknown, gated or withdrawn, or no Parquet files of the split; says
-            what to do.
-    """
-    from huggingface_hub import HfApi, HfFileSystem
-
-    source, hub = spec.source, _hub_repo(spec.source)
-    token = os.environ.get("HF_TOKEN") or False
-    api = HfApi(endpoint=endpoint, token=token)
-    commit, files = explained(hub, lambda: within(REACH_TIMEOUT_S, lambda: _find_files(api, source)))
-    system = HfFileSystem(endpoint=endpoint, token=token, skip_instance_cache=True)
-    return commit, _read_rows(spec, system, commit, files)
+    @property
+    def rows(self) -> range:
+        return range(self.first_row, self.first_row + self.num_rows)
 
 
-def _hub_repo(source: SourceSpec) -> HubRepo:
+def dataset_repo(source: SourceSpec, endpoint: str | None = None) -> HubRepo:
     return HubRepo(
         kind="dataset",
         repo=source.repo,
@@ -75,81 +53,78 @@ def _hub_repo(source: SourceSpec) -> HubRepo:
         setting="source.repo in the dataset's YAML",
         known=WITHDRAWN.get(source.repo, ""),
         otherwise=EMBEDDED,
+        endpoint=endpoint,
     )
 
 
-def _find_files(api: Any, source: SourceSpec) -> tuple[str, list[str]]:
-    info = api.dataset_info(source.repo, revision=source.revision, timeout=REQUEST_TIMEOUT_S)
-    files = split_files([item.rfilename for item in info.siblings or ()], source.split)
-    if not files and source.revision is None:
-        info = api.dataset_info(source.repo, revision=CONVERTED, timeout=REQUEST_TIMEOUT_S)
-        files = split_files([item.rfilename for item in info.siblings or ()], source.split)
-    if not files:
-        raise SourceError(
-            f"{source.repo} at {info.sha} has no Parquet files of the split {source.split!r}. Correct source.split or "
-            "source.revision, or write the dataset to Parquet yourself and use a source of kind 'parquet'."
-        )
-    return info.sha, files
+def read_hub(
+    spec: DatasetSpec, *, endpoint: str | None = None, choose: Choice | None = None
+) -> tuple[str, Iterator[SourceRow]]:
+    """Pin the revision and read rows of one split, by default a sample of it.
 
+    The sample depends on the commit, the sizes and the seed only. It is drawn from some of the files and row groups,
+    and only those are read; a row's index is then its place among the rows of these files.
 
-def split_files(names: list[str], split: str) -> list[str]:
-    """The Parquet files of a split, by the Hub's naming: `data/train-0-of-2.parquet`, `default/train/0.parquet`.
+    Args:
+        spec: Names repository, revision, split and columns; its sizes and seed choose the rows.
+        endpoint: Another Hub than the default one.
+        choose: Gets the number of rows of the whole split, in the order of its files, and returns the places of
+            those to read; `range` reads all. Every file's footer is read for that, of the rest what is chosen.
 
-    Files that name no split at all count as "train".
+    Returns:
+        The commit, and the rows in the order of the source.
+
+    Raises:
+        SourceError: Unreachable (within 10 s), unknown, gated or withdrawn, or no Parquet files of the split; says
+            what to do.
+        DataError: A file lacks a column that the spec names.
     """
-    files = sorted(name for name in names if name.endswith(".parquet"))
-    matching = [name for name in files if re.search(rf"(^|[/_.-]){re.escape(split)}([/_.-])", name)]
-    if not matching and split == "train":
-        other = re.compile(r"(^|[/_.-])(validation|valid|val|test|dev)([/_.-])")
-        matching = [name for name in files if not other.search(name)]
-    return matching
+    hub = dataset_repo(spec.source, endpoint)
+    commit, files = find_split_files(hub, spec.source)
+    return commit, _read_rows(spec, hub, commit, files, choose)
 
 
-def _read_rows(spec: DatasetSpec, system: Any, commit: str, files: list[str]) -> Iterator[SourceRow]:
-    source, hub = spec.source, _hub_repo(spec.source)
-    order = sorted(files, key=lambda name: _rank(spec, name))[:MAX_FILES]
-
-    def opened() -> dict[str, pq.ParquetFile]:
-        paths = {name: f"datasets/{source.repo}@{commit}/{name}" for name in sorted(order)}
-        return {name: pq.ParquetFile(system.open(path, "rb"), pre_buffer=True) for name, path in paths.items()}
-
-    readers = explained(hub, opened)
-    first = next(iter(readers.values())).schema_arrow
-    columns = needed_columns(source, first, source.repo)
-    names = class_names(first, source.label_column)
+def _read_rows(
+    spec: DatasetSpec, hub: HubRepo, commit: str, files: dict[str, int], choose: Choice | None
+) -> Iterator[SourceRow]:
     needed = math.ceil(SLACK * (spec.split.num_train + spec.split.num_val))
-    chosen = _choose_groups(spec, _row_groups(readers, columns), needed)
-    kept = _choose_rows(spec, chosen, needed)
-    for group in sorted(chosen, key=lambda group: group.first_row):
-
-        def fetched(group: _RowGroup = group) -> pa.Table:
-            return readers[group.file].read_row_group(group.index, columns=columns)
-
-        rows = sorted(row for row in kept if group.first_row <= row < group.first_row + group.num_rows)
-        if rows:
-            table = explained(hub, fetched).take([row - group.first_row for row in rows])
-            for batch in table.to_batches(max_chunksize=64):
-                yield from rows_of_batch(batch, source, names, rows[: batch.num_rows], source.repo)
-                rows = rows[batch.num_rows :]
+    readers = _open_files(hub, commit, files, None if choose else needed, seed=spec.split.seed)
+    groups = list(_row_groups(readers, spec.source))
+    if choose is None:
+        groups = _choose_groups(spec, groups, needed)
+        kept = _choose_rows(spec, groups, needed)
+    else:
+        kept = choose(sum(reader.num_rows for reader in readers))
+        kept = kept if isinstance(kept, range) else set(kept)
+    for group in sorted(groups, key=lambda group: group.first_row):
+        yield from _rows_of_group(group, kept, spec.source)
 
 
-def _row_groups(readers: dict[str, pq.ParquetFile], columns: list[str]) -> list[_RowGroup]:
-    groups = []
+def _open_files(hub: HubRepo, commit: str, files: dict[str, int], needed: int | None, *, seed: int) -> list[HubParquet]:
+    """Footers of files, in the source's order: of all, or of enough for a sample."""
+    order = sorted(files, key=lambda name: _rank(seed, name))
+    readers: list[HubParquet] = []
+    with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+        while order and (needed is None or sum(reader.num_rows for reader in readers) < needed):
+            now, order = order[:SPREAD_FILES], order[SPREAD_FILES:]
+            readers += pool.map(lambda name: HubParquet(hub, commit, name, files[name]), now)
+    return sorted(readers, key=lambda reader: list(files).index(reader.name))
+
+
+def _row_groups(readers: Sequence[HubParquet], source: SourceSpec) -> Iterator[_RowGroup]:
     first_row = 0
-    for name, reader in readers.items():
+    for reader in readers:
+        columns = needed_columns(source, reader.schema, f"{reader.name} of {source.repo}")
         for index in range(reader.metadata.num_row_groups):
-            group = reader.metadata.row_group(index)
-            parts = [group.column(number) for number in range(group.num_columns)]
-            num_bytes = sum(p.total_compressed_size for p in parts if p.path_in_schema.split(".")[0] in columns)
-            groups.append(_RowGroup(name, index, first_row, group.num_rows, num_bytes))
-            first_row += group.num_rows
-    return groups
+            num_rows = reader.metadata.row_group(index).num_rows
+            yield _RowGroup(reader, index, first_row, num_rows, reader.num_group_bytes(index, columns))
+            first_row += num_rows
 
 
-def _choose_groups(spec: DatasetSpec, groups: list[_RowGroup], needed: int) -> list[_RowGroup]:
+def _choose_groups(spec: DatasetSpec, groups: Sequence[_RowGroup], needed: int) -> list[_RowGroup]:
     chosen: list[_RowGroup] = []
     num_rows = num_bytes = 0
-    for group in sorted(groups, key=lambda group: _rank(spec, f"{group.file} {group.index}")):
+    for group in sorted(groups, key=lambda group: _rank(spec.split.seed, f"{group.file.name} {group.index}")):
         if num_rows >= needed and num_bytes + group.num_bytes > SPREAD_BYTES:
             break
         chosen.append(group)
@@ -158,10 +133,27 @@ def _choose_groups(spec: DatasetSpec, groups: list[_RowGroup], needed: int) -> l
     return chosen
 
 
-def _choose_rows(spec: DatasetSpec, groups: list[_RowGroup], needed: int) -> set[int]:
-    rows = [row for group in groups for row in range(group.first_row, group.first_row + group.num_rows)]
-    return set(sorted(rows, key=lambda row: _rank(spec, f"row {row}"))[:needed])
+def _choose_rows(spec: DatasetSpec, groups: Sequence[_RowGroup], needed: int) -> set[int]:
+    rows = [(f"{group.file.name} {group.index} {row - group.first_row}", row) for group in groups for row in group.rows]
+    return {row for _, row in sorted(rows, key=lambda item: _rank(spec.split.seed, item[0]))[:needed]}
 
 
-def _rank(spec: DatasetSpec, key: str) -> str:
-    return hashlib.sha256(f"{spec.split.seed} {key}".encode()).hexdigest()
+def _rows_of_group(group: _RowGroup, kept: Collection[int], source: SourceSpec) -> Iterator[SourceRow]:
+    wanted = [row for row in group.rows if row in kept]
+    if not wanted:
+        return
+    schema = group.file.schema
+    columns = needed_columns(source, schema, source.repo)
+    names = class_names(schema, source.label_column)
+    start = group.first_row
+    for batch in group.file.batches(group.index, columns):
+        rows = [row for row in wanted if start <= row < start + batch.num_rows]
+        chosen = batch.take([row - start for row in rows])
+        yield from rows_of_batch(chosen, source, names, rows, f"{group.file.name} of {source.repo}")
+        start += batch.num_rows
+        if start > wanted[-1]:
+            return
+
+
+def _rank(seed: int, key: str) -> str:
+    return hashlib.sha256(f"{seed} {key}".encode()).hexdigest()

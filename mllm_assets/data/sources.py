@@ -11,13 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mllm_assets.artifacts import publish, staging_directory, write_manifest
+from mllm_assets.artifacts import find_damage, is_complete, publish, read_manifest, staging_directory, write_manifest
 from mllm_assets.data.hub import read_hub
 from mllm_assets.data.images import sha256
 from mllm_assets.data.parquet import read_parquet
 from mllm_assets.data.rows import SourceRow
 from mllm_assets.data.spec import DatasetSpec, as_json
 from mllm_assets.errors import DataError, IntegrityError
+from mllm_assets.hub import is_commit
 from mllm_assets.layout import Layout
 
 SAMPLES_FILE = "samples.parquet"
@@ -52,7 +53,8 @@ def ingest(spec: DatasetSpec, layout: Layout, *, hub_endpoint: str | None = None
     """Copy a source's samples, images undecoded, into `data/.raw/<dataset>/<digest>/`.
 
     The digest covers ids, order, images and texts: the same input gives the same bytes, digest and directory.
-    `hub_endpoint` names another Hub than the default one.
+    A commit of the Hub that was read before for the same splits is not read again. `hub_endpoint` names another Hub
+    than the default one.
 
     Raises:
         SourceError: The Hub cannot be reached or refuses; says what to do.
@@ -60,7 +62,11 @@ def ingest(spec: DatasetSpec, layout: Layout, *, hub_endpoint: str | None = None
     """
     source = spec.source
     if source.kind == "huggingface":
+        if is_commit(source.revision) and (stored := _find_ingested(spec, layout, source.revision)):
+            return stored
         revision, rows = read_hub(spec, endpoint=hub_endpoint)
+        if stored := _find_ingested(spec, layout, revision):
+            return stored
     else:
         revision, rows = None, read_parquet(source, layout.root)
     with staging_directory(layout.raw(spec.name, "new").parent) as staging:
@@ -77,6 +83,7 @@ def ingest(spec: DatasetSpec, layout: Layout, *, hub_endpoint: str | None = None
                 "num_samples": num_samples,
                 "revision": revision,
                 "source": as_json(source),
+                "split": as_json(spec.split),
             },
         )
         directory = layout.raw(spec.name, digest)
@@ -84,6 +91,25 @@ def ingest(spec: DatasetSpec, layout: Layout, *, hub_endpoint: str | None = None
     return RawDataset(
         directory=directory, digest=digest, num_samples=num_samples, revision=revision, num_bytes=num_bytes
     )
+
+
+def _find_ingested(spec: DatasetSpec, layout: Layout, commit: str | None) -> RawDataset | None:
+    """What an earlier run read from a commit with the same columns, for splits of the same sizes."""
+    wanted = {**as_json(spec.source), "revision": None}
+    for directory in sorted(layout.raw(spec.name, "any").parent.glob("*")):
+        if not is_complete(directory) or find_damage(directory, deep=False):
+            continue
+        manifest = read_manifest(directory)
+        source = {**manifest["source"], "revision": None}
+        if (manifest["revision"], source, manifest.get("split")) == (commit, wanted, as_json(spec.split)):
+            return RawDataset(
+                directory=directory,
+                digest=manifest["digest"],
+                num_samples=manifest["num_samples"],
+                revision=commit,
+                num_bytes=manifest["files"][SAMPLES_FILE]["num_bytes"],
+            )
+    return None
 
 
 def sample_content_id(row: SourceRow, image_ids: list[str]) -> str:

@@ -32,11 +32,13 @@ class SourceSpec:
 
     `path` (kind parquet) is relative to the project root; `package:emoji.parquet` is the embedded dataset.
     `revision` (kind huggingface) is a branch, tag or commit; the commit it stands for is recorded.
+    `subset` (kind huggingface) is the dataset's configuration, where it has several.
     """
 
     kind: str
     repo: str = ""
     revision: str | None = None
+    subset: str | None = None
     split: str = "train"
     path: str = ""
     image_column: str = "image"
