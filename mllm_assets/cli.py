@@ -39,6 +39,12 @@ def _device_from_environment() -> str:
     return device
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mllm-assets", description="Fine-tune vision-language models.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -67,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     summary = verbs.add_parser("summary", help="where a recipe's results are and what they say")
     summary.add_argument("recipe", help="recipe name, for example emoji_sft")
     summary.set_defaults(run=_summary)
+
+    quality = verbs.add_parser("quality", help="what the quality database says of a dataset's samples")
+    quality.add_argument("view", choices=("worst", "leaks", "duplicates", "captions", "rejects"))
+    quality.add_argument("--dataset", required=True)
+    quality.add_argument("--limit", type=_at_least_one, default=20, help="rows to show, 20 by default")
+    quality.add_argument("--json", action="store_true", help="print a JSON list")
+    quality.set_defaults(run=_quality)
 
     slots = verbs.add_parser("slots", help="pool slots that killed runs still hold")
     slots.add_argument("action", choices=("free",))
@@ -112,6 +125,14 @@ def _summary(arguments: argparse.Namespace) -> int:
     from mllm_assets.summary import summarise
 
     print(summarise(Layout.from_environment(), arguments.recipe))
+    return 0
+
+
+def _quality(arguments: argparse.Namespace) -> int:
+    from mllm_assets.quality.queries import ask, print_rows
+
+    rows = ask(Layout.from_environment(), arguments.view, arguments.dataset, arguments.limit)
+    print_rows(rows, view=arguments.view, dataset=arguments.dataset, as_json=arguments.json)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Assess an ingested dataset: measure, judge, find duplicates, and keep a row that says why for every sample."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mllm_assets.artifacts import digest_json, publish, read_manifest, staging_directory, write_manifest
+from mllm_assets.data.images import sha256
 from mllm_assets.data.sources import read_image_ids, read_raw
 from mllm_assets.data.spec import DatasetSpec, as_json
 from mllm_assets.layout import Layout
 from mllm_assets.quality.duplicates import Pair, find_pairs, group_keys, group_samples, look_of
 from mllm_assets.quality.probes import PROBE_VERSION, ImageMeasurement, measure_caption, measure_image
-from mllm_assets.quality.store import QualityStore, table_for
+from mllm_assets.quality.store import QualityStore, table_for, utc_now
 from mllm_assets.quality.verdicts import image_flags, sample_reject_reason
 
 QUALITY_FILE = "quality.parquet"
@@ -83,7 +85,7 @@ def assess(spec: DatasetSpec, layout: Layout, raw: Path, run_id: str) -> Quality
             },
         )
         publish(staging, result.directory)
-    store.write(_tables(spec.name, raw_manifest["digest"], result, samples, assessment, run_id))
+    store.write(_tables(spec, raw_manifest["digest"], result, samples, assessment, run_id))
     return result
 
 
@@ -105,7 +107,8 @@ def _measure(spec: DatasetSpec, raw: Path, known: dict[str, ImageMeasurement]) -
             if image_id not in known:
                 known[image_id] = measure_image(data, max_pixels=limits.max_pixels, max_bytes=limits.max_image_bytes)
         kept = {key: row[key] for key in ("sample_id", "row_index", "caption", "label", "image_ids")}
-        samples.append({**kept, **measure_caption(row["caption"])})
+        digest = None if row["caption"] is None else sha256(row["caption"].encode())
+        samples.append({**kept, "caption_sha256": digest, **measure_caption(row["caption"])})
     return samples
 
 
@@ -203,19 +206,23 @@ def _write_files(staging: Path, assessment: _Assessment) -> None:
 
 
 def _tables(
-    dataset: str,
+    spec: DatasetSpec,
     raw_digest: str,
     result: QualityResult,
     samples: list[dict[str, Any]],
     assessment: _Assessment,
     run_id: str,
 ) -> dict[str, pa.Table]:
-    common = {"dataset": dataset, "run_id": run_id, "raw_digest": raw_digest, "quality_digest": result.digest}
-    rejects = [
-        {**common, **row, "reason": row["reject_reason"]}
-        for row in assessment.samples
-        if row["reject_reason"] is not None
-    ]
+    common = {"dataset": spec.name, "run_id": run_id, "raw_digest": raw_digest, "quality_digest": result.digest}
+    judged = {
+        **common,
+        "probe_version": PROBE_VERSION,
+        "thresholds": json.dumps(as_json(spec.quality)),
+        "num_samples": result.num_samples,
+        "num_rejected": result.num_rejected,
+        "num_duplicates": result.num_duplicates,
+        "written_at": utc_now(),
+    }
     images = [
         {**common, "sample_id": s["sample_id"], "image_index": index, "image_sha256": image_id}
         for s in samples
@@ -224,11 +231,16 @@ def _tables(
     qualities = [{**common, **image, "probe_version": PROBE_VERSION} for image in assessment.images]
     return {
         "samples": table_for("samples", [{**common, **s, "num_images": len(s["image_ids"])} for s in samples]),
+        "sample_versions": table_for("sample_versions", [{**common, **s} for s in samples]),
         "images": table_for("images", images),
         "image_quality": table_for("image_quality", qualities),
-        "caption_quality": table_for("caption_quality", [{**common, **s} for s in samples]),
-        "rejects": table_for("rejects", rejects),
-        "duplicates": table_for("duplicates", [{**common, **row} for row in _sample_pairs(assessment)]),
+        "caption_quality": table_for(
+            "caption_quality",
+            [{**common, **s, "probe_version": PROBE_VERSION} for s in samples if s["caption"] is not None],
+        ),
+        "assessments": table_for("assessments", [judged]),
+        "verdicts": table_for("verdicts", [{**common, **row} for row in assessment.samples]),
+        "duplicate_pairs": table_for("duplicate_pairs", [{**common, **row} for row in _sample_pairs(assessment)]),
     }
 
 

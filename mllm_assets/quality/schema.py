@@ -1,36 +1,58 @@
-"""The DuckDB schema, version 1: tables, columns and the key that names a row."""
+"""The DuckDB schema, version 2: tables, columns, the key that names a row, and what a second write of a key does.
+
+Content (what a sample, an image or a caption is) is keyed by what it is and never changes. History (which samples a
+source had, how a run judged them, where they went) is keyed by the digest of that version, so that nothing of an
+earlier run is overwritten and writing a run twice adds nothing. `migrations` brings older files here.
+"""
 
 from dataclasses import dataclass
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TableSchema:
-    """A table's columns (name -> DuckDB type) and the columns that identify a row; a later write replaces it."""
+    """A table's columns (name -> DuckDB type) and the columns that identify a row.
+
+    `keeps_first`: a row whose key is there already is left alone; otherwise a later write replaces it.
+    """
 
     columns: dict[str, str]
     key: tuple[str, ...]
+    keeps_first: bool = False
 
     def ddl(self, name: str) -> str:
         columns = ", ".join(f'"{column}" {kind}' for column, kind in self.columns.items())
         return f'CREATE TABLE IF NOT EXISTS "{name}" ({columns})'
 
 
+# `run_id` of a row that keeps first is the run that wrote it first, elsewhere the run that wrote it last
 TABLES: dict[str, TableSchema] = {
-    # what a sample is; `run_id` is everywhere the run that wrote the row last
+    # what a sample is; its id is made of its images and texts
     "samples": TableSchema(
         {
             "dataset": "VARCHAR",
             "sample_id": "VARCHAR",
-            "raw_digest": "VARCHAR",
-            "row_index": "BIGINT",
             "num_images": "INTEGER",
             "caption": "VARCHAR",
+            "caption_sha256": "VARCHAR",
             "label": "VARCHAR",
             "run_id": "VARCHAR",
         },
+        ("dataset", "sample_id"),
+        keeps_first=True,
+    ),
+    # which samples each version of the source held, in its order
+    "sample_versions": TableSchema(
+        {
+            "dataset": "VARCHAR",
+            "raw_digest": "VARCHAR",
+            "sample_id": "VARCHAR",
+            "row_index": "BIGINT",
+            "run_id": "VARCHAR",
+        },
         ("dataset", "raw_digest", "sample_id"),
+        keeps_first=True,
     ),
     # which images a sample holds, in order
     "images": TableSchema(
@@ -42,8 +64,9 @@ TABLES: dict[str, TableSchema] = {
             "run_id": "VARCHAR",
         },
         ("dataset", "sample_id", "image_index"),
+        keeps_first=True,
     ),
-    # what an image's bytes are, whoever holds them
+    # what an image's bytes are, whoever holds them; replaced where a higher limit lets more of it be measured
     "image_quality": TableSchema(
         {
             "image_sha256": "VARCHAR",
@@ -56,6 +79,7 @@ TABLES: dict[str, TableSchema] = {
             "height_px": "INTEGER",
             "orientation": "INTEGER",
             "passes_through": "BOOLEAN",
+            "is_grayscale": "BOOLEAN",
             "brightness_p5": "DOUBLE",
             "brightness_p99": "DOUBLE",
             "blur_edge_std": "DOUBLE",
@@ -67,20 +91,56 @@ TABLES: dict[str, TableSchema] = {
         },
         ("image_sha256", "probe_version"),
     ),
+    # what a caption is, whoever has it
     "caption_quality": TableSchema(
         {
-            "dataset": "VARCHAR",
-            "sample_id": "VARCHAR",
+            "caption_sha256": "VARCHAR",
+            "probe_version": "INTEGER",
             "caption_num_chars": "INTEGER",
             "caption_num_words": "INTEGER",
             "caption_num_unique_words": "INTEGER",
+            "caption_num_tokens": "INTEGER",
+            "caption_repeated_share": "DOUBLE",
             "caption_ascii_share": "DOUBLE",
             "run_id": "VARCHAR",
         },
-        ("dataset", "sample_id"),
+        ("caption_sha256", "probe_version"),
+        keeps_first=True,
+    ),
+    # one row for each run that assessed a dataset: what it judged by and what it found
+    "assessments": TableSchema(
+        {
+            "dataset": "VARCHAR",
+            "run_id": "VARCHAR",
+            "quality_digest": "VARCHAR",
+            "raw_digest": "VARCHAR",
+            "probe_version": "INTEGER",
+            "thresholds": "JSON",
+            "num_samples": "BIGINT",
+            "num_rejected": "BIGINT",
+            "num_duplicates": "BIGINT",
+            "written_at": "TIMESTAMP",
+        },
+        ("dataset", "run_id"),
+    ),
+    # how each sample was judged
+    "verdicts": TableSchema(
+        {
+            "dataset": "VARCHAR",
+            "quality_digest": "VARCHAR",
+            "sample_id": "VARCHAR",
+            "row_index": "BIGINT",
+            "reject_reason": "VARCHAR",
+            "flags": "VARCHAR[]",
+            "duplicate_group": "VARCHAR",
+            "group_size": "BIGINT",
+            "run_id": "VARCHAR",
+        },
+        ("dataset", "quality_digest", "sample_id"),
+        keeps_first=True,
     ),
     # pairs of samples that share an image or hold near-duplicates
-    "duplicates": TableSchema(
+    "duplicate_pairs": TableSchema(
         {
             "dataset": "VARCHAR",
             "quality_digest": "VARCHAR",
@@ -92,17 +152,7 @@ TABLES: dict[str, TableSchema] = {
             "run_id": "VARCHAR",
         },
         ("dataset", "quality_digest", "sample_a", "sample_b"),
-    ),
-    "rejects": TableSchema(
-        {
-            "dataset": "VARCHAR",
-            "quality_digest": "VARCHAR",
-            "sample_id": "VARCHAR",
-            "row_index": "BIGINT",
-            "reason": "VARCHAR",
-            "run_id": "VARCHAR",
-        },
-        ("dataset", "quality_digest", "sample_id"),
+        keeps_first=True,
     ),
     # where every sample of a version went: train, val, unused or rejected, with the reason
     "split_membership": TableSchema(

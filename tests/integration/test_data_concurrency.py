@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -28,6 +29,25 @@ for number in range(5):
     row = {"run_id": f"{writer} {number}", "asset": "emoji/raw", "digest": "d", "metadata": "{}"}
     store.write({"runs": table_for("runs", [row])})
     assert store.query("SELECT count(*) AS n FROM runs WHERE run_id = ?", [row["run_id"]]) == [{"n": 1}]
+"""
+ENDLESS_WRITER = """
+import itertools, sys
+from pathlib import Path
+from mllm_assets.quality.store import QualityStore, table_for
+path, writer = sys.argv[1:]
+store = QualityStore(Path(path))
+for number in itertools.count():
+    run = f"{writer} {number}"
+    rows = [{"dataset": "d", "quality_digest": run, "sample_id": str(n), "run_id": run} for n in range(1000)]
+    run_rows = [{"run_id": run, "asset": "d/sample_quality"}]
+    store.write({"verdicts": table_for("verdicts", rows), "runs": table_for("runs", run_rows)})
+    print(run, flush=True)
+"""
+SHELL = """
+import duckdb, sys
+with duckdb.connect(sys.argv[1]):
+    print("open", flush=True)
+    sys.stdin.read()
 """
 LINE = """
 import sys
@@ -60,11 +80,47 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, errors
 
 
-def test_four_processes_write_and_read_the_same_file(tmp_path: Path) -> None:
+def test_eight_processes_write_and_read_the_same_file(tmp_path: Path) -> None:
     path = tmp_path / "quality.duckdb"
-    for process in [start(WRITER, str(path), f"writer {number}") for number in range(4)]:
+    for process in [start(WRITER, str(path), f"writer {number}") for number in range(8)]:
         finish(process)
-    assert QualityStore(path).query("SELECT count(*) AS n FROM runs") == [{"n": 20}]
+    assert QualityStore(path).query("SELECT count(*) AS n FROM runs") == [{"n": 40}]
+
+
+def test_kill_9_in_a_write_loses_no_acknowledged_row_and_tears_no_batch(tmp_path: Path) -> None:
+    """Each batch goes into two tables; a writer says a batch's number once `write` has returned."""
+    path = tmp_path / "quality.duckdb"
+    acknowledged: set[str] = set()
+    rng = random.Random(4)
+    for writer in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS_WRITER, str(path), str(writer)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        acknowledged.add(process.stdout.readline().strip())
+        time.sleep(rng.uniform(0.0, 0.6))
+        process.kill()
+        acknowledged |= {line.strip() for line in process.stdout if line.endswith("\n")}
+        process.wait()
+    store = QualityStore(path)
+    written = store.query("SELECT run_id, count(*) AS n FROM verdicts GROUP BY run_id")
+    assert acknowledged <= {row["run_id"] for row in written}
+    assert {row["n"] for row in written} == {1000}
+    runs = store.query("SELECT run_id FROM runs")
+    assert {row["run_id"] for row in runs} == {row["run_id"] for row in written}
+    assert len(acknowledged) >= 6
+
+
+def test_a_reader_is_served_from_the_copy_while_another_program_has_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "quality.duckdb"
+    finish(start(WRITER, str(path), "first"))
+    shell = subprocess.Popen([sys.executable, "-c", SHELL, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert shell.stdout is not None
+    assert shell.stdout.readline() == b"open\n"
+    started_s = time.monotonic()
+    assert QualityStore(path, patience_s=0.5).query("SELECT count(*) AS n FROM runs") == [{"n": 5}]
+    assert time.monotonic() - started_s < 5
+    shell.communicate()
 
 
 def test_a_program_that_holds_the_file_is_waited_for(tmp_path: Path) -> None:

@@ -99,6 +99,20 @@ def test_captions_are_counted() -> None:
         "caption_num_chars": 15,
         "caption_num_words": 4,
         "caption_num_unique_words": 3,
+        "caption_num_tokens": 4,
+        "caption_repeated_share": 0.0,
         "caption_ascii_share": 0.933333,
     }
     assert measure_caption(None)["caption_num_chars"] == 0
+
+
+def test_a_caption_that_repeats_itself_scores_high() -> None:
+    assert measure_caption("a man with a man with a man with")["caption_repeated_share"] > 0.5
+    assert measure_caption("a man with glasses and a shirt on")["caption_repeated_share"] == 0.0
+
+
+def test_grey_is_seen_whatever_the_mode_says() -> None:
+    grey = picture(1).convert("L")
+    assert measure(encode(grey)).is_grayscale
+    assert measure(encode(grey.convert("RGB"), "JPEG")).is_grayscale
+    assert not measure(encode(picture(1))).is_grayscale

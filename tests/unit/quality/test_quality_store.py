@@ -8,7 +8,7 @@ import duckdb
 import pytest
 
 from mllm_assets.errors import IntegrityError, MachineError
-from mllm_assets.quality.schema import TABLES
+from mllm_assets.quality.schema import SCHEMA_VERSION, TABLES
 from mllm_assets.quality.store import QualityStore, table_for
 
 
@@ -20,7 +20,7 @@ def metric(value: float, **fields: Any) -> dict[str, Any]:
 def test_a_fresh_store_has_every_table_and_no_rows(tmp_path: Path) -> None:
     store = QualityStore(tmp_path / "data" / "quality.duckdb")
     assert [store.query(f"SELECT * FROM {name}") for name in TABLES] == [[]] * len(TABLES)
-    assert store.query("SELECT max(version) AS version FROM schema_version") == [{"version": 1}]
+    assert store.query("SELECT max(version) AS version FROM schema_version") == [{"version": SCHEMA_VERSION}]
 
 
 def test_writing_twice_changes_nothing_and_a_later_write_wins(tmp_path: Path) -> None:
@@ -66,9 +66,12 @@ def test_a_file_of_a_newer_version_is_not_touched(tmp_path: Path) -> None:
     store = QualityStore(tmp_path / "quality.duckdb")
     store.query("SELECT 1")
     with duckdb.connect(str(store.path)) as connection:
-        connection.execute("INSERT INTO schema_version VALUES (2, NULL)")
-    with pytest.raises(IntegrityError, match="has schema version 2, but this mllm_assets knows 1. Upgrade"):
-        store.write({})
+        connection.execute("INSERT INTO schema_version VALUES (99, NULL)")
+    before = store.path.read_bytes()
+    for use in (lambda: store.write({}), lambda: store.query("SELECT 1")):
+        with pytest.raises(IntegrityError, match=f"schema version 99, but this mllm_assets knows {SCHEMA_VERSION}. Up"):
+            use()
+    assert store.path.read_bytes() == before
 
 
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
@@ -87,4 +90,4 @@ def test_a_lock_that_is_never_released_says_what_to_close(tmp_path: Path) -> Non
         FileLock(f"{store.path}.lock"),
         pytest.raises(MachineError, match="in use by another program for more than 0.2 s. Close what has it open"),
     ):
-        store.query("SELECT 1")
+        store.write({})

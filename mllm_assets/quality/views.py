@@ -1,0 +1,116 @@
+"""The saved views of the DuckDB file: questions about the newest assessment and split of every dataset.
+
+Every view of `ASKED` has `dataset` and `rank`, 1 for the row to look at first. Scores and default limits are
+cleanvision 0.3.7's (`issue_managers/image_property.py`); a dataset's own limits come from its assessment.
+"""
+
+_DEFAULT_LIMITS = {
+    "image_dark": ("max_dark_brightness", 0.32),
+    "image_light": ("max_light_headroom", 0.05),
+    "image_low_information": ("max_low_information", 0.3),
+    "image_blurry": ("max_blurry", 0.29),
+    "image_odd_aspect_ratio": ("max_odd_aspect_ratio", 0.35),
+}
+_LIMITS = " UNION ALL ".join(
+    f"SELECT dataset, '{issue}' AS issue, coalesce((thresholds->>'{key}')::DOUBLE, {default}) AS score_limit "
+    "FROM latest_assessments"
+    for issue, (key, default) in _DEFAULT_LIMITS.items()
+)
+
+VIEWS: dict[str, str] = {
+    "latest_assessments": """
+        SELECT * FROM assessments
+        QUALIFY row_number() OVER (PARTITION BY dataset ORDER BY written_at DESC, run_id) = 1""",
+    "latest_verdicts": """
+        SELECT verdicts.* FROM verdicts JOIN latest_assessments USING (dataset, quality_digest)""",
+    "latest_splits": """
+        WITH newest AS (
+            SELECT DISTINCT ON (dataset) dataset, split_digest, split_key FROM split_membership
+            ORDER BY dataset, written_at DESC, split_digest)
+        SELECT split_membership.* FROM split_membership JOIN newest USING (dataset, split_digest, split_key)""",
+    # one row for each image and issue, 0 bad to 1 good; images with a defect have none
+    "image_scores": """
+        WITH newest AS (
+            SELECT * FROM image_quality WHERE defect IS NULL AND brightness_p99 IS NOT NULL
+            QUALIFY row_number() OVER (PARTITION BY image_sha256 ORDER BY probe_version DESC) = 1),
+        wide AS (
+            SELECT image_sha256,
+                brightness_p99 AS image_dark,
+                1 - brightness_p5 AS image_light,
+                least(entropy_bits * 0.1, 1) AS image_low_information,
+                least(1 - exp(-blur_edge_std * 0.01) + CASE WHEN 1 - exp(-gray_histogram_std * 0.01) > 0.18
+                    THEN 1 - exp(-gray_histogram_std * 0.01) ELSE 0 END, 1) AS image_blurry,
+                least(width_px / height_px, height_px / width_px) AS image_odd_aspect_ratio
+            FROM newest)
+        UNPIVOT wide ON COLUMNS(* EXCLUDE image_sha256) INTO NAME issue VALUE score""",
+    # each sample once, by the measure that lies lowest against its limit; below 1 it is flagged
+    "worst": f"""
+        WITH limits AS ({_LIMITS}),
+        of_sample AS (
+            SELECT v.dataset, v.sample_id, i.image_sha256, s.issue, s.score, l.score_limit,
+                s.score / nullif(l.score_limit, 0) AS margin, v.flags, v.reject_reason
+            FROM latest_verdicts v JOIN images i USING (dataset, sample_id)
+            JOIN image_scores s USING (image_sha256) JOIN limits l USING (dataset, issue)
+            QUALIFY row_number() OVER (PARTITION BY v.dataset, v.sample_id ORDER BY margin, issue) = 1)
+        SELECT dataset, row_number() OVER (PARTITION BY dataset ORDER BY margin, sample_id) AS rank,
+            sample_id, issue, round(score, 4) AS score, score_limit, round(margin, 3) AS margin, flags, reject_reason,
+            image_sha256
+        FROM of_sample""",
+    # a validation sample whose duplicate group, or whose very look in another dataset, is trained on
+    "leaks": """
+        WITH used AS (
+            SELECT m.*, hash(q.phash_64, q.color_48) AS look, i.image_sha256
+            FROM latest_splits m JOIN images i USING (dataset, sample_id)
+            JOIN image_quality q USING (image_sha256)
+            WHERE m.split IN ('train', 'val') AND q.phash_64 IS NOT NULL
+            QUALIFY row_number() OVER (
+                PARTITION BY m.dataset, m.sample_id, i.image_index ORDER BY q.probe_version DESC) = 1),
+        found AS (
+            SELECT v.dataset, v.sample_id AS val_sample, t.dataset AS train_dataset, t.sample_id AS train_sample,
+                CASE WHEN v.image_sha256 = t.image_sha256 THEN 'exact' ELSE 'near' END AS kind
+            FROM used v JOIN used t ON v.split = 'val' AND t.split = 'train' AND v.dataset = t.dataset
+                AND v.duplicate_group = t.duplicate_group
+            UNION ALL
+            SELECT v.dataset, v.sample_id, t.dataset, t.sample_id,
+                CASE WHEN v.image_sha256 = t.image_sha256 THEN 'exact' ELSE 'near' END
+            FROM used v JOIN used t ON v.split = 'val' AND t.split = 'train' AND v.look = t.look
+                AND (v.dataset <> t.dataset OR v.duplicate_group IS DISTINCT FROM t.duplicate_group)),
+        pairs AS (
+            SELECT dataset, val_sample, train_dataset, train_sample, min(kind) AS kind FROM found GROUP BY ALL)
+        SELECT dataset, row_number() OVER (PARTITION BY dataset ORDER BY kind, val_sample, train_dataset, train_sample)
+            AS rank, val_sample, train_dataset, train_sample, kind
+        FROM pairs""",
+    "duplicates": """
+        SELECT p.dataset,
+            row_number() OVER (
+                PARTITION BY p.dataset ORDER BY kind, distance_bits, color_distance, sample_a, sample_b) AS rank,
+            sample_a, sample_b, kind, distance_bits, color_distance, ma.split AS split_a, mb.split AS split_b,
+            a.caption AS caption_a, b.caption AS caption_b
+        FROM duplicate_pairs p JOIN latest_assessments USING (dataset, quality_digest)
+        LEFT JOIN samples a ON (a.dataset, a.sample_id) = (p.dataset, sample_a)
+        LEFT JOIN samples b ON (b.dataset, b.sample_id) = (p.dataset, sample_b)
+        LEFT JOIN latest_splits ma ON (ma.dataset, ma.sample_id) = (p.dataset, sample_a)
+        LEFT JOIN latest_splits mb ON (mb.dataset, mb.sample_id) = (p.dataset, sample_b)""",
+    # first the captions that the most samples share, then those that repeat themselves, then the shortest
+    "captions": """
+        WITH of_sample AS (
+            SELECT v.dataset, v.sample_id, s.caption, q.caption_num_chars AS num_chars,
+                q.caption_num_words AS num_words, q.caption_num_tokens AS num_tokens,
+                q.caption_repeated_share AS repeated_share,
+                count(*) OVER (PARTITION BY v.dataset, lower(trim(s.caption))) AS num_with_this_caption, v.reject_reason
+            FROM latest_verdicts v JOIN samples s USING (dataset, sample_id)
+            LEFT JOIN caption_quality q USING (caption_sha256)
+            WHERE s.caption IS NOT NULL
+            QUALIFY row_number() OVER (PARTITION BY v.dataset, v.sample_id ORDER BY q.probe_version DESC) = 1)
+        SELECT dataset,
+            row_number() OVER (PARTITION BY dataset ORDER BY num_with_this_caption DESC, lower(trim(caption)),
+                repeated_share DESC, num_chars, sample_id) AS rank,
+            sample_id, num_with_this_caption, repeated_share, num_tokens, num_words, num_chars, caption, reject_reason
+        FROM of_sample""",
+    "rejects": """
+        SELECT v.dataset, row_number() OVER (PARTITION BY v.dataset ORDER BY v.row_index, v.sample_id) AS rank,
+            v.sample_id, v.row_index, v.reject_reason AS reason, s.caption, v.quality_digest, v.run_id
+        FROM latest_verdicts v LEFT JOIN samples s USING (dataset, sample_id)
+        WHERE v.reject_reason IS NOT NULL""",
+}
+ASKED = ("worst", "leaks", "duplicates", "captions", "rejects")

@@ -1,0 +1,133 @@
+"""`mllm-assets quality`: the answers, the table and the messages."""
+
+import json
+from pathlib import Path
+
+import pytest
+from made_images import encode, picture
+
+from mllm_assets.cli import main
+from mllm_assets.data.sources import ingest
+from mllm_assets.data.spec import DatasetSpec, QualitySpec, SourceSpec, SplitSpec
+from mllm_assets.data.splits import split
+from mllm_assets.layout import Layout
+from mllm_assets.quality.assess import assess
+from mllm_assets.quality.store import QualityStore, table_for, utc_now
+
+
+def made(name: str = "made", **quality: float) -> DatasetSpec:
+    return DatasetSpec(
+        name=name,
+        source=SourceSpec(kind="parquet", path="source.parquet"),
+        prompts=("What?",),
+        split=SplitSpec(num_train=6, num_val=2),
+        quality=QualitySpec(**quality),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = tmp_path_factory.mktemp("root")
+    images = [encode(picture(seed)) for seed in range(8)]
+    rows = [(image, f"picture {number}") for number, image in enumerate(images)]
+    rows += [(images[1], "Picture 2 "), (encode(picture(9).point(lambda value: value // 12)), "a dark one")]
+    rows += [(images[3][:300], "cut off"), (encode(picture(11)), "")]
+    table = pa.table({"image": [row[0] for row in rows], "text": [row[1] for row in rows]})
+    pq.write_table(table, root / "source.parquet")
+    layout = Layout(root)
+    for name, run_id in (("made", "run-1"), ("other", "run-2")):
+        raw = ingest(made(name), layout)
+        quality = assess(made(name), layout, raw.directory, run_id)
+        split(made(name), layout, raw.directory, quality.directory, run_id)
+    return root
+
+
+def asked(
+    view: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, root: Path, *options: str
+) -> str:
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(root))
+    assert main(["quality", view, "--dataset", "made", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_worst_shows_first_what_lies_farthest_below_its_limit(root: Path, capsys, monkeypatch) -> None:
+    rows = json.loads(asked("worst", capsys, monkeypatch, root, "--json"))
+    assert (rows[0]["issue"], rows[0]["flags"]) == ("image_dark", ["image_dark"])
+    assert rows[0]["score"] < rows[0]["score_limit"] == 0.32
+    assert rows[0]["margin"] < 1 <= rows[1]["margin"]
+    assert [row["margin"] for row in rows] == sorted(row["margin"] for row in rows)
+    assert "reject_reason" in rows[0] and "dataset" not in rows[0]
+
+
+def test_duplicates_and_rejects_and_captions_name_their_samples(root: Path, capsys, monkeypatch) -> None:
+    (pair,) = json.loads(asked("duplicates", capsys, monkeypatch, root, "--json"))
+    assert pair["kind"] == "exact"
+    assert {pair["caption_a"], pair["caption_b"]} == {"picture 1", "Picture 2 "}
+    rejects = json.loads(asked("rejects", capsys, monkeypatch, root, "--json"))
+    assert [row["reason"] for row in rejects] == ["image_truncated", "caption_empty"]
+    captions = json.loads(asked("captions", capsys, monkeypatch, root, "--json", "--limit", "2"))
+    assert [row["num_with_this_caption"] for row in captions] == [2, 2]
+
+
+def test_leaks_are_those_of_another_dataset_that_has_the_same_pictures(root: Path, capsys, monkeypatch) -> None:
+    """Both datasets put the same groups on the same sides, so the leak is made by hand."""
+    assert "is trained on" in asked("leaks", capsys, monkeypatch, root)
+    store = QualityStore(Layout(root).quality_db)
+    membership = store.query_arrow("SELECT * FROM latest_splits WHERE dataset = 'other' AND split IN ('train', 'val')")
+    swapped = [
+        {**row, "split": {"train": "val", "val": "train"}[row["split"]], "split_digest": "swapped"}
+        for row in membership.to_pylist()
+    ]
+    store.write({"split_membership": table_for("split_membership", [{**r, "written_at": utc_now()} for r in swapped])})
+    rows = json.loads(asked("leaks", capsys, monkeypatch, root, "--json"))
+    assert {(row["train_dataset"], row["kind"]) for row in rows} == {("other", "exact")}
+    assert len({row["val_sample"] for row in rows}) == 2
+
+
+def test_a_pipe_gets_whole_lines_and_a_limit_counts_them(root: Path, capsys, monkeypatch) -> None:
+    text = asked("captions", capsys, monkeypatch, root, "--limit", "3")
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert len(lines) == 2 + 3
+    assert "num_with_this_caption" in lines[0] and "…" not in text
+
+
+def test_an_unknown_dataset_is_answered_with_the_known_ones(root: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(root))
+    assert main(["quality", "worst", "--dataset", "mad"]) == 2
+    assert "No dataset 'mad'" in (error := capsys.readouterr().err)
+    assert "it has: made, other. Did you mean 'made'? Otherwise materialise mad/sample_quality." in error
+
+
+def test_a_root_without_a_database_says_what_makes_one(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path))
+    assert main(["quality", "worst", "--dataset", "made"]) == 2
+    assert "Materialise a dataset's sample_quality first, or set MLLM_ASSETS_ROOT" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "many"])
+def test_a_limit_that_is_no_count_is_refused(limit: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["quality", "worst", "--dataset", "made", "--limit", limit])
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_a_new_threshold_is_a_new_version_and_the_old_one_stays(tmp_path: Path, root: Path) -> None:
+    """History: what an earlier run judged is not overwritten, and the same run twice adds nothing."""
+    layout = Layout(tmp_path)
+    (tmp_path / "source.parquet").write_bytes((root / "source.parquet").read_bytes())
+    raw = ingest(made(), layout)
+    store = QualityStore(layout.quality_db)
+    digests = []
+    for run_id, limit in (("run-1", 0.32), ("run-2", 0.0), ("run-2", 0.0)):
+        result = assess(made(max_dark_brightness=limit), layout, raw.directory, run_id)
+        digests.append(result.digest)
+    assert len(set(digests)) == 2
+    counts = store.query("SELECT quality_digest AS d, count(*) AS n FROM verdicts GROUP BY ALL")
+    assert {row["d"]: row["n"] for row in counts} == dict.fromkeys(digests, 12)
+    history = store.query("SELECT run_id, thresholds->>'max_dark_brightness' AS t FROM assessments ORDER BY run_id")
+    assert history == [{"run_id": "run-1", "t": "0.32"}, {"run_id": "run-2", "t": "0.0"}]
+    assert store.query("SELECT count(*) AS n FROM image_quality") == [{"n": 11}]
