@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from mllm_assets.errors import DataError
@@ -28,6 +29,10 @@ class ImageFeatures(Protocol):
 
     def batch(self, paths: "Sequence[Path]") -> torch.Tensor:
         """Return one row of features per path."""
+        ...
+
+    def blank(self) -> torch.Tensor:
+        """Return the features of one image that nothing depends on."""
         ...
 
 
@@ -67,6 +72,8 @@ class Collator:
         self.padding_side = padding_side
         self.select_logits = select_logits
         self.features = features
+        self._blank_size = self.slots.fitted(64, 64)
+        self._blank_slot = self.slots.slot(*self._blank_size)
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         """Collate at least one row.
@@ -74,8 +81,10 @@ class Collator:
         Returns:
             input_ids_BT, attention_mask_BT, labels_BT (int64, -100 where nothing is learned); for families that want
             them token_type_ids_BT or mm_token_type_ids_BT (1 at image tokens; for PaliGemma 0 there and 1 after them)
-            and image_grid_thw_N3; when there are images pixel_values, as the family's image processor makes them, or
-            cached features; with `select_logits` also logits_to_keep_BT (bool) and shift_labels_S.
+            and image_grid_thw_N3; pixel_values, as the family's image processor makes them, or cached features; with
+            `select_logits` also logits_to_keep_BT (bool) and shift_labels_S. While training, a batch without images
+            carries a blank one behind its first row, which no token attends to: tower and projector then have gradients
+            of zero in place of none, so that weight decay and momentum move them as in LLaMA-Factory.
 
         Raises:
             DataError: An image is damaged. Names row and file.
@@ -84,9 +93,12 @@ class Collator:
             Gemma 3 needs token_type_ids while training: huggingface/trl#5807. Without them no error is raised and
             image tokens stop attending to each other.
         """
-        longest = max(len(row.input_ids) for row in rows)
+        has_images = any(row.images for row in rows)
+        num_blank = 0 if has_images or self.padding_side == "left" else self._blank_slot.num_tokens
+        longest = max(len(rows[0].input_ids) + num_blank, *(len(row.input_ids) for row in rows))
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids_BT = self._pad([row.input_ids for row in rows], length, self.pad_id)
+        input_ids_BT[0, len(rows[0].input_ids) :][:num_blank] = self.image_token_id
         labels_BT = self._pad([row.labels for row in rows], length, IGNORE_INDEX)
         batch = {
             "input_ids": input_ids_BT,
@@ -94,8 +106,10 @@ class Collator:
             "labels": labels_BT,
             **self._token_types(input_ids_BT, rows, length),
         }
-        if any(row.images for row in rows):
+        if has_images:
             batch |= self._images(rows)
+        elif num_blank:
+            batch |= self._blank_image()
         if self.select_logits:
             shifted_BT = functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
             keep_BT = shifted_BT != IGNORE_INDEX
@@ -129,8 +143,17 @@ class Collator:
             for row in rows
             for path in row.images
         ]
+        return self._processed(images)
+
+    def _processed(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         made = self.image_processor(images, return_tensors="pt")
         return {name: made[name] for name in TOWER_INPUTS if name in made}
+
+    def _blank_image(self) -> dict[str, torch.Tensor]:
+        if self.features is None:
+            return self._processed([Image.new("RGB", self._blank_size, "white")])
+        grid = self._blank_slot.grid_thw
+        return {"pixel_values": self.features.blank()} | ({"image_grid_thw": torch.tensor([grid])} if grid else {})
 
     def _images(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         if self.features is None:
@@ -148,7 +171,8 @@ class Collator:
         is_image_BT = (input_ids_BT == self.image_token_id).long()
         if meaning == "images":
             return {key: is_image_BT}
-        return {key: self._pad([(1,) * len(row.input_ids) for row in rows], length, 0) - is_image_BT}
+        is_row_BT = self._pad([(1,) * len(row.input_ids) for row in rows], length, 0)
+        return {key: is_row_BT & ~is_image_BT}
 
     def _pad(self, sequences: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
         padded_BT = torch.full((len(sequences), length), value, dtype=torch.long)

@@ -84,6 +84,10 @@ class FeatureStore:
         rows = self._file.get_slice(TENSOR)
         return torch.stack([rows[self._row(path)] for path in paths])
 
+    def blank(self) -> torch.Tensor:
+        """Return features_1KH of zeros, for a batch without images."""
+        return torch.zeros(1, *self.manifest["shape"][1:], dtype=getattr(torch, self.manifest["dtype"]))
+
     def _row(self, path: Path) -> int:
         if path not in self._digests:
             self._digests[path] = sha256_file(path)

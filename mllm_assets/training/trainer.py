@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mllm_assets.training import freezing, memory, reporting
 from mllm_assets.training.checkpoints import DeltaTrainer, Resumable
@@ -31,11 +32,36 @@ class FineTuner(DeltaTrainer):
         self._last_loss = super().training_step(*args, **kwargs)
         return self._last_loss
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return _by_length(self.train_dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _by_length(eval_dataset, self.args.eval_batch_size, torch.Generator().manual_seed(seed))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.args.lr_scheduler_type == "warmup_stable_decay":
+            # LLaMA-Factory's shares where the recipe names none: a third of what follows the warm-up is stable
+            num_left = num_training_steps - self.args.get_warmup_steps(num_training_steps)
+            shares = {"num_stable_steps": num_left // 3, "num_decay_steps": num_left - num_left // 3}
+            kwargs: Any = self.args.lr_scheduler_kwargs or {}
+            self.args.lr_scheduler_kwargs = {**shares, **kwargs}
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not self.args.fp16:  # fp16's scaler skips such steps itself
             reporting.check_finite(self.state.global_step + 1, float(self._last_loss), float(grad_norm))
         return grad_norm
+
+
+def _by_length(rows: Any, batch_size: int, generator: torch.Generator | None = None) -> LengthGroupedSampler:
+    """Batches of rows of about one length; transformers finds lengths in mappings only."""
+    return LengthGroupedSampler(batch_size, lengths=[len(row.input_ids) for row in rows], generator=generator)
 
 
 def make_trainer(

@@ -1,0 +1,85 @@
+"""What LLaMA-Factory 0.9.5 computes, recorded by tests/golden/record_llamafactory.py, against what a run does here.
+
+The recordings in tests/golden/parity cover the guide's recipes; these cover what those do not: other batch sizes, a
+short last group, images of every mode and size, batches without an image, chosen modules, mixing, packing.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mllm_assets.training import freezing
+from mllm_assets.training.engine import train_task
+from mllm_assets.training.inputs import read_inputs
+from mllm_assets.training.model import load_config, model_on_meta
+from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.recipe import load_recipe
+from mllm_assets.training.spec import TrainSpec
+from tests.golden import fidelity_data
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:Both num_training_steps and num_stable_steps:UserWarning"),
+]
+
+RECORDINGS = Path(__file__).parents[1] / "golden" / "llamafactory"
+CASES = sorted(path.stem for path in RECORDINGS.glob("*.json"))
+
+
+def recording(case: str) -> dict[str, Any]:
+    return json.loads((RECORDINGS / f"{case}.json").read_text())
+
+
+# Two seconds each: the rest belongs to make test-all
+QUICK = {"uneven_accumulation", "every_image_mode_tower_trains", "batches_without_images", "freeze_first_layer"}
+QUICK |= {"lora_some_modules", "packing", "val_size_share", "interleave_over", "mask_history"}
+TRAINED = [case for case in CASES if "error" not in recording(case)]
+
+
+@pytest.fixture(scope="session")
+def fidelity_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("fidelity")
+    fidelity_data.write(directory)
+    return directory
+
+
+def spec_of(config: dict[str, Any], folder: Path) -> TrainSpec:
+    """Read the recipe as a user's file is read."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model_name_or_path": "model", **config}))
+    return load_recipe(path).spec
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in TRAINED]
+)
+def test_rows_trainable_set_and_losses_equal_llamafactorys(
+    parity_dir: Path, fidelity_dir: Path, tmp_path: Path, case: str
+) -> None:
+    recorded = recording(case)
+    spec = spec_of(recorded["config"], tmp_path)
+    inputs = read_inputs(spec, parity_dir / "model", fidelity_dir, Reporter())
+    for found, expected in ((inputs.train_rows, recorded["train_rows"]), (inputs.eval_rows, recorded["eval_rows"])):
+        assert [list(row.input_ids) for row in found] == [row["input_ids"] for row in expected]
+        assert [list(row.labels) for row in found] == [row["labels"] for row in expected]
+    trainable = freezing.apply(spec, model_on_meta(load_config(parity_dir / "model")))
+    shapes = {name: list(p.shape) for name, p in trainable.model.named_parameters()}
+    assert [[name, shapes[name]] for name in trainable.names] == recorded["trainable"]
+    request = {
+        "task": "train",
+        "recipe": spec.to_dict(),
+        "recipe_name": case,
+        "model_dir": str(parity_dir / "model"),
+        "data_dir": str(fidelity_dir),
+        "run_dir": str(tmp_path / "run"),
+        "fingerprint": "f",
+        "accelerator": {"device": "cpu", "num_threads": 1},
+    }
+    train_task(request, Reporter())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "trainer_log.jsonl").read_text().splitlines()]
+    for key in ("loss", "eval_loss"):
+        found = [line[key] for line in lines if key in line]
+        assert found == pytest.approx([log[key] for log in recorded["logs"] if key in log], abs=5e-6)
