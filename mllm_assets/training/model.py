@@ -69,7 +69,6 @@ def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: tor
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory,
             dtype="auto" if dtype is None else dtype,
-            attn_implementation="sdpa",
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
