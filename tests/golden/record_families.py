@@ -137,8 +137,8 @@ def _processor(directory: Path, tokenizer: Any) -> Any:
     image_processor = getattr(module, f"{kind}ImageProcessorPil")(**images)
     special = {name: getattr(tokenizer, name, None) for name in
                ("boi_token", "eoi_token", "image_token", "boa_token", "eoa_token", "audio_token")}  # fmt: skip
-    read = {name: config[name] for name in
-            ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy") if name in config}  # fmt: skip
+    llava = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
+    read = {name: config[name] for name in llava if name in config}
     image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
     return types.SimpleNamespace(
         tokenizer=tokenizer, image_processor=image_processor, video_processor=image_processor, video_token="<|video|>",
