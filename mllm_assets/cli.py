@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--device", choices=DEVICES, default=_device_from_environment())
     train.add_argument("--num-processes", type=int, default=os.environ.get("MLLM_ASSETS_NUM_PROCESSES", "1"))
     train.add_argument("--force", action="store_true", help="train again although this very run is finished")
+    train.add_argument("--no-feature-cache", action="store_true", help="compute the frozen parts anew in every step")
     train.set_defaults(run=_train)
 
     generate = verbs.add_parser("generate", help="a model's answer to an image and a prompt")
@@ -94,7 +95,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from mllm_assets.training.local import train
 
     accelerator = {"device": arguments.device, "num_processes": arguments.num_processes, "num_threads": None}
-    run = train(arguments.recipe, arguments.overrides, Layout.from_environment(), accelerator, force=arguments.force)
+    run = train(
+        arguments.recipe,
+        arguments.overrides,
+        Layout.from_environment(),
+        accelerator,
+        force=arguments.force,
+        feature_cache=not arguments.no_feature_cache,
+    )
     print(run.describe())
     return 0
 

@@ -53,6 +53,10 @@ class Layout:
     def features(self) -> Path:
         return self.root / "cache" / "features"
 
+    @property
+    def hidden_states(self) -> Path:
+        return self.root / "cache" / "hidden_states"
+
     def predictions(self, recipe: str, digest: str) -> Path:
         return self.outputs / recipe / "predictions" / digest
 

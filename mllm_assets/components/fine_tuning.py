@@ -20,6 +20,7 @@ from mllm_assets.components.wiring import Node, Surroundings, hand_written_entri
 from mllm_assets.errors import MllmAssetsError, RecipeError
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.layout import Layout
+from mllm_assets.training.cache_settings import DEFAULT_MAX_HIDDEN_STATES_GIB
 from mllm_assets.training.recipe import Recipe, load_recipe
 
 
@@ -46,13 +47,20 @@ class Gates(dg.Model, dg.Resolvable):
 class Settings(dg.Model, dg.Resolvable):
     """Settings of one recipe that LLaMA-Factory has no key for."""
 
-    feature_cache: bool = Field(default=True, description="Keep the frozen vision tower's output and train from it.")
+    feature_cache: bool = Field(
+        default=True, description="Keep what the frozen parts compute, the vision tower first, and train from it."
+    )
+    max_hidden_states_gib: float = Field(
+        default=DEFAULT_MAX_HIDDEN_STATES_GIB,
+        description="Most disk that one recipe's hidden states may take; above it they are computed in every step.",
+    )
     evaluation: Evaluation = Evaluation()
     gates: Gates = Gates()
 
     def to_domain(self) -> RecipeSettings:
         return RecipeSettings(
             feature_cache=self.feature_cache,
+            max_hidden_states_gib=self.max_hidden_states_gib,
             evaluation=EvaluationSettings(**self.evaluation.model_dump()),
             gates=GateSpec(**self.gates.model_dump(exclude_none=True)),
         )

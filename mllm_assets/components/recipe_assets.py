@@ -22,6 +22,7 @@ class RecipeSettings:
     """What a recipe's line needs beside the recipe; see `components.fine_tuning.Settings`."""
 
     feature_cache: bool
+    max_hidden_states_gib: float
     evaluation: EvaluationSettings
     gates: GateSpec
 
@@ -30,7 +31,14 @@ def build_recipe_assets(node: Node, settings: RecipeSettings) -> list[dg.AssetsD
     """Make a recipe's line. Without `eval_dataset` it ends at the checkpoint: nothing could judge a release."""
     with_features = settings.feature_cache and node.recipe.spec.freeze_vision_tower
     assets = [vision_features_asset(node)] if with_features else []
-    assets.append(checkpoint_asset(node, with_features=with_features))
+    assets.append(
+        checkpoint_asset(
+            node,
+            with_features=with_features,
+            feature_cache=settings.feature_cache,
+            max_hidden_states_gib=settings.max_hidden_states_gib,
+        )
+    )
     if node.eval_data:
         assets.append(predictions_asset(node, settings.evaluation))
         assets.append(eval_metrics_asset(node, settings.gates))

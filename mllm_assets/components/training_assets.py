@@ -13,6 +13,7 @@ from mllm_assets.components.reporting import image_markdown, table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.components.wiring import Node
 from mllm_assets.layout import Layout
+from mllm_assets.training.cache_settings import DEFAULT_MAX_HIDDEN_STATES_GIB, CacheSettings
 from mllm_assets.training.recipe import Recipe, load_recipe
 from mllm_assets.training.runs import RunPlan, plan_run, point_latest, train_request
 
@@ -67,6 +68,7 @@ def vision_features_asset(node: Node) -> dg.AssetsDefinition:
                 data_version=dg.DataVersion(result["digest"]),
                 metadata={
                     "num_images": result["num_images"],
+                    "num_images_computed": result["num_computed"],
                     "size_mib": round(result["num_bytes"] / 2**20, 2),
                     "tower_fingerprint": result["tower_fingerprint"],
                     "path": layout.relative(layout.features / result["directory"]),
@@ -77,8 +79,21 @@ def vision_features_asset(node: Node) -> dg.AssetsDefinition:
     return vision_features
 
 
-def checkpoint_asset(node: Node, *, with_features: bool) -> dg.AssetsDefinition:
-    """The trained model. A finished run is returned at once, an unfinished one resumes."""
+def checkpoint_asset(
+    node: Node,
+    *,
+    with_features: bool,
+    feature_cache: bool = True,
+    max_hidden_states_gib: float = DEFAULT_MAX_HIDDEN_STATES_GIB,
+) -> dg.AssetsDefinition:
+    """The trained model. A finished run is returned at once, an unfinished one resumes.
+
+    Args:
+        node: The recipe in the graph.
+        with_features: Whether an asset upstream computes the vision features.
+        feature_cache: Whether hidden states may be kept.
+        max_hidden_states_gib: Most that they may take on disk.
+    """
     features = [node.key("vision_features")] if with_features else []
 
     @dg.asset(
@@ -101,12 +116,16 @@ def checkpoint_asset(node: Node, *, with_features: bool) -> dg.AssetsDefinition:
             plan = plan_run(
                 recipe, root=layout.root, model_dir=model_dir, force=config.force, num_processes=gpu.num_processes
             )
-            features_dir = upstream_path(context, features[0], layout) if features else None
+            cache = CacheSettings(
+                features_dir=upstream_path(context, features[0], layout) if features else None,
+                hidden_states_root=layout.hidden_states if feature_cache else None,
+                max_hidden_states_gib=max_hidden_states_gib,
+            )
         if plan.state == "finished":
             context.log.info(f"{layout.relative(plan.directory)} is finished already: nothing is trained again.")
             result = read_manifest(plan.directory)
         else:
-            result = gpu.run(context, train_request(plan, features_dir=features_dir))
+            result = gpu.run(context, train_request(plan, cache=cache))
         point_latest(plan)
         return project.recorded(context, _checkpoint_result(plan, result, layout))
 
@@ -145,6 +164,7 @@ def _checkpoint_result(plan: RunPlan, result: dict[str, Any], layout: Layout) ->
             "trainable": table(result["trainable"], columns),
             "num_trainable_params": result["num_trainable_params"],
             "warnings": dg.MetadataValue.json(result["warnings"]),
+            "caches": dg.MetadataValue.json(result["caches"]),
             "device": dg.MetadataValue.json(result["device"]),
             "train_wall_s": result["train_wall_s"],
             "samples_per_s": result["samples_per_s"],

@@ -36,6 +36,14 @@ class ImageFeatures(Protocol):
         ...
 
 
+class HiddenStates(Protocol):
+    """What stands in for tokens and pixels when the states at a boundary inside the language model are cached."""
+
+    def batch(self, rows: Sequence[EncodedRow], length: int) -> torch.Tensor:
+        """Return each row's states, padded on the right to `length` tokens."""
+        ...
+
+
 class Collator:
     """Turns encoded rows into what the model's `forward` takes.
 
@@ -48,6 +56,7 @@ class Collator:
         select_logits: Compute logits at supervised positions only; the loss is the same, a 262k-wide softmax over the
             prompt is saved.
         features: Cached tower outputs that stand in for the pixels.
+        hidden_states: Cached states that stand in for tokens and pixels.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class Collator:
         padding_side: str = "right",
         select_logits: bool = True,
         features: ImageFeatures | None = None,
+        hidden_states: HiddenStates | None = None,
     ) -> None:
         tokenizer, self.family = processor.tokenizer, processor_family(processor)
         self.image_processor = processor.image_processor
@@ -74,6 +84,7 @@ class Collator:
         self.features = features
         self._blank_size = self.slots.fitted(64, 64)
         self._blank_slot = self.slots.slot(*self._blank_size)
+        self.hidden_states = hidden_states
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         """Collate at least one row.
@@ -84,7 +95,8 @@ class Collator:
             and image_grid_thw_N3; pixel_values, as the family's image processor makes them, or cached features; with
             `select_logits` also logits_to_keep_BT (bool) and shift_labels_S. While training, a batch without images
             carries a blank one behind its first row, which no token attends to: tower and projector then have gradients
-            of zero in place of none, so that weight decay and momentum move them as in LLaMA-Factory.
+            of zero in place of none, so that weight decay and momentum move them as in LLaMA-Factory. With cached
+            `hidden_states` inputs_embeds_BTH in place of input_ids and pixel_values.
 
         Raises:
             DataError: An image is damaged. Names row and file.
@@ -94,7 +106,8 @@ class Collator:
             image tokens stop attending to each other.
         """
         has_images = any(row.images for row in rows)
-        num_blank = 0 if has_images or self.padding_side == "left" else self._blank_slot.num_tokens
+        needs_no_blank = has_images or self.padding_side == "left" or self.hidden_states is not None
+        num_blank = 0 if needs_no_blank else self._blank_slot.num_tokens
         longest = max(len(rows[0].input_ids) + num_blank, *(len(row.input_ids) for row in rows))
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids_BT = self._pad([row.input_ids for row in rows], length, self.pad_id)
@@ -106,7 +119,10 @@ class Collator:
             "labels": labels_BT,
             **self._token_types(input_ids_BT, rows, length),
         }
-        if has_images:
+        if self.hidden_states is not None:
+            batch["inputs_embeds"] = self.hidden_states.batch(rows, length)
+            del batch["input_ids"]
+        elif has_images:
             batch |= self._images(rows)
         elif num_blank:
             batch |= self._blank_image()

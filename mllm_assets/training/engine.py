@@ -18,7 +18,8 @@ from transformers import set_seed
 from mllm_assets.artifacts import is_complete, read_manifest, write_json_atomic, write_manifest
 from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.errors import IntegrityError
-from mllm_assets.training import features, freezing, memory, reporting
+from mllm_assets.training import caching, freezing, memory, reporting
+from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.checkpoints import Resumable, find_resumable
 from mllm_assets.training.inputs import Inputs, make_collator, read_inputs
 from mllm_assets.training.model import (
@@ -64,8 +65,11 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     model_dir = Path(request["model_dir"])
     require_same_data(Path(request["data_dir"]), request.get("data_digests") or {})
     inputs = read_inputs(spec, model_dir, Path(request["data_dir"]), reporter)
-    features_dir = Path(request["features_dir"]) if request.get("features_dir") else None
-    needed = estimate_memory(spec, model_dir, device, precision, inputs, tower_cached=features_dir is not None)
+    settings = CacheSettings.parse(request)
+    shape = freezing.apply(spec, model_on_meta(load_config(model_dir), dtype=precision.weights))
+    num_processes = int(accelerator.get("num_processes") or 1)
+    cache_plan = caching.plan(shape, spec, settings, inputs, precision, num_processes=num_processes)
+    needed = estimate_memory(shape, spec, device, precision, inputs, cache_plan)
     memory.require_memory(needed, device)
 
     set_seed(spec.seed)
@@ -73,16 +77,12 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     trainable = freezing.apply(spec, model)
     for warning in trainable.warnings:
         reporter.warn(warning)
-    collator = make_collator(spec, inputs.processor)
-    tower = None
-    if features_dir is not None:
-        store = features.FeatureStore(features_dir)
-        features.require_match(store, base_model(trainable.model), collator, inputs.images, spec, inputs.processor)
-        tower = features.install(base_model(trainable.model), trainable.names)
-        collator = make_collator(spec, inputs.processor, store)
+    cached = caching.install(
+        cache_plan, settings, spec, trainable, inputs, model_dir, device.kind, precision, reporter
+    )  # fmt: skip
 
     resumable = clean_and_find_resumable(run_dir, reporter)
-    trainer = make_trainer(spec, run_dir, device, precision, trainable, inputs, collator, resumable, reporter)
+    trainer = make_trainer(spec, run_dir, device, precision, trainable, inputs, cached.collator, resumable, reporter)
     trained_s = time.monotonic()
     train_loss = run_training(trainer, resumable)
     train_wall_s = time.monotonic() - trained_s
@@ -92,8 +92,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
 
     reporter.progress("publish", 0, 1)
     trained = base_model(trainable.model)
-    if tower is not None:
-        features.uninstall(trained, tower.to(next(trained.parameters()).device))
+    caching.restore(trained, cached, model_dir, precision.weights)
     rows = (inputs.eval_rows or inputs.train_rows)[:NUM_RELOAD_ROWS]
     batch = make_collator(spec, inputs.processor)(rows)
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes autocast off `forward`
@@ -114,7 +113,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
         "num_train_samples": len(inputs.train_rows),
         "num_eval_samples": len(inputs.eval_rows),
         "num_threads": num_threads,
-        "features": features_dir is not None,
+        "caches": dict(cache_plan.facts),
         "warnings": [*(request.get("notes") or []), *reporter.warnings],
         "device": device.to_dict(),
         "wall_s": time.monotonic() - started_s,
@@ -157,16 +156,14 @@ def require_same_data(data_dir: Path, digests: Mapping[str, str]) -> None:
 
 
 def estimate_memory(
+    shape: freezing.TrainableSet,
     spec: TrainSpec,
-    model_dir: Path,
     device: memory.Device,
     precision: memory.Precision,
     inputs: Inputs,
-    *,
-    tower_cached: bool,
+    cache_plan: caching.CachePlan,
 ) -> memory.MemoryEstimate:
     """Estimate the run's peak from the model's shape on `meta`."""
-    shape = freezing.apply(spec, model_on_meta(load_config(model_dir), dtype=precision.weights))
     rows = inputs.images
     return memory.estimate(
         shape,
@@ -176,7 +173,7 @@ def estimate_memory(
         num_images=max(len(row.images) for row in rows),
         num_supervised=max(sum(label >= 0 for label in row.labels) for row in rows),
         checkpointed=memory.checkpoints_activations(spec, device),
-        tower_cached=tower_cached,
+        tower_cached=cache_plan.tower,
     )
 
 

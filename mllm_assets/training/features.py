@@ -1,77 +1,43 @@
-"""The frozen vision tower's output, computed once per image.
+"""The frozen vision tower's output, computed once per image and shared by every recipe with the same tower.
 
-The projector begins with an average pool over the tower's output, so the smallest thing to keep is the pooled output:
-for gemma-3-4b 256 x 1152 values an image in place of 4096 x 1152. While training, a module that hands these rows on
-stands in the tower's place and the projector's pool becomes the identity; `forward` stays the library's.
+A feature is named by the image's bytes, below a folder named by all else that it depends on. See docs/feature-cache.md.
 
-Shape suffixes: N images, K image tokens, H the tower's hidden size, C H W pixels.
-Not covered: towers that train, in part or whole (refused); pan-and-scan crops.
+Shape suffixes: N images, K image tokens, H the tower's hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tokenizers
 import torch
-import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch.utils.data import DataLoader
 
-from mllm_assets.artifacts import (
-    digest_json,
-    find_damage,
-    is_complete,
-    read_manifest,
-    sha256_file,
-    staged_directory,
-    write_manifest,
-)
+from mllm_assets.artifacts import digest_json, sha256_file
 from mllm_assets.errors import IntegrityError, RecipeError
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.encode import EncodedRow
+from mllm_assets.training.memory import Precision
+from mllm_assets.training.shards import ShardStore
 from mllm_assets.training.spec import TrainSpec
+from mllm_assets.training.tower import pooled_output, tower_fingerprint
 
 if TYPE_CHECKING:
+    from mllm_assets.data.sharegpt import Row
     from mllm_assets.training.protocol import Reporter
 
-FEATURES_FILE = "features.safetensors"
-TENSOR = "pooled_NKH"
+NUM_IMAGES_PER_SHARD = 64
+NUM_IMAGES_PER_PASS = {"cpu": 4, "cuda": 32, "mps": 8}
 NUM_PROBES = 3
 # Two batch sizes of one tower differ by rounding: 1e-6 relative in float32, one unit in the last place in bfloat16
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
-class CachedTower(nn.Module):
-    """Stands in the vision tower's place: its input already is the tower's pooled output."""
-
-    def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(last_hidden_state=pixel_values)  # pyright: ignore[reportArgumentType]
-
-
-class FeatureStore:
-    """Pooled features of a set of images, read by image file.
-
-    Raises:
-        IntegrityError: The directory is incomplete or damaged.
-    """
+class FeatureReader:
+    """Pooled features of images, read by image file through a memory map."""
 
     def __init__(self, directory: Path) -> None:
-        damage = find_damage(directory)
-        if damage is not None:
-            raise IntegrityError(
-                f"The vision features in {directory} are damaged: {damage}. Delete it and make it again."
-            )
-        self.directory = directory
-        self.manifest = read_manifest(directory)
-        self._index: dict[str, int] = self.manifest["images"]
+        self.store = ShardStore(directory)
         self._digests: dict[Path, str] = {}
-        self._file: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}  # a loader process opens the file itself
 
     def batch(self, paths: Sequence[Path]) -> torch.Tensor:
         """Return features_NKH, one row per path.
@@ -79,158 +45,150 @@ class FeatureStore:
         Raises:
             IntegrityError: An image is not among those computed. Names the file.
         """
-        if self._file is None:
-            self._file = safe_open(self.directory / FEATURES_FILE, framework="pt")
-        rows = self._file.get_slice(TENSOR)
-        return torch.stack([rows[self._row(path)] for path in paths])
+        return torch.stack([self.store.get(self.name(path)) for path in paths])
 
     def blank(self) -> torch.Tensor:
         """Return features_1KH of zeros, for a batch without images."""
-        return torch.zeros(1, *self.manifest["shape"][1:], dtype=getattr(torch, self.manifest["dtype"]))
+        return torch.zeros_like(self.store.get(self.store.any_name()))[None]
 
-    def _row(self, path: Path) -> int:
+    def name(self, path: Path) -> str:
+        """Return the digest of an image that is there.
+
+        Raises:
+            IntegrityError: It is not. Names the file.
+        """
         if path not in self._digests:
             self._digests[path] = sha256_file(path)
-        row = self._index.get(self._digests[path])
-        if row is None:
+        if self._digests[path] not in self.store:
             raise IntegrityError(
-                f"The image {path} has no cached vision features in {self.directory}: the data changed after they were "
-                f"made. Materialise vision_features again."
+                f"The image {path} has no cached vision features in {self.store.directory}: the data changed after "
+                f"they were made. Materialise vision_features again."
             )
-        return row
+        return self._digests[path]
 
 
-def tower_fingerprint(model: Any, processor: Any, spec: TrainSpec) -> str:
-    """Digest all that a feature depends on but the image: weights, processing, dtype, versions (16 hex)."""
-    tower = model.model.vision_tower
-    weights = {name: _tensor_digest(tensor) for name, tensor in sorted(tower.state_dict().items())}
-    return digest_json(
-        {
-            "weights": weights,
-            "config": tower.config.to_dict(),
-            "mm_tokens_per_image": model.config.mm_tokens_per_image,
-            "image_processor": processor.image_processor.to_dict(),
-            "image_max_pixels": spec.image_max_pixels,
-            "image_min_pixels": spec.image_min_pixels,
-            "versions": [torch.__version__, transformers.__version__, tokenizers.__version__],
-        }
-    )[:16]
+def images_by_digest(rows: Iterable["EncodedRow | Row"]) -> dict[str, EncodedRow]:
+    """Return each different image once, by the digest of its bytes, as a row of its own that names where it stands."""
+    found: dict[str, EncodedRow] = {}
+    seen: set[Path] = set()
+    for row in rows:
+        for path in row.images:
+            if path not in seen:
+                seen.add(path)
+                found.setdefault(sha256_file(path), EncodedRow(id=row.id, input_ids=(), labels=(), images=(path,)))
+    return found
 
 
-def compute(
-    model: Any, collator: Collator, rows: Sequence[EncodedRow], root: Path, fingerprint: str, reporter: "Reporter"
-) -> Path:
-    """Compute the features of all images of `rows` below `root`, or find them there.
+def compute_missing(
+    model: Any,
+    collator: Collator,
+    images: Mapping[str, EncodedRow],
+    directory: Path,
+    precision: Precision,
+    reporter: "Reporter",
+    *,
+    num_workers: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> int:
+    """Compute the features of the images that are not in `directory` yet, shard by shard.
+
+    A damaged shard is deleted and its images are computed afresh. Killed, the next call goes on behind the last shard.
+
+    Args:
+        model: On the device that computes, in `eval` mode.
+        collator: Makes pixels of a row's images.
+        images: From `images_by_digest`.
+        directory: `<features_root>/<tower fingerprint>`.
+        precision: The training step's.
+        reporter: Told after each pass.
+        num_workers: Processes that decode images.
+        part: `(index, count)`: compute every count-th image only and wait for the processes that compute the others.
 
     Returns:
-        `root/<tower fingerprint>/<digest of the images>`, complete.
+        How many images were computed.
 
     Raises:
         DataError: An image is damaged. Names row and file.
     """
-    images = {sha256_file(path): (row, path) for row in rows for path in row.images}
-    names = sorted(images)
-    directory = root / fingerprint / digest_json(names)[:16]
-    if is_complete(directory):
-        return directory
-    pooled = []
-    for done, name in enumerate(names, start=1):
-        row, path = images[name]
-        one = EncodedRow(id=row.id, input_ids=(), labels=(), images=(path,))
-        pooled.append(pooled_output(model, collator.pixels([one])).cpu())
-        reporter.progress("vision_features", done, len(names))
-    features_NKH = torch.cat(pooled)
-    with staged_directory(directory) as staging:
-        save_file({TENSOR: features_NKH}, staging / FEATURES_FILE, metadata={"format": "pt"})
-        write_manifest(
-            staging,
-            {
-                "tower_fingerprint": fingerprint,
-                "digest": digest_json([fingerprint, names]),
-                "num_images": len(names),
-                "shape": list(features_NKH.shape),
-                "dtype": str(features_NKH.dtype).removeprefix("torch."),
-                "images": {name: index for index, name in enumerate(names)},
-            },
+    store = ShardStore(directory)
+    for damage in store.drop_damaged(images) if part[1] == 1 else ():
+        reporter.warn(f"Cached vision features were damaged and are computed again: {damage}.")
+    names = store.missing(sorted(images)[part[0] :: part[1]])
+    device = model.model.vision_tower.post_layernorm.weight.device.type
+    done = 0
+    for shard_names in _chunks(names, NUM_IMAGES_PER_SHARD):
+        pixels = DataLoader(
+            [images[name] for name in shard_names],  # pyright: ignore[reportArgumentType]
+            batch_size=NUM_IMAGES_PER_PASS[device],
+            collate_fn=collator.pixels,
+            num_workers=num_workers,
         )
-    return directory
+        pooled = []
+        for pixels_NCHW in pixels:
+            pooled += pooled_output(model, pixels_NCHW, precision).cpu()
+            done += len(pixels_NCHW)
+            reporter.progress("vision_features", done, len(names))
+        store.add(dict(zip(shard_names, pooled, strict=True)))
+    store.wait_for(images.keys())
+    return len(names)
 
 
-@torch.no_grad()
-def pooled_output(model: Any, pixel_values_NCHW: torch.Tensor) -> torch.Tensor:
-    """Return what the projector's pool makes of the tower's output: features_NKH in the tower's dtype."""
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    weight = tower.post_layernorm.weight
-    hidden = tower(pixel_values=pixel_values_NCHW.to(weight.device, weight.dtype)).last_hidden_state
-    num_images, _, width = hidden.shape
-    side = projector.patches_per_image
-    grid = hidden.transpose(1, 2).reshape(num_images, width, side, side).contiguous()
-    return projector.avg_pool(grid).flatten(2).transpose(1, 2).contiguous()
+def _chunks(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(names), size):
+        yield names[start : start + size]
 
 
-def require_match(store: FeatureStore, model: Any, collator: Collator, rows: Sequence[EncodedRow], spec: TrainSpec,
-                  processor: Any) -> None:  # fmt: skip
-    """Refuse features of another tower, and compare some with the tower's own output before the first step.
+def require_fingerprint(directory: Path, fingerprint: str) -> None:
+    """Refuse the features of another tower.
 
     Raises:
-        IntegrityError: The tower, the processing or a value differs.
+        IntegrityError: `directory` is not the fingerprint's.
     """
-    fingerprint = tower_fingerprint(model, processor, spec)
-    if store.manifest["tower_fingerprint"] != fingerprint:
+    if directory.name != fingerprint:
         raise IntegrityError(
-            f"The vision features in {store.directory} are of tower {store.manifest['tower_fingerprint']}, and this "
-            f"model's is {fingerprint}: weights, image size limits or library versions differ. Make them again."
+            f"The vision features in {directory} are of tower {directory.name}, and this model's is {fingerprint}: "
+            f"weights, image size limits, precision or library versions differ. Make them again."
         )
-    with_images = [row for row in rows if row.images]
-    for row in with_images[:: max(1, len(with_images) // NUM_PROBES)][:NUM_PROBES]:
-        cached = store.batch(row.images).float()
-        fresh = pooled_output(model, collator.pixels([row])).cpu()
-        scale = fresh.float().abs().max().clamp(min=1e-6)
-        difference = float((cached - fresh.float()).abs().max() / scale)
+
+
+def require_match(
+    reader: FeatureReader, model: Any, collator: Collator, rows: Sequence[EncodedRow], precision: Precision
+) -> None:
+    """Compare the shards that will be read with their digests, and some features with the tower's own output.
+
+    Raises:
+        IntegrityError: An image is not there, a file is damaged, or a value differs.
+    """
+    reader.store.require_undamaged([reader.name(path) for row in rows for path in row.images])
+    for row in probes([row for row in rows if row.images]):
+        fresh = pooled_output(model, collator.pixels([row]), precision).cpu()
+        difference = relative_difference(reader.batch(row.images), fresh)
         if difference > TOLERANCE[fresh.dtype]:
             raise IntegrityError(
                 f"The cached vision features of row {row.id} differ from the tower's output by {difference:.1e} of "
                 f"the largest value, expected at most {TOLERANCE[fresh.dtype]:.0e}. "
-                f"Delete {store.directory} and make them again."
+                f"Delete {reader.store.directory} and make them again."
             )
 
 
-def install(model: Any, names: Sequence[str]) -> nn.Module:
-    """Put the cache in the tower's place and return the tower, for `uninstall`.
-
-    Args:
-        model: A `Gemma3ForConditionalGeneration`.
-        names: What trains.
-
-    Raises:
-        RecipeError: A parameter of the tower trains, so its output changes at every step.
-    """
-    trained = [name for name in names if "vision_tower" in name]
-    if trained:
-        raise RecipeError(
-            f"Cached vision features cannot stand in for a tower that trains ({len(trained)} parameters, such as "
-            f"{trained[0]}). Set freeze_vision_tower: true or train without the cache."
-        )
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    model.model.vision_tower = CachedTower()
-    projector.patches_per_image = projector.tokens_per_side
-    projector.avg_pool = nn.Identity()
-    return tower
+def probes(rows: Sequence[EncodedRow]) -> Sequence[EncodedRow]:
+    """Return a few rows spread over all of them."""
+    return rows[:: max(1, len(rows) // NUM_PROBES)][:NUM_PROBES]
 
 
-def uninstall(model: Any, tower: nn.Module) -> None:
-    """Put the tower back, as `install` found it."""
-    projector = model.model.multi_modal_projector
-    model.model.vision_tower = tower
-    projector.patches_per_image = model.config.vision_config.image_size // model.config.vision_config.patch_size
-    projector.avg_pool = nn.AvgPool2d(kernel_size=projector.kernel_size, stride=projector.kernel_size)
+def relative_difference(cached: torch.Tensor, fresh: torch.Tensor) -> float:
+    """Return the largest difference as a share of the largest value; infinite for another shape or dtype."""
+    if cached.shape != fresh.shape or cached.dtype != fresh.dtype:
+        return float("inf")
+    return float((cached.float() - fresh.float()).abs().max() / fresh.float().abs().max().clamp(min=1e-6))
 
 
 def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     """Worker entry: the features of all images of a recipe's training and evaluation entries.
 
     Reads `recipe`, `model_dir`, `data_dir`, `features_root` and `accelerator`; the result has `directory` (relative to
-    `features_root`), `digest`, `tower_fingerprint`, `num_images`, `num_bytes` and `dtype`.
+    `features_root`), `digest` (of tower and images), `tower_fingerprint`, `num_images`, `num_computed`, `num_bytes`
+    and `dtype`.
 
     Raises:
         RecipeError: The recipe trains the tower.
@@ -238,7 +196,7 @@ def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     from mllm_assets.data.sharegpt import load_rows
     from mllm_assets.training import memory
     from mllm_assets.training.families import processor_family
-    from mllm_assets.training.inputs import make_encoder
+    from mllm_assets.training.inputs import make_collator
     from mllm_assets.training.model import load_model, load_processor, quiet_libraries
 
     quiet_libraries()
@@ -258,28 +216,25 @@ def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
             f"The vision features of {family.name} cannot be cached yet. Set feature_cache: false in the component's "
             f"YAML and train without."
         )
-    encoder = make_encoder(spec, processor, model_dir)
-    rows = [
-        encoder.encode(row)
+    images = images_by_digest(
+        row
         for entry in (*spec.train_entries, *spec.eval_entries)
         for row in load_rows(Path(request["data_dir"]), entry, max_samples=spec.max_samples)
-    ]
-    model = load_model(model_dir, dtype=precision.weights, device=device.kind)
-    model.eval()
-    collator = Collator(
-        processor, image_max_pixels=spec.image_max_pixels, image_min_pixels=spec.image_min_pixels
+    )
+    model = load_model(model_dir, dtype=precision.weights).eval()
+    fingerprint = tower_fingerprint(model, processor, spec, precision)
+    model.model.vision_tower.to(device.kind)
+    num_computed = compute_missing(
+        model, make_collator(spec, processor), images, root / fingerprint, precision, reporter,
+        num_workers=spec.dataloader_num_workers,
     )  # fmt: skip
-    directory = compute(model, collator, rows, root, tower_fingerprint(model, processor, spec), reporter)
-    manifest = read_manifest(directory)
+    store = ShardStore(root / fingerprint)
     return {
-        "directory": directory.relative_to(root).as_posix(),
-        "num_bytes": manifest["files"][FEATURES_FILE]["num_bytes"],
-        **{key: manifest[key] for key in ("digest", "tower_fingerprint", "num_images", "dtype")},
+        "directory": fingerprint,
+        "digest": digest_json([fingerprint, sorted(images)]),
+        "tower_fingerprint": fingerprint,
+        "num_images": len(images),
+        "num_computed": num_computed,
+        "num_bytes": store.num_bytes(images),
+        "dtype": str(store.get(min(images)).dtype).removeprefix("torch.") if images else None,
     }
-
-
-def _tensor_digest(tensor: torch.Tensor) -> str:
-    import hashlib
-
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(str(tensor.dtype).encode() + data.tobytes()).hexdigest()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_assets.data.sharegpt import load_rows
-from mllm_assets.training import features
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.encode import EncodedRow, Encoder, check_image_headers
 from mllm_assets.training.families import processor_family, require_template
@@ -75,8 +74,6 @@ def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
     )
 
 
-def make_collator(spec: TrainSpec, processor: Any, store: features.FeatureStore | None = None) -> Collator:
-    """Return the recipe's collator, on pixels or on cached features."""
-    return Collator(
-        processor, image_max_pixels=spec.image_max_pixels, image_min_pixels=spec.image_min_pixels, features=store
-    )
+def make_collator(spec: TrainSpec, processor: Any, **cached: Any) -> Collator:
+    """Return the recipe's collator, on pixels, or with `features` or `hidden_states` on what is cached."""
+    return Collator(processor, image_max_pixels=spec.image_max_pixels, image_min_pixels=spec.image_min_pixels, **cached)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.layout import Layout
+from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.launch import run_worker
 from mllm_assets.training.recipe import load_recipe
 from mllm_assets.training.runs import plan_run, point_latest, train_request
@@ -34,8 +35,11 @@ def train(
     accelerator: Mapping[str, Any],
     *,
     force: bool = False,
+    feature_cache: bool = True,
 ) -> LocalRun:
     """Train, resume, or return a finished run.
+
+    With `feature_cache` what the frozen parts compute is kept below `cache/`, and found there by the next run.
 
     Raises:
         MllmAssetsError: Recipe, data, model or machine must change.
@@ -44,7 +48,8 @@ def train(
     recipe = load_recipe(recipe_path, overrides)
     plan = plan_run(recipe, root=layout.root, force=force, num_processes=int(accelerator["num_processes"]))
     if plan.state != "finished":
-        run_worker(train_request(plan, accelerator=accelerator))
+        cache = CacheSettings(features_root=layout.features, hidden_states_root=layout.hidden_states)
+        run_worker(train_request(plan, cache=cache if feature_cache else None, accelerator=accelerator))
     point_latest(plan)
     return LocalRun(
         directory=plan.directory, manifest=read_manifest(plan.directory), trained_now=plan.state != "finished"

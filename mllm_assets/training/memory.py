@@ -7,6 +7,7 @@ right within a third; it knows nothing of fragmentation, nor of other processes 
 import os
 import platform
 import resource
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ class Precision:
 
     weights: torch.dtype
     autocast: str | None
+
+    def context(self, device_kind: str) -> AbstractContextManager[Any]:
+        """Return what a forward pass outside the trainer runs in, so that it computes what a training step does."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device_kind, dtype=torch.bfloat16 if self.autocast == "bf16" else torch.float16)
+
+    def describe(self) -> str:
+        return f"{str(self.weights).removeprefix('torch.')}, autocast {self.autocast}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

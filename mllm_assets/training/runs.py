@@ -19,6 +19,7 @@ from mllm_assets.artifacts import (
 )
 from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.errors import IntegrityError, ModelError
+from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.recipe import Recipe
 from mllm_assets.training.spec import TrainSpec
 
@@ -202,7 +203,7 @@ def _choose(folder: Path, name: str, *, force: bool) -> Path:
 
 
 def train_request(
-    plan: RunPlan, *, features_dir: Path | None = None, accelerator: Mapping[str, Any] | None = None
+    plan: RunPlan, *, cache: CacheSettings | None = None, accelerator: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The worker's request for a planned run, JSON-able."""
     return {
@@ -215,7 +216,7 @@ def train_request(
         "run_dir": str(plan.directory),
         "fingerprint": plan.fingerprint,
         "data_digests": dict(plan.data_digests),
-        "features_dir": str(features_dir) if features_dir is not None else None,
+        **(cache or CacheSettings()).to_request(),
         "notes": list(plan.recipe.notes),
         **({"accelerator": dict(accelerator)} if accelerator is not None else {}),
     }

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from mllm_assets.artifacts import MANIFEST, find_damage, read_manifest, write_manifest
 from mllm_assets.errors import IntegrityError, RecipeError
+from mllm_assets.training import features
 from mllm_assets.training.engine import train_task
-from mllm_assets.training.features import FEATURES_FILE, TENSOR, features_task
+from mllm_assets.training.features import features_task
 from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.shards import TENSORS_FILE
 from mllm_assets.training.spec import TrainSpec
 
 pytestmark = pytest.mark.integration
@@ -53,11 +55,12 @@ def test_cached_features_give_the_trajectory_of_the_tower(
     parity_dir: Path, tmp_path: Path, made: tuple[Path, dict[str, Any]], method: str
 ) -> None:
     values = {"finetuning_type": method, "freeze_language_model": method == "full"}
-    with_tower = make_request(parity_dir, tmp_path / "tower", **values)
+    with_tower = make_request(parity_dir, tmp_path / "tower", **values) | {"features_root": None}
     cached = make_request(parity_dir, tmp_path / "cached", **values) | {"features_dir": str(made[0])}
     expected, result = train_task(with_tower, Reporter()), train_task(cached, Reporter())
     assert losses(tmp_path / "cached" / "run") == pytest.approx(losses(tmp_path / "tower" / "run"), abs=2e-6)
-    assert result["features"] and not expected["features"]
+    assert result["caches"]["vision_features"] == "cached"
+    assert expected["caches"]["vision_features"] == "turned off (feature_cache: false)"
     assert result["trainable"] == expected["trainable"]
     # the published model has its tower back
     model, other = (load_file(tmp_path / name / "run" / "model" / "model.safetensors") for name in ("cached", "tower"))
@@ -65,14 +68,50 @@ def test_cached_features_give_the_trajectory_of_the_tower(
     assert all(model[name].equal(other[name]) for name in model if "vision_tower" in name)
 
 
-def test_one_row_per_image_and_the_same_digest_again(
+def only_shard(directory: Path) -> Path:
+    [shard] = directory.iterdir()
+    return shard
+
+
+def test_one_tensor_per_image_and_nothing_is_computed_again(
     parity_dir: Path, tmp_path: Path, made: tuple[Path, dict[str, Any]]
 ) -> None:
     directory, result = made
-    assert find_damage(directory) is None
-    assert load_file(directory / FEATURES_FILE)[TENSOR].shape == (result["num_images"], 4, 32)
-    again = features_task(make_request(parity_dir, tmp_path), Reporter())
-    assert again == result
+    assert find_damage(only_shard(directory)) is None
+    features = load_file(only_shard(directory) / TENSORS_FILE)
+    assert len(features) == result["num_images"] == result["num_computed"]
+    assert {tuple(feature.shape) for feature in features.values()} == {(4, 32)}
+    again = features_task(make_request(parity_dir, tmp_path) | {"features_root": str(directory.parent)}, Reporter())
+    assert again == result | {"num_computed": 0}
+
+
+def test_a_larger_dataset_computes_only_the_images_that_are_new(parity_dir: Path, tmp_path: Path) -> None:
+    some = features_task(make_request(parity_dir, tmp_path, max_samples=5), Reporter())
+    rest = features_task(make_request(parity_dir, tmp_path), Reporter())
+    assert 0 < some["num_computed"] < rest["num_images"] == rest["num_computed"] + some["num_computed"]
+    other_recipe = features_task(make_request(parity_dir, tmp_path, finetuning_type="lora", seed=7), Reporter())
+    assert other_recipe["num_computed"] == 0 and other_recipe["digest"] == rest["digest"] != some["digest"]
+
+
+def test_features_that_were_interrupted_go_on_behind_the_last_shard(
+    parity_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "NUM_IMAGES_PER_SHARD", 8)
+
+    class Killed(Exception):
+        pass
+
+    class KilledInThirdShard(Reporter):
+        def progress(self, stage: str, done: int, total: int, **facts: float) -> None:
+            if done >= 20:
+                raise Killed
+
+    request = make_request(parity_dir, tmp_path)
+    with pytest.raises(Killed):
+        features_task(request, KilledInThirdShard())
+    result = features_task(request, Reporter())
+    assert result["num_computed"] == result["num_images"] - 16
+    assert not list((tmp_path / "features" / result["directory"]).glob(".*"))
 
 
 def test_another_tower_is_refused(parity_dir: Path, tmp_path: Path, made: tuple[Path, dict[str, Any]]) -> None:
@@ -93,27 +132,46 @@ def test_values_that_are_not_the_towers_are_refused(
     parity_dir: Path, tmp_path: Path, made: tuple[Path, dict[str, Any]]
 ) -> None:
     """The manifest fits, the numbers do not: a few images are computed afresh before the first step."""
-    directory = tmp_path / "features"
+    directory = tmp_path / made[0].name
     shutil.copytree(made[0], directory)
-    payload = {key: value for key, value in read_manifest(directory).items() if key not in ("files", "engine_version")}
-    features = load_file(directory / FEATURES_FILE)
-    save_file({TENSOR: features[TENSOR] + 0.5}, directory / FEATURES_FILE)
-    (directory / MANIFEST).unlink()
-    write_manifest(directory, payload)
+    shard = only_shard(directory)
+    names = read_manifest(shard)["names"]
+    wrong = {name: feature + 0.5 for name, feature in load_file(shard / TENSORS_FILE).items()}
+    save_file(wrong, shard / TENSORS_FILE)
+    (shard / MANIFEST).unlink()
+    write_manifest(shard, {"names": names})
     request = make_request(parity_dir, tmp_path) | {"features_dir": str(directory)}
     with pytest.raises(IntegrityError, match=r"The cached vision features of row .* differ from the tower's output by"):
         train_task(request, Reporter())
 
 
-def test_damaged_features_are_refused(parity_dir: Path, tmp_path: Path, made: tuple[Path, dict[str, Any]]) -> None:
-    directory = tmp_path / "features"
-    shutil.copytree(made[0], directory)
-    data = bytearray((directory / FEATURES_FILE).read_bytes())
+def flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
     data[-1] ^= 1
-    (directory / FEATURES_FILE).write_bytes(data)
+    path.write_bytes(data)
+
+
+def test_damaged_features_are_refused(parity_dir: Path, tmp_path: Path, made: tuple[Path, dict[str, Any]]) -> None:
+    directory = tmp_path / made[0].name
+    shutil.copytree(made[0], directory)
+    flip_last_bit(only_shard(directory) / TENSORS_FILE)
     request = make_request(parity_dir, tmp_path) | {"features_dir": str(directory)}
-    with pytest.raises(IntegrityError, match=r"are damaged: features.safetensors does not match its digest"):
+    with pytest.raises(
+        IntegrityError, match=r"is damaged: tensors.safetensors does not match its digest\. Delete that"
+    ):
         train_task(request, Reporter())
+
+
+def test_damaged_features_are_made_again_by_the_step_that_makes_them(
+    parity_dir: Path, tmp_path: Path, made: tuple[Path, dict[str, Any]]
+) -> None:
+    directory = tmp_path / "features" / made[0].name
+    shutil.copytree(made[0], directory)
+    flip_last_bit(only_shard(directory) / TENSORS_FILE)
+    reporter = Reporter()
+    result = features_task(make_request(parity_dir, tmp_path), reporter)
+    assert result["num_computed"] == result["num_images"] and find_damage(only_shard(directory)) is None
+    assert "are computed again" in reporter.warnings[0]
 
 
 def test_an_image_that_changed_is_named(parity_dir: Path, tmp_path: Path, made: tuple[Path, dict[str, Any]]) -> None:
