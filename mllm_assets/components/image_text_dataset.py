@@ -47,7 +47,9 @@ class Quality(dg.Model, dg.Resolvable):
 
     min_edge_px: int | None = None
     max_pixels: int | None = Field(default=None, description="Larger images are rejected before they are decoded.")
-    max_image_bytes: int | None = None
+    max_image_bytes: int | None = Field(default=None, description="Larger files are rejected before they are opened.")
+    max_frames: int | None = Field(default=None, description="Animations of more frames are rejected.")
+    max_decode_s: float | None = Field(default=None, description="CPU seconds after which decoding an image is cut.")
     max_caption_chars: int | None = None
     duplicate_distance_bits: int | None = Field(
         default=None, description="Near-duplicates differ in at most so many of 64 bits of their perceptual hash."

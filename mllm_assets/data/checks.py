@@ -9,10 +9,13 @@ from mllm_assets.artifacts import read_manifest
 from mllm_assets.data.sharegpt import read_json_rows
 from mllm_assets.data.splits import SPLIT_FILES, SplitResult
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
+from mllm_assets.quality.decoding import measure_images
 from mllm_assets.quality.duplicates import find_pairs, look_of
-from mllm_assets.quality.probes import ImageMeasurement, measure_image
+from mllm_assets.quality.probes import DecodeLimits, ImageMeasurement
 
 MAX_EXAMPLES = 5
+# the dataset's own limits were applied before these files were written
+_OWN_FILES = DecodeLimits(max_pixels=2**31, max_bytes=2**31, max_frames=2**31, max_decode_s=600)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +77,7 @@ def splits_share_no_image(
     names = {
         side: {name for row in rows for name in row["images"]} for side, rows in _rows_by_side(version_dir).items()
     }
-    measured = {name: _measure_file(data_dir / name) for name in sorted(set().union(*names.values()))}
+    measured = _measure_files(data_dir, sorted(set().union(*names.values())))
     problems = [f"{name}: {image.defect}" for name, image in measured.items() if image.defect is not None]
     whole = {name: image for name, image in measured.items() if image.defect is None}
     holders: dict[str, dict[str, str]] = {}
@@ -127,10 +130,9 @@ def _rows_by_side(version_dir: Path) -> dict[str, list[dict[str, Any]]]:
     return {side: read_json_rows(version_dir / name) for side, name in SPLIT_FILES.items()}
 
 
-def _measure_file(path: Path) -> ImageMeasurement:
-    data = path.read_bytes() if path.is_file() else None
-    # our own files: limits were applied before they were written
-    return measure_image(data, max_pixels=2**31, max_bytes=2**31)
+def _measure_files(data_dir: Path, names: list[str]) -> dict[str, ImageMeasurement]:
+    contents = (path.read_bytes() if (path := data_dir / name).is_file() else b"" for name in names)
+    return dict(zip(names, measure_images(contents, _OWN_FILES), strict=True))
 
 
 def _describe(problems: list[str], fine: str, cure: str) -> str:

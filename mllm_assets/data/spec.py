@@ -83,6 +83,8 @@ class QualitySpec:
     min_edge_px: int = 16  # below SigLIP's patch of 14 px there is nothing to see
     max_pixels: int = 89_478_485  # Pillow's own decompression-bomb limit (Image.MAX_IMAGE_PIXELS)
     max_image_bytes: int = 50 * 2**20
+    max_frames: int = 1000  # of an animation, of which the first is used; counting them walks the whole file
+    max_decode_s: float = 10.0  # CPU time for one image; 89 million pixels of PNG take about 2 s
     max_caption_chars: int = 8192  # the default cutoff_len of 2048 tokens at about 4 characters a token
     # Measured on 200 emoji: finds 98.5 % of JPEG copies (quality 50), 99.5 % at half the size, 100 % at twice it;
     # colours of such copies differ by at most 2.5, those of a blue and a brown heart by 46.
@@ -96,7 +98,11 @@ class QualitySpec:
     reject_flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_positive(self, "min_edge_px", "max_pixels", "max_image_bytes", "max_caption_chars")
+        _require_positive(self, "min_edge_px", "max_pixels", "max_image_bytes", "max_frames", "max_caption_chars")
+        _require(
+            0 < self.max_decode_s < float("inf"),
+            f"quality.max_decode_s: expected seconds above 0, got {self.max_decode_s!r}. 10 is the default.",
+        )
         _require(
             0 <= self.duplicate_distance_bits <= 16,
             f"quality.duplicate_distance_bits: expected 0 to 16 of 64 bits, got {self.duplicate_distance_bits}. "

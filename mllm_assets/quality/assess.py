@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from mllm_assets.data.images import sha256
 from mllm_assets.data.sources import read_image_ids, read_raw
 from mllm_assets.data.spec import DatasetSpec, as_json
 from mllm_assets.layout import Layout
+from mllm_assets.quality.decoding import measure_images
 from mllm_assets.quality.duplicates import Pair, find_pairs, group_keys, group_samples, look_of
-from mllm_assets.quality.probes import PROBE_VERSION, ImageMeasurement, measure_caption, measure_image
+from mllm_assets.quality.probes import PROBE_VERSION, DecodeLimits, ImageMeasurement, measure_caption
 from mllm_assets.quality.store import QualityStore, table_for, utc_now
 from mllm_assets.quality.verdicts import image_flags, sample_reject_reason
 
@@ -24,7 +26,13 @@ IMAGES_FILE = "images.parquet"
 PAIRS_FILE = "pairs.parquet"
 MEASURED = ("width_px", "height_px", "num_bytes", "brightness_p5", "brightness_p99", "blur_edge_std", "entropy_bits")
 # measurements that end at a limit of the spec are not complete, so they are not used again under other limits
-_CUT_SHORT = ("image_too_many_bytes", "image_too_many_pixels")
+_CUT_SHORT = (
+    "image_too_many_bytes",
+    "image_too_many_pixels",
+    "image_too_many_frames",
+    "image_decode_too_slow",
+    "image_decoder_crashed",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,16 +108,28 @@ def _known_measurements(store: QualityStore, image_ids: set[str]) -> dict[str, I
 
 
 def _measure(spec: DatasetSpec, raw: Path, known: dict[str, ImageMeasurement]) -> list[dict[str, Any]]:
-    limits = spec.quality
-    samples = []
+    limits = DecodeLimits(
+        max_pixels=spec.quality.max_pixels,
+        max_bytes=spec.quality.max_image_bytes,
+        max_frames=spec.quality.max_frames,
+        max_decode_s=spec.quality.max_decode_s,
+    )
+    samples: list[dict[str, Any]] = []
+    for image in measure_images(_unmeasured(raw, set(known), samples), limits):
+        known[image.image_sha256] = image
+    return samples
+
+
+def _unmeasured(raw: Path, known: set[str], samples: list[dict[str, Any]]) -> Iterator[bytes]:
+    """Each image that is not known yet, once; notes what each sample holds on the way."""
     for row in read_raw(raw):
         for image_id, data in zip(row["image_ids"], row["images"], strict=True):
             if image_id not in known:
-                known[image_id] = measure_image(data, max_pixels=limits.max_pixels, max_bytes=limits.max_image_bytes)
+                known.add(image_id)
+                yield data
         kept = {key: row[key] for key in ("sample_id", "row_index", "caption", "label", "image_ids")}
         digest = None if row["caption"] is None else sha256(row["caption"].encode())
         samples.append({**kept, "caption_sha256": digest, **measure_caption(row["caption"])})
-    return samples
 
 
 def _judge(spec: DatasetSpec, samples: list[dict[str, Any]], known: dict[str, ImageMeasurement]) -> _Assessment:

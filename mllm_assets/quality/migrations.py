@@ -44,7 +44,8 @@ _TO_2 = [
         FROM found LEFT JOIN runs ON runs.run_id = found.run_id AND runs.digest = found.quality_digest
             AND runs.asset = found.dataset || '/sample_quality'""",
 ]
-STEPS: dict[int, list[str]] = {2: _TO_2}
+_TO_3 = ["ALTER TABLE image_quality ADD COLUMN num_frames INTEGER"]
+STEPS: dict[int, list[str]] = {2: _TO_2, 3: _TO_3}
 
 
 def schema_version(connection: duckdb.DuckDBPyConnection) -> int | None:

@@ -16,13 +16,23 @@ from PIL import Image, ImageChops, ImageFilter
 
 from mllm_assets.data.images import open_image, orientation, passes_through, sha256, upright_rgb
 
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 SMALL_EDGE_PX = 64  # cleanvision's MAX_RESOLUTION_FOR_BLURRY_DETECTION
 NEAR_EDGE_PX = 256  # the hash looks at 32 px, so a picture of this size holds all that it needs
 COLOR_EDGE_PX = 4
 LUMA_WEIGHTS = np.array([0.241, 0.691, 0.068])  # of squared RGB; cleanvision's perceived brightness
 TOKEN = re.compile(r"\w+|[^\w\s]")
 GRAY_TOLERANCE = 3  # of 255: what a JPEG of a grey picture deviates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeLimits:
+    """Where decoding a stranger's image stops; see `QualitySpec`."""
+
+    max_pixels: int
+    max_bytes: int
+    max_frames: int
+    max_decode_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +50,7 @@ class ImageMeasurement:
     mode: str | None = None
     width_px: int | None = None
     height_px: int | None = None
+    num_frames: int | None = None
     orientation: int | None = None
     passes_through: bool | None = None
     is_grayscale: bool | None = None
@@ -55,26 +66,29 @@ class ImageMeasurement:
         return asdict(self)
 
 
-def measure_image(data: bytes | None, *, max_pixels: int, max_bytes: int) -> ImageMeasurement:
-    """Decode an image once and measure it. Never raises for what the bytes hold.
+def measure_image(data: bytes | None, limits: DecodeLimits) -> ImageMeasurement:
+    """Decode an image once and measure it, of an animation its first frame. Never raises for what the bytes hold.
 
     Args:
         data: The file's bytes, None or empty where the source has none.
-        max_pixels: A header that declares more is not decoded (decompression bombs).
-        max_bytes: A larger file is not opened.
+        limits: A larger file is not opened, and of a header that declares more nothing is decoded (decompression
+            bombs). The seconds are for `decoding.measure_images` to keep.
     """
     data = data or b""
     digest = sha256(data)
     known: dict[str, Any] = {"image_sha256": digest, "num_bytes": len(data)}
     if not data:
         return ImageMeasurement(**known, defect="image_missing")
-    if len(data) > max_bytes:
+    if len(data) > limits.max_bytes:
         return ImageMeasurement(**known, defect="image_too_many_bytes")
     try:
         with open_image(data) as image:
             known |= {"format": image.format, "mode": image.mode, "width_px": image.width, "height_px": image.height}
-            if image.width * image.height > max_pixels:
+            if image.width * image.height > limits.max_pixels:
                 return ImageMeasurement(**known, defect="image_too_many_pixels")
+            known["num_frames"] = getattr(image, "n_frames", 1)
+            if known["num_frames"] > limits.max_frames:
+                return ImageMeasurement(**known, defect="image_too_many_frames")
             image.load()
             known |= {"orientation": orientation(image), "passes_through": passes_through(image)}
             return ImageMeasurement(**known, **_probe(upright_rgb(image)))

@@ -1,4 +1,4 @@
-"""The DuckDB schema, version 2: tables, columns, the key that names a row, and what a second write of a key does.
+"""The DuckDB schema, version 3: tables, columns, the key that names a row, and what a second write of a key does.
 
 Content (what a sample, an image or a caption is) is keyed by what it is and never changes. History (which samples a
 source had, how a run judged them, where they went) is keyed by the digest of that version, so that nothing of an
@@ -7,7 +7,7 @@ earlier run is overwritten and writing a run twice adds nothing. `migrations` br
 
 from dataclasses import dataclass
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,7 @@ TABLES: dict[str, TableSchema] = {
             "mode": "VARCHAR",
             "width_px": "INTEGER",
             "height_px": "INTEGER",
+            "num_frames": "INTEGER",
             "orientation": "INTEGER",
             "passes_through": "BOOLEAN",
             "is_grayscale": "BOOLEAN",

@@ -17,6 +17,8 @@ def image_reject_reason(image: ImageMeasurement, spec: QualitySpec) -> str | Non
             return "image_too_many_pixels"
         if min(image.width_px, image.height_px) < spec.min_edge_px:
             return "image_too_small"
+    if image.num_frames is not None and image.num_frames > spec.max_frames:
+        return "image_too_many_frames"
     if image.defect is not None:
         return image.defect
     for flag in image_flags(image, spec):

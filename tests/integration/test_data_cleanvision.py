@@ -8,10 +8,11 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
 from mllm_assets.data.spec import QualitySpec
-from mllm_assets.quality.probes import measure_image
+from mllm_assets.quality.probes import DecodeLimits, measure_image
 from mllm_assets.quality.verdicts import image_flags
 from mllm_assets.sample_data.rebuild import HERE
 
+LIMITS = DecodeLimits(max_pixels=10**8, max_bytes=10**8, max_frames=1, max_decode_s=10)
 pytestmark = pytest.mark.integration
 
 ISSUES = {
@@ -39,7 +40,7 @@ def test_the_flags_agree_with_cleanvision(tmp_path: Path) -> None:
     for number, image in enumerate(pictures()):
         path = tmp_path / f"{number:03}.png"
         image.save(path)
-        measured = measure_image(path.read_bytes(), max_pixels=10**8, max_bytes=10**8)
+        measured = measure_image(path.read_bytes(), LIMITS)
         ours.append({flag: flag in image_flags(measured, QualitySpec()) for flag in ISSUES})
     lab = Imagelab(data_path=str(tmp_path))
     names = ("dark", "light", "low_information", "blurry", "odd_aspect_ratio")

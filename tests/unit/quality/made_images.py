@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mllm_assets.quality.probes import ImageMeasurement, measure_image
+from mllm_assets.quality.probes import DecodeLimits, ImageMeasurement, measure_image
 
 
 def picture(seed: int, edge_px: int = 64) -> Image.Image:
@@ -20,5 +20,11 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def measure(data: bytes | None, max_pixels: int = 10**8, max_bytes: int = 10**8) -> ImageMeasurement:
-    return measure_image(data, max_pixels=max_pixels, max_bytes=max_bytes)
+def limits(**changes: Any) -> DecodeLimits:
+    return DecodeLimits(
+        **{"max_pixels": 10**8, "max_bytes": 10**8, "max_frames": 1000, "max_decode_s": 10.0, **changes}
+    )
+
+
+def measure(data: bytes | None, **changes: Any) -> ImageMeasurement:
+    return measure_image(data, limits(**changes))
