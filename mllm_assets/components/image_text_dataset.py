@@ -16,6 +16,7 @@ from mllm_assets.data.spec import DatasetSpec, QualitySpec, SourceSpec, SplitSpe
 from mllm_assets.data.splits import split
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.quality.assess import assess
+from mllm_assets.quality.report import write_report
 
 COUNTS = ("num_raw", "num_train", "num_val", "num_unused", "num_rejected")
 
@@ -62,6 +63,7 @@ class Quality(dg.Model, dg.Resolvable):
     max_low_information: float | None = None
     max_blurry: float | None = None
     max_odd_aspect_ratio: float | None = None
+    max_odd_size_iqr: float | None = None
     reject_flags: list[str] | None = Field(default=None, description="Flags that reject, for example image_dark.")
 
 
@@ -181,6 +183,7 @@ def _sample_quality_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
         with failures_for_people():
             raw = upstream_path(context, raw_key, project.layout)
             result = assess(spec, project.layout, raw, context.run.run_id)
+            report = write_report(raw, result.directory)
         return project.recorded(
             context,
             dg.MaterializeResult(
@@ -192,6 +195,8 @@ def _sample_quality_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
                     "num_decoded": result.num_decoded,
                     "reject_reasons": counts_table(result.reject_reasons, "reason"),
                     "flags": counts_table(result.flags, "flag"),
+                    "report": dg.MetadataValue.md(report.markdown),
+                    "report_path": project.layout.relative(report.html),
                     "path": project.layout.relative(result.directory),
                 },
             ),

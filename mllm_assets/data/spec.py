@@ -9,7 +9,15 @@ from mllm_assets.data.tokens import find_control_token
 from mllm_assets.errors import RecipeError
 
 SOURCE_KINDS = ("huggingface", "parquet")
-FLAGS = ("image_dark", "image_light", "image_low_information", "image_blurry", "image_odd_aspect_ratio")
+FLAGS = (
+    "image_dark",
+    "image_light",
+    "image_low_information",
+    "image_blurry",
+    "image_odd_aspect_ratio",
+    "image_odd_size",
+    "image_grayscale",
+)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -95,6 +103,7 @@ class QualitySpec:
     max_low_information: float = 0.3
     max_blurry: float = 0.29
     max_odd_aspect_ratio: float = 0.35
+    max_odd_size_iqr: float = 3.0  # interquartile ranges beyond the quartiles of the dataset's own sizes
     reject_flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -17,8 +17,8 @@ from mllm_assets.data.sources import read_raw
 from mllm_assets.data.spec import DatasetSpec, as_json
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.layout import Layout
-from mllm_assets.quality.assess import IMAGES_FILE, PAIRS_FILE, QUALITY_FILE
 from mllm_assets.quality.duplicates import Pair
+from mllm_assets.quality.files import IMAGES_FILE, PAIRS_FILE, QUALITY_FILE
 from mllm_assets.quality.store import QualityStore, table_for, utc_now
 from mllm_assets.quality.verdicts import render_answer
 

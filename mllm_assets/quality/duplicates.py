@@ -14,6 +14,7 @@ from itertools import pairwise
 import duckdb
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from mllm_assets.quality.probes import ImageMeasurement
 
@@ -30,7 +31,12 @@ class Pair:
 
 def look_of(image: ImageMeasurement) -> str:
     """16 hex digits of what an image looks like (hash and colours); byte-wise copies share it."""
-    return hashlib.sha256(f"{image.phash_64} {image.color_48}".encode()).hexdigest()[:16]
+    return look_name(image.phash_64, image.color_48)
+
+
+def look_name(phash_64: int | None, color_48: str | None) -> str:
+    """See `look_of`."""
+    return hashlib.sha256(f"{phash_64} {color_48}".encode()).hexdigest()[:16]
 
 
 def find_pairs(images: Iterable[ImageMeasurement], *, distance_bits: int, color_distance: float) -> list[Pair]:
@@ -43,26 +49,43 @@ def find_pairs(images: Iterable[ImageMeasurement], *, distance_bits: int, color_
     """
     looks = {look_of(image): image for image in images}
     names = sorted(looks)
-    if len(names) < 2:
-        return []
-    hashes = pa.table(
-        {
-            "i": pa.array(range(len(names)), pa.int32()),
-            "phash": pa.array([looks[name].phash_64 for name in names], pa.uint64()),
-        }
-    )
+    hashes = np.array([looks[name].phash_64 for name in names], np.uint64)
+    colors = np.array([list(bytes.fromhex(looks[name].color_48 or "")) for name in names], np.uint8)
+    near = near_pairs(hashes, colors, distance_bits=distance_bits, color_distance=color_distance)
+    columns = (near.a_E.tolist(), near.b_E.tolist(), near.bits_E.tolist(), near.color_E.tolist())
+    return [Pair(names[a], names[b], bits, color) for a, b, bits, color in zip(*columns, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class NearPairs:
+    """E pairs by their places in the input, `a_E` < `b_E`, sorted; Hamming distances and mean colour differences."""
+
+    a_E: NDArray[np.int64]
+    b_E: NDArray[np.int64]
+    bits_E: NDArray[np.int64]
+    color_E: NDArray[np.float64]
+
+
+def near_pairs(
+    hashes_N: NDArray[np.uint64], colors_NC: NDArray[np.uint8], *, distance_bits: int, color_distance: float
+) -> NearPairs:
+    """All pairs of N looks that are near-duplicates. The looks must differ, or there may be N² of them."""
+    if len(hashes_N) < 2:
+        none = np.zeros(0, np.int64)
+        return NearPairs(none, none, none, np.zeros(0))
+    hashes = pa.table({"i": pa.array(np.arange(len(hashes_N), dtype=np.int32)), "phash": pa.array(hashes_N)})
     with duckdb.connect() as connection:
         connection.register("hashes", hashes)
-        found = connection.sql(_candidates_sql(distance_bits)).to_arrow_table()
-    left, right = found["i"].to_numpy(), found["j"].to_numpy()
-    colors = np.array([list(bytes.fromhex(looks[name].color_48 or "")) for name in names], dtype=np.int16)
-    differences = np.abs(colors[left] - colors[right]).mean(axis=1) if len(left) else np.zeros(0)
-    pairs = [
-        Pair(names[i], names[j], int(distance), round(float(difference), 3))
-        for i, j, distance, difference in zip(left, right, found["distance"].to_pylist(), differences, strict=True)
-        if difference <= color_distance
-    ]
-    return sorted(pairs, key=lambda pair: (pair.a, pair.b))
+        found = (
+            connection.sql(_candidates_sql(distance_bits))
+            .to_arrow_table()
+            .sort_by([("i", "ascending"), ("j", "ascending")])
+        )
+    a, b = (found[name].to_numpy().astype(np.int64) for name in ("i", "j"))
+    bits = found["distance"].to_numpy().astype(np.int64)
+    differences = np.abs(colors_NC[a].astype(np.int16) - colors_NC[b]).mean(axis=1) if len(a) else np.zeros(0)
+    near = differences <= color_distance
+    return NearPairs(a[near], b[near], bits[near], differences[near].round(3))
 
 
 def _candidates_sql(distance_bits: int) -> str:

@@ -45,7 +45,7 @@ _TO_2 = [
             AND runs.asset = found.dataset || '/sample_quality'""",
 ]
 _TO_3 = ["ALTER TABLE image_quality ADD COLUMN num_frames INTEGER"]
-STEPS: dict[int, list[str]] = {2: _TO_2, 3: _TO_3}
+STEPS: dict[int, list[str]] = {2: _TO_2, 3: _TO_3, 4: []}
 
 
 def schema_version(connection: duckdb.DuckDBPyConnection) -> int | None:

@@ -80,8 +80,8 @@ class QualityStore:
         """Rows of a read-only query, a dict each; raises as `query_arrow`."""
         return self.query_arrow(sql, params).to_pylist()
 
-    def query_arrow(self, sql: str, params: Params = None) -> pa.Table:
-        """Rows of a read-only query as an Arrow table.
+    def query_arrow(self, sql: str, params: Params = None, *, given: Mapping[str, pa.Table] | None = None) -> pa.Table:
+        """Rows of a read-only query as an Arrow table; it may name the tables that are `given` with it.
 
         Raises:
             MachineError: The database was in use for longer than `timeout_s`, and there is no copy of it yet.
@@ -89,7 +89,10 @@ class QualityStore:
         """
 
         def read(connection: duckdb.DuckDBPyConnection) -> pa.Table:
-            return connection.cursor().sql(sql, params=params).to_arrow_table()
+            cursor = connection.cursor()
+            for name, table in (given or {}).items():
+                cursor.register(name, table)
+            return cursor.sql(sql, params=params).to_arrow_table()
 
         try:
             return self._reading(read)

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mllm_assets.data.spec import DatasetSpec, QualitySpec
 from mllm_assets.data.tokens import find_control_token
 from mllm_assets.quality.probes import ImageMeasurement
 
 
 def image_reject_reason(image: ImageMeasurement, spec: QualitySpec) -> str | None:
-    """Why an image cannot be used, or None. Judged from measurements alone: no image is decoded again."""
+    """Why an image cannot be used whatever it shows, or None; judged from measurements, nothing is decoded again."""
     if image.num_bytes > spec.max_image_bytes:
         return "image_too_many_bytes"
     if image.width_px is not None and image.height_px is not None:
@@ -19,16 +22,14 @@ def image_reject_reason(image: ImageMeasurement, spec: QualitySpec) -> str | Non
             return "image_too_small"
     if image.num_frames is not None and image.num_frames > spec.max_frames:
         return "image_too_many_frames"
-    if image.defect is not None:
-        return image.defect
-    for flag in image_flags(image, spec):
-        if flag in spec.reject_flags:
-            return flag
-    return None
+    return image.defect
 
 
 def image_flags(image: ImageMeasurement, spec: QualitySpec) -> list[str]:
-    """Which soft limits an image is beyond; formulas and limits are cleanvision's (see `QualitySpec`)."""
+    """Which soft limits an image is beyond; formulas and limits are cleanvision's (see `QualitySpec`).
+
+    Not "image_odd_size", which depends on the other images: see `odd_size_limits`.
+    """
     if image.defect is not None:
         return []
     assert image.width_px and image.height_px
@@ -44,8 +45,22 @@ def image_flags(image: ImageMeasurement, spec: QualitySpec) -> list[str]:
         "image_low_information": image.entropy_bits * 0.1 < spec.max_low_information,
         "image_blurry": sharpness < spec.max_blurry,
         "image_odd_aspect_ratio": aspect < spec.max_odd_aspect_ratio,
+        "image_grayscale": bool(image.is_grayscale),
     }
     return [flag for flag, is_beyond in beyond.items() if is_beyond]
+
+
+def odd_size_limits(sizes: NDArray[np.float64], max_iqr: float) -> tuple[float, float]:
+    """The smallest and largest edge (square root of the area, px) that is not odd among `sizes`; NaN counts as none.
+
+    So many interquartile ranges beyond the quartiles; where half of all have one size, every other size is odd.
+    """
+    known = sizes[~np.isnan(sizes)]
+    if not len(known):
+        return 0.0, math.inf
+    low, high = np.percentile(known, [25, 75])
+    slack = max_iqr * (high - low)
+    return float(low - slack), float(high + slack)
 
 
 def text_reject_reason(caption: str | None, label: str | None, spec: DatasetSpec) -> str | None:
@@ -75,13 +90,9 @@ def render_answer(caption: str | None, label: str | None, spec: DatasetSpec) -> 
 
 
 def sample_reject_reason(
-    images: Sequence[ImageMeasurement], caption: str | None, label: str | None, spec: DatasetSpec
+    image_reasons: Sequence[str | None], caption: str | None, label: str | None, spec: DatasetSpec
 ) -> str | None:
-    """The first reason that rejects a sample: its images in order, then its texts."""
-    if not images:
+    """The first reason that rejects a sample: its images' in order, then its texts'."""
+    if not image_reasons:
         return "image_missing"
-    for image in images:
-        reason = image_reject_reason(image, spec.quality)
-        if reason:
-            return reason
-    return text_reject_reason(caption, label, spec)
+    return next(filter(None, image_reasons), None) or text_reject_reason(caption, label, spec)

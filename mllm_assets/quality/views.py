@@ -28,6 +28,8 @@ VIEWS: dict[str, str] = {
             SELECT DISTINCT ON (dataset) dataset, split_digest, split_key FROM split_membership
             ORDER BY dataset, written_at DESC, split_digest)
         SELECT split_membership.* FROM split_membership JOIN newest USING (dataset, split_digest, split_key)""",
+    # the dataset's own limits; a score below is flagged
+    "score_limits": _LIMITS,
     # one row for each image and issue, 0 bad to 1 good; images with a defect have none
     "image_scores": """
         WITH newest AS (
@@ -44,13 +46,12 @@ VIEWS: dict[str, str] = {
             FROM newest)
         UNPIVOT wide ON COLUMNS(* EXCLUDE image_sha256) INTO NAME issue VALUE score""",
     # each sample once, by the measure that lies lowest against its limit; below 1 it is flagged
-    "worst": f"""
-        WITH limits AS ({_LIMITS}),
-        of_sample AS (
+    "worst": """
+        WITH of_sample AS (
             SELECT v.dataset, v.sample_id, i.image_sha256, s.issue, s.score, l.score_limit,
                 s.score / nullif(l.score_limit, 0) AS margin, v.flags, v.reject_reason
             FROM latest_verdicts v JOIN images i USING (dataset, sample_id)
-            JOIN image_scores s USING (image_sha256) JOIN limits l USING (dataset, issue)
+            JOIN image_scores s USING (image_sha256) JOIN score_limits l USING (dataset, issue)
             QUALIFY row_number() OVER (PARTITION BY v.dataset, v.sample_id ORDER BY margin, issue) = 1)
         SELECT dataset, row_number() OVER (PARTITION BY dataset ORDER BY margin, sample_id) AS rank,
             sample_id, issue, round(score, 4) AS score, score_limit, round(margin, 3) AS margin, flags, reject_reason,

@@ -2,14 +2,15 @@
 
 import pyarrow.parquet as pq
 import pytest
-from made_datasets import made_spec, png, run_line, write_source
+from made_datasets import encode, made_spec, picture, png, run_line, write_source
 
 from mllm_assets.artifacts import find_damage
 from mllm_assets.data.sources import ingest
 from mllm_assets.data.spec import QualitySpec
 from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.layout import Layout
-from mllm_assets.quality.assess import QUALITY_FILE, assess
+from mllm_assets.quality.assess import assess
+from mllm_assets.quality.files import QUALITY_FILE
 from mllm_assets.quality.store import QualityStore
 
 
@@ -76,3 +77,15 @@ def test_an_unfinished_source_is_refused(layout: Layout) -> None:
     (raw.directory / "manifest.json").unlink()
     with pytest.raises(IntegrityError, match="was never finished. Materialise the asset that makes it again"):
         assess(made_spec(), layout, raw.directory, "run-1")
+
+
+def test_a_flag_rejects_only_where_asked(layout: Layout) -> None:
+    dark, wide = encode(picture(9).point(lambda value: value // 12)), encode(picture(8).resize((300, 200)))
+    write_source(layout.root, [(png(n), f"picture {n}") for n in range(6)] + [(dark, "dark"), (wide, "large")])
+    raw = ingest(made_spec(), layout)
+    plain = assess(made_spec(), layout, raw.directory, "run-1")
+    assert plain.flags == {"image_dark": 1, "image_odd_size": 1}
+    assert plain.num_rejected == 0
+    for flag in ("image_dark", "image_odd_size"):
+        strict = made_spec(quality=QualitySpec(reject_flags=(flag,)))
+        assert assess(strict, layout, raw.directory, "run-2").reject_reasons == {flag: 1}

@@ -1,0 +1,109 @@
+"""Look into an ingested source without holding it: texts in batches, images by row group, single images by digest."""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mllm_assets.errors import IntegrityError
+
+SAMPLES_FILE = "samples.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageIndex:
+    """Which images a source uses where.
+
+    Attributes:
+        ids: The digests of the U different images, in order of first use.
+        uses_T: The number in `ids` of each use, sample by sample.
+        offsets_S1: Sample s uses `uses_T[offsets_S1[s] : offsets_S1[s + 1]]`.
+        group_samples: The first sample of each row group, and the number of all.
+        group_images: The first image that each row group brings, and U.
+    """
+
+    ids: pa.StringArray
+    uses_T: NDArray[np.int32]
+    offsets_S1: NDArray[np.int64]
+    group_samples: list[int]
+    group_images: list[int]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.offsets_S1) - 1
+
+    def of_group(self, group: int) -> NDArray[np.int32]:
+        """The images of a row group's uses, in their order."""
+        first, last = self.group_samples[group], self.group_samples[group + 1]
+        return self.uses_T[self.offsets_S1[first] : self.offsets_S1[last]]
+
+
+@contextmanager
+def open_raw(raw: Path) -> Iterator[pq.ParquetFile]:
+    """The Parquet file of an ingested source; pages are compared with their checksums when they are read.
+
+    Raises:
+        IntegrityError: The file is missing or damaged.
+    """
+    path = raw / SAMPLES_FILE
+    try:
+        # pre-buffering would keep what was read until the file is closed
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        cause = str(error).splitlines()[0]
+        raise IntegrityError(
+            f"{path} is damaged ({cause}). Delete {raw} and materialise the raw asset again."
+        ) from error
+
+
+def index_images(raw: Path) -> ImageIndex:
+    """Read the images' digests, and no image."""
+    counts, group_samples, ids = [], [0], []
+    with open_raw(raw) as file:
+        for group in range(file.num_row_groups):
+            column = file.read_row_group(group, columns=["image_ids"]).column("image_ids").combine_chunks()
+            counts.append(np.diff(column.offsets.to_numpy()))
+            ids.append(column.flatten())
+            group_samples.append(group_samples[-1] + len(column))
+    encoded = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode()
+    uses = encoded.indices.to_numpy(zero_copy_only=False)
+    offsets = np.concatenate([[0], *counts]).cumsum()
+    highest = np.concatenate([[-1], np.maximum.accumulate(uses)]) if len(uses) else np.array([-1])
+    group_images = [int(highest[offsets[sample]]) + 1 for sample in group_samples]
+    return ImageIndex(encoded.dictionary, uses, offsets, group_samples, group_images)
+
+
+def read_texts(raw: Path, columns: Sequence[str]) -> Iterator[dict]:
+    """Rows without their images, one by one."""
+    assert "images" not in columns
+    with open_raw(raw) as file:
+        for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
+            yield from batch.to_pylist()
+
+
+def read_group_images(file: pq.ParquetFile, group: int) -> pa.Array:
+    """The undecoded images of a row group, use by use."""
+    return file.read_row_group(group, columns=["images"]).column("images").combine_chunks().flatten()
+
+
+def find_images(raw: Path, image_ids: Collection[str]) -> dict[str, bytes]:
+    """The bytes of single images; only the row groups that hold them are read."""
+    index = index_images(raw)
+    wanted = set(image_ids)
+    numbers = {number: name for number, name in enumerate(index.ids.to_pylist()) if name in wanted}
+    found: dict[str, bytes] = {}
+    with open_raw(raw) as file:
+        for group in range(file.num_row_groups):
+            first, last = index.group_images[group], index.group_images[group + 1]
+            here = {number for number in numbers if first <= number < last}
+            if here:
+                uses = index.of_group(group)
+                images = read_group_images(file, group)
+                found |= {numbers[n]: images[int(np.argmax(uses == n))].as_py() for n in here}
+    return found

@@ -1,0 +1,160 @@
+"""Measure every different image of an ingested source once; what DuckDB knows already is not decoded again."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mllm_assets.data.raw_files import ImageIndex, open_raw, read_group_images
+from mllm_assets.data.spec import FLAGS, QualitySpec
+from mllm_assets.quality import decoding
+from mllm_assets.quality.duplicates import look_of
+from mllm_assets.quality.probes import PROBE_VERSION, DecodeLimits, ImageMeasurement
+from mllm_assets.quality.store import QualityStore, arrow_schema
+from mllm_assets.quality.verdicts import image_flags, image_reject_reason, odd_size_limits
+
+COLUMNS = [field.name for field in fields(ImageMeasurement)]
+SCHEMA = pa.schema([*(arrow_schema("image_quality").field(name) for name in COLUMNS), pa.field("look", pa.string())])
+BATCH_IMAGES = 512
+# measurements that end at a limit of the spec are not complete, so they are not used again under other limits
+_CUT_SHORT = (
+    "image_too_many_bytes",
+    "image_too_many_pixels",
+    "image_too_many_frames",
+    "image_decode_too_slow",
+    "image_decoder_crashed",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """What the verdicts need of U different images, in the order of `ImageIndex.ids`.
+
+    Attributes:
+        reasons_U: Why each cannot be used, an index into `reasons`; 0 where it can.
+        flags_U: Bit b is set where flag `FLAGS[b]` is.
+        phash_U: Perceptual hashes.
+        colors_UC: 4x4 RGB thumbnails, C = 48.
+        num_decoded: How many were measured now.
+    """
+
+    reasons: list[str | None]
+    reasons_U: NDArray[np.int16]
+    flags_U: NDArray[np.uint32]
+    phash_U: NDArray[np.uint64]
+    colors_UC: NDArray[np.uint8]
+    num_decoded: int
+
+
+def measure_images(limits: QualitySpec, raw: Path, index: ImageIndex, store: QualityStore, target: Path) -> Images:
+    """Write a row an image to `target`, and judge each; one row group of images is in memory at a time.
+
+    Raises:
+        IntegrityError: A page of `raw` does not match its checksum.
+        MachineError: No process that decodes can be started.
+    """
+    known = _known_measurements(store, index)
+    is_known = np.zeros(len(index.ids), bool)
+    is_known[known.numbers] = True
+    decode_limits = DecodeLimits(
+        max_pixels=limits.max_pixels,
+        max_bytes=limits.max_image_bytes,
+        max_frames=limits.max_frames,
+        max_decode_s=limits.max_decode_s,
+    )
+    measured = decoding.measure_images(_unmeasured(raw, index, is_known), decode_limits)
+    judge = _Judge(limits, len(index.ids))
+    with pq.ParquetWriter(target, SCHEMA) as writer:
+        for first in range(0, len(index.ids), BATCH_IMAGES):
+            last = min(first + BATCH_IMAGES, len(index.ids))
+            stored = iter(known.slice(*np.searchsorted(known.numbers, [first, last])))
+            images = [next(stored if is_known[number] else measured) for number in range(first, last)]
+            judge.add(first, images)
+            looks = [None if image.phash_64 is None else look_of(image) for image in images]
+            columns = {name: [getattr(image, name) for image in images] for name in COLUMNS}
+            writer.write_table(pa.table({**columns, "look": looks}, schema=SCHEMA))
+    return judge.finish(int((~is_known).sum()))
+
+
+def _unmeasured(raw: Path, index: ImageIndex, is_known: NDArray[np.bool_]) -> Iterator[bytes]:
+    """The images that are not known, in the order of the index; row groups without one are not read."""
+    with open_raw(raw) as file:
+        for group in range(file.num_row_groups):
+            first, last = index.group_images[group], index.group_images[group + 1]
+            missing = first + np.flatnonzero(~is_known[first:last])
+            if len(missing):
+                images = read_group_images(file, group)
+                numbers, places = np.unique(index.of_group(group), return_index=True)
+                for place in places[np.searchsorted(numbers, missing)].tolist():
+                    yield images[place].as_py() or b""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Measurements of earlier runs, by their number in the index."""
+
+    numbers: NDArray[np.int32]
+    table: pa.Table
+
+    def slice(self, start: int, stop: int) -> list[ImageMeasurement]:
+        return [ImageMeasurement(**row) for row in self.table.slice(start, stop - start).to_pylist()]
+
+
+def _known_measurements(store: QualityStore, index: ImageIndex) -> _Known:
+    wanted = pa.table({"number": pa.array(np.arange(len(index.ids), dtype=np.int32)), "image_sha256": index.ids})
+    found = store.query_arrow(
+        f"SELECT number, {', '.join(COLUMNS)} FROM image_quality JOIN wanted USING (image_sha256) "
+        "WHERE probe_version = ? AND coalesce(defect, '') NOT IN (SELECT unnest(?)) ORDER BY number",
+        [PROBE_VERSION, list(_CUT_SHORT)],
+        given={"wanted": wanted},
+    )
+    return _Known(found["number"].to_numpy(), found.drop_columns(["number"]))
+
+
+class _Judge:
+    """Collects verdicts image by image; the odd sizes show only when all are known."""
+
+    def __init__(self, limits: QualitySpec, num_images: int) -> None:
+        self.limits = limits
+        self.reasons: dict[str | None, int] = {None: 0}
+        self.reasons_U = np.zeros(num_images, np.int16)
+        self.flags_U = np.zeros(num_images, np.uint32)
+        self.sizes_U = np.full(num_images, np.nan)
+        self.phash_U = np.zeros(num_images, np.uint64)
+        self.colors_UC = np.zeros((num_images, 48), np.uint8)
+
+    def add(self, first: int, images: list[ImageMeasurement]) -> None:
+        for number, image in enumerate(images, first):
+            self._set_reason(number, image_reject_reason(image, self.limits))
+            if image.defect is None and image.phash_64 is not None:
+                assert image.width_px and image.height_px and image.color_48
+                self.flags_U[number] = sum(1 << FLAGS.index(flag) for flag in image_flags(image, self.limits))
+                self.sizes_U[number] = math.sqrt(image.width_px * image.height_px)
+                self.phash_U[number] = image.phash_64
+                self.colors_UC[number] = np.frombuffer(bytes.fromhex(image.color_48), np.uint8)
+
+    def finish(self, num_decoded: int) -> Images:
+        low, high = odd_size_limits(self.sizes_U, self.limits.max_odd_size_iqr)
+        odd = (self.sizes_U < low) | (self.sizes_U > high)
+        self.flags_U[odd] |= 1 << FLAGS.index("image_odd_size")
+        for flag in self.limits.reject_flags:
+            flagged = (self.reasons_U == 0) & (self.flags_U & (1 << FLAGS.index(flag)) > 0)
+            for number in np.flatnonzero(flagged).tolist():
+                self._set_reason(number, flag)
+        return Images(
+            list(self.reasons), self.reasons_U, self.flags_U, self.phash_U, self.colors_UC, num_decoded=num_decoded
+        )
+
+    def _set_reason(self, number: int, reason: str | None) -> None:
+        self.reasons_U[number] = self.reasons.setdefault(reason, len(self.reasons))
+
+
+def flag_names(bits: int) -> list[Any]:
+    """The flags of a bit field, sorted."""
+    return sorted(flag for place, flag in enumerate(FLAGS) if bits >> place & 1)

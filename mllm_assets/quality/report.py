@@ -1,0 +1,209 @@
+"""A page on a dataset's quality: counts, histograms, the worst samples, duplicates side by side, odd captions.
+
+`report.html` holds its pictures and needs neither network nor server; `report.md` is small enough for an asset's
+metadata. Both are made from the files of an assessment, by the very queries that are the saved views of DuckDB.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mllm_assets.artifacts import read_manifest, write_text_atomic
+from mllm_assets.data.raw_files import find_images
+from mllm_assets.quality.charts import Histogram, histograms_png, markdown_cell, png_uri, thumbnail
+from mllm_assets.quality.record import define_rows
+from mllm_assets.quality.views import VIEWS
+
+REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
+MAX_MARKDOWN_BYTES = 190_000  # Dagster+ answers 413 above about 1 MB, and several assets share a page
+NUM_WORST, NUM_PAIRS, NUM_CAPTIONS, NUM_REJECTS = 24, 12, 8, 8
+NUM_MARKDOWN_WORST, NUM_MARKDOWN_PAIRS = 8, 4
+HTML_THUMBNAIL_PX, MARKDOWN_THUMBNAIL_PX = 224, 96
+# title, SQL over the measured images, unit
+IMAGE_HISTOGRAMS = (
+    ("dark: 99th percentile of brightness", "image_dark"),
+    ("light: 1 - 5th percentile of brightness", "image_light"),
+    ("information: entropy / 10", "image_low_information"),
+    ("sharpness", "image_blurry"),
+    ("shorter / longer edge", "image_odd_aspect_ratio"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Where the page lies, and its short form for an asset's metadata."""
+
+    html: Path
+    markdown: str
+
+
+def write_report(raw: Path, quality: Path) -> Report:
+    """Write `report.html` and `report.md` into a finished assessment; a report that is there is kept.
+
+    Args:
+        raw: The source that was assessed.
+        quality: The assessment's directory.
+
+    Raises:
+        IntegrityError: `quality` was never finished, or `raw` is damaged.
+    """
+    manifest = read_manifest(quality)
+    html, markdown = quality / REPORT_HTML, quality / REPORT_MARKDOWN
+    if not (html.is_file() and markdown.is_file()):
+        facts = _collect(raw, quality, manifest)
+        write_text_atomic(markdown, _render_markdown(facts))
+        write_text_atomic(html, _render_html(facts))
+    return Report(html, markdown.read_text(encoding="utf-8"))
+
+
+def _collect(raw: Path, quality: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    with duckdb.connect() as connection:
+        _define_views(connection, raw, quality, manifest)
+
+        def rows(sql: str) -> list[dict[str, Any]]:
+            return connection.sql(sql).to_arrow_table().to_pylist()
+
+        facts: dict[str, Any] = {
+            "dataset": manifest["dataset"],
+            "digest": manifest["digest"],
+            "counts": rows(
+                "SELECT count(*) AS num_samples, count(reject_reason) AS num_rejected, "
+                "count(*) FILTER (len(flags) > 0) AS num_flagged, "
+                "count(duplicate_group) - count(DISTINCT duplicate_group) AS num_duplicates FROM verdicts"
+            )[0],
+            "flags": rows(
+                "SELECT unnest(flags) AS name, count(*) AS count FROM verdicts GROUP BY 1 ORDER BY 2 DESC, 1"
+            ),
+            "reasons": rows(
+                "SELECT reject_reason AS name, count(*) AS count, min_by(sample_id, row_index) AS example "
+                "FROM verdicts WHERE reject_reason IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1"
+            ),
+            "worst": rows(
+                f"SELECT w.*, caption FROM worst w JOIN texts USING (sample_id) ORDER BY rank LIMIT {NUM_WORST}"
+            ),
+            "num_pairs": rows("SELECT kind AS name, count(*) AS count FROM pair_rows GROUP BY 1 ORDER BY 1"),
+            # the near pairs that differ most are the ones to doubt
+            "pairs": rows(
+                "SELECT p.*, a.caption AS caption_a, b.caption AS caption_b FROM pair_rows p "
+                "JOIN texts a ON a.sample_id = p.sample_a JOIN texts b ON b.sample_id = p.sample_b ORDER BY "
+                f"kind DESC, distance_bits DESC, color_distance DESC, sample_a, sample_b LIMIT {NUM_PAIRS}"
+            ),
+            "same_captions": rows(
+                "SELECT min(caption) AS caption, count(*) AS count FROM texts WHERE caption IS NOT NULL "
+                f"GROUP BY lower(trim(caption)) HAVING count(*) > 1 ORDER BY 2 DESC, 1 LIMIT {NUM_CAPTIONS}"
+            ),
+            "repetitive_captions": rows(
+                "SELECT caption, round(caption_repeated_share, 2) AS count FROM verdicts JOIN texts USING (sample_id) "
+                f"WHERE caption_repeated_share > 0 ORDER BY 2 DESC, 1 LIMIT {NUM_CAPTIONS}"
+            ),
+        }
+        charts = _charts(connection)
+    facts["histograms"] = png_uri(histograms_png(charts)) if charts else None
+    shown = {row["image_sha256"] for row in facts["worst"]}
+    shown |= {row[side] for row in facts["pairs"] for side in ("image_a", "image_b")}
+    facts["images"] = find_images(raw, shown)
+    return facts
+
+
+def _define_views(connection: duckdb.DuckDBPyConnection, raw: Path, quality: Path, manifest: Mapping[str, Any]) -> None:
+    """The tables that the saved views ask, over this one assessment."""
+    define_rows(connection, raw, quality)
+    thresholds = json.dumps(manifest["spec"]).replace("'", "''")
+    tables = {
+        "assessments": f"SELECT 'd' AS dataset, 'r' AS run_id, 'q' AS quality_digest, '{thresholds}'::JSON "
+        "AS thresholds, now() AS written_at",
+        "verdicts": "SELECT 'd' AS dataset, 'q' AS quality_digest, * FROM sample_rows",
+        "images": "SELECT dataset, sample_id, unnest(image_ids) AS image_sha256 FROM verdicts",
+        "image_quality": "SELECT *, 1 AS probe_version FROM image_rows",
+    }
+    for name, sql in tables.items():
+        connection.execute(f"CREATE VIEW {name} AS {sql}")
+    for name in ("latest_assessments", "latest_verdicts", "score_limits", "image_scores", "worst"):
+        connection.execute(f"CREATE VIEW {name} AS {VIEWS[name]}")
+
+
+def _charts(connection: duckdb.DuckDBPyConnection) -> list[Histogram]:
+    limits = dict(connection.sql("SELECT issue, score_limit FROM score_limits").fetchall())
+    charts = []
+    for title, issue in IMAGE_HISTOGRAMS:
+        values = connection.sql(f"SELECT score FROM image_scores WHERE issue = '{issue}'").fetchnumpy()["score"]
+        charts.append(Histogram(title, values, limit=limits[issue], span=(0.0, 1.0)))
+    size = "sqrt(width_px::DOUBLE * height_px)"
+    values = connection.sql(f"SELECT {size} AS v FROM image_quality WHERE width_px IS NOT NULL").fetchnumpy()["v"]
+    charts.append(Histogram("size: square root of the area, px", values))
+    for title, column in (("caption: tokens", "caption_num_tokens"), ("caption: characters", "caption_num_chars")):
+        values = connection.sql(f"SELECT {column} AS v FROM verdicts WHERE caption_num_chars > 0").fetchnumpy()["v"]
+        charts.append(Histogram(title, values))
+    return [chart for chart in charts if len(chart.values)]
+
+
+def _render_html(facts: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader("mllm_assets.quality"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pictures = {key: thumbnail(data, HTML_THUMBNAIL_PX) for key, data in facts["images"].items()}
+    return environment.get_template("report.html.jinja").render(**{**facts, "images": pictures})
+
+
+def _render_markdown(facts: Mapping[str, Any]) -> str:
+    """The same, shorter; whole sections are left out where it would grow too large."""
+    counts = facts["counts"]
+    sections = [
+        f"{counts['num_samples']} samples, {counts['num_rejected']} rejected, {counts['num_flagged']} flagged, "
+        f"{counts['num_duplicates']} duplicates.",
+        _counts_markdown("rejected for", facts["reasons"]),
+        _counts_markdown("flagged as", facts["flags"]),
+        f"![histograms]({facts['histograms']})" if facts["histograms"] else "",
+        _table(
+            ("worst samples", "issue", "score", "limit", "caption"),
+            (
+                (_picture(facts, row["image_sha256"]), row["issue"], row["score"], row["score_limit"], row["caption"])
+                for row in facts["worst"][:NUM_MARKDOWN_WORST]
+            ),
+        ),
+        _table(
+            ("duplicates", "", "kind", "bits apart", "captions"),
+            (
+                (
+                    _picture(facts, row["image_a"]),
+                    _picture(facts, row["image_b"]),
+                    row["kind"],
+                    row["distance_bits"],
+                    f"{row['caption_a'] or ''} / {row['caption_b'] or ''}",
+                )
+                for row in facts["pairs"][:NUM_MARKDOWN_PAIRS]
+            ),
+        ),
+    ]
+    kept: list[str] = []
+    num_bytes = 0
+    for section in sections:
+        num_bytes += len(section.encode()) + 2
+        if section and num_bytes <= MAX_MARKDOWN_BYTES:
+            kept.append(section)
+    return "\n\n".join(kept) + "\n"
+
+
+def _counts_markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    return _table((title, "samples"), ((row["name"], row["count"]) for row in rows))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [
+        "| " + " | ".join(cell if str(cell).startswith("![") else markdown_cell(cell) for cell in row) + " |"
+        for row in rows
+    ]
+    return "\n".join(["| " + " | ".join(header) + " |", "|" + " --- |" * len(header), *lines]) if lines else ""
+
+
+def _picture(facts: Mapping[str, Any], image_id: str) -> str:
+    return f"![]({thumbnail(facts['images'][image_id], MARKDOWN_THUMBNAIL_PX)})"
