@@ -1,5 +1,7 @@
 """Pretrained models as assets: `pretrained/<model>`, one per model of the `defs.yaml`."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -7,7 +9,7 @@ import dagster as dg
 from pydantic import Field
 
 from mllm_assets.artifacts import slug
-from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
+from mllm_assets.components.resources import OBSERVE_EVERY_S, AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.training.pretrained import PretrainedResult, describe_model, fetch_snapshot
 
 
@@ -77,7 +79,20 @@ def _obtain(
     model: Model, directory: Path, context: dg.AssetExecutionContext, gpu: AcceleratorResource
 ) -> PretrainedResult:
     if model.kind == "huggingface":
-        return fetch_snapshot(model.repo, model.revision, directory)
+        return fetch_snapshot(model.repo, model.revision, directory, say=_seldom(context.log.info))
     if model.kind == "tiny_gemma3":
         gpu.run(context, {"task": "build_pretrained", "directory": str(directory)})
     return describe_model(directory)
+
+
+def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Pass on what is said at most every few seconds: each line is a row of Dagster's event log."""
+    last_s = time.monotonic()
+
+    def said(text: str) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= OBSERVE_EVERY_S:
+            last_s = time.monotonic()
+            say(text)
+
+    return said

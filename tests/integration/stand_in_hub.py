@@ -50,7 +50,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong for the next `times` requests whose "METHOD path" matches."""
+    """What goes wrong for the next `times` requests whose "METHOD path" matches; by default nothing does."""
 
     pattern: str
     times: int = 1
@@ -248,15 +248,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply(302, b"", Location=f"{self.hub.cdn}/blob/{digest}?{SIGNATURE}", **linked)
 
     def reply_file(self, data: bytes, **headers: str) -> None:
-        if self.fault.flips_a_bit:
-            data = data[:-1] + bytes([data[-1] ^ 1])
         common = {**headers, "Accept_Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked is None or self.fault.ignores_range:
-            self.reply(200, data, **common)
-            return
-        start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
-        self.reply(206, data[start : end + 1], Content_Range=f"bytes {start}-{end}/{len(data)}", **common)
+        status, start, end = 200, 0, len(data) - 1
+        if asked is not None and not self.fault.ignores_range:
+            status, start, end = 206, int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+            common["Content_Range"] = f"bytes {start}-{end}/{len(data)}"
+        part = data[start : end + 1]
+        if self.fault.flips_a_bit:
+            part = bytes([part[0] ^ 1]) + part[1:]
+        self.reply(status, part, **common)
 
     def reply(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)

@@ -349,6 +349,17 @@ def test_a_gated_dataset_is_read_with_a_token_that_the_cdn_never_sees(
     assert GOOD_TOKEN.encode() not in written and GOOD_TOKEN not in caplog.text
 
 
+def test_a_server_that_echoes_the_token_is_not_quoted(
+    hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
+    caplog.set_level("INFO")
+    hub.faults = [Fault("GET /blob", 1000, status=400, headers={"X-Error-Message": f"no {GOOD_TOKEN} here"})]
+    assert "made/set cannot be fetched from the Hub" in failing(hub, tmp_path)
+    assert mllm_assets.hub.scrubbed(f"Bearer {GOOD_TOKEN}\n") == "Bearer HF_TOKEN\n"
+    assert GOOD_TOKEN not in caplog.text
+
+
 def test_a_token_stored_on_the_machine_is_not_sent(
     hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
