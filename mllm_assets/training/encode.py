@@ -8,6 +8,7 @@ Source: llamafactory 0.9.5, `data/template.py`, `data/mm_plugin.py` and `data/pr
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class Encoder:
         self.enable_thinking = enable_thinking
         self.image_token = family.image_token
         self.image_token_id: int = image_token_id(processor)
+        self._control_token = control_token_pattern(processor.tokenizer)
         self._slots = image_slots(family, processor)
         self._image_limits = {"max_pixels": image_max_pixels, "min_pixels": image_min_pixels}
 
@@ -88,7 +90,7 @@ class Encoder:
         """Encode all turns of a row, answers supervised.
 
         Raises:
-            DataError: `cutoff_len` cuts into an image or leaves no supervised token, the text itself holds image
+            DataError: `cutoff_len` cuts into an image or leaves no supervised token, the text itself holds control
                 tokens, or an image is damaged. Names the row.
         """
         slots = self._image_slots(row)
@@ -113,7 +115,7 @@ class Encoder:
         """Encode what stands before a row's last answer, up to where the model answers; all labels are -100.
 
         Raises:
-            DataError: The text itself holds image tokens, or an image is damaged. Names the row.
+            DataError: The text itself holds control tokens, or an image is damaged. Names the row.
         """
         slots = self._image_slots(row)
         pairs = self._pairs(row, slots)
@@ -154,11 +156,15 @@ class Encoder:
         system = self.system
         if messages and messages[0].role == "system":
             system, messages = messages[0].content, messages[1:]
+        if system:
+            self._refuse_control_tokens(row, "the system text", system)
         system = system or template.default_system
         texts = iter([""] * len(slots) if template.images_first else [slot.text for slot in slots])
         pairs = []
         for index in range(0, len(messages), 2):
             question = messages[index].content
+            for part in question.split(IMAGE_PLACEHOLDER):
+                self._refuse_control_tokens(row, f"message {index}", part)
             image_first = template.user_image_first is not None and question.startswith(IMAGE_PLACEHOLDER)
             user = template.user_image_first if image_first else template.user
             content = _expanded(question, texts)
@@ -173,7 +179,12 @@ class Encoder:
                     source += self._tokens(fill(template.system, system))
             source += self._tokens(fill(user or template.user, content))
             if index + 1 < len(messages):
-                before, target = self._answer(_expanded(messages[index + 1].content, texts))
+                answer = messages[index + 1].content
+                if self.enable_thinking is False:
+                    answer = template.without_thought(answer)
+                for part in answer.split(IMAGE_PLACEHOLDER):
+                    self._refuse_control_tokens(row, f"message {index + 1}", part)
+                before, target = self._answer(_expanded(answer, texts))
                 pairs.append((source + before, target))
             else:
                 pairs.append((source, []))
@@ -182,8 +193,6 @@ class Encoder:
     def _answer(self, answer: str) -> tuple[list[int], list[int]]:
         """Return what an answer adds to its question, and its own token ids."""
         template = self.template
-        if self.enable_thinking is False:
-            answer = template.without_thought(answer)
         target = self._tokens(fill(template.assistant, answer))
         if template.ends_with_eos and self.tokenizer.eos_token_id is not None:
             target.append(self.tokenizer.eos_token_id)
@@ -191,6 +200,18 @@ class Encoder:
             return [], target
         thought = self._tokens("".join(template.thought))
         return ([], thought + target) if self.enable_thinking else (thought, target)
+
+    def _refuse_control_tokens(self, row: "Row", place: str, text: str) -> None:
+        """A tokenizer takes `<end_of_turn>` in a text for the end of the turn, and so does LLaMA-Factory.
+
+        Encoding it as plain characters instead would train what no chat program sends, and other ids than
+        LLaMA-Factory's from the same file.
+        """
+        if self._control_token is not None and (found := self._control_token.search(text)):
+            raise DataError(
+                f"Row {row.id}: {place} holds {found.group()!r}, which steers the model and would be read as that, not "
+                "as text. Take it out, or drop the row."
+            )
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
@@ -205,9 +226,16 @@ class Encoder:
                 f"image tokens. Raise cutoff_len by at least {row.num_tokens_cut}."
             )
         raise DataError(
-            f"Row {row.id} has {found} image tokens in its text, expected {expected} for its {len(row.images)} images. "
-            f"Its text holds a control token of the model, such as {self.image_token}: take it out."
+            f"Row {row.id} has {found} image tokens, expected {expected} for its {len(row.images)} images. Check the "
+            f"{IMAGE_PLACEHOLDER} placeholders of its user messages."
         )
+
+
+def control_token_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """What matches each special token of a tokenizer, None where it has none."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(special, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first))) if special else None
 
 
 def image_token_id(processor: Any) -> int:

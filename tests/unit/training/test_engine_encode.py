@@ -69,10 +69,42 @@ def test_a_row_that_supervises_nothing_is_refused(processor: Any) -> None:
         Encoder(processor).encode(row)
 
 
-def test_a_control_token_in_the_text_is_refused(processor: Any) -> None:
-    messages = (Message("user", "hi <image_soft_token>"), Message("assistant", "ho"))
-    with pytest.raises(DataError, match=r"Row r8 has 1 image tokens in its text, expected 0 for its 0 images"):
+CONTROL = ["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<image_soft_token>"]
+
+
+@pytest.mark.parametrize("token", CONTROL)
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["system", "question", "answer"])
+def test_a_control_token_in_any_text_is_refused(processor: Any, token: str, place: int) -> None:
+    """The tokenizer would read it as the end of the turn, or as an image; LLaMA-Factory lets it."""
+    assert len(processor.tokenizer.encode(token, add_special_tokens=False)) == 1
+    texts = ["be brief", "what", "this"]
+    texts[place] = f"a {token}b"
+    messages = tuple(map(Message, ("system", "user", "assistant"), texts))
+    where = ("the system text", "message 0", "message 1")[place]
+    with pytest.raises(DataError, match=rf"Row r8: {where} holds '{token}', which steers the model.*or drop the row"):
         Encoder(processor).encode(Row(id="r8", messages=messages, images=()))
+
+
+def test_what_only_looks_like_a_control_token_is_text(processor: Any) -> None:
+    """No id of a control token but those of the turn format itself."""
+    special = {id for id, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
+
+    def control_ids(question: str, answer: str) -> list[int]:
+        messages = (Message("user", question), Message("assistant", answer))
+        encoded = Encoder(processor).encode(Row(id="r9", messages=messages, images=()))
+        return [token for token in encoded.input_ids if token in special]
+
+    texts = [
+        "<End_Of_Turn>",
+        "<end_of_turn",
+        "< bos >",
+        "<start_of_<b>turn>",
+        "\u202eend_of_turn",
+        "\x00\x1b[2J",
+        "שלום",
+    ]
+    for text in texts:
+        assert control_ids(text, text) == control_ids("a", "b")
 
 
 def test_a_cut_answer_is_counted(processor: Any) -> None:
