@@ -8,7 +8,7 @@ groups, `history` decides: a sample that trained or validated before keeps its s
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mllm_assets.data.spec import SplitSpec
@@ -19,6 +19,10 @@ TRAIN = "train"
 VAL = "val"
 UNUSED = "unused"
 REJECTED = "rejected"
+
+
+# Near-duplicate pairs that connect the looks it is asked for, by nothing but these looks
+Near = Callable[[Collection[str]], Iterable[Pair]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +46,13 @@ class Assignment:
 
 
 def assign(
-    candidates: Sequence[Candidate], pairs: Iterable[Pair], spec: SplitSpec, history: Mapping[str, str]
+    candidates: Sequence[Candidate], near: Near, spec: SplitSpec, history: Mapping[str, str]
 ) -> list[Assignment]:
     """Assign every candidate to train, val or unused.
 
     Args:
         candidates: All accepted samples of the dataset.
-        pairs: Near-duplicate looks.
+        near: Finds what looks alike among some looks.
         spec: Sizes asked for and the seed.
         history: The side of samples that trained or validated under the same `spec` before.
 
@@ -59,19 +63,18 @@ def assign(
     Raises:
         DataError: Fewer than two usable samples.
     """
-    pairs = list(pairs)
     unused: dict[str, str] = {}
     remaining = {c.sample_id: c for c in candidates}
     for sample_id in list(remaining):
         if "-" in sample_id:  # a repeat of the same images and texts, see `sources.sample_content_id`
             unused[sample_id] = "sample_duplicate"
             del remaining[sample_id]
-    groups = _grouped(remaining, pairs)
-    all_groups = _grouped({c.sample_id: c for c in candidates}, pairs)
-    for sample_id in _bridging(remaining, groups, pairs, history):
-        unused[sample_id] = "image_bridges_splits"
-        del remaining[sample_id]
-    groups = _grouped(remaining, pairs)
+    groups = all_groups = _grouped({c.sample_id: c for c in candidates}, near)
+    if bridging := _bridging(remaining, groups, near, history):
+        unused |= dict.fromkeys(bridging, "image_bridges_splits")
+        remaining = {key: c for key, c in remaining.items() if key not in bridging}
+        groups = _grouped(remaining, near)
+    groups = {key: groups[key] for key in remaining}
     num_train, num_val = _sizes(len(remaining), spec)
 
     members: dict[str, list[str]] = defaultdict(list)
@@ -104,21 +107,22 @@ def _hash(seed: int, purpose: str, key: str) -> str:
     return hashlib.sha256(f"{seed} {purpose} {key}".encode()).hexdigest()
 
 
-def _grouped(candidates: Mapping[str, Candidate], pairs: Iterable[Pair]) -> dict[str, str]:
+def _grouped(candidates: Mapping[str, Candidate], near: Near) -> dict[str, str]:
+    pairs = near({look for c in candidates.values() for look in c.looks})
     groups = group_samples({key: c.looks for key, c in candidates.items()}, pairs)
     return group_keys(groups, {key: c.image_ids for key, c in candidates.items()})
 
 
 def _bridging(
-    candidates: Mapping[str, Candidate], groups: Mapping[str, str], pairs: Iterable[Pair], history: Mapping[str, str]
+    candidates: Mapping[str, Candidate], groups: Mapping[str, str], near: Near, history: Mapping[str, str]
 ) -> set[str]:
     """Samples to leave out so that no group holds old samples of both sides: new ones first, then old val ones."""
-    torn = _torn_groups(groups, history)
+    torn = _torn_groups({key: groups[key] for key in candidates}, history)
     if not torn:
         return set()
-    left_out = {key for key, group in groups.items() if group in torn and key not in history}
-    rest = {key: candidates[key] for key, group in groups.items() if group in torn and key in history}
-    regrouped = _grouped(rest, pairs)
+    affected = [key for key in candidates if groups[key] in torn]
+    left_out = {key for key in affected if key not in history}
+    regrouped = _grouped({key: candidates[key] for key in affected if key in history}, near)
     still_torn = _torn_groups(regrouped, history)
     return left_out | {key for key, group in regrouped.items() if group in still_torn and history[key] == VAL}
 

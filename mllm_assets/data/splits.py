@@ -3,7 +3,7 @@
 import json
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from mllm_assets.data.sources import read_raw
 from mllm_assets.data.spec import DatasetSpec, as_json
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.layout import Layout
-from mllm_assets.quality.duplicates import Pair
-from mllm_assets.quality.files import IMAGES_FILE, PAIRS_FILE, QUALITY_FILE
+from mllm_assets.quality.duplicates import Pair, pairs_of_looks
+from mllm_assets.quality.files import IMAGES_FILE, QUALITY_FILE
 from mllm_assets.quality.store import QualityStore, table_for, utc_now
 from mllm_assets.quality.verdicts import render_answer
 
@@ -109,10 +109,9 @@ def build_row(spec: DatasetSpec, sample: Mapping[str, Any], position: int, image
 def _assignments(
     spec: DatasetSpec, store: QualityStore, quality: Path, verdicts: list[dict[str, Any]]
 ) -> list[Assignment]:
-    looks = {
-        image["image_sha256"]: image["look"]
-        for image in pq.read_table(quality / IMAGES_FILE, columns=["image_sha256", "look"]).to_pylist()
-    }
+    images = pq.read_table(quality / IMAGES_FILE, columns=["image_sha256", "look", "phash_64", "color_48"]).to_pylist()
+    looks = {image["image_sha256"]: image["look"] for image in images}
+    seen = {image["look"]: image for image in images if image["look"] is not None}
     candidates = [
         Candidate(
             sample_id=verdict["sample_id"],
@@ -122,14 +121,21 @@ def _assignments(
         for verdict in verdicts
         if verdict["reject_reason"] is None
     ]
-    pairs = [Pair(**pair) for pair in pq.read_table(quality / PAIRS_FILE).to_pylist()]
+
+    def near(some: Collection[str]) -> list[Pair]:
+        return pairs_of_looks(
+            {look: (seen[look]["phash_64"], seen[look]["color_48"]) for look in some},
+            distance_bits=spec.quality.duplicate_distance_bits,
+            color_distance=spec.quality.duplicate_color_distance,
+        )
+
     history = store.query(
         "SELECT sample_id, split FROM split_membership "
         "WHERE dataset = ? AND split_key = ? AND split IN ('train', 'val') "
         "QUALIFY row_number() OVER (PARTITION BY sample_id ORDER BY written_at DESC) = 1",
         [spec.name, split_key(spec)],
     )
-    return assign(candidates, pairs, spec.split, {row["sample_id"]: row["split"] for row in history})
+    return assign(candidates, near, spec.split, {row["sample_id"]: row["split"] for row in history})
 
 
 def _write_images_and_rows(

@@ -1,21 +1,19 @@
 """Exact and near-duplicate images, and the groups of samples that must stay on one side of a split.
 
 Two images are near-duplicates when their 64-bit perceptual hashes differ in at most d bits and the means of a 4x4
-RGB thumbnail differ little (the hash alone is colour-blind: it takes a blue heart for a brown one). Candidates come
-from banding: of d+1 bands of the hash two within d bits must share one, so the search is exact.
+RGB thumbnail differ little (the hash alone is colour-blind: it takes a blue heart for a brown one). `grouping` finds
+them exactly.
 Not covered: crops, rotations and mirror images.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-import duckdb
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
+from mllm_assets.quality.grouping import near_forest
 from mllm_assets.quality.probes import ImageMeasurement
 
 
@@ -40,17 +38,23 @@ def look_name(phash_64: int | None, color_48: str | None) -> str:
 
 
 def find_pairs(images: Iterable[ImageMeasurement], *, distance_bits: int, color_distance: float) -> list[Pair]:
-    """All pairs of different looks that are near-duplicates, sorted.
+    """Near-duplicate pairs of different looks that connect each group of them, sorted.
 
     Args:
         images: Measured images without a defect.
         distance_bits: Largest Hamming distance of the perceptual hashes.
         color_distance: Largest mean absolute difference of the 4x4 RGB thumbnails, 0..255.
     """
-    looks = {look_of(image): image for image in images}
+    looks = {look_of(image): (image.phash_64 or 0, image.color_48 or "") for image in images}
+    return pairs_of_looks(looks, distance_bits=distance_bits, color_distance=color_distance)
+
+
+def pairs_of_looks(looks: Mapping[str, tuple[int, str]], *, distance_bits: int, color_distance: float) -> list[Pair]:
+    """`find_pairs` of looks by name, each a hash and colours as `ImageMeasurement` holds them."""
     names = sorted(looks)
-    hashes = np.array([looks[name].phash_64 for name in names], np.uint64)
-    colors = np.array([list(bytes.fromhex(looks[name].color_48 or "")) for name in names], np.uint8)
+    hashes = np.array([looks[name][0] for name in names], np.uint64)
+    colors = np.frombuffer(bytes.fromhex("".join(looks[name][1] for name in names)), np.uint8)
+    colors = colors.reshape(len(names), -1) if names else np.zeros((0, 1), np.uint8)
     near = near_pairs(hashes, colors, distance_bits=distance_bits, color_distance=color_distance)
     columns = (near.a_E.tolist(), near.b_E.tolist(), near.bits_E.tolist(), near.color_E.tolist())
     return [Pair(names[a], names[b], bits, color) for a, b, bits, color in zip(*columns, strict=True)]
@@ -58,7 +62,11 @@ def find_pairs(images: Iterable[ImageMeasurement], *, distance_bits: int, color_
 
 @dataclass(frozen=True, slots=True)
 class NearPairs:
-    """E pairs by their places in the input, `a_E` < `b_E`, sorted; Hamming distances and mean colour differences."""
+    """E pairs by their places in the input, `a_E` < `b_E`, sorted; Hamming distances and mean colour differences.
+
+    They connect the looks that were given. A part of the looks has to be connected anew: what connects them may lie
+    outside of it.
+    """
 
     a_E: NDArray[np.int64]
     b_E: NDArray[np.int64]
@@ -69,37 +77,12 @@ class NearPairs:
 def near_pairs(
     hashes_N: NDArray[np.uint64], colors_NC: NDArray[np.uint8], *, distance_bits: int, color_distance: float
 ) -> NearPairs:
-    """All pairs of N looks that are near-duplicates. The looks must differ, or there may be N² of them."""
-    if len(hashes_N) < 2:
-        none = np.zeros(0, np.int64)
-        return NearPairs(none, none, none, np.zeros(0))
-    hashes = pa.table({"i": pa.array(np.arange(len(hashes_N), dtype=np.int32)), "phash": pa.array(hashes_N)})
-    with duckdb.connect() as connection:
-        connection.register("hashes", hashes)
-        found = (
-            connection.sql(_candidates_sql(distance_bits))
-            .to_arrow_table()
-            .sort_by([("i", "ascending"), ("j", "ascending")])
-        )
-    a, b = (found[name].to_numpy().astype(np.int64) for name in ("i", "j"))
-    bits = found["distance"].to_numpy().astype(np.int64)
+    """Near-duplicate pairs of N looks, as many as connect each group and no more; see `grouping.near_forest`."""
+    forest = near_forest(hashes_N, colors_NC, distance_bits=distance_bits, color_distance=color_distance)
+    a, b = forest.a_E, forest.b_E
+    bits = np.bitwise_count(hashes_N[a] ^ hashes_N[b]).astype(np.int64)
     differences = np.abs(colors_NC[a].astype(np.int16) - colors_NC[b]).mean(axis=1) if len(a) else np.zeros(0)
-    near = differences <= color_distance
-    return NearPairs(a[near], b[near], bits[near], differences[near].round(3))
-
-
-def _candidates_sql(distance_bits: int) -> str:
-    edges = [int(edge) for edge in np.linspace(0, 64, distance_bits + 2)]
-    bands = " UNION ALL ".join(
-        f"SELECT i, phash, {band} AS band, (phash >> {start}) & {(1 << (end - start)) - 1}::UBIGINT AS bits FROM hashes"
-        for band, (start, end) in enumerate(pairwise(edges))
-    )
-    return f"""
-        WITH bands AS ({bands})
-        SELECT DISTINCT a.i, b.i AS j, bit_count(xor(a.phash, b.phash)) AS distance
-        FROM bands a JOIN bands b ON a.band = b.band AND a.bits = b.bits AND a.i < b.i
-        WHERE bit_count(xor(a.phash, b.phash)) <= {distance_bits}
-    """
+    return NearPairs(a, b, bits, differences.round(3))
 
 
 def group_samples(looks: Mapping[str, Sequence[str]], pairs: Iterable[Pair]) -> dict[str, int]:

@@ -2,10 +2,11 @@
 
 import hashlib
 import random
+from collections.abc import Collection
 
 import pytest
 
-from mllm_assets.data.assign import Assignment, Candidate, assign
+from mllm_assets.data.assign import Assignment, Candidate, Near, assign
 from mllm_assets.data.spec import SplitSpec
 from mllm_assets.errors import DataError
 from mllm_assets.quality.duplicates import Pair
@@ -14,6 +15,11 @@ from mllm_assets.quality.duplicates import Pair
 def candidate(name: str, *looks: str) -> Candidate:
     image_id = hashlib.sha256(name.encode()).hexdigest()
     return Candidate(sample_id=image_id[:16], image_ids=(image_id,), looks=looks or (name,))
+
+
+def near(*pairs: Pair) -> Near:
+    """What `assign` asks for, from pairs given by hand."""
+    return lambda looks: [pair for pair in pairs if pair.a in looks and pair.b in looks]
 
 
 def candidates(count: int) -> list[Candidate]:
@@ -37,25 +43,25 @@ def crossed(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 
 def test_sizes_are_exact_where_there_are_samples_enough() -> None:
-    result = assign(candidates(800), [], SplitSpec(num_train=680, num_val=120), {})
+    result = assign(candidates(800), near(), SplitSpec(num_train=680, num_val=120), {})
     assert (count(result, "train"), count(result, "val")) == (680, 120)
-    result = assign(candidates(1221), [], SplitSpec(num_train=500, num_val=50), {})
+    result = assign(candidates(1221), near(), SplitSpec(num_train=500, num_val=50), {})
     assert (count(result, "train"), count(result, "val"), count(result, "unused")) == (500, 50, 671)
     assert {a.reason for a in result if a.split == "unused"} == {"over_quota"}
 
 
 def test_too_few_samples_shrink_both_sizes_in_proportion_train_rounded_down() -> None:
-    result = assign(candidates(101), [], SplitSpec(num_train=500, num_val=50), {})
+    result = assign(candidates(101), near(), SplitSpec(num_train=500, num_val=50), {})
     assert (count(result, "train"), count(result, "val")) == (91, 10)
 
 
 def test_one_sample_cannot_be_split() -> None:
     with pytest.raises(DataError, match="Only 1 usable samples are left, but a split needs at least 2"):
-        assign(candidates(1), [], SplitSpec(), {})
+        assign(candidates(1), near(), SplitSpec(), {})
 
 
 def test_positions_number_each_split_from_zero() -> None:
-    result = assign(candidates(30), [], SplitSpec(num_train=20, num_val=5), {})
+    result = assign(candidates(30), near(), SplitSpec(num_train=20, num_val=5), {})
     assert sorted(a.position for a in result if a.split == "train" and a.position is not None) == list(range(20))
     assert sorted(a.position for a in result if a.split == "val" and a.position is not None) == list(range(5))
 
@@ -64,20 +70,20 @@ def test_the_order_of_the_source_does_not_matter() -> None:
     pool = candidates(60)
     shuffled = random.Random(1).sample(pool, len(pool))
     spec = SplitSpec(num_train=30, num_val=10)
-    assert sides(assign(pool, [], spec, {})) == sides(assign(shuffled, [], spec, {}))
+    assert sides(assign(pool, near(), spec, {})) == sides(assign(shuffled, near(), spec, {}))
 
 
 def test_another_seed_is_another_split() -> None:
     pool = candidates(100)
-    first = sides(assign(pool, [], SplitSpec(num_train=50, num_val=50, seed=1), {}))
-    assert first != sides(assign(pool, [], SplitSpec(num_train=50, num_val=50, seed=2), {}))
+    first = sides(assign(pool, near(), SplitSpec(num_train=50, num_val=50, seed=1), {}))
+    assert first != sides(assign(pool, near(), SplitSpec(num_train=50, num_val=50, seed=2), {}))
 
 
 def test_added_samples_move_no_old_sample_across_without_any_history() -> None:
     """With samples to spare the two ends of the hash order never meet, so a lost database moves nothing either."""
     spec = SplitSpec(num_train=100, num_val=20)
-    old = sides(assign(candidates(150), [], spec, {}))
-    assert crossed(old, sides(assign(candidates(400), [], spec, {}))) == []
+    old = sides(assign(candidates(150), near(), spec, {}))
+    assert crossed(old, sides(assign(candidates(400), near(), spec, {}))) == []
 
 
 def test_added_samples_move_no_old_sample_across_while_the_sizes_still_grow() -> None:
@@ -85,9 +91,9 @@ def test_added_samples_move_no_old_sample_across_while_the_sizes_still_grow() ->
     moved_without_history = 0
     for seed in range(10):
         spec = SplitSpec(num_train=500, num_val=100, seed=seed)
-        old = assign(candidates(300), [], spec, {})
-        moved_without_history += len(crossed(sides(old), sides(assign(candidates(450), [], spec, {}))))
-        new = assign(candidates(450), [], spec, used(old))
+        old = assign(candidates(300), near(), spec, {})
+        moved_without_history += len(crossed(sides(old), sides(assign(candidates(450), near(), spec, {}))))
+        new = assign(candidates(450), near(), spec, used(old))
         assert crossed(sides(old), sides(new)) == []
         assert count(new, "train") + count(new, "val") == 450
     assert moved_without_history > 0
@@ -96,7 +102,7 @@ def test_added_samples_move_no_old_sample_across_while_the_sizes_still_grow() ->
 def test_a_group_stays_on_one_side() -> None:
     pool = [candidate(f"group {n // 3} picture {n}", f"look {n}") for n in range(300)]
     pairs = [Pair(f"look {n}", f"look {n + 1}", 2, 1.0) for n in range(300) if n % 3 != 2]
-    result = assign(pool, pairs, SplitSpec(num_train=200, num_val=50), {})
+    result = assign(pool, near(*pairs), SplitSpec(num_train=200, num_val=50), {})
     by_group: dict[str, set[str]] = {}
     for assignment in result:
         by_group.setdefault(assignment.group, set()).add(assignment.split)
@@ -108,7 +114,7 @@ def test_a_group_stays_on_one_side() -> None:
 def test_a_repeat_of_the_same_sample_is_unused_as_a_duplicate() -> None:
     first = candidate("one")
     repeat = Candidate(sample_id=f"{first.sample_id}-2", image_ids=first.image_ids, looks=first.looks)
-    result = assign([first, repeat, *candidates(10)], [], SplitSpec(num_train=8, num_val=2), {})
+    result = assign([first, repeat, *candidates(10)], near(), SplitSpec(num_train=8, num_val=2), {})
     assert {a.sample_id: a.reason for a in result}[repeat.sample_id] == "sample_duplicate"
 
 
@@ -116,12 +122,12 @@ def test_a_new_picture_between_an_old_train_and_an_old_val_sample_is_left_out() 
     """Joining the two groups would put one of the old samples on the other side."""
     pool = candidates(10)
     spec = SplitSpec(num_train=8, num_val=2)
-    old = sides(assign(pool, [], spec, {}))
+    old = sides(assign(pool, near(), spec, {}))
     train = next(c for c in pool if old[c.sample_id] == "train")
     val = next(c for c in pool if old[c.sample_id] == "val")
     bridge = candidate("bridge")
     pairs = [Pair(train.looks[0], "bridge", 2, 1.0), Pair(val.looks[0], "bridge", 2, 1.0)]
-    new = assign([*pool, bridge], pairs, spec, old)
+    new = assign([*pool, bridge], near(*pairs), spec, old)
     assert {a.sample_id: a.reason for a in new}[bridge.sample_id] == "image_bridges_splits"
     assert {key: side for key, side in sides(new).items() if key != bridge.sample_id} == old
 
@@ -130,10 +136,10 @@ def test_old_samples_that_now_count_as_duplicates_leave_validation() -> None:
     """A wider duplicate distance can join an old train and an old val sample directly."""
     pool = candidates(10)
     spec = SplitSpec(num_train=8, num_val=2)
-    old = sides(assign(pool, [], spec, {}))
+    old = sides(assign(pool, near(), spec, {}))
     train = next(c for c in pool if old[c.sample_id] == "train")
     val = next(c for c in pool if old[c.sample_id] == "val")
-    new = assign(pool, [Pair(train.looks[0], val.looks[0], 4, 1.0)], spec, old)
+    new = assign(pool, near(Pair(train.looks[0], val.looks[0], 4, 1.0)), spec, old)
     assert {a.sample_id: (a.split, a.reason) for a in new}[val.sample_id] == ("unused", "image_bridges_splits")
     assert sides(new)[train.sample_id] == "train"
 
@@ -143,5 +149,26 @@ def test_a_corrected_caption_does_not_move_its_picture_across() -> None:
     pool = candidates(100)
     spec = SplitSpec(num_train=80, num_val=20)
     corrected = [Candidate(sample_id=f"{n:016x}", image_ids=c.image_ids, looks=c.looks) for n, c in enumerate(pool)]
-    old, new = sides(assign(pool, [], spec, {})), sides(assign(corrected, [], spec, {}))
+    old, new = sides(assign(pool, near(), spec, {})), sides(assign(corrected, near(), spec, {}))
     assert list(old.values()) == list(new.values())
+
+
+def test_a_bridge_that_is_left_out_does_not_hide_what_it_stood_between() -> None:
+    """The old pair was connected through the new picture; without it the two must still be found to be alike."""
+    pool = candidates(12)
+    spec = SplitSpec(num_train=6, num_val=4)
+    old = sides(assign(pool, near(), spec, {}))
+    trains = [c for c in pool if old[c.sample_id] == "train"]
+    val = next(c for c in pool if old[c.sample_id] == "val")
+    bridge = candidate("bridge")
+
+    def forest(looks: Collection[str]) -> list[Pair]:
+        """As few pairs as connect: a star around the bridge where it is there, otherwise around the first."""
+        close = sorted({trains[0].looks[0], trains[1].looks[0], val.looks[0], "bridge"} & set(looks))
+        centre = "bridge" if "bridge" in close else close[0] if close else ""
+        return [Pair(*sorted((centre, look)), 2, 1.0) for look in close if look != centre]
+
+    new = {a.sample_id: (a.split, a.reason) for a in assign([*pool, bridge], forest, spec, old)}
+    assert new[bridge.sample_id] == ("unused", "image_bridges_splits")
+    assert new[val.sample_id] == ("unused", "image_bridges_splits"), "it looks like two training pictures itself"
+    assert [new[c.sample_id][0] for c in trains] == ["train"] * len(trains)
