@@ -64,7 +64,7 @@ def make_model(directory: Path, *, vocab_size: int) -> None:
 
 
 def make_data(directory: Path, *, num_rows: int) -> None:
-    """Write a ShareGPT directory: embedded pictures at 512 px, with captions as long as the guide's (10 words)."""
+    """Write a ShareGPT directory: embedded pictures at 512 px, each with its name as caption."""
     (directory / "images").mkdir(parents=True)
     path = Path(sample_data.__file__).with_name("emoji.parquet")
     table = pq.read_table(path, columns=["image", "text"]).slice(0, num_rows).to_pylist()
@@ -73,7 +73,7 @@ def make_data(directory: Path, *, num_rows: int) -> None:
         name = f"images/{index:03d}.jpg"
         picture = Image.open(io.BytesIO(table[index]["image"]["bytes"])).convert("RGB")
         picture.resize((512, 512)).save(directory / name, quality=90)
-        caption = f"The picture shows {table[index]['text']} on a plain ground."
+        caption = f"{table[index]['text']}."
         messages = [
             {"role": "user", "content": f"<image>{PROMPT}"},
             {"role": "assistant", "content": caption},

@@ -24,7 +24,7 @@ from speed_case import CASES, make_data, make_model, recipe_keys
 VOCABULARIES = {"8k": 8_192, "262k": 262_208}
 NUM_ROWS, NUM_STEPS, NUM_WARMUP_STEPS = 8, 8, 2
 WORKER = Path(__file__).with_name("speed_worker.py")
-HEADER = "| vocabulary | trains | trainer | CPU-s a step | wall s | gain | peak MiB | share | loss diff. | whole run, CPU-s |"
+HEADER = "| vocabulary | trains | trainer | CPU-s a step | wall s | gain | peak MiB | share | loss diff. | run, CPU-s |"
 
 
 def run_once(trainer: str, case: str, model_dir: Path, data_dir: Path, *, bf16: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mllm_assets.training.collate import Collator
 from mllm_assets.training.freezing import TrainableSet
 from mllm_assets.training.inputs import Inputs, make_collator
 from mllm_assets.training.memory import GIB, Precision
-from mllm_assets.training.model import base_model, load_model
+from mllm_assets.training.model import load_model
 from mllm_assets.training.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -124,85 +124,102 @@ def _free_bytes(directory: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def install(
-    cache_plan: CachePlan, settings: CacheSettings, spec: TrainSpec, trainable: TrainableSet, inputs: Inputs,
+def prepare(
+    cache_plan: CachePlan, settings: CacheSettings, spec: TrainSpec, shape: TrainableSet, inputs: Inputs,
     model_dir: Path, device_kind: str, precision: Precision, reporter: "Reporter",
 ) -> Cached:  # fmt: skip
-    """Compute what is missing, compare some of it with the model's own output, and put it in the model's place.
+    """Compute what is missing and compare some of it with the model's own output, before the model that trains loads.
 
-    Every process computes its share of what is missing and waits for the others.
+    The model is loaded for this and let go again, so that the frozen parts are not in memory while training. Every
+    process computes its share of what is missing and waits for the others.
 
     Raises:
         IntegrityError: What is cached is damaged or not what this model computes.
         RecipeError: What is cached trains.
         DataError: An image is damaged.
     """
-    model = base_model(trainable.model)
-    pixels = make_collator(spec, inputs.processor)
-    if cache_plan.boundary is not None:
-        return _install_hidden_states(
-            cache_plan.boundary, cache_plan, settings, spec, trainable, inputs, device_kind, precision, reporter
+    if cache_plan.tower:
+        tower.require_frozen(shape.names)
+    if cache_plan.boundary is None and not cache_plan.tower:
+        return Cached(collator=make_collator(spec, inputs.processor))
+    work = _Work(
+        settings, spec, inputs, load_model(model_dir, dtype=precision.weights), device_kind, precision, reporter
+    )
+    if cache_plan.boundary is None:
+        return Cached(
+            collator=make_collator(spec, inputs.processor, features=work.feature_reader()), taken=[tower.TOWER]
         )
-    if not cache_plan.tower:
-        return Cached(collator=pixels)
-    reader = _feature_reader(settings, spec, model, inputs, device_kind, precision, reporter)
-    tower.install(model, trainable.names)
-    return Cached(collator=make_collator(spec, inputs.processor, features=reader), taken=[tower.TOWER])
+    reader = work.hidden_state_reader(cache_plan.boundary, from_features=cache_plan.tower)
+    return Cached(
+        collator=make_collator(spec, inputs.processor, hidden_states=reader),
+        taken=[
+            tower.TOWER,
+            "model.multi_modal_projector",
+            *(f"{hidden_states.LAYERS}.{index}" for index in range(cache_plan.boundary)),
+        ],
+    )
 
 
-def _feature_reader(
-    settings: CacheSettings, spec: TrainSpec, model: Any, inputs: Inputs, device_kind: str, precision: Precision,
-    reporter: "Reporter",
-) -> features.FeatureReader:  # fmt: skip
-    pixels = make_collator(spec, inputs.processor)
-    fingerprint = tower.tower_fingerprint(model, inputs.processor, spec, precision)
-    directory = settings.features_dir or Path(str(settings.features_root)) / fingerprint
-    features.require_fingerprint(directory, fingerprint)
-    model.model.vision_tower.to(device_kind)
-    try:
-        if settings.features_dir is None:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One model at work on what is missing."""
+
+    settings: CacheSettings
+    spec: TrainSpec
+    inputs: Inputs
+    model: Any
+    device_kind: str
+    precision: Precision
+    reporter: "Reporter"
+
+    @property
+    def pixels(self) -> Collator:
+        return make_collator(self.spec, self.inputs.processor)
+
+    def feature_reader(self) -> features.FeatureReader:
+        model, inputs = self.model, self.inputs
+        fingerprint = tower.tower_fingerprint(model, inputs.processor, self.spec, self.precision)
+        directory = self.settings.features_dir or Path(str(self.settings.features_root)) / fingerprint
+        features.require_fingerprint(directory, fingerprint)
+        model.model.vision_tower.to(self.device_kind)
+        if self.settings.features_dir is None:
             features.compute_missing(
-                model, pixels, features.images_by_digest(inputs.images), directory, precision, reporter,
-                num_workers=spec.dataloader_num_workers, part=_part(),
+                model, self.pixels, features.images_by_digest(inputs.images), directory, self.precision, self.reporter,
+                num_workers=self.spec.dataloader_num_workers, part=_part(),
             )  # fmt: skip
         reader = features.FeatureReader(directory)
-        features.require_match(reader, model, pixels, inputs.images, precision)
-    finally:
-        model.model.vision_tower.to("cpu")
-    return reader
+        features.require_match(reader, model, self.pixels, inputs.images, self.precision)
+        return reader
 
-
-def _install_hidden_states(
-    boundary: int, cache_plan: CachePlan, settings: CacheSettings, spec: TrainSpec, trainable: TrainableSet,
-    inputs: Inputs, device_kind: str, precision: Precision, reporter: "Reporter",
-) -> Cached:  # fmt: skip
-    model = base_model(trainable.model)
-    pixels = make_collator(spec, inputs.processor)
-    fingerprint = hidden_states.prefix_fingerprint(model, boundary, inputs.processor, spec, precision)
-    directory = Path(str(settings.hidden_states_root)) / fingerprint
-    wanted = hidden_states.HiddenStateReader(directory)
-    model.to(device_kind)
-    if wanted.store.missing([wanted.name(row) for row in inputs.images]):
-        collator, own_tower = pixels, None
-        if cache_plan.tower:
-            reader = _feature_reader(settings, spec, model, inputs, device_kind, precision, reporter)
-            collator = make_collator(spec, inputs.processor, features=reader)
-            own_tower = tower.install(model, trainable.names)
-        hidden_states.compute_missing(
-            model, boundary, collator, inputs.images, directory, precision, reporter, part=_part()
+    def hidden_state_reader(self, boundary: int, *, from_features: bool) -> hidden_states.HiddenStateReader:
+        model, rows = self.model, self.inputs.images
+        fingerprint = hidden_states.prefix_fingerprint(
+            model, boundary, self.inputs.processor, self.spec, self.precision
         )
-        if own_tower is not None:
-            tower.uninstall(model, own_tower.to(device_kind))
-    reader = hidden_states.HiddenStateReader(directory)
-    hidden_states.require_match(reader, model, boundary, pixels, inputs.images, precision)
-    taken = [
-        tower.TOWER,
-        "model.multi_modal_projector",
-        *(f"{hidden_states.LAYERS}.{index}" for index in range(boundary)),
-    ]
-    tower.install(model, trainable.names)
-    hidden_states.install(model, boundary)
-    return Cached(collator=make_collator(spec, inputs.processor, hidden_states=reader), taken=taken)
+        directory = Path(str(self.settings.hidden_states_root)) / fingerprint
+        model.to(self.device_kind)
+        reader = hidden_states.HiddenStateReader(directory)
+        if reader.store.missing([reader.name(row) for row in rows]):
+            collator, own_tower = self.pixels, None
+            if from_features:
+                collator = make_collator(self.spec, self.inputs.processor, features=self.feature_reader())
+                own_tower = tower.install(model)
+            hidden_states.compute_missing(
+                model, boundary, collator, rows, directory, self.precision, self.reporter, part=_part()
+            )
+            if own_tower is not None:
+                tower.uninstall(model, own_tower)
+            reader = hidden_states.HiddenStateReader(directory)
+        hidden_states.require_match(reader, model, boundary, self.pixels, rows, self.precision)
+        return reader
+
+
+def install(model: Any, cache_plan: CachePlan) -> None:
+    """Put the caches in the places of what they stand in for."""
+    if cache_plan.tower or cache_plan.boundary is not None:
+        tower.install(model)
+    if cache_plan.boundary is not None:
+        hidden_states.install(model, cache_plan.boundary)
 
 
 def restore(model: Any, cached: Cached, model_dir: Path, dtype: torch.dtype) -> None:
@@ -210,7 +227,7 @@ def restore(model: Any, cached: Cached, model_dir: Path, dtype: torch.dtype) -> 
 
     Args:
         model: A `Gemma3ForConditionalGeneration`.
-        cached: From `install`.
+        cached: From `prepare`.
         model_dir: Where the run started from.
         dtype: Of frozen weights in this run, so that cached and uncached runs publish the same bytes.
     """

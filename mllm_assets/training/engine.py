@@ -18,7 +18,7 @@ from transformers import set_seed
 from mllm_assets.artifacts import is_complete, read_manifest, write_json_atomic, write_manifest
 from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.errors import IntegrityError
-from mllm_assets.training import caching, freezing, memory, reporting
+from mllm_assets.training import caching, freezing, loss, memory, reporting
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.checkpoints import Resumable, find_resumable
 from mllm_assets.training.inputs import Inputs, make_collator, read_inputs
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mllm_assets.training.protocol import Reporter
 
 RUN_FILE = "run.json"
-NUM_RELOAD_ROWS = 4
+NUM_RELOAD_ROWS = 2
 
 
 def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
@@ -72,14 +72,16 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     needed = estimate_memory(shape, spec, device, precision, inputs, cache_plan)
     memory.require_memory(needed, device)
 
+    cached = caching.prepare(
+        cache_plan, settings, spec, shape, inputs, model_dir, device.kind, precision, reporter
+    )  # fmt: skip
     set_seed(spec.seed)
     model = load_model(model_dir, dtype=precision.weights)
     trainable = freezing.apply(spec, model)
     for warning in trainable.warnings:
         reporter.warn(warning)
-    cached = caching.install(
-        cache_plan, settings, spec, trainable, inputs, model_dir, device.kind, precision, reporter
-    )  # fmt: skip
+    caching.install(base_model(trainable.model), cache_plan)
+    loss.install(base_model(trainable.model))
 
     resumable = clean_and_find_resumable(run_dir, reporter)
     trainer = make_trainer(spec, run_dir, device, precision, trainable, inputs, cached.collator, resumable, reporter)
@@ -92,6 +94,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
 
     reporter.progress("publish", 0, 1)
     trained = base_model(trainable.model)
+    loss.uninstall(trained)
     caching.restore(trained, cached, model_dir, precision.weights)
     rows = (inputs.eval_rows or inputs.train_rows)[:NUM_RELOAD_ROWS]
     batch = make_collator(spec, inputs.processor)(rows)

@@ -23,6 +23,7 @@ GIB = 2**30
 # Gemma3DecoderLayer with sdpa: four norms' inputs and outputs, q, k, v, attention output, residuals; gate, up, product.
 HIDDEN_KEPT = 14
 INTERMEDIATE_KEPT = 3
+LOSS_BLOCK = 32768  # most of a frozen output layer that is multiplied at once, see `loss.py`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +164,8 @@ def estimate(
         kept += _kept(patches, vision, checkpointed) * width
     elif not tower_cached:
         kept += patches * (HIDDEN_KEPT * vision.hidden_size + INTERMEDIATE_KEPT * vision.intermediate_size) * width
-    logits = batch * num_supervised * text.vocab_size * 4 * 3
+    head_trains = any("embed_tokens" in name or "lm_head" in name for name in names)
+    logits = batch * num_supervised * (3 * text.vocab_size if head_trains else LOSS_BLOCK) * 4
     return MemoryEstimate(
         weights_gib=weights / GIB,
         gradients_gib=trained / GIB,

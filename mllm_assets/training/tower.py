@@ -82,15 +82,11 @@ def pooled_output(model: Any, pixel_values_NCHW: torch.Tensor, precision: Precis
         return projector.avg_pool(grid).flatten(2).transpose(1, 2).contiguous()
 
 
-def install(model: Any, names: Sequence[str]) -> nn.Module:
-    """Put the cache in the tower's place and return the tower, for `uninstall`.
-
-    Args:
-        model: A `Gemma3ForConditionalGeneration`.
-        names: What trains.
+def require_frozen(names: Sequence[str]) -> None:
+    """Refuse a cache where the tower's output changes at every step.
 
     Raises:
-        RecipeError: A parameter of the tower trains, so its output changes at every step.
+        RecipeError: A parameter of the tower is among the names of what trains.
     """
     trained = [name for name in names if "vision_tower" in name]
     if trained:
@@ -98,6 +94,10 @@ def install(model: Any, names: Sequence[str]) -> nn.Module:
             f"Cached vision features cannot stand in for a tower that trains ({len(trained)} parameters, such as "
             f"{trained[0]}). Set freeze_vision_tower: true or train without the cache."
         )
+
+
+def install(model: Any) -> nn.Module:
+    """Put the cache in the tower's place and return the tower, for `uninstall`."""
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     model.model.vision_tower = CachedTower()
     projector.patches_per_image = projector.tokens_per_side
