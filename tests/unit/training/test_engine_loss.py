@@ -20,7 +20,7 @@ def test_loss_and_gradient_are_those_of_cross_entropy(dtype: torch.dtype, tolera
     found = frozen_head_loss(blocked, weight, labels)
     expected.backward()
     (3 * found).backward()
-    assert float(found) == pytest.approx(float(expected), rel=1e-6 if dtype == torch.float32 else 5e-3)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6 if dtype == torch.float32 else 5e-3)
     assert plain.grad is not None and blocked.grad is not None
     torch.testing.assert_close(blocked.grad / 3, plain.grad, atol=tolerance, rtol=tolerance)
 
