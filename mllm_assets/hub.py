@@ -277,7 +277,13 @@ def _explanation(hub: HubRepo, error: Exception) -> str:
         asked_s = asked_wait_s(error.response)  # pyright: ignore[reportAttributeAccessIssue]
         wait = "a few minutes" if asked_s is None else f"{asked_s:.0f} s"
         return f"The Hub limits requests (429). Materialise again in {wait}; with HF_TOKEN set the limit is higher."
-    cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if status == 403:
+        return (
+            f"The Hub forbids reading {hub.repo}. Give the token in HF_TOKEN the right to read it, or unset HF_TOKEN "
+            f"where the {hub.kind} is public. {hub.otherwise}"
+        )
+    # the library's messages begin with empty lines
+    cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
         f"{hub.repo} cannot be fetched from the Hub ({cause}). {hub.known}Check the network and HF_ENDPOINT, then "
         f"materialise again. {hub.otherwise}"
@@ -285,7 +291,8 @@ def _explanation(hub: HubRepo, error: Exception) -> str:
 
 
 def scrubbed(text: str) -> str:
-    """A text without the token and without the queries of addresses, which may be signed."""
+    """A text without the token, and without the queries and passwords of addresses, which may be signed."""
     token = os.environ.get("HF_TOKEN", "").strip()
+    text = re.sub(r"(https?://)[^\s/@]+@", r"\1", text)
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", text)
     return text.replace(token, "HF_TOKEN") if token else text

@@ -7,6 +7,7 @@ Not covered: repositories of loose image files without the Hub's own Parquet con
 
 import hashlib
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def _open_files(hub: HubRepo, commit: str, files: dict[str, int], needed: int | 
         while order and (needed is None or sum(reader.num_rows for reader in readers) < needed):
             now, order = order[:SPREAD_FILES], order[SPREAD_FILES:]
             readers += pool.map(lambda name: HubParquet(hub, commit, name, files[name]), now)
-    return sorted(readers, key=lambda reader: list(files).index(reader.name))
+    places = {name: place for place, name in enumerate(files)}
+    return sorted(readers, key=lambda reader: places[reader.name])
 
 
 def _row_groups(readers: Sequence[HubParquet], source: SourceSpec) -> Iterator[_RowGroup]:
@@ -147,7 +149,7 @@ def _rows_of_group(group: _RowGroup, kept: Collection[int], source: SourceSpec) 
     names = class_names(schema, source.label_column)
     start = group.first_row
     for batch in group.file.batches(group.index, columns):
-        rows = [row for row in wanted if start <= row < start + batch.num_rows]
+        rows = wanted[bisect_left(wanted, start) : bisect_left(wanted, start + batch.num_rows)]
         chosen = batch.take([row - start for row in rows])
         yield from rows_of_batch(chosen, source, names, rows, f"{group.file.name} of {source.repo}")
         start += batch.num_rows

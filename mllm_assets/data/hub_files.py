@@ -45,7 +45,8 @@ def _files_of(info: Any, source: SourceSpec, *, converted: bool = False) -> list
     if "data_files" in config:
         return _matching(names, _patterns(config["data_files"], source.split))
     folder = config.get("data_dir") or (source.subset if not configs else None)
-    return split_files([name for name in names if folder is None or name.startswith(f"{folder}/")], source.split)
+    prefix = f"{_plain(folder)}/" if folder else ""
+    return split_files([name for name in names if name.startswith(prefix)], source.split)
 
 
 def _chosen_subset(configs: Sequence[Mapping[str, Any]], source: SourceSpec) -> Mapping[str, Any]:
@@ -76,8 +77,12 @@ def _patterns(data_files: Any, split: str) -> list[str]:
 def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     from fsspec.utils import glob_translate
 
-    compiled = [re.compile(glob_translate(pattern)) for pattern in patterns]
+    compiled = [re.compile(glob_translate(_plain(pattern))) for pattern in patterns]
     return list(dict.fromkeys(name for pattern in compiled for name in names if pattern.fullmatch(name)))
+
+
+def _plain(path: str) -> str:
+    return path.removeprefix("./").strip("/")
 
 
 def split_files(names: Sequence[str], split: str) -> list[str]:

@@ -6,6 +6,7 @@ What it knows of the real one's answers: gated repositories show their metadata 
 401 without a token and 404 with one.
 """
 
+import functools
 import hashlib
 import http.server
 import json
@@ -24,6 +25,12 @@ LFS_BYTES = 4096
 
 def commit_of(name: str) -> str:
     return hashlib.sha1(name.encode()).hexdigest()
+
+
+@functools.cache
+def digests_of(data: bytes) -> tuple[str, str]:
+    """The sha1 by which git names a file, and its sha256."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), hashlib.sha256(data).hexdigest()
 
 
 @dataclass
@@ -217,11 +224,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _info(self, repo: Repo, name: str, data: bytes) -> dict[str, Any]:
         size = repo.claimed_sizes.get(name, len(data))
-        oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        oid, sha256 = digests_of(data)
         info = {"type": "file", "path": name, "size": size, "oid": oid}
         if len(data) < LFS_BYTES:
             return info
-        return {**info, "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 134}}
+        return {**info, "lfs": {"oid": sha256, "size": size, "pointerSize": 134}}
 
     def _lfs(self, info: Mapping[str, Any]) -> dict[str, Any] | None:
         lfs = info.get("lfs")

@@ -232,7 +232,8 @@ CARD = {
             "config_name": "small",
             "data_files": [{"split": "train", "path": "s/*"}, {"split": "test", "path": "t.parquet"}],
         },
-        {"config_name": "large", "data_files": "deep/**"},
+        {"config_name": "large", "data_files": "./deep/**"},
+        {"config_name": "folder", "data_dir": "f/"},
     ]
 }
 
@@ -243,12 +244,16 @@ CARD = {
         ({"subset": "small"}, ["picture 0", "picture 1"]),
         ({"subset": "small", "split": "test"}, ["picture 10"]),
         ({"subset": "large"}, ["picture 20"]),
+        ({"subset": "folder"}, ["picture 30"]),
     ],
 )
 def test_the_dataset_card_says_which_files_are_of_a_subset(
     hub: StandInHub, tmp_path: Path, source: dict[str, str], captions: list[str]
 ) -> None:
-    files = {"s/a.parquet": (0, 1), "s/b.parquet": (1, 1), "t.parquet": (10, 1), "deep/er/c.parquet": (20, 1)}
+    files = {"s/a.parquet": (0, 1), "s/b.parquet": (1, 1), "t.parquet": (10, 1), "deep/er/c.parquet": (20, 1)} | {
+        "f/train/d.parquet": (30, 1),
+        "f/test/e.parquet": (40, 1),
+    }
     repo = Repo.of({name: parquet_file(*rows) for name, rows in files.items()}, card=CARD)
     hub.repos["datasets/made/set"] = repo
     _, rows = ingested(hub, tmp_path, hub_spec(**source))
@@ -258,7 +263,10 @@ def test_the_dataset_card_says_which_files_are_of_a_subset(
 def test_a_dataset_of_several_subsets_asks_for_one(hub: StandInHub, tmp_path: Path) -> None:
     hub.repos["datasets/made/set"] = Repo.of({"s/a.parquet": parquet_file(0, 1)}, card=CARD)
     message = failing(hub, tmp_path)
-    assert message == "made/set has the subsets large, small. Set source.subset to one of them in the dataset's YAML."
+    assert (
+        message
+        == "made/set has the subsets folder, large, small. Set source.subset to one of them in the dataset's YAML."
+    )
 
 
 def test_the_hubs_own_conversion_serves_where_a_repository_has_no_parquet(hub: StandInHub, tmp_path: Path) -> None:
@@ -354,9 +362,13 @@ def test_a_server_that_echoes_the_token_is_not_quoted(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
     caplog.set_level("INFO")
-    hub.faults = [Fault("GET /blob", 1000, status=400, headers={"X-Error-Message": f"no {GOOD_TOKEN} here"})]
-    assert "made/set cannot be fetched from the Hub" in failing(hub, tmp_path)
-    assert mllm_assets.hub.scrubbed(f"Bearer {GOOD_TOKEN}\n") == "Bearer HF_TOKEN\n"
+    echo = {"X-Error-Message": f"no {GOOD_TOKEN} here"}
+    hub.faults = [Fault("GET /blob", 1000, status=400, headers=echo)]
+    assert "made/set cannot be fetched from the Hub (Bad request" in failing(hub, tmp_path)
+    hub.faults = [Fault("GET .*resolve", 1000, status=403, headers=echo)]
+    assert "The Hub forbids reading made/set. Give the token in HF_TOKEN the right to" in failing(hub, tmp_path)
+    quoted = f"Bearer {GOOD_TOKEN} https://me:word@hub.test/a?{SIGNATURE}"
+    assert mllm_assets.hub.scrubbed(quoted) == "Bearer HF_TOKEN https://hub.test/a"
     assert GOOD_TOKEN not in caplog.text
 
 
