@@ -84,6 +84,7 @@ def ingest(spec: DatasetSpec, layout: Layout, *, hub_endpoint: str | None = None
                 "revision": revision,
                 "source": as_json(source),
                 "split": as_json(spec.split),
+                "columns": RAW_SCHEMA.names,
             },
         )
         directory = layout.raw(spec.name, digest)
@@ -100,8 +101,11 @@ def _find_ingested(spec: DatasetSpec, layout: Layout, commit: str | None) -> Raw
         if not is_complete(directory) or find_damage(directory, deep=False):
             continue
         manifest = read_manifest(directory)
-        source = {**manifest["source"], "revision": None}
-        if (manifest["revision"], source, manifest.get("split")) == (commit, wanted, as_json(spec.split)):
+        found = [
+            {**manifest["source"], "revision": None},
+            *(manifest.get(key) for key in ("revision", "split", "columns")),
+        ]
+        if found == [wanted, commit, as_json(spec.split), RAW_SCHEMA.names]:
             return RawDataset(
                 directory=directory,
                 digest=manifest["digest"],
