@@ -54,6 +54,11 @@ class Settings(dg.Model, dg.Resolvable):
         default=DEFAULT_MAX_HIDDEN_STATES_GIB,
         description="Most disk that one recipe's hidden states may take; above it they are computed in every step.",
     )
+    allow_leakage: bool = Field(
+        default=False,
+        description="Only warn, and train all the same, where an evaluation entry of one dataset holds pictures that "
+        "an entry of another one trains on.",
+    )
     evaluation: Evaluation = Evaluation()
     gates: Gates = Gates()
 
@@ -61,6 +66,7 @@ class Settings(dg.Model, dg.Resolvable):
         return RecipeSettings(
             feature_cache=self.feature_cache,
             max_hidden_states_gib=self.max_hidden_states_gib,
+            allow_leakage=self.allow_leakage,
             evaluation=EvaluationSettings(**self.evaluation.model_dump()),
             gates=GateSpec(**self.gates.model_dump(exclude_none=True)),
         )

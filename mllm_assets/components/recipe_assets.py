@@ -23,6 +23,7 @@ class RecipeSettings:
 
     feature_cache: bool
     max_hidden_states_gib: float
+    allow_leakage: bool
     evaluation: EvaluationSettings
     gates: GateSpec
 
@@ -37,6 +38,7 @@ def build_recipe_assets(node: Node, settings: RecipeSettings) -> list[dg.AssetsD
             with_features=with_features,
             feature_cache=settings.feature_cache,
             max_hidden_states_gib=settings.max_hidden_states_gib,
+            allow_leakage=settings.allow_leakage,
         )
     )
     if node.eval_data:

@@ -12,12 +12,16 @@ from mllm_assets.components.lineage import upstream_path
 from mllm_assets.components.reporting import image_markdown, table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.components.wiring import Node
+from mllm_assets.data.checks import CheckOutcome
+from mllm_assets.data.leaks import datasets_share_no_image
+from mllm_assets.errors import DataError
 from mllm_assets.layout import Layout
 from mllm_assets.training.cache_settings import DEFAULT_MAX_HIDDEN_STATES_GIB, CacheSettings
 from mllm_assets.training.recipe import Recipe, load_recipe
 from mllm_assets.training.runs import RunPlan, plan_run, point_latest, train_request
 
 RELOADS = "checkpoint_reloads_strictly"
+APART = "datasets_share_no_image"
 RELOAD_TOLERANCE = 1e-3  # of a GPU, where sums differ from call to call; the engine demands equality on the CPU
 
 
@@ -85,6 +89,7 @@ def checkpoint_asset(
     with_features: bool,
     feature_cache: bool = True,
     max_hidden_states_gib: float = DEFAULT_MAX_HIDDEN_STATES_GIB,
+    allow_leakage: bool = False,
 ) -> dg.AssetsDefinition:
     """The trained model. A finished run is returned at once, an unfinished one resumes.
 
@@ -93,6 +98,7 @@ def checkpoint_asset(
         with_features: Whether an asset upstream computes the vision features.
         feature_cache: Whether hidden states may be kept.
         max_hidden_states_gib: Most that they may take on disk.
+        allow_leakage: Only warn where one dataset trains on pictures that another evaluates on.
     """
     features = [node.key("vision_features")] if with_features else []
 
@@ -103,7 +109,7 @@ def checkpoint_asset(
         deps=[*node.data, node.model, *features],
         pool="gpu",
         code_version=digest_json(node.recipe.spec.semantic_values())[:16],
-        check_specs=[dg.AssetCheckSpec(RELOADS, asset=node.key("checkpoint"), blocking=True)],
+        check_specs=[dg.AssetCheckSpec(name, asset=node.key("checkpoint"), blocking=True) for name in (RELOADS, APART)],
         description=_describe(node.recipe),
     )
     def checkpoint(
@@ -112,6 +118,12 @@ def checkpoint_asset(
         layout = project.layout
         with failures_for_people():
             recipe = load_recipe(node.recipe.path, config.overrides())
+            apart = datasets_share_no_image(
+                layout.root / recipe.spec.dataset_dir, recipe.spec.train_entries, recipe.spec.eval_entries
+            )
+            if not apart.passed and not allow_leakage:
+                # before it trains: the figures would be worth nothing
+                raise DataError(f"{recipe.path.name}: {apart.description}")
             model_dir = model_directory(context, node, layout)
             plan = plan_run(
                 recipe, root=layout.root, model_dir=model_dir, force=config.force, num_processes=gpu.num_processes
@@ -127,7 +139,7 @@ def checkpoint_asset(
         else:
             result = gpu.run(context, train_request(plan, cache=cache))
         point_latest(plan)
-        return project.recorded(context, _checkpoint_result(plan, result, layout))
+        return project.recorded(context, _checkpoint_result(plan, result, layout, apart))
 
     return checkpoint
 
@@ -142,7 +154,9 @@ def _describe(recipe: Recipe) -> str:
     return "\n\n".join([*lines, *(f"Note: {note}" for note in recipe.notes)])
 
 
-def _checkpoint_result(plan: RunPlan, result: dict[str, Any], layout: Layout) -> dg.MaterializeResult:
+def _checkpoint_result(
+    plan: RunPlan, result: dict[str, Any], layout: Layout, apart: CheckOutcome
+) -> dg.MaterializeResult:
     reload = result["reload"]
     columns = {"module": "string", "num_tensors": "int", "num_params": "int", "share": "float"}
     plot = plan.directory / "training_loss.png"
@@ -155,7 +169,16 @@ def _checkpoint_result(plan: RunPlan, result: dict[str, Any], layout: Layout) ->
     )
     return dg.MaterializeResult(
         data_version=dg.DataVersion(result["weights_digest"]),
-        check_results=[check],
+        check_results=[
+            check,
+            dg.AssetCheckResult(
+                check_name=APART,
+                passed=apart.passed,
+                severity=dg.AssetCheckSeverity.WARN,  # what is no warning has failed before it trained
+                description=apart.description,
+                metadata=apart.metadata,
+            ),
+        ],
         metadata={
             "num_steps": result["num_steps"],
             "final_loss": result["final_loss"],

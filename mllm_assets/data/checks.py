@@ -15,7 +15,7 @@ from mllm_assets.quality.probes import DecodeLimits, ImageMeasurement
 
 MAX_EXAMPLES = 5
 # the dataset's own limits were applied before these files were written
-_OWN_FILES = DecodeLimits(max_pixels=2**31, max_bytes=2**31, max_frames=2**31, max_decode_s=600)
+OWN_FILES = DecodeLimits(max_pixels=2**31, max_bytes=2**31, max_frames=2**31, max_decode_s=600)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +132,7 @@ def _rows_by_side(version_dir: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _measure_files(data_dir: Path, names: list[str]) -> dict[str, ImageMeasurement]:
     contents = (path.read_bytes() if (path := data_dir / name).is_file() else b"" for name in names)
-    return dict(zip(names, measure_images(contents, _OWN_FILES), strict=True))
+    return dict(zip(names, measure_images(contents, OWN_FILES), strict=True))
 
 
 def _describe(problems: list[str], fine: str, cure: str) -> str:

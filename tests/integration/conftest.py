@@ -69,7 +69,8 @@ class Project:
 
     @property
     def env(self) -> dict[str, str]:
-        return {**os.environ, "DAGSTER_HOME": str(self.home), "PYTHONPATH": str(self.root), "COLUMNS": "200"}
+        path = os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, "DAGSTER_HOME": str(self.home), "PYTHONPATH": path, "COLUMNS": "200"}
 
     def write_recipe(self, name: str, **values: Any) -> None:
         recipe = {**RECIPE, "output_dir": f"outputs/{name}", **values}

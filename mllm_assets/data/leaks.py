@@ -1,0 +1,93 @@
+"""Whether a recipe that mixes datasets evaluates on pictures that it trains on, from the files on disk."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mllm_assets.artifacts import is_complete, sha256_file
+from mllm_assets.data.checks import MAX_EXAMPLES, OWN_FILES, CheckOutcome
+from mllm_assets.data.dataset_info import entry_file, load_entry
+from mllm_assets.data.sharegpt import load_rows
+from mllm_assets.data.spec import QualitySpec
+from mllm_assets.quality.decoding import measure_images
+from mllm_assets.quality.grouping import near_forest
+from mllm_assets.quality.probes import ImageMeasurement
+
+
+def datasets_share_no_image(
+    data_dir: Path, train_entries: Sequence[str], eval_entries: Sequence[str], limits: QualitySpec | None = None
+) -> CheckOutcome:
+    """No picture of a training entry, nor a near-duplicate, is in an evaluation entry of another dataset.
+
+    Entries of one dataset are left out: `splits_share_no_image` has looked at them, by the dataset's own limits.
+
+    Args:
+        data_dir: LLaMA-Factory's `dataset_dir`.
+        train_entries: What the recipe trains on.
+        eval_entries: What it is evaluated on.
+        limits: What counts as a near-duplicate; the defaults if None.
+
+    Raises:
+        DataError: An entry's file or rows are wrong; names them.
+    """
+    limits = limits or QualitySpec()
+    origins = {entry: _origin(data_dir, entry) for entry in (*train_entries, *eval_entries)}
+    checked = [(train, held) for train in train_entries for held in eval_entries if origins[train] != origins[held]]
+    involved = sorted({entry for pair in checked for entry in pair})
+    holders: dict[Path, set[str]] = {}
+    for entry in involved:
+        for path in {path for row in load_rows(data_dir, entry) for path in row.images}:
+            holders.setdefault(path, set()).add(entry)
+    groups = _groups(sorted(holders), limits)
+    problems = []
+    for train, held in checked:
+        for members in groups:
+            trained = [path for path in members if train in holders[path]]
+            evaluated = [path for path in members if held in holders[path]]
+            if trained and evaluated:
+                names = [path.relative_to(data_dir.resolve()).as_posix() for path in (trained[0], evaluated[0])]
+                problems.append(f"{names[0]} of {train} ~ {names[1]} of {held}")
+    text = f"None of {len(holders)} pictures of different datasets is both trained on and evaluated on."
+    if not checked:
+        text = "All entries are of one dataset, whose split was checked."
+    if problems:
+        text = (
+            f"{len(problems)} pictures are trained on in one dataset and evaluated on in another, the first: "
+            f"{problems[0]}. Take one of the two entries out of the recipe, or the pictures out of one dataset."
+        )
+    return CheckOutcome(
+        passed=not problems,
+        description=text,
+        metadata={"num_images": len(holders), "num_problems": len(problems), "examples": problems[:MAX_EXAMPLES]},
+    )
+
+
+def _origin(data_dir: Path, entry: str) -> str:
+    """What an entry belongs to: the version of a dataset made here, or itself where a person wrote it."""
+    folder = entry_file(data_dir, load_entry(data_dir, entry)).resolve().parent
+    return str(folder) if is_complete(folder) else f"entry {entry}"
+
+
+def _groups(paths: list[Path], limits: QualitySpec) -> list[list[Path]]:
+    """Files by what they show; one that cannot be decoded is like its own copies only."""
+    measured = list(measure_images((path.read_bytes() for path in paths), OWN_FILES))
+    whole = [number for number, image in enumerate(measured) if image.defect is None]
+    hashes = np.array([measured[number].phash_64 for number in whole], np.uint64)
+    colors = np.array([_colors(measured[number]) for number in whole], np.uint8).reshape(len(whole), 48)
+    forest = near_forest(
+        hashes,
+        colors,
+        distance_bits=limits.duplicate_distance_bits,
+        color_distance=limits.duplicate_color_distance,
+    )
+    members: dict[str, list[Path]] = {}
+    names = dict(zip(whole, forest.groups_N.tolist(), strict=True))
+    for number, path in enumerate(paths):
+        key = f"group {names[number]}" if number in names else f"bytes {sha256_file(path)}"
+        members.setdefault(key, []).append(path)
+    return list(members.values())
+
+
+def _colors(image: ImageMeasurement) -> list[int]:
+    return list(bytes.fromhex(image.color_48 or ""))

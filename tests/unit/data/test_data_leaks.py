@@ -1,0 +1,74 @@
+"""Datasets that one recipe mixes: a picture of one's validation may be in the other's training."""
+
+import json
+from pathlib import Path
+
+import pytest
+from made_datasets import encode, made_spec, picture, png, run_line, write_source
+
+from mllm_assets.data.leaks import datasets_share_no_image
+from mllm_assets.layout import Layout
+
+
+@pytest.fixture
+def two(layout: Layout) -> Layout:
+    """`left` holds pictures 0 to 11; `right` 6 to 17, smaller and as JPEG."""
+    write_source(layout.root, [(png(n, 96), f"picture {n}") for n in range(12)])
+    run_line(made_spec(8, 4, name="left"), layout)
+    write_source(layout.root, [(encode(picture(n, 64), "JPEG", quality=80), f"picture {n}") for n in range(6, 18)])
+    run_line(made_spec(6, 6, name="right", seed=3), layout)
+    return layout
+
+
+def shown(layout: Layout, entry: str) -> set[str]:
+    name, side = entry.split("_")
+    rows = json.loads((layout.data / name / f"{side}.json").read_text())
+    return {row["messages"][-1]["content"] for row in rows}
+
+
+def test_a_near_duplicate_in_the_other_datasets_validation_is_found(two: Layout) -> None:
+    shared = shown(two, "left_train") & shown(two, "right_val")
+    assert shared, "the test needs some"
+    outcome = datasets_share_no_image(two.data, ["left_train"], ["right_val"])
+    assert not outcome.passed
+    assert outcome.metadata["num_problems"] == len(shared)
+    assert (
+        " of left_train ~ images/" in outcome.description and "Take one of the two entries out" in outcome.description
+    )
+
+
+def test_one_dataset_alone_is_not_measured_again(two: Layout) -> None:
+    outcome = datasets_share_no_image(two.data, ["left_train"], ["left_val"])
+    assert outcome.passed and outcome.metadata["num_images"] == 0
+
+
+def test_datasets_without_a_common_picture_pass(layout: Layout) -> None:
+    for name, first in (("left", 0), ("right", 20)):
+        write_source(layout.root, [(png(n), f"picture {n}") for n in range(first, first + 12)])
+        run_line(made_spec(8, 4, name=name), layout)
+    outcome = datasets_share_no_image(layout.data, ["left_train", "right_train"], ["left_val", "right_val"])
+    assert outcome.passed
+    assert outcome.metadata["num_images"] == 24
+
+
+def test_entries_that_a_person_wrote_are_compared_too(two: Layout) -> None:
+    """Nobody made their split, so nobody has looked."""
+    info = json.loads(two.dataset_info.read_text())
+    rows = json.loads((two.data / "left" / "train.json").read_text())
+    for side, part in (("train", rows), ("val", rows[:1])):
+        (two.data / f"mine_{side}.json").write_text(json.dumps(part))
+        info[f"mine_{side}"] = {**info["left_train"], "file_name": f"mine_{side}.json"}
+    two.dataset_info.write_text(json.dumps(info))
+    outcome = datasets_share_no_image(two.data, ["mine_train"], ["mine_val"])
+    assert outcome.metadata["num_problems"] == 1
+
+
+def test_the_files_decide_and_not_the_table(two: Layout) -> None:
+    """Someone copies a picture over another: no table knows."""
+    rows = {side: json.loads((two.data / "left" / f"{side}.json").read_text()) for side in ("train", "val")}
+    write_source(two.root, [(png(n), f"picture {n}") for n in range(40, 52)])
+    run_line(made_spec(8, 4, name="third"), two)
+    assert datasets_share_no_image(two.data, ["left_train"], ["third_val"]).passed
+    target: Path = two.data / json.loads((two.data / "third" / "val.json").read_text())[0]["images"][0]
+    target.write_bytes((two.data / rows["train"][0]["images"][0]).read_bytes())
+    assert not datasets_share_no_image(two.data, ["left_train"], ["third_val"]).passed
