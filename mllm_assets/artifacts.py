@@ -201,7 +201,11 @@ def point_symlink(link: Path, target: Path) -> None:
 
 def path_inside(root: Path, path: str | Path, *, what: str) -> Path:
     """Resolve `path` against `root` and refuse one that leaves it, symlinks included."""
-    resolved = (root / path).resolve()
+    try:
+        resolved = (root / path).resolve()
+        resolved.is_file()  # what the system takes for no path at all, it says here
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL or half a character in it, links in a circle
+        raise DataError(f"{what}: {str(path)[:80]!r} cannot be a path ({error}). Correct it.") from None
     if not resolved.is_relative_to(root.resolve()):
         raise DataError(f"{what}: the path {str(path)!r} leaves {root}. Use a path inside that folder.")
     return resolved

@@ -1,6 +1,5 @@
 """Read ShareGPT files as LLaMA-Factory does, but refuse at once, by row, what it drops or trips over while training."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from mllm_assets.artifacts import digest_json, path_inside, sha256_file
 from mllm_assets.data.dataset_info import DATASET_INFO, Entry, entry_file, load_entry
+from mllm_assets.data.json_text import decode, lone_surrogate, read_text, text_lines
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.errors import DataError
 
@@ -78,31 +78,18 @@ def read_json_rows(path: Path) -> list[Any]:
         DataError: Missing, not UTF-8, not JSON (names the line) or not a list.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [decode(line, path, number) for number, line in text_lines(path)]
+        values = decode(read_text(path), path, 1)
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(
             f"There is no file {path}. Materialise its dataset, or correct `file_name` in {DATASET_INFO}."
         ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
-    if path.suffix == ".jsonl":
-        return [_decode(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    values = _decode(text, path, 1)
     if not isinstance(values, list):
         raise DataError(
             f"{path}: expected a list of rows, got {type(values).__name__}. Put the rows into one JSON list."
         )
     return values
-
-
-def _decode(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(f"{path}, line {line}, column {error.colno}: {error.msg}. Correct the JSON there.") from None
-    except RecursionError:
-        raise DataError(f"{path}, line {first_line}: nested too deeply to be a dataset. Correct the file.") from None
 
 
 def _read_values(path: Path, entry: Entry) -> Iterator[Any]:
@@ -185,6 +172,11 @@ def _parse_messages(value: Mapping[str, Any], entry: Entry, place: str) -> tuple
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{place}: expected a text, got {type(value).__name__}. Correct the row.")
+    if (where := lone_surrogate(value)) is not None:
+        raise DataError(
+            f"{place}: the text holds half of a character (a lone surrogate) at position {where}. Write the text again "
+            "from where it came, or take the half out."
+        )
     return value
 
 

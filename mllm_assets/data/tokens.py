@@ -27,3 +27,18 @@ def find_control_token(text: str) -> str | None:
     """The first control token in a text, or None."""
     match = _PATTERN.search(text)
     return match.group() if match else None
+
+
+# C0 and C1 but tab and line ends: they print nothing, and a terminal obeys some. Marks of direction are text.
+_CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+# what decoders leave where they could not read; half of a surrogate pair is no character at all
+_UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
+
+
+def text_defect(text: str) -> str | None:
+    """What keeps a text from being trained on: "control_token", "control_character", "undecodable", or None."""
+    if find_control_token(text):
+        return "control_token"
+    if _CONTROL_CHARACTER.search(text):
+        return "control_character"
+    return "undecodable" if _UNDECODABLE.search(text) else None

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllm_assets.data.spec import DatasetSpec, QualitySpec
-from mllm_assets.data.tokens import find_control_token
+from mllm_assets.data.tokens import find_control_token, text_defect
 from mllm_assets.quality.probes import ImageMeasurement
 
 
@@ -70,13 +70,13 @@ def text_reject_reason(caption: str | None, label: str | None, spec: DatasetSpec
             return "caption_empty"
         if len(caption or "") > spec.quality.max_caption_chars:
             return "caption_too_long"
-        if find_control_token(caption or ""):
-            return "caption_control_token"
+        if defect := text_defect(caption or ""):
+            return f"caption_{defect}"
     if "{label}" in spec.answer:
         if not (label or "").strip():
             return "label_missing"
-        if find_control_token(label or ""):
-            return "label_control_token"
+        if defect := text_defect(label or ""):
+            return f"label_{defect}"
     if find_control_token(render_answer(caption, label, spec)):
         return "caption_control_token"
     return None

@@ -41,6 +41,14 @@ GOOD = measure(encode(picture(1)))
         ("x", "<bos>", "{label}", "label_control_token"),
         ("image>", "x", "<{caption}", "caption_control_token"),
         ("<b>bold</b>", None, "{caption}", None),
+        ("x" * 100_000, None, "{caption}", "caption_too_long"),
+        ("red\x1b[2J", None, "{caption}", "caption_control_character"),
+        ("a\x00b", None, "{caption}", "caption_control_character"),
+        ("a tab\tand\r\nlines", None, "{caption}", None),
+        ("לב אדום \u200f♥", None, "{caption}", None),
+        ("a red \ufffd", None, "{caption}", "caption_undecodable"),
+        ("a red \ud83d", None, "{caption}", "caption_undecodable"),
+        (None, "red\x07", "{label}", "label_control_character"),
     ],
 )
 def test_texts_are_judged_by_what_the_answer_uses(
