@@ -174,6 +174,7 @@ def estimate_memory(
         precision,
         num_tokens=max(len(row.input_ids) for row in rows),
         num_images=max(len(row.images) for row in rows),
+        num_patches=max((row.num_patches for row in rows if row.num_patches is not None), default=None),
         num_supervised=max(sum(label >= 0 for label in row.labels) for row in rows),
         checkpointed=memory.checkpoints_activations(spec, device),
         tower_cached=cache_plan.tower,

@@ -26,6 +26,7 @@ class Family:
         projector_keys: Fragments for `freeze_multi_modal_projector`.
         language_keys: Fragments for `freeze_language_model`.
         lora_conflict_keys: Fragments of the names of what LoRA cannot wrap.
+        vision_layers_key: Name of the number of the tower's layers in its configuration.
         token_types: What tells the model which tokens are images: the key of the batch, and its meaning ("images": 1
             at image tokens; "text": 0 at leading image tokens and 1 after them).
         loads_whole_processor: Whether its processor needs no video part, which transformers has only with torchvision.
@@ -41,6 +42,7 @@ class Family:
     projector_keys: tuple[str, ...] = ("multi_modal_projector",)
     language_keys: tuple[str, ...] = ("language_model", "lm_head")
     lora_conflict_keys: tuple[str, ...] = ()
+    vision_layers_key: str = "num_hidden_layers"
     token_types: tuple[str, Literal["images", "text"]] | None = None
     loads_whole_processor: bool = True
 
@@ -76,6 +78,7 @@ _ALL = (
         processor="Qwen2_5_VLProcessor",
         image_token="<|image_pad|>",
         vision_keys=("visual.patch_embed", "visual.blocks"),
+        vision_layers_key="depth",
         projector_keys=("visual.merger",),
         lora_conflict_keys=("patch_embed",),
         token_types=("mm_token_type_ids", "images"),
@@ -89,6 +92,7 @@ _ALL = (
         processor="Qwen3VLProcessor",
         image_token="<|image_pad|>",
         vision_keys=("visual.pos_embed", "visual.patch_embed", "visual.blocks", "visual.deepstack_merger_list"),
+        vision_layers_key="depth",
         projector_keys=("visual.merger",),
         lora_conflict_keys=("patch_embed",),
         token_types=("mm_token_type_ids", "images"),

@@ -130,6 +130,7 @@ def estimate(
     *,
     num_tokens: int,
     num_images: int,
+    num_patches: int | None,
     num_supervised: int,
     checkpointed: bool,
     tower_cached: bool,
@@ -142,6 +143,7 @@ def estimate(
         precision: Dtypes of weights and step.
         num_tokens: In the longest row, padded.
         num_images: In the row that has most.
+        num_patches: What the tower sees of the row that has most; None where every image has as many.
         num_supervised: Supervised tokens in the row that has most.
         checkpointed: Whether activations are computed twice.
         tower_cached: Whether the tower's output comes from the cache, so that the tower is not there.
@@ -152,16 +154,18 @@ def estimate(
     weights = sum(
         p.numel() * p.element_size()
         for name, p in model.named_parameters()
-        if not (tower_cached and "vision_tower" in name)
+        if not (tower_cached and any(key in name for key in trainable.family.vision_keys))
     )
     trained = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name in names)
     width = 4 if precision.weights == torch.float32 else 2
     batch = spec.per_device_train_batch_size
     text, vision = config.text_config, config.vision_config
-    kept = _kept(batch * num_tokens, text, checkpointed) * width
-    patches = batch * num_images * (vision.image_size // vision.patch_size) ** 2
+    vision_layers: int = getattr(vision, trainable.family.vision_layers_key)
+    kept = _kept(batch * num_tokens, text, text.num_hidden_layers, checkpointed) * width
+    patches_per_row: int = num_patches or num_images * (vision.image_size // vision.patch_size) ** 2
+    patches = batch * patches_per_row
     if trainable.tower_trains:
-        kept += _kept(patches, vision, checkpointed) * width
+        kept += _kept(patches, vision, vision_layers, checkpointed) * width
     elif not tower_cached:
         kept += patches * (HIDDEN_KEPT * vision.hidden_size + INTERMEDIATE_KEPT * vision.intermediate_size) * width
     head_trains = any("embed_tokens" in name or "lm_head" in name for name in names)
@@ -209,12 +213,12 @@ def peak_memory_gib(device: Device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
-def _kept(num_tokens: int, config: Any, checkpointed: bool) -> int:
+def _kept(num_tokens: int, config: Any, num_layers: int, checkpointed: bool) -> int:
     """Return the number of values that one stack of layers keeps for its backward pass."""
     a_layer = num_tokens * (HIDDEN_KEPT * config.hidden_size + INTERMEDIATE_KEPT * config.intermediate_size)
     if checkpointed:
-        return num_tokens * config.hidden_size * config.num_hidden_layers + a_layer
-    return a_layer * config.num_hidden_layers
+        return num_tokens * config.hidden_size * num_layers + a_layer
+    return a_layer * num_layers
 
 
 def _main_memory_gib() -> float:

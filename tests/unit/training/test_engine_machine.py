@@ -70,6 +70,7 @@ def test_the_estimate_counts_three_copies_of_what_trains(parity_dir: Path) -> No
         Precision(weights=torch.float32, autocast=None),
         num_tokens=64,
         num_images=1,
+        num_patches=None,
         num_supervised=8,
         checkpointed=False,
         tower_cached=False,
