@@ -73,8 +73,6 @@ def _why_no_tower(
         return None  # an upstream step has them, and `tower.install` refuses them where the tower trains
     if settings.features_root is None:
         return "turned off (feature_cache: false)"
-    if shape.model.config.model_type != "gemma3":
-        return f"the vision features of {shape.model.config.model_type} cannot be cached yet"
     if shape.tower_trains:
         return "the vision tower trains, so its output changes at every step"
     if tower.tower_is_random(shape.model.config):
@@ -91,7 +89,7 @@ def _boundary(
     if settings.hidden_states_root is None:
         return "turned off (feature_cache: false)"
     if shape.model.config.model_type != "gemma3":
-        return f"the hidden states of {shape.model.config.model_type} cannot be cached yet"
+        return f"only the hidden states of Gemma 3 are cached, and this model is {shape.family.name}"
     text = shape.model.config.text_config
     boundary = hidden_states.first_trained_layer(shape.names, text.num_hidden_layers)
     if isinstance(boundary, str):
@@ -139,7 +137,7 @@ def prepare(
         DataError: An image is damaged.
     """
     if cache_plan.tower:
-        tower.require_frozen(shape.names)
+        tower.require_frozen(shape.names, shape.family)
     if cache_plan.boundary is None and not cache_plan.tower:
         return Cached(collator=make_collator(spec, inputs.processor))
     work = _Work(
@@ -147,13 +145,14 @@ def prepare(
     )
     if cache_plan.boundary is None:
         return Cached(
-            collator=make_collator(spec, inputs.processor, features=work.feature_reader()), taken=[tower.TOWER]
+            collator=make_collator(spec, inputs.processor, features=work.feature_reader()),
+            taken=tower.paths(shape.model),
         )
     reader = work.hidden_state_reader(cache_plan.boundary, from_features=cache_plan.tower)
     return Cached(
         collator=make_collator(spec, inputs.processor, hidden_states=reader),
         taken=[
-            tower.TOWER,
+            *tower.paths(shape.model),
             "model.multi_modal_projector",
             *(f"{hidden_states.LAYERS}.{index}" for index in range(cache_plan.boundary)),
         ],
@@ -181,7 +180,7 @@ class _Work:
         fingerprint = tower.tower_fingerprint(model, inputs.processor, self.spec, self.precision)
         directory = self.settings.features_dir or Path(str(self.settings.features_root)) / fingerprint
         features.require_fingerprint(directory, fingerprint)
-        model.model.vision_tower.to(self.device_kind)
+        tower.move(model, self.device_kind)
         if self.settings.features_dir is None:
             features.compute_missing(
                 model, self.pixels, features.images_by_digest(inputs.images), directory, self.precision, self.reporter,
@@ -226,7 +225,7 @@ def restore(model: Any, cached: Cached, model_dir: Path, dtype: torch.dtype) -> 
     """Put what the caches stood in for back into the trained model, from the model's directory.
 
     Args:
-        model: A `Gemma3ForConditionalGeneration`.
+        model: The model, out of its LoRA wrapping.
         cached: From `prepare`.
         model_dir: Where the run started from.
         dtype: Of frozen weights in this run, so that cached and uncached runs publish the same bytes.
@@ -235,12 +234,12 @@ def restore(model: Any, cached: Cached, model_dir: Path, dtype: torch.dtype) -> 
         return
     device = model.lm_head.weight.device
     source = load_model(model_dir)
-    for path in cached.taken:
-        module = source.get_submodule(path).to(dtype=dtype).to(device).requires_grad_(False)
-        if path == tower.TOWER:
-            tower.uninstall(model, module)
-        else:
-            model.set_submodule(path, module)
+    modules = {
+        path: source.get_submodule(path).to(dtype=dtype).to(device).requires_grad_(False) for path in cached.taken
+    }
+    tower.uninstall(model, {path: modules.pop(path) for path in tower.paths(model)})
+    for path, module in modules.items():
+        model.set_submodule(path, module)
     model.main_input_name = type(model).main_input_name
 
 

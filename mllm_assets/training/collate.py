@@ -14,7 +14,7 @@ from torch.nn import functional
 from mllm_assets.errors import DataError
 from mllm_assets.training.encode import IGNORE_INDEX, EncodedRow, image_token_id, load_image
 from mllm_assets.training.families import processor_family
-from mllm_assets.training.image_slots import image_slots
+from mllm_assets.training.image_slots import TileSlots, image_slots
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,11 +28,11 @@ class ImageFeatures(Protocol):
     """What stands in for pixels when the vision tower's output is cached."""
 
     def batch(self, paths: "Sequence[Path]") -> torch.Tensor:
-        """Return one row of features per path."""
+        """Return a row of features for each token of the images, one image after another."""
         ...
 
-    def blank(self) -> torch.Tensor:
-        """Return the features of one image that nothing depends on."""
+    def blank(self, num_tokens: int) -> torch.Tensor:
+        """Return the features of one image that nothing depends on, a row for each of its tokens."""
         ...
 
 
@@ -134,14 +134,6 @@ class Collator:
             batch |= {"logits_to_keep": keep_BT, "shift_labels": shifted_BT[keep_BT]}
         return batch
 
-    def pixels(self, rows: Sequence[EncodedRow]) -> torch.Tensor:
-        """Return pixel_values of all images in order; NCHW for towers of one image size.
-
-        Raises:
-            DataError: An image is damaged. Names row and file.
-        """
-        return self.tower_inputs(rows)["pixel_values"]
-
     def tower_inputs(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         """Return what the vision tower takes of all images in order: pixel_values and what goes with them.
 
@@ -162,14 +154,18 @@ class Collator:
         return self._processed(images)
 
     def _processed(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        made = self.image_processor(images, return_tensors="pt")
+        # SmolVLM's tiles are counted by the image
+        arranged = [[image] for image in images] if isinstance(self.slots, TileSlots) else images
+        made = self.image_processor(arranged, return_tensors="pt")
         return {name: made[name] for name in TOWER_INPUTS if name in made}
 
     def _blank_image(self) -> dict[str, torch.Tensor]:
         if self.features is None:
             return self._processed([Image.new("RGB", self._blank_size, "white")])
         grid = self._blank_slot.grid_thw
-        return {"pixel_values": self.features.blank()} | ({"image_grid_thw": torch.tensor([grid])} if grid else {})
+        return {"pixel_values": self.features.blank(self._blank_slot.num_tokens)} | (
+            {"image_grid_thw": torch.tensor([grid])} if grid else {}
+        )
 
     def _images(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         if self.features is None:

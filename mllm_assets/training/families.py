@@ -153,8 +153,18 @@ def find_family(model_type: str | None, where: str) -> Family:
 
 
 def processor_family(processor: Any) -> Family:
-    """Return the family whose processor this is."""
-    return _BY_PROCESSOR[getattr(processor, "stands_for", type(processor).__name__)]
+    """Return the family whose processor this is.
+
+    Raises:
+        ModelError: It is of none, although the model's type may be, as with a LLaVA that has a Pixtral tower.
+    """
+    name = getattr(processor, "stands_for", type(processor).__name__)
+    if name not in _BY_PROCESSOR:
+        raise ModelError(
+            f"The model's processor is a {name}: expected one of {', '.join(_BY_PROCESSOR)}. "
+            f"Use a model of {known_families()} with its usual vision tower."
+        )
+    return _BY_PROCESSOR[name]
 
 
 def require_template(template: str, family: Family, where: str) -> None:

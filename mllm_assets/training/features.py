@@ -2,7 +2,7 @@
 
 A feature is named by the image's bytes, below a folder named by all else that it depends on. See docs/feature-cache.md.
 
-Shape suffixes: N images, K image tokens, H the tower's hidden size.
+Shape suffixes: K tokens of one image, R tokens of several, W values kept of a token.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from mllm_assets.artifacts import digest_json, sha256_file
 from mllm_assets.errors import IntegrityError, RecipeError
+from mllm_assets.training import tower
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.encode import EncodedRow
 from mllm_assets.training.memory import Precision
 from mllm_assets.training.shards import ShardStore
 from mllm_assets.training.spec import TrainSpec
-from mllm_assets.training.tower import pooled_output, tower_fingerprint
 
 if TYPE_CHECKING:
     from mllm_assets.data.sharegpt import Row
@@ -33,23 +33,24 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 class FeatureReader:
-    """Pooled features of images, read by image file through a memory map."""
+    """Features of images, a row for each token, read by image file through a memory map."""
 
     def __init__(self, directory: Path) -> None:
         self.store = ShardStore(directory)
         self._digests: dict[Path, str] = {}
 
     def batch(self, paths: Sequence[Path]) -> torch.Tensor:
-        """Return features_NKH, one row per path.
+        """Return rows_RW of all images, one after another.
 
         Raises:
             IntegrityError: An image is not among those computed. Names the file.
         """
-        return torch.stack([self.store.get(self.name(path)) for path in paths])
+        return torch.cat([self.store.get(self.name(path)) for path in paths])
 
-    def blank(self) -> torch.Tensor:
-        """Return features_1KH of zeros, for a batch without images."""
-        return torch.zeros_like(self.store.get(self.store.any_name()))[None]
+    def blank(self, num_tokens: int) -> torch.Tensor:
+        """Return rows_KW of zeros for one image of so many tokens, for a batch without images."""
+        some_KW = self.store.get(self.store.any_name())
+        return some_KW.new_zeros(num_tokens, some_KW.shape[1])
 
     def name(self, path: Path) -> str:
         """Return the digest of an image that is there.
@@ -114,21 +115,21 @@ def compute_missing(
     for damage in store.drop_damaged(images) if part[1] == 1 else ():
         reporter.warn(f"Cached vision features were damaged and are computed again: {damage}.")
     names = store.missing(sorted(images)[part[0] :: part[1]])
-    device = model.model.vision_tower.post_layernorm.weight.device.type
+    device = tower.device_of(model).type
     done = 0
     for shard_names in _chunks(names, NUM_IMAGES_PER_SHARD):
         pixels = DataLoader(
             [images[name] for name in shard_names],  # pyright: ignore[reportArgumentType]
             batch_size=NUM_IMAGES_PER_PASS[device],
-            collate_fn=collator.pixels,
+            collate_fn=collator.tower_inputs,
             num_workers=num_workers,
         )
-        pooled = []
-        for pixels_NCHW in pixels:
-            pooled += pooled_output(model, pixels_NCHW, precision).cpu()
-            done += len(pixels_NCHW)
-            reporter.progress("vision_features", done, len(names))
-        store.add(dict(zip(shard_names, pooled, strict=True)))
+        computed: list[torch.Tensor] = []
+        for inputs in pixels:
+            computed += [rows_KW.cpu().clone() for rows_KW in tower.image_rows(model, inputs, precision)]
+            reporter.progress("vision_features", done + len(computed), len(names))
+        done += len(computed)
+        store.add(dict(zip(shard_names, computed, strict=True)))
     store.wait_for(images.keys())
     return len(names)
 
@@ -161,7 +162,7 @@ def require_match(
     """
     reader.store.require_undamaged([reader.name(path) for row in rows for path in row.images])
     for row in probes([row for row in rows if row.images]):
-        fresh = pooled_output(model, collator.pixels([row]), precision).cpu()
+        fresh = torch.cat(tower.image_rows(model, collator.tower_inputs([row]), precision)).cpu()
         difference = relative_difference(reader.batch(row.images), fresh)
         if difference > TOLERANCE[fresh.dtype]:
             raise IntegrityError(
@@ -195,7 +196,6 @@ def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     """
     from mllm_assets.data.sharegpt import load_rows
     from mllm_assets.training import memory
-    from mllm_assets.training.families import processor_family
     from mllm_assets.training.inputs import make_collator
     from mllm_assets.training.model import load_model, load_processor, quiet_libraries
 
@@ -210,20 +210,14 @@ def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     precision = memory.pick_precision(spec, device)
     model_dir, root = Path(request["model_dir"]), Path(request["features_root"])
     processor = load_processor(model_dir)
-    family = processor_family(processor)
-    if family.model_type != "gemma3":
-        raise RecipeError(
-            f"The vision features of {family.name} cannot be cached yet. Set feature_cache: false in the component's "
-            f"YAML and train without."
-        )
     images = images_by_digest(
         row
         for entry in (*spec.train_entries, *spec.eval_entries)
         for row in load_rows(Path(request["data_dir"]), entry, max_samples=spec.max_samples)
     )
     model = load_model(model_dir, dtype=precision.weights).eval()
-    fingerprint = tower_fingerprint(model, processor, spec, precision)
-    model.model.vision_tower.to(device.kind)
+    fingerprint = tower.tower_fingerprint(model, processor, spec, precision)
+    tower.move(model, device.kind)
     num_computed = compute_missing(
         model, make_collator(spec, processor), images, root / fingerprint, precision, reporter,
         num_workers=spec.dataloader_num_workers,

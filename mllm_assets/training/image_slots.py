@@ -171,8 +171,8 @@ def image_slots(family: Family, processor: Any) -> ImageSlots:
         case "smolvlm":
             return TileSlots(image_processor, processor.image_seq_len, processor.patches_per_tile)
         case "llava":
-            size = image_processor.crop_size
-            patches = (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
+            made = image_processor(Image.new("RGB", (64, 64)), return_tensors="np")["pixel_values"]
+            patches = (made.shape[-2] // processor.patch_size) * (made.shape[-1] // processor.patch_size)
             num_tokens = patches + processor.num_additional_image_tokens
             num_tokens -= processor.vision_feature_select_strategy == "default"
             return FixedSlots(ImageSlot(text=token * num_tokens, num_tokens=num_tokens))

@@ -1,15 +1,10 @@
-"""The frozen vision tower, and the module that stands in its place when its output is cached.
+"""The frozen vision tower, and what stands in its place when its output is cached.
 
-The projector begins with an average pool over the tower's output, so the smallest thing to keep is the pooled output:
-for gemma-3-4b 256 x 1152 values an image in place of 4096 x 1152. While training, a module that hands these rows on
-stands in the tower's place and the projector's pool becomes the identity; `forward` stays the library's.
-
-Shape suffixes: N images, K image tokens, H the tower's hidden size, C H W pixels.
-Not covered: towers that train, in part or whole (refused); pan-and-scan crops.
+Where a family's tower is cut, and what is kept of an image, stands in `vision_cuts.py`.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import PIL
@@ -17,36 +12,49 @@ import tokenizers
 import torch
 import transformers
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm_assets.artifacts import digest_json
 from mllm_assets.errors import RecipeError
+from mllm_assets.training.families import Family
 from mllm_assets.training.memory import Precision
 from mllm_assets.training.spec import TrainSpec
+from mllm_assets.training.vision_cuts import CUTS, VisionCut
 
-TOWER = "model.vision_tower"
+
+def cut_of(model: Any) -> VisionCut:
+    """Return where the model's vision part is cut."""
+    return CUTS[model.config.model_type]
 
 
-class CachedTower(nn.Module):
-    """Stands in the vision tower's place: its input already is the tower's pooled output."""
+def paths(model: Any) -> list[str]:
+    """Return where in the model the modules lie that the cache makes needless."""
+    return [f"model.{part}" for part in cut_of(model).parts]
 
-    def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(last_hidden_state=pixel_values)  # pyright: ignore[reportArgumentType]
+
+def move(model: Any, device: torch.device | str) -> None:
+    """Move the tower, and with it what lies between its parts."""
+    model.model.get_submodule(cut_of(model).tower).to(device)
+
+
+def device_of(model: Any) -> torch.device:
+    """Return where the tower is."""
+    return next(model.model.get_submodule(cut_of(model).tower).parameters()).device
 
 
 def tower_is_random(config: Any) -> bool:
     """Say whether the tower's output differs from step to step although it is frozen."""
-    return config.vision_config.attention_dropout > 0
+    return (config.vision_config.to_dict().get("attention_dropout") or 0.0) > 0
 
 
 def tower_fingerprint(model: Any, processor: Any, spec: TrainSpec, precision: Precision) -> str:
     """Digest all that a feature depends on but the image: weights, processing, precision, versions (16 hex)."""
-    tower = model.model.vision_tower
+    cut = cut_of(model)
     return digest_json(
         {
-            "weights": weight_digests(tower),
-            "config": tower.config.to_dict(),
-            "mm_tokens_per_image": model.config.mm_tokens_per_image,
+            "family": model.config.model_type,
+            "weights": {part: weight_digests(model.model.get_submodule(part)) for part in cut.parts},
+            "config": model.config.vision_config.to_dict(),
+            "settings": cut.settings(model.config),
             "images": image_processing(processor, spec),
             "precision": precision.describe(),
             "versions": library_versions(),
@@ -70,25 +78,26 @@ def library_versions() -> list[str]:
 
 
 @torch.no_grad()
-def pooled_output(model: Any, pixel_values_NCHW: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """Return what the projector's pool makes of the tower's output in a training step: features_NKH."""
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    device = tower.post_layernorm.weight.device
+def image_rows(model: Any, inputs: Mapping[str, torch.Tensor], precision: Precision) -> list[torch.Tensor]:
+    """Return what is kept of each image as a training step would compute it: a row for each of its tokens.
+
+    Args:
+        model: With its tower in place.
+        inputs: From `Collator.tower_inputs`.
+        precision: The training step's.
+    """
+    device = device_of(model)
     with precision.context(device.type):
-        hidden = tower(pixel_values=pixel_values_NCHW.to(device)).last_hidden_state
-        num_images, _, width = hidden.shape
-        side = projector.patches_per_image
-        grid = hidden.transpose(1, 2).reshape(num_images, width, side, side).contiguous()
-        return projector.avg_pool(grid).flatten(2).transpose(1, 2).contiguous()
+        return cut_of(model).rows(model.model, {name: tensor.to(device) for name, tensor in inputs.items()})
 
 
-def require_frozen(names: Sequence[str]) -> None:
+def require_frozen(names: Sequence[str], family: Family) -> None:
     """Refuse a cache where the tower's output changes at every step.
 
     Raises:
         RecipeError: A parameter of the tower is among the names of what trains.
     """
-    trained = [name for name in names if "vision_tower" in name]
+    trained = [name for name in names if any(key in name for key in family.vision_keys)]
     if trained:
         raise RecipeError(
             f"Cached vision features cannot stand in for a tower that trains ({len(trained)} parameters, such as "
@@ -96,21 +105,16 @@ def require_frozen(names: Sequence[str]) -> None:
         )
 
 
-def install(model: Any) -> nn.Module:
-    """Put the cache in the tower's place and return the tower, for `uninstall`."""
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    model.model.vision_tower = CachedTower()
-    projector.patches_per_image = projector.tokens_per_side
-    projector.avg_pool = nn.Identity()
-    return tower
+def install(model: Any) -> dict[str, nn.Module]:
+    """Put the cache in the tower's place and return what was there by its path, for `uninstall`."""
+    taken = {path: model.get_submodule(path) for path in paths(model)}
+    cut_of(model).install(model.model)
+    return taken
 
 
-def uninstall(model: Any, tower: nn.Module) -> None:
-    """Put the tower back, as `install` found it."""
-    projector = model.model.multi_modal_projector
-    model.model.vision_tower = tower
-    projector.patches_per_image = model.config.vision_config.image_size // model.config.vision_config.patch_size
-    projector.avg_pool = nn.AvgPool2d(kernel_size=projector.kernel_size, stride=projector.kernel_size)
+def uninstall(model: Any, taken: Mapping[str, nn.Module]) -> None:
+    """Put back what `install` took."""
+    cut_of(model).uninstall(model.model, {path.removeprefix("model."): module for path, module in taken.items()})
 
 
 def _tensor_digest(tensor: torch.Tensor) -> str:

@@ -1,0 +1,223 @@
+"""Each family trains, with its vision features cached and without, resumes bit for bit, and is published strictly."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from mllm_assets.errors import RecipeError
+from mllm_assets.inference.generate import generate
+from mllm_assets.training.engine import train_task
+from mllm_assets.training.families import FAMILIES
+from mllm_assets.training.features import features_task
+from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.spec import TrainSpec
+from tests import tiny_families
+
+pytestmark = pytest.mark.integration
+
+PROJECTOR = {"finetuning_type": "full", "freeze_multi_modal_projector": False, "freeze_language_model": True}
+LORA = {"finetuning_type": "lora", "lora_dropout": 0.1, "lora_rank": 4}
+LAST_LAYER = {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_multi_modal_projector": False}
+EVERYTHING = {"finetuning_type": "full", "freeze_multi_modal_projector": False, "freeze_vision_tower": False}
+# Qwen3-VL stands for all in `make test`: pictures of any size, deepstack, token types, no processor without torchvision
+EACH = [name if name == "qwen3_vl" else pytest.param(name, marks=pytest.mark.slow) for name in tiny_families.FAMILIES]
+
+
+@pytest.fixture(scope="module")
+def data_dir(parity_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows, of which one has two images, four a system text and one no image; sizes differ."""
+    data = tmp_path_factory.mktemp("data")
+    (data / "images").mkdir()
+    rows = json.loads((parity_dir / "data" / "train.json").read_text())[:12]
+    rows[4] = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}], "images": []}
+    for number, name in enumerate(sorted({name for row in rows for name in row["images"]})):
+        with Image.open(parity_dir / "data" / name) as image:
+            image.resize((40 + 9 * (number % 4), 60 - 7 * (number % 3))).save(data / name)
+    (data / "train.json").write_text(json.dumps(rows))
+    info = json.loads((parity_dir / "data" / "dataset_info.json").read_text())["gemma3_vlm_train"]
+    (data / "dataset_info.json").write_text(json.dumps({"few": {**info, "file_name": "train.json"}}))
+    return data
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("models")
+
+    def build(model_type: str) -> Path:
+        directory = folder / model_type
+        if not directory.exists():
+            directory.mkdir()
+            tiny_families.build(model_type, directory)
+        return directory
+
+    return build
+
+
+def make_request(model_dir: Path, data_dir: Path, run_dir: Path, *, cached: bool = False, **values: Any) -> dict:
+    model_type = json.loads((model_dir / "config.json").read_text())["model_type"]
+    recipe = {
+        "model_name_or_path": "model", "dataset": "few", "eval_dataset": "few", "do_train": True,
+        "template": FAMILIES[model_type].templates[0], "learning_rate": 1e-2, "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "logging_steps": 1,
+        "save_steps": 3, "eval_strategy": "steps", "eval_steps": 6,
+    }  # fmt: skip
+    return {
+        "task": "train",
+        "recipe": TrainSpec(**(recipe | values)).to_dict(),
+        "model_dir": str(model_dir),
+        "data_dir": str(data_dir),
+        "run_dir": str(run_dir),
+        "features_root": str(run_dir.parent / "features") if cached else None,
+        "accelerator": {"device": "cpu", "num_threads": 1},
+    }
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "trainer_log.jsonl").read_text().splitlines()]
+    return [line.get("loss", line.get("eval_loss")) for line in lines]
+
+
+class CountsTower(Reporter):
+    """Counts the forward passes of the tower's layers from the first step's end to the last one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_passes = 0
+        self.at_step: dict[int, int] = {}
+
+    def see(self, module: torch.nn.Module, _: Any) -> None:
+        self._num_passes += type(module).__name__.endswith(("Block", "EncoderLayer"))
+
+    def progress(self, stage: str, done: int, total: int, **facts: float) -> None:
+        if stage == "train":
+            self.at_step.setdefault(done, self._num_passes)
+
+    @property
+    def in_steps(self) -> int:
+        return self.at_step[max(self.at_step)] - self.at_step[min(self.at_step)]
+
+
+def train_counted(request: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    reporter = CountsTower()
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(reporter.see)
+    try:
+        return train_task(request, reporter), reporter.in_steps
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("model_type", EACH)
+@pytest.mark.parametrize("values", [PROJECTOR, LAST_LAYER, LORA], ids=["projector", "last_layer", "lora"])
+def test_cached_or_not_the_losses_are_the_same(
+    model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path, model_type: str, values: dict[str, Any]
+) -> None:
+    values = values | ({"lora_dropout": 0.0} if values is LORA else {})
+    plain, num_plain = train_counted(make_request(model_of(model_type), data_dir, tmp_path / "plain", **values))
+    request = make_request(model_of(model_type), data_dir, tmp_path / "cached", cached=True, **values)
+    cached, num_cached = train_counted(request)
+    assert plain["caches"]["vision_features"] == "turned off (feature_cache: false)" and num_plain > 0
+    assert cached["caches"]["vision_features"] == "cached" and num_cached == 0
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
+    assert cached["trainable"] == plain["trainable"]
+    before, *after = (
+        load_file(directory / "model.safetensors")
+        for directory in (model_of(model_type), tmp_path / "plain" / "model", tmp_path / "cached" / "model")
+    )
+    assert before.keys() == after[0].keys() == after[1].keys()
+    keys = tuple(key.rsplit(".", 1)[-1] for key in FAMILIES[model_type].vision_keys)
+    frozen = [name for name in before if any(f"{key}." in name for key in keys)]
+    assert frozen and all(before[name].equal(after[1][name]) for name in frozen), "the published model has its tower"
+
+
+def train_and_be_killed(request: dict[str, Any], step: int) -> int:
+    """Train in a process of its own, which is gone by SIGKILL behind a step; a fork saves the libraries' start."""
+
+    class KilledAt(Reporter):
+        def progress(self, stage: str, done: int, total: int, **facts: float) -> None:
+            if stage == "train" and done == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=train_task, args=(request, KilledAt()))
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+@pytest.mark.parametrize("model_type", EACH)
+def test_killed_and_run_again_the_weights_are_the_same(
+    model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path, model_type: str
+) -> None:
+    """With cached features, accumulation, LoRA and its dropout; the other families are as Gemma 3 is, or worse."""
+    whole = train_task(
+        make_request(model_of(model_type), data_dir, tmp_path / "whole", cached=True, **LORA), Reporter()
+    )
+    request = make_request(model_of(model_type), data_dir, tmp_path / "run", cached=True, **LORA)
+    assert train_and_be_killed(request, step=5) == -signal.SIGKILL
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    resumed = train_task(request, Reporter())
+    assert resumed["resumed_from_step"] == 3
+    assert resumed["weights_digest"] == whole["weights_digest"]
+    assert resumed["eval_loss"] == whole["eval_loss"]
+
+
+@pytest.mark.parametrize("model_type", EACH)
+def test_a_tower_that_trains_is_not_cached_and_the_published_model_answers(
+    model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path, model_type: str
+) -> None:
+    request = make_request(model_of(model_type), data_dir, tmp_path / "run", cached=True, **EVERYTHING)
+    result, num_passes = train_counted(request)
+    assert result["caches"]["vision_features"] == "the vision tower trains, so its output changes at every step"
+    assert num_passes > 0 and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    reload = result["reload"]
+    assert reload["loss_saved"] == reload["loss_reloaded"]
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    before = load_file(model_of(model_type) / "model.safetensors")
+    assert before.keys() == load_file(tmp_path / "run" / "model" / "model.safetensors").keys()
+    image = next((data_dir / "images").glob("*.png"))
+    answer = generate(tmp_path / "run", [image, image], "<image>What<image>?", max_new_tokens=4, device="cpu")
+    assert 0 <= answer.num_tokens <= 4
+    again = generate(tmp_path / "run", [image, image], "<image>What<image>?", max_new_tokens=4, device="cpu")
+    assert answer.text == again.text
+
+
+def test_features_are_shared_by_recipes_and_not_by_families(
+    model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
+) -> None:
+    first = features_task(make_request(model_of("qwen3_vl"), data_dir, tmp_path / "a", cached=True), Reporter())
+    other = make_request(model_of("qwen3_vl"), data_dir, tmp_path / "b", cached=True, **PROJECTOR)
+    assert features_task(other, Reporter()) == first | {"num_computed": 0}
+    llava = features_task(make_request(model_of("llava"), data_dir, tmp_path / "c", cached=True), Reporter())
+    assert llava["tower_fingerprint"] != first["tower_fingerprint"] and llava["num_computed"] == first["num_images"]
+
+
+def test_a_recipe_of_another_family_is_refused_before_anything_is_written(
+    model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
+) -> None:
+    request = make_request(model_of("llava"), data_dir, tmp_path / "run", template="qwen2_vl")
+    with pytest.raises(
+        RecipeError, match=r"template is 'qwen2_vl', and the model in .* is LLaVA .* Set template: llava"
+    ):
+        train_task(request, Reporter())
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_hidden_states_of_other_families_are_not_cached_and_the_run_says_so(
+    model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
+) -> None:
+    request = make_request(model_of("qwen3_vl"), data_dir, tmp_path / "run", cached=True, max_steps=2, **LORA)
+    result = train_task(request | {"hidden_states_root": str(tmp_path / "hidden")}, Reporter())
+    assert (
+        result["caches"]["hidden_states"] == "only the hidden states of Gemma 3 are cached, and this model is Qwen3-VL"
+    )
