@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--system", help="system message")
+    generate.add_argument("--template", help="turn format it was trained in, where its family has several")
     generate.add_argument("--max-new-tokens", type=int, default=100)
     generate.add_argument("--do-sample", action="store_true", help="sample in place of greedy decoding")
     generate.add_argument("--temperature", type=float, default=1.0)
@@ -120,6 +121,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         device=arguments.device,
+        template=arguments.template,
     )
     if arguments.json:
         print(json.dumps({"text": answer.text, "time_s": answer.time_s, "num_tokens": answer.num_tokens}))

@@ -183,7 +183,8 @@ def _evaluation_request(
     spec = node.recipe.spec
     data_dir = layout.root / spec.dataset_dir
     tuned = upstream(context, node.key("checkpoint"))
-    how = {"cutoff_len": spec.cutoff_len, "image_max_pixels": spec.image_max_pixels, **asdict(settings)}
+    names = ("cutoff_len", "image_max_pixels", "template", "enable_thinking")
+    how = {**{name: getattr(spec, name) for name in names}, **asdict(settings)}
     identity = {
         "engine_version": __version__,
         "tuned": tuned["data_version"],

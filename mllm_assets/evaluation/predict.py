@@ -45,6 +45,8 @@ class EvaluateRequest:
     system: str | None = None
     cutoff_len: int = 2048
     image_max_pixels: int = 768 * 768
+    template: str | None = None
+    enable_thinking: bool | None = True
     device: str = "auto"
     num_threads: int | None = None
 
@@ -81,7 +83,8 @@ def evaluate_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     Args:
         request: `recipe_name`, `model_dir`, `base_model_dir`, `data_dir`, `entries`, `directory` (the target; a
             complete one is returned as it is) and optionally `max_samples` (per entry), `max_new_tokens`,
-            `batch_size`, `system`, `cutoff_len`, `image_max_pixels`, `accelerator` (`device`, `num_threads`).
+            `batch_size`, `system`, `cutoff_len`, `image_max_pixels`, `template`,
+            `enable_thinking`, `accelerator` (`device`, `num_threads`).
         reporter: Told after each batch.
 
     Raises:
@@ -145,10 +148,15 @@ def predict(
         system=spec.system,
         cutoff_len=spec.cutoff_len,
         image_max_pixels=spec.image_max_pixels,
+        template=spec.template,
+        enable_thinking=spec.enable_thinking,
     )
     encoded = [answerer.encoder.encode(sample.row) for sample in samples]
     paired = [index for index, sample in enumerate(samples) if sample.partner_images is not None]
-    swapped = [replace(encoded[index], images=samples[index].partner_images) for index in paired]
+    # encoded again: an image of another size may take another number of tokens
+    swapped = [
+        answerer.encoder.encode(replace(samples[index].row, images=samples[index].partner_images)) for index in paired
+    ]
     prompts = [answerer.encoder.encode_prompt(sample.row) for sample in samples]
 
     progress = _Progress(reporter, f"evaluate {model} model", len(encoded) + len(swapped) + len(prompts))

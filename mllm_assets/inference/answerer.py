@@ -15,9 +15,9 @@ from torch.nn import functional
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.encode import EncodedRow, Encoder
+from mllm_assets.training.families import processor_family, require_template
 from mllm_assets.training.model import load_model, load_processor, quiet_libraries
 
-END_OF_TURN = "<end_of_turn>"
 T = TypeVar("T")
 
 
@@ -57,9 +57,12 @@ class Answerer:
         system: System text for rows without one of their own.
         cutoff_len: Most tokens of a scored row, as in training.
         image_max_pixels: Larger images are first shrunk to this area, as in training.
+        template: Turn format that the model was trained in; None for its family's usual one.
+        enable_thinking: As in training. Reasoning is not part of an answer's text.
 
     Raises:
-        ModelError: The directory holds no usable Gemma 3.
+        ModelError: The directory holds no usable model.
+        RecipeError: The template is of another family than the model.
     """
 
     def __init__(
@@ -71,13 +74,24 @@ class Answerer:
         system: str | None = None,
         cutoff_len: int = 2048,
         image_max_pixels: int = 768 * 768,
+        template: str | None = None,
+        enable_thinking: bool | None = True,
     ) -> None:
         quiet_libraries()
         processor = load_processor(directory)
+        if template is not None:
+            require_template(template, processor_family(processor), str(directory))
         self.device = torch.device(device)
         self.model: Any = load_model(directory, dtype=dtype, device=self.device).eval()
         self.tokenizer = processor.tokenizer
-        self.encoder = Encoder(processor, cutoff_len=cutoff_len, system=system)
+        self.encoder = Encoder(
+            processor,
+            cutoff_len=cutoff_len,
+            system=system,
+            template=template,
+            enable_thinking=enable_thinking,
+            image_max_pixels=image_max_pixels,
+        )
         self._scored = Collator(processor, image_max_pixels=image_max_pixels)
         self._asked = Collator(
             processor, image_max_pixels=image_max_pixels, padding_side="left", select_logits=False, pad_to_multiple_of=1
@@ -120,13 +134,13 @@ class Answerer:
         else:
             options |= {"temperature": None, "top_p": None, "top_k": None}
         output_BT = self.model.generate(
-            **batch, **options, eos_token_id=self._stop_ids, pad_token_id=self.tokenizer.pad_token_id
+            **batch, **options, eos_token_id=self._stop_ids, pad_token_id=self._asked.pad_id
         )
         said = [self._until_stop(row) for row in output_BT[:, batch["input_ids"].shape[1] :].tolist()]
         latency_s = (time.perf_counter() - started) / len(rows)
         return [
             Answer(
-                text=self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                text=self.tokenizer.decode(self._without_thought(ids), skip_special_tokens=True).strip(),
                 num_tokens=len(ids),
                 latency_s=latency_s,
             )
@@ -136,7 +150,18 @@ class Answerer:
     def _find_stop_ids(self) -> list[int]:
         configured = self.model.generation_config.eos_token_id
         ids = set(configured if isinstance(configured, list) else [configured] if configured is not None else [])
-        return sorted(ids | {self.tokenizer.convert_tokens_to_ids(END_OF_TURN)})
+        stop = self.encoder.template.stop
+        ids |= set(self.tokenizer.encode(stop, add_special_tokens=False)) if stop else {self.tokenizer.eos_token_id}
+        return sorted(ids)
+
+    def _without_thought(self, ids: list[int]) -> list[int]:
+        """Return what comes after the reasoning, all where there is none."""
+        thought = self.encoder.template.thought
+        closing = self.tokenizer.encode(thought[1].strip(), add_special_tokens=False) if thought else []
+        ends = [
+            end for end in range(len(closing), len(ids) + 1) if closing and ids[end - len(closing) : end] == closing
+        ]
+        return ids[ends[-1] :] if ends else ids
 
     def _until_stop(self, ids: list[int]) -> list[int]:
         end = next((index for index, token in enumerate(ids) if token in self._stop_ids), len(ids))

@@ -32,6 +32,7 @@ def generate(
     top_p: float = 1.0,
     device: str = "auto",
     seed: int | None = None,
+    template: str | None = None,
 ) -> Generation:
     """Ask a model.
 
@@ -46,6 +47,7 @@ def generate(
         top_p: Draw from the likeliest tokens that together have this probability.
         device: auto, cuda, mps or cpu.
         seed: Of the drawing.
+        template: Turn format that the model was trained in; None for its family's usual one.
 
     Raises:
         ModelError: `model_dir` holds no usable model.
@@ -54,7 +56,7 @@ def generate(
     """
     sampling = Sampling(do_sample=do_sample, temperature=temperature, top_p=top_p, seed=seed)
     row = prompt_row(images, prompt)
-    answerer = Answerer(find_model(model_dir), device=pick_device(device).kind, system=system)
+    answerer = Answerer(find_model(model_dir), device=pick_device(device).kind, system=system, template=template)
     encoded = answerer.encoder.encode_prompt(row)
     started = time.perf_counter()
     (answer,) = answerer.answers([encoded], max_new_tokens=max_new_tokens, sampling=sampling)

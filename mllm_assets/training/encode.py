@@ -182,7 +182,7 @@ class Encoder:
                 answer = messages[index + 1].content
                 if self.enable_thinking is False:
                     answer = template.without_thought(answer)
-                for part in answer.split(IMAGE_PLACEHOLDER):
+                for part in template.without_thought(answer).split(IMAGE_PLACEHOLDER):
                     self._refuse_control_tokens(row, f"message {index + 1}", part)
                 before, target = self._answer(_expanded(answer, texts))
                 pairs.append((source + before, target))

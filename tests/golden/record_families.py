@@ -26,6 +26,7 @@ ROWS: list[dict[str, Any]] = [
     {"system": None, "turns": ["Compare <image> with <image>.", "Both smile.\n\nYes."], "images": ["c.png", "d.png"]},
     {"system": None, "turns": ["<image><image>Two?", "Two.", "Sure?", "Sure."], "images": ["e.png", "a.png"]},
     {"system": None, "turns": ["No picture: what is 1 + 1?", "2"], "images": []},
+    {"system": None, "turns": ["And 2 + 2?", "{reasoning}4", "Sure?", "Yes."], "images": []},
 ]  # fmt: skip
 # LLaMA-Factory's templates per tiny model; it has none for SmolVLM
 TEMPLATES = {
@@ -35,6 +36,7 @@ TEMPLATES = {
     "llava": ["llava"],
     "paligemma": ["paligemma", "paligemma_chat"],
 }
+REASONING = {"gemma4": "<|channel>thought\nTwice two.<channel|>", "qwen3_vl": "<think>\nTwice two.\n</think>\n\n"}
 METHODS: dict[str, dict[str, Any]] = {
     "projector": {"finetuning_type": "full", "freeze_multi_modal_projector": False, "freeze_language_model": True},
     "language_model": {"finetuning_type": "full"},
@@ -47,6 +49,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"finetuning_type": "lora"},
     "lora_with_tower": {"finetuning_type": "lora", "freeze_vision_tower": False},
 }  # fmt: skip
+
+
+def turns_of(row: dict[str, Any], template: str) -> list[str]:
+    """Return a row's questions and answers in turn, reasoning as the template writes it."""
+    return [text.replace("{reasoning}", REASONING.get(template, "")) for text in row["turns"]]
 
 
 def write_images(directory: Path) -> None:
@@ -112,7 +119,8 @@ def _rows(root: Path, model_type: str, template_name: str, thinking: bool | None
     rows = []
     for row in ROWS:
         messages = [
-            {"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(row["turns"])
+            {"role": "assistant" if index % 2 else "user", "content": text}
+            for index, text in enumerate(turns_of(row, template_name))
         ]
         images = [str(root / name) for name in row["images"]]
         input_ids, labels = encoder._encode_data_example(

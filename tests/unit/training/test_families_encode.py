@@ -17,7 +17,7 @@ from mllm_assets.training.families import FAMILIES, processor_family, require_te
 from mllm_assets.training.model import batch_loss, load_config, load_model, load_processor, model_on_meta
 from mllm_assets.training.spec import TrainSpec
 from tests import tiny_families
-from tests.golden.record_families import GOLDEN, METHODS, ROWS, TEMPLATES, write_images
+from tests.golden.record_families import GOLDEN, METHODS, ROWS, TEMPLATES, turns_of, write_images
 
 RECORDED = json.loads(GOLDEN.read_text(encoding="utf-8"))
 # golden's name -> the model whose tokenizer it was recorded with
@@ -40,23 +40,24 @@ def model_dir(root: Path, model_type: str) -> Path:
     return directory
 
 
-def make_row(root: Path, index: int) -> Row:
+def make_row(root: Path, index: int, template: str = "") -> Row:
     row = ROWS[index]
-    turns = [Message("assistant" if i % 2 else "user", text) for i, text in enumerate(row["turns"])]
+    texts = turns_of(row, template)
+    turns = [Message("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
     system = [Message("system", row["system"])] if row["system"] else []
     return Row(f"r[{index}]", (*system, *turns), tuple(root / name for name in row["images"]))
 
 
 @pytest.mark.parametrize("name", RECORDED["rows"])
 def test_token_ids_and_labels_equal_llamafactorys(root: Path, name: str) -> None:
-    """One question, several with a system text, two images of different sizes, none."""
+    """One question, several with a system text, two images of different sizes, none, and an answer with reasoning."""
     template, _, thinking = name.partition(":enable_thinking=")
     processor = load_processor(model_dir(root, MODEL_OF[template]))
     enable_thinking = {"": True, "None": None, "False": False}[thinking]
     encoder = Encoder(processor, template=template, enable_thinking=enable_thinking)
     collator = Collator(processor, pad_to_multiple_of=1)
     for index, expected in enumerate(RECORDED["rows"][name]):
-        encoded = encoder.encode(make_row(root, index))
+        encoded = encoder.encode(make_row(root, index, template))
         assert list(encoded.input_ids) == expected["input_ids"], index
         assert list(encoded.labels) == expected["labels"], index
         batch = collator([encoded])
