@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from mllm_assets.errors import RecipeError
+from mllm_assets.evaluation.predict import evaluate_task
+from mllm_assets.evaluation.table import PREDICTIONS_FILE
 from mllm_assets.inference.generate import generate
 from mllm_assets.training.engine import train_task
 from mllm_assets.training.families import FAMILIES
@@ -221,3 +224,22 @@ def test_hidden_states_of_other_families_are_not_cached_and_the_run_says_so(
     assert (
         result["caches"]["hidden_states"] == "only the hidden states of Gemma 3 are cached, and this model is Qwen3-VL"
     )
+
+
+@pytest.mark.parametrize("model_type", EACH)
+def test_predictions_with_pictures_of_other_sizes_in_the_place_of_a_rows_own(
+    model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path, model_type: str
+) -> None:
+    """A picture of another size takes another number of tokens in some families."""
+    directory = str(model_of(model_type))
+    request = {
+        "recipe_name": "r", "model_dir": directory, "base_model_dir": directory, "data_dir": str(data_dir),
+        "entries": ["few"], "directory": str(tmp_path / "predictions"), "max_new_tokens": 2, "batch_size": 4,
+        "template": FAMILIES[model_type].templates[0], "accelerator": {"device": "cpu", "num_threads": 1},
+    }  # fmt: skip
+    manifest = evaluate_task(request, Reporter())
+    table = pq.read_table(tmp_path / "predictions" / PREDICTIONS_FILE).to_pylist()
+    assert manifest["num_predictions"] == len(table) == 24
+    with_images = [row for row in table if row["images"]]
+    assert all(row["loss_nats"] > 0 for row in table) and len(with_images) == 22
+    assert any(row["loss_shuffled_nats"] != row["loss_nats"] for row in with_images)
