@@ -167,23 +167,22 @@ class _Search:
 
     def _compare(self, members: NDArray[np.int64], offsets: range) -> None:
         """Compare each member with those at `offsets` after it. One of another run may be near as well."""
-        hashes = self.hashes[members]
+        hashes, roots = self.hashes[members], self.roots(members)
         pending: list[NDArray[np.int64]] = []
         for offset in offsets:
             distances = np.bitwise_count(hashes[offset:] ^ hashes[:-offset])
             self.num_compared += len(distances)
             (hits,) = np.nonzero(distances <= self.bits)
+            hits = hits[roots[hits] != roots[hits + offset]]
             pending.append(self._near_in_color(members[hits], members[hits + offset]))
             if sum(map(len, pending)) > len(members) // 4:
                 self._unite(np.concatenate(pending))
-                pending = []
+                pending, roots = [], self.roots(members)
         if pending:
             self._unite(np.concatenate(pending))
 
     def _near_in_color(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The pairs of different groups whose colours are near."""
-        apart = self.roots(a) != self.roots(b)
-        a, b = a[apart], b[apart]
+        """The pairs whose colours are near."""
         near = np.zeros(len(a), bool)
         for start in range(0, len(a), COLOR_CHUNK):
             chunk = slice(start, start + COLOR_CHUNK)
