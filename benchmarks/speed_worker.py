@@ -151,6 +151,13 @@ def freeze(model: Any, case: str) -> Any:
 
 def train_with_llamafactory(request: dict[str, Any], timer: StepTimer) -> dict[str, Any]:
     """LLaMA-Factory's own entry point on the same recipe, model and ShareGPT directory."""
+    import importlib.machinery
+    import types
+
+    # It imports torchaudio whatever the data, and PyPI's does not load beside a CPU build of torch
+    audio = types.ModuleType("torchaudio")
+    audio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    sys.modules.setdefault("torchaudio", audio)
     from llamafactory.train.tuner import run_exp  # pyright: ignore[reportMissingImports]
 
     work = Path(request["work_dir"])

@@ -56,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--num-processes", type=int, default=os.environ.get("MLLM_ASSETS_NUM_PROCESSES", "1"))
     train.add_argument("--force", action="store_true", help="train again although this very run is finished")
     train.add_argument("--no-feature-cache", action="store_true", help="compute the frozen parts anew in every step")
+    train.add_argument(
+        "--regroup-micro-batches",
+        action="store_true",
+        help="batch size x accumulation as the largest micro-batch that fits; changes the mean of means a little",
+    )
     train.set_defaults(run=_train)
 
     generate = verbs.add_parser("generate", help="a model's answer to an image and a prompt")
@@ -103,6 +108,7 @@ def _train(arguments: argparse.Namespace) -> int:
         accelerator,
         force=arguments.force,
         feature_cache=not arguments.no_feature_cache,
+        regroup=arguments.regroup_micro_batches,
     )
     print(run.describe())
     return 0

@@ -59,6 +59,11 @@ class Settings(dg.Model, dg.Resolvable):
         description="Only warn, and train all the same, where an evaluation entry of one dataset holds pictures that "
         "an entry of another one trains on.",
     )
+    regroup_micro_batches: bool = Field(
+        default=False,
+        description="Regroup batch size x accumulation into the largest micro-batch that fits. The loss is a mean of "
+        "micro-batch means, so it changes a little from LLaMA-Factory's.",
+    )
     evaluation: Evaluation = Evaluation()
     gates: Gates = Gates()
 
@@ -67,6 +72,7 @@ class Settings(dg.Model, dg.Resolvable):
             feature_cache=self.feature_cache,
             max_hidden_states_gib=self.max_hidden_states_gib,
             allow_leakage=self.allow_leakage,
+            regroup_micro_batches=self.regroup_micro_batches,
             evaluation=EvaluationSettings(**self.evaluation.model_dump()),
             gates=GateSpec(**self.gates.model_dump(exclude_none=True)),
         )

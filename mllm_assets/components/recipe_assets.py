@@ -24,6 +24,7 @@ class RecipeSettings:
     feature_cache: bool
     max_hidden_states_gib: float
     allow_leakage: bool
+    regroup_micro_batches: bool
     evaluation: EvaluationSettings
     gates: GateSpec
 
@@ -39,6 +40,7 @@ def build_recipe_assets(node: Node, settings: RecipeSettings) -> list[dg.AssetsD
             feature_cache=settings.feature_cache,
             max_hidden_states_gib=settings.max_hidden_states_gib,
             allow_leakage=settings.allow_leakage,
+            regroup=settings.regroup_micro_batches,
         )
     )
     if node.eval_data:

@@ -90,6 +90,7 @@ def checkpoint_asset(
     feature_cache: bool = True,
     max_hidden_states_gib: float = DEFAULT_MAX_HIDDEN_STATES_GIB,
     allow_leakage: bool = False,
+    regroup: bool = False,
 ) -> dg.AssetsDefinition:
     """The trained model. A finished run is returned at once, an unfinished one resumes.
 
@@ -99,6 +100,7 @@ def checkpoint_asset(
         feature_cache: Whether hidden states may be kept.
         max_hidden_states_gib: Most that they may take on disk.
         allow_leakage: Only warn where one dataset trains on pictures that another evaluates on.
+        regroup: Whether micro-batches may be regrouped.
     """
     features = [node.key("vision_features")] if with_features else []
 
@@ -126,7 +128,12 @@ def checkpoint_asset(
                 raise DataError(f"{recipe.path.name}: {apart.description}")
             model_dir = model_directory(context, node, layout)
             plan = plan_run(
-                recipe, root=layout.root, model_dir=model_dir, force=config.force, num_processes=gpu.num_processes
+                recipe,
+                root=layout.root,
+                model_dir=model_dir,
+                force=config.force,
+                num_processes=gpu.num_processes,
+                regroup=regroup,
             )
             cache = CacheSettings(
                 features_dir=upstream_path(context, features[0], layout) if features else None,

@@ -4,11 +4,12 @@ The run's folder fills in this order: `run.json` (what resume must not change), 
 `manifest.json`, after the saved model was reloaded strictly and gave the same loss on one batch.
 """
 
+import dataclasses
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,12 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     shape = freezing.apply(spec, model_on_meta(load_config(model_dir), dtype=precision.weights))
     num_processes = int(accelerator.get("num_processes") or 1)
     cache_plan = caching.plan(shape, spec, settings, inputs, precision, num_processes=num_processes)
-    needed = estimate_memory(shape, spec, device, precision, inputs, cache_plan)
+
+    def estimate_for(some: TrainSpec) -> memory.MemoryEstimate:
+        return estimate_memory(shape, some, device, precision, inputs, cache_plan)
+
+    spec = fit_micro_batch(spec, run_dir, device, estimate_for, reporter, regroup=bool(request.get("regroup")))
+    needed = estimate_for(spec)
     memory.require_memory(needed, device)
 
     cached = caching.prepare(
@@ -133,14 +139,48 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
 
 def fix_num_threads(run_dir: Path, wanted: int | None) -> int:
     """Set the number of CPU threads, which a run keeps for life: sums in another order give other last bits."""
-    path = run_dir / RUN_FILE
-    if path.is_file():
-        num_threads = int(json.loads(path.read_text(encoding="utf-8"))["num_threads"])
-    else:
-        num_threads = int(wanted or torch.get_num_threads())
-        write_json_atomic(path, {"num_threads": num_threads})
+    num_threads = int(keep_for_life(run_dir, "num_threads", wanted or torch.get_num_threads()))
     torch.set_num_threads(num_threads)
     return num_threads
+
+
+def keep_for_life(run_dir: Path, name: str, value: Any) -> Any:
+    """Return what a run chose when it began, and write `value` down as that where it is new."""
+    path = run_dir / RUN_FILE
+    chosen = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if name not in chosen:
+        write_json_atomic(path, {**chosen, name: value})
+        return value
+    return chosen[name]
+
+
+def fit_micro_batch(
+    spec: TrainSpec,
+    run_dir: Path,
+    device: memory.Device,
+    estimate_for: Callable[[TrainSpec], memory.MemoryEstimate],
+    reporter: "Reporter",
+    *,
+    regroup: bool,
+) -> TrainSpec:
+    """Say what the run needs and what would fit; with `regroup` take the largest micro-batch that does."""
+    fitting = memory.largest_micro_batch(spec, device, estimate_for)
+    if regroup:
+        size = keep_for_life(run_dir, "per_device_train_batch_size", fitting.per_device_train_batch_size)
+        samples = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
+        spec = dataclasses.replace(spec, per_device_train_batch_size=size, gradient_accumulation_steps=samples // size)
+    text = f"memory: {estimate_for(spec).describe()} of {device.memory_gib:.1f} GiB with {_grouping(spec)}"
+    if fitting != spec and estimate_for(fitting).total_gib <= device.memory_gib:
+        text += (
+            f"; {_grouping(fitting)} would fit with {estimate_for(fitting).total_gib:.2f} GiB "
+            f"(regroup_micro_batches: true takes it)"
+        )
+    reporter.say(text)
+    return spec
+
+
+def _grouping(spec: TrainSpec) -> str:
+    return f"micro-batches of {spec.per_device_train_batch_size} x {spec.gradient_accumulation_steps}"
 
 
 def require_same_data(data_dir: Path, digests: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ Shape suffixes: K tokens of one image, R tokens of several, W values kept of a t
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NUM_IMAGES_PER_SHARD = 64
 NUM_IMAGES_PER_PASS = {"cpu": 4, "cuda": 32, "mps": 8}
+T = TypeVar("T")
 NUM_PROBES = 3
 # Two batch sizes of one tower differ by rounding: 1e-6 relative in float32, one unit in the last place in bfloat16
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -172,7 +173,7 @@ def require_match(
             )
 
 
-def probes(rows: Sequence[EncodedRow]) -> Sequence[EncodedRow]:
+def probes(rows: Sequence[T]) -> Sequence[T]:
     """Return a few rows spread over all of them."""
     return rows[:: max(1, len(rows) // NUM_PROBES)][:NUM_PROBES]
 

@@ -36,17 +36,21 @@ def train(
     *,
     force: bool = False,
     feature_cache: bool = True,
+    regroup: bool = False,
 ) -> LocalRun:
     """Train, resume, or return a finished run.
 
-    With `feature_cache` what the frozen parts compute is kept below `cache/`, and found there by the next run.
+    With `feature_cache` what the frozen parts compute is kept below `cache/`, and found there by the next run. With
+    `regroup` a step's samples are regrouped into the largest micro-batch that fits.
 
     Raises:
         MllmAssetsError: Recipe, data, model or machine must change.
         WorkerCrashed: The trainer ended otherwise; the same call resumes.
     """
     recipe = load_recipe(recipe_path, overrides)
-    plan = plan_run(recipe, root=layout.root, force=force, num_processes=int(accelerator["num_processes"]))
+    plan = plan_run(
+        recipe, root=layout.root, force=force, num_processes=int(accelerator["num_processes"]), regroup=regroup
+    )
     if plan.state != "finished":
         cache = CacheSettings(features_root=layout.features, hidden_states_root=layout.hidden_states)
         run_worker(train_request(plan, cache=cache if feature_cache else None, accelerator=accelerator))

@@ -4,10 +4,12 @@ The estimate counts weights, gradients, two Adam moments, kept activations and s
 right within a third; it knows nothing of fragmentation, nor of other processes on the device.
 """
 
+import dataclasses
 import os
 import platform
 import resource
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from mllm_assets.training.freezing import TrainableSet
 from mllm_assets.training.spec import TrainSpec
 
 GIB = 2**30
+SAFE_SHARE = 0.8  # of the device's memory that a batch chosen by the estimate may take: it is right within a third
 # Values kept per token and layer for the backward pass, in units of hidden and intermediate width, counted in
 # Gemma3DecoderLayer with sdpa: four norms' inputs and outputs, q, k, v, attention output, residuals; gate, up, product.
 HIDDEN_KEPT = 14
@@ -68,6 +71,12 @@ class MemoryEstimate:
     @property
     def total_gib(self) -> float:
         return self.weights_gib + self.gradients_gib + self.optimizer_gib + self.activations_gib
+
+    def describe(self) -> str:
+        return (
+            f"about {self.total_gib:.2f} GiB (weights {self.weights_gib:.2f}, gradients and optimizer "
+            f"{self.gradients_gib + self.optimizer_gib:.2f}, activations {self.activations_gib:.2f})"
+        )
 
 
 def pick_device(wanted: str = "auto", *, use_cpu: bool = False) -> Device:
@@ -176,6 +185,52 @@ def estimate(
         optimizer_gib=2 * trained / GIB,
         activations_gib=(kept + logits) / GIB,
     )
+
+
+def largest_micro_batch(
+    spec: TrainSpec, device: Device, estimate_for: Callable[[TrainSpec], MemoryEstimate]
+) -> TrainSpec:
+    """Regroup a step's samples into the largest micro-batch that fits, with as little accumulation as can be.
+
+    The product of `per_device_train_batch_size` and `gradient_accumulation_steps` stays. The loss changes a little
+    where rows differ in length: it is a mean of micro-batch means.
+
+    Returns:
+        The spec with the new two values; as it was where not even a single row would fit.
+    """
+    samples = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
+    for size in range(samples, 0, -1):
+        if samples % size == 0:
+            grouped = dataclasses.replace(
+                spec, per_device_train_batch_size=size, gradient_accumulation_steps=samples // size
+            )
+            if estimate_for(grouped).total_gib <= SAFE_SHARE * device.memory_gib:
+                return grouped
+    return spec
+
+
+@contextmanager
+def out_of_memory_is_an_error(where: str, cure: str) -> Iterator[None]:
+    """Turn a failed allocation, on the CPU or a GPU, into a message that names the setting.
+
+    Raises:
+        MachineError: There was no room. Says where and what to change.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own class for CUDA is a RuntimeError
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MachineError(f"Out of memory {where}: {reason} {cure}") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The last is what oneDNN says where it cannot have its scratch memory
+    signs = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "not enough memory", "create a primitive")
+    return any(sign in str(error) for sign in signs)
 
 
 def require_memory(needed: MemoryEstimate, device: Device) -> None:

@@ -73,6 +73,13 @@ class Reporter:
             message = {"text": text, "stage": stage, "done": done, "total": total, "elapsed_s": elapsed_s}
             self._emit({**message, **facts})
 
+    def say(self, text: str) -> None:
+        """Say something that a person may want to know."""
+        if self._stream is not None:
+            self._write_line(text)
+        if self._emit is not None:
+            self._emit({"text": text})
+
     def warn(self, text: str) -> None:
         """Say something once that a person should know; kept in `warnings` for the result."""
         if text in self.warnings:

@@ -40,6 +40,7 @@ class RunPlan:
         directory: Of the run; its last part is the fingerprint.
         state: "new": no directory yet; "unfinished": to be resumed; "finished": nothing is left to do.
         data_digests: Of each entry that it trains on or evaluates, by name.
+        regroup: Whether micro-batches may be regrouped to the largest that fits, which changes the loss a little.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class RunPlan:
     directory: Path
     state: Literal["new", "unfinished", "finished"]
     data_digests: Mapping[str, str]
+    regroup: bool = False
 
 
 def fingerprint(
@@ -59,6 +61,7 @@ def fingerprint(
     eval_digests: Mapping[str, str],
     pretrained_fingerprint: str,
     num_processes: int = 1,
+    regroup: bool = False,
 ) -> str:
     """Name what a run computes: 16 hex digits.
 
@@ -74,6 +77,7 @@ def fingerprint(
             "eval": [eval_digests[name] for name in spec.eval_entries] if spec.evaluation_selects else [],
             "model": pretrained_fingerprint,
             "num_processes": num_processes,
+            **({"regroup": True} if regroup else {}),
         }
     )[:16]
 
@@ -151,6 +155,7 @@ def plan_run(
     output_dir: Path | None = None,
     force: bool = False,
     num_processes: int = 1,
+    regroup: bool = False,
 ) -> RunPlan:
     """Name a recipe's run, and find what is there of it.
 
@@ -162,6 +167,7 @@ def plan_run(
         output_dir: The folder of the recipe's runs, by default the recipe's `output_dir`.
         force: Train again where this very run is finished. An unfinished run is resumed all the same.
         num_processes: How many processes train.
+        regroup: Whether micro-batches may be regrouped to the largest that fits.
 
     Raises:
         MllmAssetsError: The model, an entry or its rows are missing or wrong.
@@ -176,6 +182,7 @@ def plan_run(
         eval_digests=digests,
         pretrained_fingerprint=model_fingerprint(model_dir),
         num_processes=num_processes,
+        regroup=regroup,
     )
     directory = _choose(output_dir or root / recipe.output_dir, name, force=force)
     state = "finished" if is_complete(directory) else "unfinished" if directory.exists() else "new"
@@ -188,6 +195,7 @@ def plan_run(
         directory=directory,
         state=state,
         data_digests=digests,
+        regroup=regroup,
     )
 
 
@@ -218,6 +226,7 @@ def train_request(
         "data_digests": dict(plan.data_digests),
         **(cache or CacheSettings()).to_request(),
         "notes": list(plan.recipe.notes),
+        "regroup": plan.regroup,
         **({"accelerator": dict(accelerator)} if accelerator is not None else {}),
     }
 

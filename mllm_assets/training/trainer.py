@@ -29,8 +29,23 @@ class FineTuner(DeltaTrainer):
         self._last_loss = torch.zeros(())
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._last_loss = super().training_step(*args, **kwargs)
+        size, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        cure = (
+            f"per_device_train_batch_size is {size}: set it to {max(1, size // 2)} and gradient_accumulation_steps to "
+            f"{steps * 2}, which leaves the samples of a step as they are."
+            if size > 1
+            else "per_device_train_batch_size is 1 already: lower cutoff_len, or train less of the model."
+        )
+        with memory.out_of_memory_is_an_error(f"in step {self.state.global_step + 1}", cure):
+            self._last_loss = super().training_step(*args, **kwargs)
         return self._last_loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        cure = (
+            f"per_device_eval_batch_size is {self.args.per_device_eval_batch_size}: lower it; the loss stays the same."
+        )
+        with memory.out_of_memory_is_an_error("in the evaluation", cure):
+            return super().prediction_step(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -126,6 +141,12 @@ def make_trainer(
 
 def run_training(trainer: FineTuner, resumable: Resumable) -> float | None:
     """Train to the end and return the mean loss of the steps done here; None where none was left to do."""
+    cure = "Train less of the model: finetuning_type: lora, or freeze_language_model: true."
+    with memory.out_of_memory_is_an_error("outside of a batch, for gradients, optimizer or checkpoint", cure):
+        return _run_training(trainer, resumable)
+
+
+def _run_training(trainer: FineTuner, resumable: Resumable) -> float | None:
     if resumable.path is None:
         return trainer.train().training_loss
     state = TrainerState.load_from_json(str(resumable.path / "trainer_state.json"))

@@ -102,3 +102,37 @@ def test_the_plot_is_drawn_from_the_log(tmp_path: Path) -> None:
 def test_smoothing_keeps_the_first_value() -> None:
     assert smooth([4.0, 2.0])[0] == 4.0
     assert smooth([]) == []
+
+
+def estimate_of(spec: TrainSpec) -> MemoryEstimate:
+    return MemoryEstimate(
+        weights_gib=1, gradients_gib=0, optimizer_gib=0, activations_gib=spec.per_device_train_batch_size
+    )
+
+
+@pytest.mark.parametrize(("memory_gib", "grouping"), [(100, (12, 1)), (8, (4, 3)), (3.8, (2, 6)), (1, (2, 6))])
+def test_the_largest_micro_batch_that_fits_keeps_the_samples_of_a_step(
+    memory_gib: float, grouping: tuple[int, int]
+) -> None:
+    device = Device(kind="cpu", name="a CPU", driver="", memory_gib=memory_gib)
+    spec = make_spec(per_device_train_batch_size=2, gradient_accumulation_steps=6)
+    found = memory.largest_micro_batch(spec, device, estimate_of)
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == grouping
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to"),
+])  # fmt: skip
+def test_a_failed_allocation_names_the_setting(error: BaseException) -> None:
+    with (
+        pytest.raises(MachineError, match=r"^Out of memory in step 3: .* Lower it\.$"),
+        memory.out_of_memory_is_an_error("in step 3", "Lower it."),
+    ):
+        raise error
+
+
+def test_another_error_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="^shapes differ$"), memory.out_of_memory_is_an_error("in step 3", "x"):
+        raise RuntimeError("shapes differ")
