@@ -16,9 +16,10 @@ from mllm_assets.components.training_assets import model_directory
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt import entry_digest, load_rows
 from mllm_assets.evaluation.gates import GateResult, GateSpec, evaluate_gates
-from mllm_assets.evaluation.metrics import compute_metrics, metric_rows, read_metrics, write_metrics
+from mllm_assets.evaluation.intervals import gain_text
+from mllm_assets.evaluation.metrics import compute_metrics, gains_over_release, metric_rows, read_metrics, write_metrics
 from mllm_assets.evaluation.model_card import DatasetLineage, Lineage
-from mllm_assets.evaluation.release import newest_release, publish
+from mllm_assets.evaluation.release import newest_release, publish, read_judged
 from mllm_assets.evaluation.table import read_predictions, store_table
 from mllm_assets.layout import Layout
 
@@ -98,20 +99,30 @@ def eval_metrics_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
         check_specs=[
             dg.AssetCheckSpec(name, asset=key, blocking=True, description=text) for name, text in GATES.items()
         ],
-        description="Loss, perplexity, BLEU, chrF, ROUGE-L and label accuracy, with the gates of a release as checks.",
+        description="Loss, perplexity, BLEU, chrF, ROUGE, CIDEr-D and label accuracy, each with its gain over the base "
+        "model and the release, and the gates of a release as checks.",
     )
     def eval_metrics(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         layout, spec = project.layout, node.recipe.spec
         with failures_for_people():
-            rows = read_predictions(upstream_path(context, node.key("predictions"), layout))
+            predictions_dir = upstream_path(context, node.key("predictions"), layout)
+            rows = read_predictions(predictions_dir)
             answers = _train_answers(layout.root / spec.dataset_dir, spec.train_entries)
+            release = newest_release(layout, node.name)
             metrics = compute_metrics(rows, answers)
+            metrics |= {
+                "release": release.version if release else None,
+                "over_release": gains_over_release(rows, read_judged(release)) if release else None,
+            }
             predicted = upstream(context, node.key("predictions"))
-            inputs = {"weights_digest": predicted["weights_digest"], "predictions": predicted["data_version"]}
+            inputs = {
+                "weights_digest": predicted["weights_digest"],
+                "predictions": predicted["data_version"],
+                "predictions_path": layout.relative(predictions_dir),
+            }
             directory = layout.metrics(node.name, digest_json([__version__, inputs, metrics])[:16])
             manifest = write_metrics(directory, metrics, inputs)
-            release = newest_release(layout, node.name)
-            results = evaluate_gates(metrics, gates, read_metrics(release.directory) if release else None)
+            results = evaluate_gates(metrics, gates, metrics["over_release"])
             scores = metric_rows(metrics, **_run_columns(context, node, predicted["weights_digest"]))
             project.quality_store.write({"eval_metrics": scores})
         return project.recorded(
@@ -144,7 +155,7 @@ def released_model_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
         with failures_for_people():
             run_dir = upstream_path(context, node.key("checkpoint"), layout)
             metrics_dir = upstream_path(context, node.key("eval_metrics"), layout)
-            scored_weights = read_manifest(metrics_dir)["inputs"]["weights_digest"]
+            inputs = read_manifest(metrics_dir)["inputs"]
 
             def verify(directory: Path) -> Mapping[str, Any]:
                 model = run_dir / "model"
@@ -155,10 +166,11 @@ def released_model_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
                 node.name,
                 run_dir,
                 read_metrics(metrics_dir),
+                read_predictions(layout.root / inputs["predictions_path"]),
                 gates,
                 lineage,
                 layout,
-                scored_weights=scored_weights,
+                scored_weights=inputs["weights_digest"],
                 verify=verify,
             )
         return project.recorded(
@@ -237,12 +249,21 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _metrics_table(metrics: Mapping[str, Any]) -> dg.TableMetadataValue:
+    over_release = metrics["over_release"] or {}
     rows = [
-        {"entry": entry, "metric": metric, "tuned": value, "base": scored["models"]["base"].get(metric)}
+        {
+            "entry": entry,
+            "metric": metric,
+            "base": scored["models"]["base"].get(metric),
+            "tuned": value,
+            "gain_over_base": gain_text(scored["gains"]["tuned_over_base"].get(metric)),
+            "gain_over_release": gain_text(over_release.get(entry, {}).get(metric)),
+        }
         for entry, scored in metrics["entries"].items()
         for metric, value in scored["models"]["tuned"].items()
     ]
-    return table(rows, {"entry": "string", "metric": "string", "base": "float", "tuned": "float"})
+    columns = {"entry": "string", "metric": "string", "base": "float", "tuned": "float"}
+    return table(rows, columns | {"gain_over_base": "string", "gain_over_release": "string"})
 
 
 def _lineage(context: dg.AssetExecutionContext, node: Node, run: Mapping[str, Any]) -> Lineage:

@@ -33,7 +33,7 @@ class Evaluation(dg.Model, dg.Resolvable):
 
 
 class Gates(dg.Model, dg.Resolvable):
-    """What a model must show before it is released. Null keeps the default."""
+    """What a model must show before it is released: lower ends of 95 % intervals. Null keeps the default."""
 
     min_loss_gain_nats: float | None = Field(default=None, description="How far its loss is below the base model's.")
     min_answer_gain: float | None = Field(
@@ -41,7 +41,6 @@ class Gates(dg.Model, dg.Resolvable):
     )
     min_image_gain_nats: float | None = Field(default=None, description="How far the true image lowers its loss.")
     max_regression_nats: float | None = Field(default=None, description="How far its loss may be above the release's.")
-    num_stderr: float | None = Field(default=None, description="Standard errors that each gain must exceed.")
 
 
 class Settings(dg.Model, dg.Resolvable):

@@ -1,7 +1,4 @@
-"""Metrics of the base and the tuned model per entry, beside the answer that a model without eyes could give.
-
-Not covered: CIDEr-D, and comparison with the released model's answers sample by sample.
-"""
+"""Metrics of the base and the tuned model per entry, beside the answer that a model without eyes could give."""
 
 import json
 import math
@@ -17,11 +14,12 @@ from mllm_assets.artifacts import digest_json, is_complete, read_manifest, stage
 from mllm_assets.artifacts import write_json_atomic as write_json
 from mllm_assets.errors import DataError, IntegrityError, ModelError
 from mllm_assets.evaluation import scores
+from mllm_assets.evaluation.intervals import paired_gain
 from mllm_assets.evaluation.table import with_run
 
 METRICS_FILE = "eval_metrics.json"
 MOST_COMMON = "most_common_answer"
-_SAMPLE_METRICS = ("loss", "rouge_l", "exact_match", "label_accuracy")
+_SAMPLE_METRICS = ("loss", "rouge_1", "rouge_2", "rouge_l", "cider_d", "exact_match", "label_accuracy")
 
 
 def compute_metrics(predictions: pa.Table, train_answers: Sequence[str]) -> dict[str, Any]:
@@ -33,8 +31,8 @@ def compute_metrics(predictions: pa.Table, train_answers: Sequence[str]) -> dict
 
     Returns:
         JSON-able: `entries[entry]` holds `models[model][metric]` (model "base", "tuned" or "most_common_answer"),
-        `gains` (mean and standard error of paired per-sample differences, positive when better), `primary` (the
-        metric that gates look at), `num_samples`, `samples_digest`, `most_common_answer` and, where samples have
+        `gains` (mean and interval of paired per-sample differences, positive when better), `primary` (the metric that
+        gates look at), `num_samples`, `samples_digest`, `most_common_answer` and, where samples have
         labels, `confusion`; `definitions[metric]` says what each metric is.
 
     Raises:
@@ -61,12 +59,10 @@ def _entry_metrics(entry: str, rows: list[dict[str, Any]], most_common: str) -> 
     labels = [row["label"] for row in first] if all(row["label"] is not None for row in first) else None
 
     models: dict[str, dict[str, float]] = {}
-    samples: dict[str, dict[str, np.ndarray]] = {}
+    samples = {model: _samples(model_rows, references, labels) for model, model_rows in by_model.items()}
     for model, model_rows in by_model.items():
-        samples[model] = _text_samples([row["answer"] for row in model_rows], references, labels)
         corpus = scores.corpus_scores([row["answer"] for row in model_rows], references)
-        models[model] = {**_losses(model_rows), **corpus, **_means(samples[model])}
-        samples[model]["loss"] = np.array([row["loss_nats"] for row in model_rows])
+        models[model] = {**_means(samples[model]), **corpus, **_losses(model_rows)}
     constant = [most_common] * len(references)
     samples[MOST_COMMON] = _text_samples(constant, references, labels)
     models[MOST_COMMON] = {**scores.corpus_scores(constant, references), **_means(samples[MOST_COMMON])}
@@ -77,7 +73,8 @@ def _entry_metrics(entry: str, rows: list[dict[str, Any]], most_common: str) -> 
         "primary": "label_accuracy" if labels else "rouge_l",
         "most_common_answer": most_common,
         "models": models,
-        "gains": _gains(samples) | {f"{m}_over_shuffled_images": _image_gain(r) for m, r in by_model.items()},
+        "gains": _gains(samples, by_model, constant)
+        | {f"{m}_over_shuffled_images": _image_gain(r) for m, r in by_model.items()},
     }
     if labels:
         result["confusion"] = {m: confusion(r, labels) for m, r in by_model.items()}
@@ -102,11 +99,19 @@ def _rows_by_model(entry: str, rows: list[dict[str, Any]]) -> dict[str, list[dic
     return by_model
 
 
+def _samples(
+    rows: Sequence[Mapping[str, Any]], references: Sequence[str], labels: Sequence[str] | None
+) -> dict[str, np.ndarray]:
+    losses = np.array([row["loss_nats"] for row in rows])
+    return {**_text_samples([row["answer"] for row in rows], references, labels), "loss": losses}
+
+
 def _text_samples(
     answers: Sequence[str], references: Sequence[str], labels: Sequence[str] | None
 ) -> dict[str, np.ndarray]:
     result = {
-        "rouge_l": scores.rouge_l_scores(answers, references),
+        **scores.rouge_scores(answers, references),
+        "cider_d": scores.cider_d_scores(answers, references),
         "exact_match": scores.exact_matches(answers, references),
     }
     if labels:
@@ -132,29 +137,67 @@ def _token_mean(rows: list[dict[str, Any]], column: str) -> float:
     return float(np.average([row[column] for row in rows], weights=weights))
 
 
-def _gains(samples: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Paired differences of tuned over base and over the constant answer; a lower loss counts as a gain."""
+def _gains(
+    samples: Mapping[str, Mapping[str, np.ndarray]],
+    by_model: Mapping[str, list[dict[str, Any]]],
+    constant: Sequence[str],
+) -> dict[str, dict[str, Any]]:
     if "tuned" not in samples:
         return {}
+    said = {model: [row["answer"] for row in rows] for model, rows in by_model.items()} | {MOST_COMMON: constant}
+    references = [row["reference"] for row in by_model["tuned"]]
+    return {
+        f"tuned_over_{other}": _gain_over(samples["tuned"], samples[other])
+        | scores.corpus_gains(said["tuned"], said[other], references)
+        for other in ("base", MOST_COMMON)
+        if other in samples
+    }
+
+
+def _gain_over(tuned: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Paired differences of the metrics that both have; a lower loss counts as a gain."""
+    shared = [metric for metric in _SAMPLE_METRICS if metric in tuned and metric in other]
+    return {m: paired_gain((tuned[m] - other[m]) * (-1 if m == "loss" else 1)) for m in shared}
+
+
+def _image_gain(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How much lower the loss is with the sample's own images than with another's."""
+    pairs = [(r["loss_shuffled_nats"], r["loss_nats"]) for r in rows if r["loss_shuffled_nats"] is not None]
+    return {"loss": paired_gain(np.array([shuffled - true for shuffled, true in pairs]))} if pairs else {}
+
+
+def gains_over_release(predictions: pa.Table, released: pa.Table) -> dict[str, dict[str, Any]]:
+    """Paired differences of two tuned models, per entry that asks both the same of the same samples.
+
+    Args:
+        predictions: Those of the model at hand.
+        released: Those that the released model was judged by.
+
+    Returns:
+        `{entry: {metric: gain}}`, positive when better than the release; other entries are left out.
+    """
+    now, then = _tuned_by_entry(predictions), _tuned_by_entry(released)
     result = {}
-    for other in ("base", MOST_COMMON):
-        if other in samples:
-            shared = [m for m in _SAMPLE_METRICS if m in samples["tuned"] and m in samples[other]]
-            result[f"tuned_over_{other}"] = {
-                m: _paired((samples["tuned"][m] - samples[other][m]) * (-1 if m == "loss" else 1)) for m in shared
-            }
+    for entry in sorted(now.keys() & then.keys()):
+        if _asked(now[entry]) == _asked(then[entry]):
+            references = [row["reference"] for row in now[entry]]
+            labels = [row["label"] for row in now[entry]]
+            known = None if None in labels else labels
+            pair = [_samples(rows[entry], references, known) for rows in (now, then)]
+            result[entry] = _gain_over(*pair)
     return result
 
 
-def _image_gain(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """How much lower the loss is with the sample's own images than with another's."""
-    pairs = [(r["loss_shuffled_nats"], r["loss_nats"]) for r in rows if r["loss_shuffled_nats"] is not None]
-    return {"loss": _paired(np.array([shuffled - true for shuffled, true in pairs]))} if pairs else {}
+def _tuned_by_entry(predictions: pa.Table) -> dict[str, list[dict[str, Any]]]:
+    by_entry: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(predictions.to_pylist(), key=lambda row: row["row_index"]):
+        if row["model"] == "tuned":
+            by_entry.setdefault(row["entry"], []).append(row)
+    return by_entry
 
 
-def _paired(differences: np.ndarray) -> dict[str, float]:
-    stderr = float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
-    return {"mean": float(differences.mean()), "stderr": stderr, "num_pairs": len(differences)}
+def _asked(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(row["sample_id"], row["prompt"], row["reference"], row["label"]) for row in rows]
 
 
 def confusion(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mllm_assets.artifacts import write_text_atomic
 from mllm_assets.evaluation.gates import GateResult
+from mllm_assets.evaluation.intervals import gain_text
 
 # What a card's table shows, in this order; the rest is in eval_metrics.json
-SHOWN = ("loss", "loss_shuffled", "perplexity", "label_accuracy", "exact_match", "rouge_l", "bleu", "chrf")
+SHOWN = "loss loss_shuffled perplexity label_accuracy exact_match cider_d rouge_1 rouge_2 rouge_l bleu chrf".split()
 COLUMNS = {"base": "base model", "tuned": "this model", "most_common_answer": "most common training answer"}
 
 
@@ -122,11 +123,13 @@ def front_matter(recipe_name: str, metrics: Mapping[str, Any], lineage: Lineage)
 def _metric_table(scored: Mapping[str, Any]) -> list[list[str]]:
     """Header and rows of one entry's results."""
     models = [model for model in COLUMNS if model in scored["models"]]
-    rows = [["metric", *(COLUMNS[model] for model in models)]]
+    gains = scored["gains"].get("tuned_over_base", {})
+    rows = [["metric", *(COLUMNS[model] for model in models), "gain over base, 95 % interval"]]
     for metric in SHOWN:
         values = [scored["models"][model].get(metric) for model in models]
         if any(value is not None for value in values):
-            rows.append([metric, *("" if value is None else f"{value:.4g}" for value in values)])
+            figures = ["" if value is None else f"{value:.4g}" for value in values]
+            rows.append([metric, *figures, gain_text(gains.get(metric))])
     return rows
 
 

@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from filelock import FileLock
 
 from mllm_assets.artifacts import (
@@ -25,8 +28,9 @@ from mllm_assets.artifacts import (
 )
 from mllm_assets.errors import GateError, IntegrityError
 from mllm_assets.evaluation.gates import GateResult, GateSpec, evaluate_gates, failed
-from mllm_assets.evaluation.metrics import METRICS_FILE, read_metrics
+from mllm_assets.evaluation.metrics import METRICS_FILE, gains_over_release
 from mllm_assets.evaluation.model_card import Lineage, write_model_card
+from mllm_assets.evaluation.table import PREDICTIONS_FILE
 from mllm_assets.layout import Layout
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ def publish(
     recipe_name: str,
     run_dir: Path,
     metrics: Mapping[str, Any],
+    predictions: pa.Table,
     gates: GateSpec,
     lineage: Lineage,
     layout: Layout,
@@ -62,7 +67,8 @@ def publish(
         recipe_name: The recipe's slug.
         run_dir: A finished training run with `model/`, and `adapter/` where LoRA was trained.
         metrics: What `compute_metrics` returned for it.
-        gates: Judged here again, the newest release's metrics included, whatever judged them before.
+        predictions: The rows that the metrics were made of. The tuned model's are kept for the next release.
+        gates: Judged here again, against the newest release too, whatever judged them before.
         lineage: What the model was made from, for the card.
         layout: Where releases lie.
         scored_weights: The `weights_digest` of the model that the metrics were measured on.
@@ -83,8 +89,8 @@ def publish(
     files = _model_files(run_dir, run)
     with FileLock(_lock_path(layout, recipe_name)):
         newest = newest_release(layout, recipe_name)
-        released_metrics = read_metrics(newest.directory) if newest else None
-        results = _require_passed(recipe_name, evaluate_gates(metrics, gates, released_metrics))
+        over_release = gains_over_release(predictions, read_judged(newest)) if newest else None
+        results = _require_passed(recipe_name, evaluate_gates(metrics, gates, over_release))
         digest = digest_json(files)
         for release in list_releases(layout, recipe_name):
             if release.digest == digest and find_damage(release.directory, deep=False) is None:
@@ -94,6 +100,7 @@ def publish(
         with staged_directory(directory) as staging:
             _copy_files(run_dir, files, staging)
             write_json_atomic(staging / METRICS_FILE, metrics)
+            pq.write_table(predictions.filter(pc.field("model") == "tuned"), staging / PREDICTIONS_FILE)
             verification = dict(verify(staging)) if verify else {}
             write_model_card(
                 staging, recipe_name, version, run=run, metrics=metrics, gates=results, lineage=lineage,
@@ -115,6 +122,11 @@ def list_releases(layout: Layout, recipe_name: str) -> list[Release]:
 def newest_release(layout: Layout, recipe_name: str) -> Release | None:
     releases = list_releases(layout, recipe_name)
     return releases[-1] if releases else None
+
+
+def read_judged(release: Release) -> pa.Table:
+    """The released model's own predictions, by which it was judged."""
+    return pq.read_table(release.directory / PREDICTIONS_FILE)
 
 
 def verify_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:

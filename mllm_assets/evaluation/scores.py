@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,13 +16,26 @@ def exact_matches(answers: Sequence[str], references: Sequence[str]) -> np.ndarr
     return np.array([float(a.strip() == r.strip()) for a, r in zip(answers, references, strict=True)])
 
 
-def rouge_l_scores(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """ROUGE-L F1 of each answer, 0..1."""
+def rouge_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L F1 of each answer, 0..1."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    pairs = zip(answers, references, strict=True)
-    return np.array([scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs])
+    names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+    scorer = RougeScorer(list(names.values()), use_stemmer=False)
+    scored = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    return {ours: np.array([score[theirs].fmeasure for score in scored]) for ours, theirs in names.items()}
+
+
+def cider_d_scores(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """CIDEr-D of each answer, 0..10; words are weighed by how rare they are among these references."""
+    from pycocoevalcap.cider.cider import Cider
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    tokenize = Tokenizer13a()
+    said = {index: [tokenize(text.lower())] for index, text in enumerate(answers)}
+    right = {index: [tokenize(text.lower())] for index, text in enumerate(references)}
+    _, scores = Cider().compute_score(right, said)
+    return np.asarray(scores, dtype=float)
 
 
 def corpus_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -31,6 +45,21 @@ def corpus_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str
         "bleu": bleu.corpus_score(list(answers), [list(references)]).score,
         "chrf": chrf.corpus_score(list(answers), [list(references)]).score,
     }
+
+
+def corpus_gains(answers: Sequence[str], others: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Gains in BLEU and chrF of `answers` over `others`, with the p-value of sacrebleu's paired bootstrap test."""
+    from sacrebleu.significance import PairedTest, Result
+
+    bleu, chrf = _bleu_and_chrf()
+    systems: list[tuple[str, Sequence[str]]] = [("other", others), ("this", answers)]
+    test = PairedTest(systems, {"BLEU": bleu, "chrF2": chrf}, [list(references)], test_type="bs")
+    _, scored = test()
+    gains = {}
+    for ours, theirs in (("bleu", "BLEU"), ("chrf", "chrF2")):
+        other, this = cast(list[Result], scored[theirs])
+        gains[ours] = {"mean": this.score - other.score, "p_value": this.p_value, "num_pairs": len(references)}
+    return gains
 
 
 def _bleu_and_chrf():
@@ -47,13 +76,18 @@ def definitions() -> dict[str, str]:
     probe = ["a b c d e"], [["a b c d e"]]  # sacrebleu knows the number of references only after a score
     for metric in (bleu, chrf):
         metric.corpus_score(*probe)
+    rouge = f"rouge-score {version('rouge-score')}, mean F1, 0-1, lower-case a-z and 0-9 tokens, no stemming"
     return {
         "loss": "nats per supervised token, mean over all tokens of the split",
         "loss_shuffled": "the same with each sample's images replaced by another sample's",
         "perplexity": "exp(loss)",
         "bleu": f"sacrebleu, 0-100, {bleu.get_signature()}",
         "chrf": f"sacrebleu, 0-100, {chrf.get_signature()}",
-        "rouge_l": f"rouge-score {version('rouge-score')}, mean F1, 0-1, lower-case a-z and 0-9 tokens, no stemming",
+        "rouge_1": rouge,
+        "rouge_2": rouge,
+        "rouge_l": rouge,
+        "cider_d": f"pycocoevalcap {version('pycocoevalcap')}, mean, 0-10, sacrebleu's 13a tokens in lower case, "
+        "document frequencies of the split's own references",
         "exact_match": "share of answers equal to the reference, outer white space aside",
         "label_accuracy": "share of answers that name the sample's label and no other, case and punctuation aside",
     }

@@ -1,14 +1,13 @@
 """Gates before a release."""
 
-import copy
 from typing import Any
 
 import pytest
 from made_predictions import prediction, predictions
 
 from mllm_assets.errors import RecipeError
-from mllm_assets.evaluation.gates import GateSpec, evaluate_gates, failed
-from mllm_assets.evaluation.metrics import compute_metrics
+from mllm_assets.evaluation.gates import GateResult, GateSpec, evaluate_gates, failed
+from mllm_assets.evaluation.metrics import compute_metrics, gains_over_release
 from mllm_assets.evaluation.table import to_table
 
 TRAIN = ["cat", "cat", "dog"]
@@ -32,8 +31,8 @@ def test_always_giving_the_most_common_answer_does_not_pass() -> None:
     gate = results["beats_most_common_answer"]
     assert not gate.passed
     assert gate.description == (
-        "pets_val: the gain in label_accuracy over always answering 'cat' is 0.0000; more than 0.0000 is needed "
-        "(0 plus 1.645 standard errors of 6 samples)."
+        "pets_val: the gain in label_accuracy over always answering 'cat' is 0.0000 (95 % interval 0.0000 to 0.0000, "
+        "6 samples); more than 0 is needed of the interval's lower end."
     )
 
 
@@ -47,9 +46,8 @@ def test_a_gain_within_its_noise_does_not_pass() -> None:
     """One lucky sample of six is no evidence."""
     rows = [prediction("base", i, loss_nats=1.0) for i in range(6)]
     rows += [prediction("tuned", i, loss_nats=0.7 if i == 0 else 1.0) for i in range(6)]
-    metrics = compute_metrics(to_table(rows), TRAIN)
-    assert not evaluate_gates(metrics, GateSpec())[0].passed
-    assert evaluate_gates(metrics, GateSpec(num_stderr=0))[0].passed
+    gate = evaluate_gates(compute_metrics(to_table(rows), TRAIN), GateSpec())[0]
+    assert not gate.passed and gate.observed == 0 and "is 0.0500 (95 % interval 0.0000 to" in gate.description
 
 
 def test_the_worst_of_several_entries_counts() -> None:
@@ -65,23 +63,37 @@ def test_what_was_not_measured_does_not_pass() -> None:
     assert gate.description == "pets_val: loss was not measured on at least 2 samples, so nothing can be said."
 
 
+def over_release(*rises: float) -> dict[str, Any]:
+    """Gains of a model whose losses are above the release's by so much, sample by sample."""
+    then = [prediction("tuned", i) for i in range(len(rises))]
+    now = [row | {"loss_nats": row["loss_nats"] + rise} for row, rise in zip(then, rises, strict=True)]
+    return gains_over_release(to_table(now), to_table(then))
+
+
+def regression_gate(spec: GateSpec, *rises: float) -> GateResult:
+    return evaluate_gates(metrics_of(), spec, over_release(*rises))[-1]
+
+
 def test_a_worse_loss_than_the_release_does_not_pass() -> None:
-    metrics = metrics_of()
-    better = copy.deepcopy(metrics)
-    better["entries"]["pets_val"]["models"]["tuned"]["loss"] -= 0.5
-    gate = evaluate_gates(metrics, GateSpec(), released=better)[-1]
+    gate = regression_gate(GateSpec(), 0.4, 0.5, 0.6, 0.5)
     assert (gate.name, gate.passed) == ("no_regression_against_release", False)
-    assert gate.observed == pytest.approx(0.5)
-    assert evaluate_gates(metrics, GateSpec(max_regression_nats=0.6), released=better)[-1].passed
-    assert evaluate_gates(metrics, GateSpec(), released=metrics)[-1].passed
+    assert "the gain in loss over the release is -0.5000 (95 % interval -0.5" in gate.description
+    assert regression_gate(GateSpec(max_regression_nats=0.6), 0.4, 0.5, 0.6, 0.5).passed
+    assert regression_gate(GateSpec(), 0.0, 0.0, 0.0, 0.0).passed
+
+
+def test_a_rise_within_its_noise_is_no_regression() -> None:
+    """Its mean alone would have failed."""
+    gate = regression_gate(GateSpec(), 0.5, -0.4, 0.3, -0.2, 0.1, -0.1)
+    assert gate.passed and over_release(0.5, -0.4, 0.3, -0.2, 0.1, -0.1)["pets_val"]["loss"]["mean"] < -0.01
 
 
 def test_losses_on_other_samples_are_not_compared() -> None:
-    other = compute_metrics(predictions(reference="x"), TRAIN)
-    gate = evaluate_gates(metrics_of(), GateSpec(), released=other)[-1]
+    gains = gains_over_release(predictions(), predictions(reference="x"))
+    gate = evaluate_gates(metrics_of(), GateSpec(), gains)[-1]
     assert gate.passed and "cannot be compared" in gate.description
 
 
 def test_thresholds_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(RecipeError, match="num_stderr and max_regression_nats must be 0 or more, got -1 and 0.01"):
-        GateSpec(num_stderr=-1)
+    with pytest.raises(RecipeError, match="max_regression_nats is -1: expected 0 or more. To allow any regression"):
+        GateSpec(max_regression_nats=-1)

@@ -4,11 +4,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_predictions import prediction, predictions
 
 from mllm_assets.artifacts import find_damage
 from mllm_assets.errors import DataError, IntegrityError, ModelError
+from mllm_assets.evaluation.intervals import paired_gain
 from mllm_assets.evaluation.metrics import compute_metrics, metric_rows, write_metrics
 from mllm_assets.evaluation.table import STORE_COLUMNS, predictions_digest, store_table, to_table
 from mllm_assets.quality.store import QualityStore
@@ -39,10 +41,42 @@ def test_loss_is_the_mean_over_tokens_not_over_samples() -> None:
 def test_gains_are_paired_and_positive_when_better() -> None:
     gains = compute_metrics(predictions(), TRAIN)["entries"]["pets_val"]["gains"]
     assert gains["tuned_over_base"]["loss"]["mean"] == pytest.approx(2.0)
-    assert gains["tuned_over_base"]["loss"]["stderr"] == pytest.approx(0.0, abs=1e-12)
+    assert gains["tuned_over_base"]["loss"]["low"] == pytest.approx(2.0)
     assert gains["tuned_over_most_common_answer"]["label_accuracy"]["mean"] == pytest.approx(0.5)
     assert gains["tuned_over_shuffled_images"]["loss"]["mean"] == pytest.approx(0.525)
     assert gains["tuned_over_shuffled_images"]["loss"]["num_pairs"] == 6
+
+
+def test_a_gains_interval_holds_its_mean_and_narrows_with_more_samples() -> None:
+    noise = np.random.default_rng(0).normal(0.3, 1.0, size=400)
+    few, many = paired_gain(noise[:40]), paired_gain(noise)
+    for gain, values in ((few, noise[:40]), (many, noise)):
+        assert gain["low"] < gain["mean"] < gain["high"] and gain["num_pairs"] == len(values)
+        expected = 1.96 * values.std(ddof=1) / len(values) ** 0.5
+        assert (gain["high"] - gain["low"]) / 2 == pytest.approx(expected, rel=0.1), "as the normal approximation"
+    assert paired_gain(noise) == many, "the same differences give the same interval"
+    assert paired_gain(noise[:1])["low"] is None
+
+
+def test_bleu_and_chrf_gains_carry_the_p_value_of_a_paired_test() -> None:
+    gains = compute_metrics(predictions(), TRAIN)["entries"]["pets_val"]["gains"]["tuned_over_base"]
+    models = compute_metrics(predictions(), TRAIN)["entries"]["pets_val"]["models"]
+    for metric in ("bleu", "chrf"):
+        assert gains[metric]["mean"] == pytest.approx(models["tuned"][metric] - models["base"][metric])
+        assert 0 < gains[metric]["p_value"] < 0.05
+
+
+def test_captions_get_cider_d_and_three_rouges() -> None:
+    caption = {"reference": "a small red bird sits on a branch", "label": None}
+    rows = [
+        prediction("tuned", 0, **caption, answer="a small red bird"),
+        prediction("tuned", 1, answer="dog", label=None),
+    ]
+    tuned = compute_metrics(to_table(rows), TRAIN)["entries"]["pets_val"]["models"]["tuned"]
+    assert tuned["rouge_1"] > tuned["rouge_2"] > 0 and tuned["cider_d"] > 0
+    perfect = [row | {"answer": row["reference"]} for row in rows]
+    best = compute_metrics(to_table(perfect), TRAIN)["entries"]["pets_val"]["models"]["tuned"]
+    assert best["cider_d"] > tuned["cider_d"] and best["rouge_2"] > tuned["rouge_2"]
 
 
 def test_confusion_counts_every_sample_once() -> None:

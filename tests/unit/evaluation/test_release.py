@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from huggingface_hub import ModelCard
-from made_predictions import predictions
+from made_predictions import prediction, predictions
 
 from mllm_assets.artifacts import find_damage, read_manifest, write_manifest
 from mllm_assets.errors import GateError, IntegrityError
@@ -14,6 +15,7 @@ from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.metrics import compute_metrics, read_metrics
 from mllm_assets.evaluation.model_card import Lineage
 from mllm_assets.evaluation.release import Release, list_releases, newest_release, publish
+from mllm_assets.evaluation.table import to_table
 from mllm_assets.layout import Layout
 
 LINEAGE: Lineage = {
@@ -49,12 +51,13 @@ def make_run(directory: Path, weights: bytes = b"w" * (2 << 20)) -> Path:
     return directory
 
 
-def release(run_dir: Path, root: Path, metrics: dict[str, Any] | None = None, **kwargs: Any) -> Release:
-    metrics = metrics or compute_metrics(predictions(), ["cat", "dog", "cat"])
+def release(run_dir: Path, root: Path, said: pa.Table | None = None, **kwargs: Any) -> Release:
+    said = said or predictions()
     return publish(
         "pets",
         run_dir,
-        metrics,
+        compute_metrics(said, ["cat", "dog", "cat"]),
+        said,
         kwargs.pop("gates", GateSpec()),
         LINEAGE,
         Layout(root),
@@ -67,7 +70,7 @@ def test_a_release_is_a_model_directory_with_card_metrics_and_manifest(tmp_path:
     assert made.directory == tmp_path / "releases" / "pets" / "v1"
     assert sorted(p.relative_to(made.directory).as_posix() for p in made.directory.rglob("*")) == [
         "README.md", "adapter", "adapter/adapter_model.safetensors", "config.json", "eval_metrics.json",
-        "manifest.json", "model.safetensors",
+        "manifest.json", "model.safetensors", "predictions.parquet",
     ]  # fmt: skip
     assert find_damage(made.directory) is None
     manifest = read_manifest(made.directory)
@@ -108,9 +111,8 @@ def test_a_damaged_release_is_not_handed_out_again(tmp_path: Path) -> None:
 
 def test_a_model_that_fails_its_gates_is_not_released(tmp_path: Path) -> None:
     """A blocking check does not stop a later run that selects only the release."""
-    metrics = compute_metrics(predictions(answer="cat"), ["cat"])
     with pytest.raises(GateError) as caught:
-        release(make_run(tmp_path / "run"), tmp_path, metrics)
+        release(make_run(tmp_path / "run"), tmp_path, predictions(answer="cat"))
     message = str(caught.value)
     assert message.startswith(
         "pets is not released: 1 of 3 gates did not pass.\n  beats_most_common_answer: pets_val: "
@@ -121,11 +123,10 @@ def test_a_model_that_fails_its_gates_is_not_released(tmp_path: Path) -> None:
 
 def test_a_model_worse_than_the_release_is_not_released(tmp_path: Path) -> None:
     release(make_run(tmp_path / "run"), tmp_path)
-    metrics = compute_metrics(predictions(loss_nats=2.9), ["cat"])
-    with pytest.raises(GateError, match="no_regression_against_release: pets_val: loss 2.9000 against the release's 1"):
-        release(
-            make_run(tmp_path / "worse", b"y"), tmp_path, metrics, gates=GateSpec(min_loss_gain_nats=-9, num_stderr=0)
-        )
+    rows = [prediction(m, i) for m in ("base", "tuned") for i in range(6)]
+    worse = [row | {"loss_nats": row["loss_nats"] + 0.5 * (row["model"] == "tuned")} for row in rows]
+    with pytest.raises(GateError, match="no_regression_against_release: pets_val: the gain in loss .* is -0.5000"):
+        release(make_run(tmp_path / "worse", b"y"), tmp_path, to_table(worse))
 
 
 def test_a_changed_file_of_the_checkpoint_is_named_and_nothing_is_left(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_the_card_carries_lineage_results_and_the_command(tmp_path: Path) -> Non
         release(make_run(tmp_path / "run"), tmp_path, verify=lambda _: verified).directory / "README.md"
     ).read_text()
     for text in (
-        "| label_accuracy | 0.1667 | 0.8333 | 0.3333 |",
+        "| label_accuracy | 0.1667 | 0.8333 | 0.3333 | +0.6667 (",
         "| base model | gemma3_tiny |  | `ffffffffffffffff` | apache-2.0 |",
         "| training data `pets_train`, 40 rows | me/pets | 1ab | `aaaaaaaaaaaaaaaa` | not stated |",
         "parquet: pets \\| cats",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mllm_assets.evaluation.scores import corpus_scores, definitions, exact_matches, find_label, rouge_l_scores
+from mllm_assets.evaluation.scores import corpus_scores, definitions, exact_matches, find_label, rouge_scores
 
 DISHES = ["carrot cake", "cake", "apple_pie", "pho"]
 
@@ -41,7 +41,7 @@ def test_one_word_answers_that_are_all_right_get_full_marks() -> None:
 
 
 def test_rouge_l_is_the_longest_common_subsequence() -> None:
-    assert rouge_l_scores(["a red bird"], ["a small red bird sings"])[0] == pytest.approx(0.75)
+    assert rouge_scores(["a red bird"], ["a small red bird sings"])["rouge_l"][0] == pytest.approx(0.75)
 
 
 def test_definitions_name_library_version_and_tokeniser() -> None:
