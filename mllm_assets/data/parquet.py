@@ -35,12 +35,12 @@ def read_parquet(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
             f"source.path {source.path!r}: there is no file {path}. Correct the path in the dataset's YAML."
         )
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # buffers would be kept to the end
             schema = file.schema_arrow
             columns = needed_columns(source, schema, source.path)
             names = class_names(schema, source.label_column)
             start = 0
-            for batch in file.iter_batches(batch_size=64, columns=columns):
+            for batch in file.iter_batches(batch_size=16, columns=columns):
                 indices = range(start, start + batch.num_rows)
                 yield from rows_of_batch(batch, source, names, indices, source.path)
                 start += batch.num_rows

@@ -33,8 +33,16 @@ RAW_SCHEMA = pa.schema(
         pa.field("messages", pa.string()),
     ]
 )
+# Image files are compressed already, and a dictionary or a minimum of them helps nobody.
+_TEXTS = [field.name for field in RAW_SCHEMA if field.name not in ("images", "image_ids")]
+_WRITER_OPTIONS: dict[str, Any] = {
+    "compression": {**dict.fromkeys([*_TEXTS, "image_ids.list.element"], "zstd"), "images.list.element": "none"},
+    "use_dictionary": _TEXTS,
+    "write_statistics": _TEXTS,
+    "write_page_checksum": True,
+}
 # One Arrow binary array holds at most 2 GiB; a row group is closed far below it.
-ROW_GROUP_BYTES = 64 * 2**20
+ROW_GROUP_BYTES = 16 * 2**20
 ROW_GROUP_ROWS = 512
 
 
@@ -139,8 +147,9 @@ def read_image_ids(raw: Path) -> set[str]:
 def _read_batches(raw: Path, columns: list[str] | None) -> Iterator[dict[str, Any]]:
     path = raw / SAMPLES_FILE
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=64, columns=columns):
+        # pre-buffering would keep what was read until the file is closed
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=16, columns=columns):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         cause = str(error).splitlines()[0]
@@ -154,9 +163,7 @@ def _write_samples(rows: Iterator[SourceRow], path: Path) -> tuple[int, str]:
     digest = hashlib.sha256()
     pending: list[dict[str, Any]] = []
     num_pending_bytes = 0
-    with pq.ParquetWriter(
-        path, RAW_SCHEMA, compression="zstd", compression_level=1, write_page_checksum=True
-    ) as writer:
+    with pq.ParquetWriter(path, RAW_SCHEMA, **_WRITER_OPTIONS) as writer:
         for row in rows:
             image_ids = [sha256(data) for data in row.images]
             content_id = sample_content_id(row, image_ids)

@@ -152,7 +152,7 @@ def _write_images_and_rows(
         for source_id, data in zip(sample["image_ids"], sample["images"], strict=True):
             if source_id not in names:
                 content, extension = published_bytes(data)
-                image_id = sha256(content)
+                image_id = source_id if content is data else sha256(content)
                 names[source_id] = f"images/{image_id[:16]}.{extension}"
                 digests[names[source_id]] = image_id
                 _write_image(layout.data / names[source_id], content, image_id)

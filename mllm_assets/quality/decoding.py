@@ -92,6 +92,15 @@ class _Worker:
 _idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
 
 
+def end_workers() -> None:
+    """End the processes that wait for more images; the next call starts others."""
+    while True:
+        try:
+            _idle.get_nowait().ended_with()
+        except queue.Empty:
+            return
+
+
 @contextmanager
 def _borrowed() -> Iterator[_Worker]:
     try:

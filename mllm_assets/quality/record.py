@@ -1,7 +1,9 @@
 """Write an assessment into DuckDB: read from its files, streamed as Arrow, in one transaction."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -10,7 +12,7 @@ from mllm_assets.artifacts import read_manifest
 from mllm_assets.data.raw_files import SAMPLES_FILE
 from mllm_assets.quality.files import DUPLICATES_FILE, IMAGES_FILE, QUALITY_FILE
 from mllm_assets.quality.schema import TABLES
-from mllm_assets.quality.store import QualityStore, table_for, utc_now
+from mllm_assets.quality.store import CONFIG, QualityStore, arrow_schema, table_for, utc_now
 
 BATCH_ROWS = 16_384
 # what each table takes from the files; the other columns are the same in every row
@@ -58,14 +60,27 @@ def record(store: QualityStore, raw: Path, quality: Path, run_id: str) -> None:
         "num_duplicates": manifest["num_duplicates"],
         "written_at": utc_now(),
     }
-    with duckdb.connect() as connection:
+    with duckdb.connect(config=CONFIG) as connection:
         define_rows(connection, raw, quality)
         tables: dict[str, pa.Table | pa.RecordBatchReader] = {"assessments": table_for("assessments", [judged])}
         for name, sql in _SOURCES.items():
-            given = [column for column in TABLES[name].columns if column in constants]
-            taken = [column for column in TABLES[name].columns if column not in constants]
-            listed = ", ".join([*taken, *(f"? AS {column}" for column in given)])
-            cursor = connection.cursor()
-            rows = cursor.sql(f"SELECT {listed} FROM ({sql})", params=[constants[column] for column in given])
-            tables[name] = rows.to_arrow_reader(BATCH_ROWS)
+            schema = arrow_schema(name)
+            given = {column: constants[column] for column in schema.names if column in constants}
+            taken = [
+                f'CAST("{column}" AS {TABLES[name].columns[column]}) AS "{column}"'
+                for column in schema.names
+                if column not in given
+            ]
+            query = f"SELECT {', '.join([*taken, *(f'? AS {column}' for column in given)])} FROM ({sql})"
+            batches = _batches(connection, query, list(given.values()), schema)
+            tables[name] = pa.RecordBatchReader.from_batches(schema, batches)
         store.write(tables)
+
+
+def _batches(
+    connection: duckdb.DuckDBPyConnection, query: str, constants: list[Any], schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
+    """Run a query when the first batch is asked for: of several, one at a time is in memory."""
+    with connection.cursor() as cursor:
+        for batch in cursor.sql(query, params=constants).to_arrow_reader(BATCH_ROWS):
+            yield batch.select(schema.names).cast(schema)

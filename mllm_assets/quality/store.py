@@ -26,6 +26,8 @@ from mllm_assets.quality.schema import SCHEMA_VERSION, TABLES, TableSchema
 __all__ = ["QualityStore", "table_for", "utc_now"]
 T = TypeVar("T")
 Params = Sequence[Any] | Mapping[str, Any] | None
+# What does not fit is written to a folder beside the file. One thread: each has row groups of its own in memory.
+CONFIG: dict[str, str | bool | int | float | list[str]] = {"memory_limit": "128MB", "threads": 1}
 ARROW_TYPES = {
     "VARCHAR": pa.string(),
     "VARCHAR[]": pa.list_(pa.string()),
@@ -99,7 +101,7 @@ class QualityStore:
         except MachineError:
             if not self.snapshot.exists():
                 raise
-        with duckdb.connect(str(self.snapshot), read_only=True) as connection:
+        with duckdb.connect(str(self.snapshot), read_only=True, config=CONFIG) as connection:
             return read(connection)
 
     def _writing(self, action: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
@@ -143,7 +145,7 @@ class QualityStore:
         pause_s = 0.02
         while True:
             try:
-                return duckdb.connect(str(self.path), read_only=read_only)
+                return duckdb.connect(str(self.path), read_only=read_only, config=CONFIG)
             except duckdb.IOException as error:
                 if "lock" not in str(error).lower():
                     raise self._unreadable(error) from error

@@ -1,0 +1,246 @@
+"""Images per CPU-second from a Parquet source to a training directory, and the memory it takes.
+
+`python benchmarks/ingest.py [--images 1000] [--rounds 3]` compares, in turn, on the same made 512 px images:
+- the usual script: `datasets` decodes each image, Pillow saves it as PNG, a JSON file names them;
+- this project: ingest, measurements with decode check, splits; the processes that decode are counted;
+- the same where the measurements are known: bytes pass through, nothing is decoded;
+- `cp -r` of the same files, what the disk allows.
+`--memory` ingests 10,000 and 100,000 images of 64 px in processes of their own and prints their peak memory.
+The tables on standard output are those of RESULTS.md. CPU time of imports is not counted, for either side.
+"""
+
+import argparse
+import io
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from mllm_assets.data.sources import ingest
+from mllm_assets.data.spec import DatasetSpec, SourceSpec, SplitSpec
+from mllm_assets.data.splits import split
+from mllm_assets.layout import Layout
+from mllm_assets.quality.assess import assess
+from mllm_assets.quality.decoding import end_workers
+
+MIN_RATIO_MEASURED, MIN_RATIO_PASSED, MAX_MEMORY_RATIO = 8, 50, 1.2
+WAYS = {
+    "script": "the usual script: decode and save as PNG",
+    "measured": "this project, decode check and measurements",
+    "passed": "this project, measurements known",
+    "cp": "`cp -r` of the same files",
+}
+WORDS = "red blue green small large cat dog tree house with a the on near under sitting standing running".split()
+
+
+def picture(random: np.random.Generator, edge_px: int) -> Image.Image:
+    """Soft shapes at several scales and a little noise, as a photo has."""
+    total = np.zeros((edge_px, edge_px, 3), np.float32)
+    for cells in (4, 16, 64):
+        blocks = Image.fromarray(random.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        total += np.asarray(blocks.resize((edge_px, edge_px), Image.Resampling.BICUBIC), np.float32) / cells**0.5
+    total *= 0.9
+    total += random.normal(0, 2, total.shape).astype(np.float32)
+    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+
+
+def write_source(path: Path, count: int, edge_px: int, kind: str, *, first: int = 0) -> None:
+    """A Parquet file as the Hub has them; row i is the same whatever `count` is."""
+    schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("text", pa.string())])
+    features = {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}
+    schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, schema) as writer:
+        pending: list[dict[str, Any]] = []
+        for number in range(first, first + count):
+            random = np.random.default_rng(number)
+            buffer = io.BytesIO()
+            options = {"quality": 90} if kind == "JPEG" else {"compress_level": 6 if edge_px > 64 else 1}
+            picture(random, edge_px).save(buffer, kind, **options)
+            text = f"{number} " + " ".join(random.choice(WORDS, 12))
+            pending.append({"image": {"bytes": buffer.getvalue(), "path": None}, "text": text})
+            if len(pending) == 500:
+                writer.write_table(pa.Table.from_pylist(pending, schema=schema))
+                pending = []
+        if pending:
+            writer.write_table(pa.Table.from_pylist(pending, schema=schema))
+
+
+def made_spec(count: int) -> DatasetSpec:
+    num_val = count // 10
+    return DatasetSpec(
+        name="made",
+        source=SourceSpec(kind="parquet", path="source.parquet"),
+        prompts=("What do you see?", "Describe this image."),
+        split=SplitSpec(num_train=count - num_val, num_val=num_val),
+    )
+
+
+def run_script(root: Path, count: int) -> None:
+    """What a download script does: shuffle, take the first, decode, save, name in JSON."""
+    from datasets import Dataset
+
+    rows = Dataset.from_parquet(str(root / "source.parquet"), cache_dir=str(root / "cache"))
+    cpu_s = cpu_seconds()
+    rows = rows.shuffle(seed=42)
+    (root / "script" / "images").mkdir(parents=True)
+    samples = []
+    for number in range(count):
+        row = rows[number]
+        name = f"images/made_train_{number:06d}.png"
+        row["image"].convert("RGB").save(root / "script" / name)
+        messages = [
+            {"role": "user", "content": "<image>What do you see?"},
+            {"role": "assistant", "content": row["text"]},
+        ]
+        samples.append({"messages": messages, "images": [name]})
+    (root / "script" / "train.json").write_text(json.dumps(samples, indent=2, ensure_ascii=False))
+    print(json.dumps({"cpu_s": cpu_seconds() - cpu_s}))
+
+
+def run_line(root: Path, count: int) -> None:
+    """Ingest, assess and split; prints CPU seconds of each, and what was decoded and written."""
+    layout, spec = Layout(root), made_spec(count)
+    import imagehash  # noqa: F401  # as a process that works on many datasets has it
+    import scipy.sparse.csgraph  # noqa: F401
+
+    images = set(layout.images.iterdir()) if layout.images.is_dir() else set()
+    marks = [cpu_seconds()]
+    raw = ingest(spec, layout)
+    marks.append(cpu_seconds())
+    quality = assess(spec, layout, raw.directory, "run-1")
+    end_workers()
+    marks.append(cpu_seconds())
+    split(spec, layout, raw.directory, quality.directory, "run-1")
+    marks.append(cpu_seconds())
+    result = dict(zip(("ingest_s", "assess_s", "split_s"), np.diff(marks).tolist(), strict=True))
+    result |= {"cpu_s": marks[-1] - marks[0], "num_decoded": quality.num_decoded}
+    result["num_written"] = len(set(layout.images.iterdir()) - images)
+    result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(result))
+
+
+def cpu_seconds() -> float:
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def in_process(action: str, root: Path, count: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--action", action, "--root", str(root), "--images", str(count)]
+    started_s = time.monotonic()
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {**json.loads(output.splitlines()[-1]), "wall_s": time.monotonic() - started_s}
+
+
+def forget(root: Path, *, measurements: bool) -> None:
+    """Remove what a run made, but for the measurements where they are to be kept."""
+    for path in (root / "data").glob("*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif measurements or not path.name.startswith(("quality.duckdb", ".quality.duckdb")):
+            path.unlink()
+
+
+def copied(root: Path, files: Path) -> dict[str, Any]:
+    shutil.rmtree(root / "copy", ignore_errors=True)
+    cpu_s, started_s = cpu_seconds(), time.monotonic()
+    subprocess.run(["cp", "-r", str(files), str(root / "copy")], check=True)
+    return {"cpu_s": cpu_seconds() - cpu_s, "wall_s": time.monotonic() - started_s}
+
+
+def compare(kind: str, count: int, rounds: int, edge_px: int, root: Path) -> bool:
+    write_source(root / "source.parquet", count, edge_px, kind)
+    mean_kib = (root / "source.parquet").stat().st_size / count / 1024
+    taken: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        shutil.rmtree(root / "script", ignore_errors=True)
+        taken["script"].append(in_process("script", root, count))
+        forget(root, measurements=True)
+        taken["measured"].append(in_process("line", root, count))
+        forget(root, measurements=False)
+        taken["passed"].append(in_process("line", root, count))
+        taken["cp"].append(copied(root, Layout(root).images))
+        assert taken["measured"][-1]["num_decoded"] == taken["passed"][-1]["num_written"] == count
+        assert taken["passed"][-1]["num_decoded"] == 0
+    more = max(count // 100, 1)
+    write_source(root / "source.parquet", count + more, edge_px, kind)
+    again = in_process("line", root, count + more)
+    medians = {way: statistics.median(run["cpu_s"] for run in runs) * 1000 / count for way, runs in taken.items()}
+    print(f"\n{count} {kind} images of {edge_px} px, {mean_kib:.0f} KiB each, {rounds} rounds in turn, medians\n")
+    print("| | CPU ms an image | images per CPU-second | times the script |\n|---|---|---|---|")
+    for way, title in WAYS.items():
+        ratio = medians["script"] / medians[way]
+        print(f"| {title} | {medians[way]:.2f} | {1000 / medians[way]:.0f} | {ratio:.1f} |")
+    first = statistics.median(run["cpu_s"] for run in taken["measured"])
+    print(
+        f"\n{more} new samples ({100 * more / count:.0f} %) later: {again['num_decoded']} images decoded, "
+        f"{again['num_written']} files written, {again['cpu_s']:.2f} CPU-seconds "
+        f"({100 * again['cpu_s'] / first:.0f} % of the first time's {first:.2f})."
+    )
+    parts = {
+        name: statistics.median(run[name] for run in taken["measured"]) * 1000 / count
+        for name in ("ingest_s", "assess_s", "split_s")
+    }
+    print("Of the measured way: " + ", ".join(f"{name[:-2]} {value:.2f} ms" for name, value in parts.items()) + ".")
+    ok = (again["num_decoded"], again["num_written"]) == (more, more)
+    return (
+        ok
+        and medians["script"] / medians["measured"] >= MIN_RATIO_MEASURED
+        and (medians["script"] / medians["passed"] >= MIN_RATIO_PASSED)
+    )
+
+
+def measure_memory(root: Path, counts: tuple[int, int]) -> bool:
+    peaks = []
+    print("\n| images of 64 px | peak memory, MiB | CPU-seconds |\n|---|---|---|")
+    for count in counts:
+        write_source(root / str(count) / "source.parquet", count, 64, "PNG")
+        result = in_process("line", root / str(count), count)
+        peaks.append(result["peak_memory_mib"])
+        print(f"| {count:,} | {peaks[-1]:.0f} | {result['cpu_s']:.1f} |", flush=True)
+        shutil.rmtree(root / str(count))
+    print(f"| ratio (bound: {MAX_MEMORY_RATIO}) | {peaks[1] / peaks[0]:.2f} | |")
+    return peaks[1] / peaks[0] <= MAX_MEMORY_RATIO
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--edge-px", type=int, default=512)
+    parser.add_argument("--kinds", nargs="+", default=["JPEG", "PNG"])
+    parser.add_argument("--memory", action="store_true", help="peak memory in place of speed")
+    parser.add_argument("--memory-images", type=int, nargs=2, default=(10_000, 100_000))
+    parser.add_argument("--action", choices=("script", "line"), help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.action is not None:
+        {"script": run_script, "line": run_line}[arguments.action](arguments.root, arguments.images)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        if arguments.memory:
+            passed = measure_memory(root, tuple(arguments.memory_images))
+        else:
+            passed = all(
+                [
+                    compare(kind, arguments.images, arguments.rounds, arguments.edge_px, root / kind)
+                    for kind in arguments.kinds
+                ]
+            )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
