@@ -90,6 +90,8 @@ def _boundary(
         return "turned off (feature_cache: false)"
     if shape.model.config.model_type != "gemma3":
         return f"only the hidden states of Gemma 3 are cached, and this model is {shape.family.name}"
+    if spec.packs:
+        return "rows are packed, so what enters a layer depends on what a row is packed with"
     text = shape.model.config.text_config
     boundary = hidden_states.first_trained_layer(shape.names, text.num_hidden_layers)
     if isinstance(boundary, str):

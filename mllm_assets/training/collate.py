@@ -57,6 +57,7 @@ class Collator:
             prompt is saved.
         features: Cached tower outputs that stand in for the pixels.
         hidden_states: Cached states that stand in for tokens and pixels.
+        separate_packed_rows: Rows packed into one sequence do not see each other.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Collator:
         select_logits: bool = True,
         features: ImageFeatures | None = None,
         hidden_states: HiddenStates | None = None,
+        separate_packed_rows: bool = False,
     ) -> None:
         tokenizer, self.family = processor.tokenizer, processor_family(processor)
         self.image_processor = processor.image_processor
@@ -82,6 +84,7 @@ class Collator:
         self.padding_side = padding_side
         self.select_logits = select_logits
         self.features = features
+        self.separate_packed_rows = separate_packed_rows
         self._blank_size = self.slots.fitted(64, 64)
         self._blank_slot = self.slots.slot(*self._blank_size)
         self.hidden_states = hidden_states
@@ -119,6 +122,11 @@ class Collator:
             "labels": labels_BT,
             **self._token_types(input_ids_BT, rows, length),
         }
+        if any(row.positions for row in rows):
+            batch["position_ids"] = self._pad([row.positions for row in rows], length, 0)
+            if self.separate_packed_rows:
+                # Without a mask transformers finds the rows by their positions, and masks attention between them
+                del batch["attention_mask"]
         if self.hidden_states is not None:
             batch["inputs_embeds"] = self.hidden_states.batch(rows, length)
             del batch["input_ids"]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, UnidentifiedImageError
 
 from mllm_assets.errors import DataError, ModelError
+from mllm_assets.training.cutting import ImageTurns, Lengths, kept_lengths, smallest_cutoff_len
 from mllm_assets.training.families import find_template, processor_family
 from mllm_assets.training.image_slots import ImageSlot, ImageSlots, fit, image_slots
 from mllm_assets.training.templates import fill
@@ -34,7 +35,8 @@ class EncodedRow:
     """One row's tokens: `input_ids` and `labels` are of one length, `images` in the order of their placeholders.
 
     `grids_thw` has the images' patches in time, height and width, for models that want to know; `num_patches` what the
-    tower sees of all images, None where it is the same for every image.
+    tower sees of all images, None where it is the same for every image; `positions` begin again at each row of a packed
+    sequence and are empty elsewhere.
     """
 
     id: str
@@ -44,6 +46,15 @@ class EncodedRow:
     num_tokens_cut: int = 0
     grids_thw: tuple[tuple[int, int, int], ...] = ()
     num_patches: int | None = None
+    positions: tuple[int, ...] = ()
+
+
+class ImageCutError(DataError):
+    """`cutoff_len` cuts into an image. Carries the turns, so that the least length that works can be found."""
+
+    def __init__(self, text: str, turns: ImageTurns) -> None:
+        super().__init__(text)
+        self.turns = turns
 
 
 class Encoder:
@@ -54,6 +65,8 @@ class Encoder:
         cutoff_len: Most tokens a row may have; what is longer is cut as LLaMA-Factory cuts it.
         system: System text for rows that have none of their own.
         template: Name of the turn format; None for the family's usual one.
+        train_on_prompt: Questions are supervised as well.
+        mask_history: Only the last answer is supervised, and a cut takes the first turns.
         enable_thinking: What becomes of reasoning in formats that have a place for it. An answer without it gets an
             empty one: supervised if true, part of the question otherwise. False takes it out of all answers.
         image_max_pixels: Larger images are first shrunk to this area.
@@ -70,6 +83,8 @@ class Encoder:
         cutoff_len: int = 2048,
         system: str | None = None,
         template: str | None = None,
+        train_on_prompt: bool = False,
+        mask_history: bool = False,
         enable_thinking: bool | None = True,
         image_max_pixels: int = 768 * 768,
         image_min_pixels: int = 32 * 32,
@@ -79,6 +94,8 @@ class Encoder:
         self.cutoff_len = cutoff_len
         self.system = system
         self.template = find_template(template, family)
+        self.train_on_prompt = train_on_prompt
+        self.mask_history = mask_history
         self.enable_thinking = enable_thinking
         self.image_token = family.image_token
         self.image_token_id: int = image_token_id(processor)
@@ -90,19 +107,25 @@ class Encoder:
         """Encode all turns of a row, answers supervised.
 
         Raises:
-            DataError: `cutoff_len` cuts into an image or leaves no supervised token, the text itself holds control
-                tokens, or an image is damaged. Names the row.
+            ImageCutError: `cutoff_len` cuts into an image. Names the row.
+            DataError: `cutoff_len` leaves no supervised token, the text itself holds control tokens, or an image is
+                damaged. Names the row.
         """
         slots = self._image_slots(row)
         input_ids = self._leading_images(slots)
         labels = [IGNORE_INDEX] * len(input_ids)
-        num_tokens_cut = 0
-        for source, target in self._pairs(row, slots):
-            room = self.cutoff_len - len(input_ids)
-            source_len, target_len = _fit(len(source), len(target), room) if room > 0 else (0, 0)
-            num_tokens_cut += len(source) - source_len + len(target) - target_len
-            input_ids += source[:source_len] + target[:target_len]
-            labels += [IGNORE_INDEX] * source_len + target[:target_len]
+        pairs = self._pairs(row, slots, for_last_answer=self.mask_history)
+        lengths = [(len(source), len(target)) for source, target in pairs]
+        kept = kept_lengths(lengths, self.cutoff_len - len(input_ids), last_first=self.mask_history)
+        num_tokens_cut = sum(map(sum, lengths)) - sum(map(sum, kept))
+        if num_tokens_cut:
+            self._require_whole_images(row, pairs, kept, num_leading=len(input_ids))
+        for index, ((source, target), (source_len, target_len)) in enumerate(zip(pairs, kept, strict=True)):
+            is_history = self.mask_history and index < len(pairs) - 1
+            source, target = source[:source_len], target[:target_len]
+            input_ids += source + target
+            labels += source if self.train_on_prompt else [IGNORE_INDEX] * source_len
+            labels += [IGNORE_INDEX] * target_len if is_history else target
         encoded = self._row(row, slots, input_ids, labels, num_tokens_cut)
         if all(label == IGNORE_INDEX for label in labels):
             raise DataError(
@@ -149,8 +172,13 @@ class Encoder:
         num_tokens = sum(slot.num_tokens for slot in slots) if self.template.images_first else 0
         return [self.image_token_id] * num_tokens
 
-    def _pairs(self, row: "Row", slots: Sequence[ImageSlot]) -> list[tuple[list[int], list[int]]]:
-        """Return (question, answer) token ids per exchange; the answer of a row that ends with a question is empty."""
+    def _pairs(
+        self, row: "Row", slots: Sequence[ImageSlot], *, for_last_answer: bool = False
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return (question, answer) token ids per exchange; the answer of a row that ends with a question is empty.
+
+        `for_last_answer` takes the reasoning out of all earlier answers.
+        """
         template = self.template
         messages: Sequence[Message] = row.messages
         system = self.system
@@ -180,23 +208,24 @@ class Encoder:
             source += self._tokens(fill(user or template.user, content))
             if index + 1 < len(messages):
                 answer = messages[index + 1].content
-                if self.enable_thinking is False:
+                is_history = for_last_answer and index + 2 < len(messages)
+                if self.enable_thinking is False or is_history:
                     answer = template.without_thought(answer)
                 for part in template.without_thought(answer).split(IMAGE_PLACEHOLDER):
                     self._refuse_control_tokens(row, f"message {index + 1}", part)
-                before, target = self._answer(_expanded(answer, texts))
+                before, target = self._answer(_expanded(answer, texts), is_history=is_history)
                 pairs.append((source + before, target))
             else:
                 pairs.append((source, []))
         return pairs
 
-    def _answer(self, answer: str) -> tuple[list[int], list[int]]:
+    def _answer(self, answer: str, *, is_history: bool = False) -> tuple[list[int], list[int]]:
         """Return what an answer adds to its question, and its own token ids."""
         template = self.template
         target = self._tokens(fill(template.assistant, answer))
         if template.ends_with_eos and self.tokenizer.eos_token_id is not None:
             target.append(self.tokenizer.eos_token_id)
-        if template.thought is None or not template.lacks_thought(answer):
+        if template.thought is None or is_history or not template.lacks_thought(answer):
             return [], target
         thought = self._tokens("".join(template.thought))
         return ([], thought + target) if self.enable_thinking else (thought, target)
@@ -216,15 +245,49 @@ class Encoder:
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
+    def _require_whole_images(
+        self, row: "Row", pairs: Sequence[tuple[list[int], list[int]]], kept: Sequence[Lengths], *, num_leading: int
+    ) -> None:
+        """Refuse a cut into an image.
+
+        Raises:
+            ImageCutError: Names the row.
+        """
+        turns = self._image_turns(pairs, num_leading)
+        if turns.fits(self.cutoff_len, last_first=self.mask_history):
+            return
+        parts = [
+            part[:length] for pair, k in zip(pairs, kept, strict=True) for part, length in zip(pair, k, strict=True)
+        ]
+        left = sum(part.count(self.image_token_id) for part in parts)
+        total = sum(part.count(self.image_token_id) for pair in pairs for part in pair)
+        least = smallest_cutoff_len([turns], self.cutoff_len, last_first=self.mask_history)
+        raise ImageCutError(
+            f"Row {row.id} is cut inside its images: cutoff_len {self.cutoff_len} leaves {left} of {total} image "
+            f"tokens. Set cutoff_len: {least} or more, or drop the row.",
+            turns,
+        )
+
+    def image_turns(self, row: "Row") -> ImageTurns:
+        """Return how short a row may be cut."""
+        slots = self._image_slots(row)
+        pairs = self._pairs(row, slots, for_last_answer=self.mask_history)
+        return self._image_turns(pairs, len(self._leading_images(slots)))
+
+    def _image_turns(self, pairs: Sequence[tuple[list[int], list[int]]], num_leading: int) -> ImageTurns:
+        return ImageTurns(
+            lengths=[(len(source), len(target)) for source, target in pairs],
+            needed=[(self._end_of_images(source), self._end_of_images(target)) for source, target in pairs],
+            num_leading=num_leading,
+        )
+
+    def _end_of_images(self, tokens: Sequence[int]) -> int:
+        return max((index + 1 for index, token in enumerate(tokens) if token == self.image_token_id), default=0)
+
     def _check_images(self, row: EncodedRow, expected: int) -> None:
         found = row.input_ids.count(self.image_token_id)
         if found == expected:
             return
-        if row.num_tokens_cut:
-            raise DataError(
-                f"Row {row.id} is cut inside its images: cutoff_len {self.cutoff_len} leaves {found} of {expected} "
-                f"image tokens. Raise cutoff_len by at least {row.num_tokens_cut}."
-            )
         raise DataError(
             f"Row {row.id} has {found} image tokens, expected {expected} for its {len(row.images)} images. Check the "
             f"{IMAGE_PLACEHOLDER} placeholders of its user messages."
@@ -258,18 +321,6 @@ def _expanded(text: str, images: Iterator[str]) -> str:
     """Put what stands for the images in the place of their placeholders, in order."""
     first, *rest = text.split(IMAGE_PLACEHOLDER)
     return first + "".join(next(images) + part for part in rest)
-
-
-def _fit(source_len: int, target_len: int, room: int) -> tuple[int, int]:
-    """Share `room` tokens as LLaMA-Factory's `infer_seqlen` does: the shorter half is kept whole if it can be."""
-    if target_len * 2 < room:
-        max_target_len = room
-    elif source_len * 2 < room:
-        max_target_len = room - source_len
-    else:
-        max_target_len = int(room * (target_len / (source_len + target_len)))
-    kept_target_len = min(max_target_len, target_len)
-    return min(max(room - kept_target_len, 0), source_len), kept_target_len
 
 
 def load_image(

@@ -153,6 +153,8 @@ def _add_lora(spec: TrainSpec, model: nn.Module) -> nn.Module:
         target_modules=lora_targets(spec, model),
         lora_alpha=spec.lora_alpha or 2 * spec.lora_rank,
         lora_dropout=spec.lora_dropout,
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 reads a name that transformers 5.23 deprecates

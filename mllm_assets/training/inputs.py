@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_assets.data.sharegpt import load_rows
+from mllm_assets.data.sharegpt import Row, load_rows
+from mllm_assets.errors import DataError
 from mllm_assets.training.collate import Collator
-from mllm_assets.training.encode import EncodedRow, Encoder, check_image_headers
+from mllm_assets.training.cutting import smallest_cutoff_len
+from mllm_assets.training.encode import EncodedRow, Encoder, ImageCutError, check_image_headers
 from mllm_assets.training.families import processor_family, require_template
+from mllm_assets.training.mixing import mixed, split
 from mllm_assets.training.model import load_processor
+from mllm_assets.training.packing import pack
 from mllm_assets.training.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -37,24 +41,62 @@ def read_inputs(spec: TrainSpec, model_dir: Path, data_dir: Path, reporter: "Rep
     """
     processor = load_processor(model_dir)
     encoder = make_encoder(spec, processor, model_dir)
-
-    def rows(entries: Sequence[str]) -> list[EncodedRow]:
-        loaded = [row for entry in entries for row in load_rows(data_dir, entry, max_samples=spec.max_samples)]
-        return [encoder.encode(row) for row in loaded]
-
-    evaluates = spec.eval_strategy != "no"
-    inputs = Inputs(
-        processor=processor,
-        train_rows=rows(spec.train_entries),
-        eval_rows=rows(spec.eval_entries) if evaluates else [],
-    )
+    loaded, held_out = read_rows(spec, data_dir)
+    train_rows, eval_rows = encode_rows(encoder, loaded, spec), encode_rows(encoder, held_out, spec)
+    inputs = Inputs(processor=processor, train_rows=train_rows, eval_rows=eval_rows)
     num_cut = sum(row.num_tokens_cut > 0 for row in inputs.images)
     if num_cut:
         reporter.warn(
-            f"{num_cut} of {len(inputs.images)} rows are longer than cutoff_len {spec.cutoff_len} and were cut."
+            f"{num_cut} of {len(inputs.images)} rows are longer than cutoff_len {spec.row_cutoff_len} and were cut."
         )
     check_image_headers(inputs.images)
     return inputs
+
+
+def read_rows(spec: TrainSpec, data_dir: Path) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on and those to evaluate, mixed and held out as the recipe says.
+
+    Raises:
+        DataError, RecipeError: What must change.
+    """
+
+    def merged(entries: Sequence[str]) -> list[Row]:
+        return mixed([load_rows(data_dir, entry, max_samples=spec.max_samples) for entry in entries], spec)
+
+    train_rows, held_out = split(merged(spec.train_entries), spec)
+    if spec.eval_strategy == "no":
+        return train_rows, []
+    return train_rows, merged(spec.eval_entries) if spec.eval_entries else held_out
+
+
+def encode_rows(encoder: Encoder, rows: Sequence[Row], spec: TrainSpec) -> list[EncodedRow]:
+    """Encode rows, and pack them where the recipe says so.
+
+    Raises:
+        DataError: `cutoff_len` cuts into images (says of how many rows, and the least that works), or a row is wrong.
+    """
+    encoded, cut = [], []
+    for row in rows:
+        try:
+            encoded.append(encoder.encode(row))
+        except ImageCutError as error:
+            cut.append(error)
+    if cut:
+        turns = [encoder.image_turns(row) for row in rows if row.images]
+        least = smallest_cutoff_len(turns, encoder.cutoff_len, last_first=spec.mask_history)
+        least += spec.cutoff_len - spec.row_cutoff_len
+        raise DataError(
+            f"cutoff_len {spec.cutoff_len} cuts into the images of {len(cut)} of {len(rows)} rows. The smallest that "
+            f"works for all of them is {least}: set cutoff_len: {least}. The first one: {cut[0]}"
+        )
+    if not spec.packs:
+        return encoded
+    return pack(
+        encoded,
+        spec.row_cutoff_len,
+        group_size=spec.preprocessing_batch_size,
+        num_groups=spec.preprocessing_num_workers,
+    )
 
 
 def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
@@ -66,7 +108,9 @@ def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
     require_template(spec.template, processor_family(processor), str(model_dir))
     return Encoder(
         processor,
-        cutoff_len=spec.cutoff_len,
+        cutoff_len=spec.row_cutoff_len,
+        train_on_prompt=spec.train_on_prompt,
+        mask_history=spec.mask_history,
         template=spec.template,
         enable_thinking=spec.enable_thinking,
         image_max_pixels=spec.image_max_pixels,
@@ -76,4 +120,10 @@ def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
 
 def make_collator(spec: TrainSpec, processor: Any, **cached: Any) -> Collator:
     """Return the recipe's collator, on pixels, or with `features` or `hidden_states` on what is cached."""
-    return Collator(processor, image_max_pixels=spec.image_max_pixels, image_min_pixels=spec.image_min_pixels, **cached)
+    return Collator(
+        processor,
+        image_max_pixels=spec.image_max_pixels,
+        image_min_pixels=spec.image_min_pixels,
+        separate_packed_rows=spec.neat_packing,
+        **cached,
+    )

@@ -69,10 +69,9 @@ _REFUSED = {
         optim_target_modules:str?=null""",
     "the engine trains on the plain cross-entropy of the answers. Delete the line.": """
         use_dft_loss:bool=false use_asft_loss:bool=false use_eaft_loss:bool=false label_smoothing_factor:float=0.0
-        neftune_noise_alpha:float?=null train_on_prompt:bool=false mask_history:bool=false
-        ignore_pad_token_for_loss:bool=true""",
-    "only plain LoRA is trained here. Delete the line.": """
-        use_rslora:bool=false use_dora:bool=false pissa_init:bool=false pissa_convert:bool=false
+        neftune_noise_alpha:float?=null ignore_pad_token_for_loss:bool=true""",
+    "LoRA starts at random and has one learning rate. Delete the line.": """
+        pissa_init:bool=false pissa_convert:bool=false
         loraplus_lr_ratio:float?=null use_llama_pro:bool=false""",
     "LoRA trains its adapters only. Use finetuning_type: freeze with freeze_extra_modules to train whole modules.": """
         additional_target:str?=null""",
@@ -92,11 +91,8 @@ _REFUSED = {
         split_special_tokens:bool=false rope_scaling:str?=null shift_attn:bool=false mixture_of_depths:str?=null
         train_from_scratch:bool=false upcast_layernorm:bool=false""",
     "attention is PyTorch's sdpa. Set flash_attn: auto.": "flash_attn:str=auto",
-    "each row is one sequence. Delete the line.": "packing:bool?=null neat_packing:bool=false",
-    "datasets are read whole and concatenated, in the recipe's order. Delete the line.": """
-        streaming:bool=false mix_strategy:str=concat interleave_probs:str?=null tokenized_path:str?=null
-        eval_on_each_dataset:bool=false""",
-    "splits are made once, by the dataset assets. Name a validation entry in eval_dataset.": "val_size:float=0.0",
+    "datasets are read whole, and evaluated together. Delete the line.": """
+        streaming:bool=false tokenized_path:str?=null eval_on_each_dataset:bool=false""",
     "images lie in dataset_dir. Move them there and delete the line.": "media_dir:str?=null",
     "a system message is part of the data. Put it into the rows, or into the dataset component's `system`.": """
         default_system:str?=null tool_format:str?=null""",
@@ -127,7 +123,7 @@ _NO_EFFECT = {
         restore_callback_states_from_checkpoint:bool=false enable_jit_checkpoint:bool=false
         save_on_each_node:bool=false""",
     "rows are encoded while they are read, and nothing is cached.": """
-        preprocessing_num_workers:int?=null preprocessing_batch_size:int=1000 overwrite_cache:bool=false
+        overwrite_cache:bool=false
         data_shared_file_system:bool=false buffer_size:int=16384 cache_dir:str?=null""",
     "evaluation entries are always evaluated at the end, and their loss is all that training measures.": """
         do_eval:bool=false compute_accuracy:bool=false prediction_loss_only:bool=false

@@ -5,12 +5,12 @@ inherits. A key of LLaMA-Factory that is not a field here is in `keys.py`, with 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mllm_assets.errors import RecipeError
-from mllm_assets.training.templates import TEMPLATES
+from mllm_assets.training.spec_rules import problems, split_names
 
 # What a field is for. "semantic" fields decide which weights come out and are hashed into the run's name;
 # "selection" fields do so only where evaluation picks the best model, stops the run or steers the learning rate;
@@ -37,11 +37,6 @@ class InvalidValueError(RecipeError):
         self.key = key
 
 
-def split_names(text: str | None) -> tuple[str, ...]:
-    """Split LLaMA-Factory's comma lists: `"a, b"` is `("a", "b")`, None and `""` are `()`."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSpec:
     """A validated recipe. Comma lists stay strings, as LLaMA-Factory writes them; read them with `split_names`."""
@@ -59,6 +54,8 @@ class TrainSpec:
     lora_alpha: int | None = field(default=None, metadata=SEMANTIC)  # becomes 2 * lora_rank
     lora_dropout: float = field(default=0.0, metadata=SEMANTIC)
     lora_target: str = field(default="all", metadata=SEMANTIC)
+    use_rslora: bool = field(default=False, metadata=SEMANTIC)
+    use_dora: bool = field(default=False, metadata=SEMANTIC)
     disable_gradient_checkpointing: bool = field(default=False, metadata=OPERATIONAL)
     pure_bf16: bool = field(default=False, metadata=SEMANTIC)
     # data
@@ -69,6 +66,17 @@ class TrainSpec:
     enable_thinking: bool | None = field(default=True, metadata=SEMANTIC)
     cutoff_len: int = field(default=2048, metadata=SEMANTIC)
     max_samples: int | None = field(default=None, metadata=SEMANTIC)
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = field(
+        default="concat", metadata=SEMANTIC
+    )
+    interleave_probs: str | None = field(default=None, metadata=SEMANTIC)
+    val_size: float = field(default=0.0, metadata=SEMANTIC)
+    train_on_prompt: bool = field(default=False, metadata=SEMANTIC)
+    mask_history: bool = field(default=False, metadata=SEMANTIC)
+    packing: bool | None = field(default=None, metadata=SEMANTIC)
+    neat_packing: bool = field(default=False, metadata=SEMANTIC)
+    preprocessing_batch_size: int = field(default=1000, metadata=SEMANTIC)  # rows that are packed together
+    preprocessing_num_workers: int | None = field(default=None, metadata=SEMANTIC)
     image_max_pixels: int = field(default=768 * 768, metadata=SEMANTIC)
     image_min_pixels: int = field(default=32 * 32, metadata=SEMANTIC)
     disable_shuffling: bool = field(default=False, metadata=SEMANTIC)
@@ -142,7 +150,7 @@ class TrainSpec:
             object.__setattr__(self, "metric_for_best_model", "loss")
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             object.__setattr__(self, "greater_is_better", not self.metric_for_best_model.endswith("loss"))
-        for key, text in _problems(self):
+        for key, text in problems(self):
             raise InvalidValueError(key, text)
 
     @property
@@ -153,6 +161,26 @@ class TrainSpec:
     @property
     def eval_entries(self) -> tuple[str, ...]:
         return split_names(self.eval_dataset)
+
+    @property
+    def probabilities(self) -> list[float] | None:
+        """How often each entry is drawn from; None to take turns."""
+        return None if self.interleave_probs is None else [float(part) for part in split_names(self.interleave_probs)]
+
+    @property
+    def packs(self) -> bool:
+        """Whether several rows share one sequence."""
+        return bool(self.packing or self.neat_packing)
+
+    @property
+    def row_cutoff_len(self) -> int:
+        """Most tokens of a row: one less where rows are packed, as LLaMA-Factory has it."""
+        return self.cutoff_len - self.packs
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are rows to evaluate."""
+        return bool(self.eval_entries) or self.val_size > 0
 
     @property
     def evaluation_selects(self) -> bool:
@@ -166,11 +194,15 @@ class TrainSpec:
     def semantic_values(self) -> dict[str, Any]:
         """The fields that decide which weights come out, for the run's fingerprint."""
         scopes = {"semantic", "selection"} if self.evaluation_selects else {"semantic"}
-        other_methods = tuple({"lora_", "freeze_trainable_", "freeze_extra_"} - _PREFIXES[self.finetuning_type])
+        idle = set().union(*_PREFIXES.values()) - _PREFIXES[self.finetuning_type]
+        if not self.packs:
+            idle.add("preprocessing_")
+        if len(self.train_entries) == 1 and len(self.eval_entries) < 2:
+            idle |= {"mix_strategy", "interleave_probs"}
         return {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.metadata["scope"] in scopes and not f.name.startswith(other_methods)
+            if f.metadata["scope"] in scopes and not f.name.startswith(tuple(idle))
         }
 
     def training_arguments(self) -> dict[str, Any]:
@@ -199,94 +231,8 @@ class TrainSpec:
 
 
 # Which keys are read by one way of fine-tuning only
-_PREFIXES = {"lora": {"lora_"}, "freeze": {"freeze_trainable_", "freeze_extra_"}, "full": set[str]()}
-
-# Keys whose number must be above 0, and keys where it may be 0; null passes
-_POSITIVE = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps cutoff_len lora_rank
-    num_train_epochs image_min_pixels max_samples save_total_limit early_stopping_steps""".split()
-_NOT_NEGATIVE = (
-    """learning_rate weight_decay max_grad_norm warmup_steps seed eval_delay dataloader_num_workers""".split()
-)
-
-
-def _problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
-    """What LLaMA-Factory, transformers or this engine would refuse: (key, message)."""
-    yield from _range_problems(spec)
-    yield from _conflicts(spec)
-    yield from _evaluation_problems(spec)
-
-
-def _range_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
-    for key in _POSITIVE:
-        value = getattr(spec, key)
-        if value is not None and value <= 0:
-            yield key, f"{key} is {value}: expected a number above 0. Change it or delete the line."
-    for key in _NOT_NEGATIVE:
-        if getattr(spec, key) < 0:
-            yield key, f"{key} is {getattr(spec, key)}: expected 0 or more. Change it or delete the line."
-    for key in ("seed", "data_seed"):
-        if (getattr(spec, key) or 0) >= 2**32:
-            yield key, f"{key} is {getattr(spec, key)}: expected a number below 2**32, numpy's limit. Change it."
-    if not 0 <= spec.lora_dropout < 1:
-        yield "lora_dropout", f"lora_dropout is {spec.lora_dropout}: expected 0 or more and below 1. Change it."
-    if spec.warmup_ratio is not None and not 0 <= spec.warmup_ratio <= 1:
-        yield "warmup_ratio", f"warmup_ratio is {spec.warmup_ratio}: expected a share from 0 to 1. Change it."
-    for kind in ("logging", "eval", "save"):
-        steps = getattr(spec, f"{kind}_steps")
-        if getattr(spec, f"{kind}_strategy") == "steps" and (steps <= 0 or (steps > 1 and steps != int(steps))):
-            yield f"{kind}_steps", f"{kind}_steps is {steps}: expected a whole number or a share below 1. Change it."
-
-
-def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
-    if not spec.do_train:
-        yield "do_train", "do_train is false, LLaMA-Factory's default: this recipe trains nothing. Set do_train: true."
-    if not spec.train_entries:
-        yield "dataset", "dataset is empty. Name an entry of dataset_info.json, for example dataset: emoji_train."
-    if spec.template not in TEMPLATES:
-        known = ", ".join(TEMPLATES)
-        yield "template", f"template is {spec.template!r}: expected one of {known}. Set the one of the model's family."
-    if spec.warmup_ratio and spec.warmup_steps:
-        yield "warmup_ratio", "warmup_ratio and warmup_steps are both set, and versions differ in which wins. Keep one."
-    if spec.image_max_pixels < spec.image_min_pixels:
-        text = f"image_max_pixels is {spec.image_max_pixels}, below image_min_pixels {spec.image_min_pixels}. Raise it."
-        yield "image_max_pixels", text
-    if spec.bf16 and spec.fp16:
-        yield "fp16", "bf16 and fp16 are both true. Keep one: bf16 where the GPU has it."
-    if spec.dataloader_prefetch_factor is not None and spec.dataloader_num_workers == 0:
-        key = "dataloader_prefetch_factor"
-        yield key, f"{key} needs loader processes, and dataloader_num_workers is 0. Set that or delete this line."
-
-
-def _evaluation_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
-    if spec.eval_strategy != "no" and not spec.eval_entries:
-        text = (
-            f"eval_strategy is {spec.eval_strategy} but there is no eval_dataset. Name an entry of dataset_info.json."
-        )
-        yield "eval_strategy", text
-    for key in ("load_best_model_at_end", "early_stopping_steps"):
-        if getattr(spec, key) and spec.eval_strategy == "no":
-            yield key, f"{key} needs evaluation during training. Set eval_strategy: steps and name an eval_dataset."
-    if spec.lr_scheduler_type == "reduce_lr_on_plateau" and spec.eval_strategy == "no":
-        yield "lr_scheduler_type", "reduce_lr_on_plateau needs evaluation during training. Set eval_strategy: steps."
-    if spec.early_stopping_steps and spec.metric_for_best_model is None:
-        yield "early_stopping_steps", "early_stopping_steps needs a metric to watch. Set metric_for_best_model: loss."
-    metric = spec.metric_for_best_model
-    if metric not in (None, "loss", "eval_loss"):
-        yield (
-            "metric_for_best_model",
-            f"metric_for_best_model is {metric!r}: only the loss is measured. Set it to loss.",
-        )
-    if not spec.load_best_model_at_end or spec.save_strategy == "best":
-        return
-    if spec.eval_strategy != spec.save_strategy:
-        found = f"eval_strategy is {spec.eval_strategy}, save_strategy {spec.save_strategy}"
-        yield "load_best_model_at_end", f"load_best_model_at_end needs equal strategies: {found}. Make them the same."
-    elif spec.eval_strategy == "steps" and not _is_multiple(spec.save_steps, spec.eval_steps or 0):
-        found = f"save_steps {spec.save_steps} is not a multiple of eval_steps {spec.eval_steps}"
-        yield "save_steps", f"load_best_model_at_end needs an evaluation at each checkpoint: {found}. Change one."
-
-
-def _is_multiple(value: float, of: float) -> bool:
-    if (value < 1) != (of < 1):
-        return False
-    return round(value * 1_000_000) % round(of * 1_000_000) == 0
+_PREFIXES = {
+    "lora": {"lora_", "use_rslora", "use_dora"},
+    "freeze": {"freeze_trainable_", "freeze_extra_"},
+    "full": set[str](),
+}

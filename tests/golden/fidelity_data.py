@@ -96,7 +96,17 @@ def rows() -> dict[str, list[dict[str, Any]]]:
         {"messages": turns(f"Word {k}? <image>", answer(3 * k, 1 + k % 3)), "images": ["images/square.png"]}
         for k in range(5)
     ]
+    late_image = [
+        {
+            "messages": turns(
+                f"Say {k} words.", answer(k, 6), "And more?", answer(k + 1, 4), "<image>And here?", answer(k + 2, 3 + k)
+            ),
+            "images": [f"images/{names[k]}.png"],
+        }
+        for k in range(6)
+    ]
     return {
+        "late_image": late_image,
         "every_mode": every_mode,
         "some_without_image": some_without_image,
         "conversations": conversations,

@@ -85,8 +85,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lora_dora": {**LORA, "use_dora": True, "lora_rank": 4},
     "train_on_prompt": {"dataset": "conversations", "train_on_prompt": True, "num_train_epochs": 1},
     "mask_history": {"dataset": "conversations", "mask_history": True, "num_train_epochs": 1},
-    "mask_history_cut": {"dataset": "conversations", "mask_history": True, "cutoff_len": 64, "num_train_epochs": 1},
-    "cut": {"dataset": "conversations", "cutoff_len": 40, "num_train_epochs": 1},
+    "mask_history_cut": {"dataset": "late_image", "mask_history": True, "cutoff_len": 90, "num_train_epochs": 1},
+    "cut": {"cutoff_len": 40, "num_train_epochs": 1},
     "two_datasets": {"dataset": "conversations,one_image", "max_samples": 4, "disable_shuffling": True},
     "interleave_under": {"dataset": "conversations,one_image", "mix_strategy": "interleave_under"},
     "interleave_over": {
@@ -99,15 +99,11 @@ CASES: dict[str, dict[str, Any]] = {
     "val_size_rows": {"val_size": 3, "eval_strategy": "epoch", "disable_shuffling": True},
     "packing": {"dataset": "conversations", "packing": True, "cutoff_len": 160, "per_device_train_batch_size": 1},
     "packing_small_groups": {
-        "dataset": "conversations,some_without_image", "packing": True, "cutoff_len": 128,
-        "preprocessing_batch_size": 7,
+        "dataset": "every_mode,some_without_image", "packing": True, "cutoff_len": 128,
+        "preprocessing_batch_size": 7, "preprocessing_num_workers": 2,
     },
     "neat_packing": {
         "dataset": "conversations", "neat_packing": True, "cutoff_len": 160, "per_device_train_batch_size": 1,
-    },
-    "neat_packing_text": {
-        "dataset": "some_without_image", "neat_packing": True, "cutoff_len": 128, "per_device_train_batch_size": 1,
-        "freeze_language_model": False,
     },
     "stable_decay": {"lr_scheduler_type": "warmup_stable_decay", "per_device_train_batch_size": 1},
 }  # fmt: skip

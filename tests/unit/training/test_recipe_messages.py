@@ -47,8 +47,22 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "Delete the line and choose one with optim.",
         ),
         ("stage: dpo", "r.yaml:5: stage is not supported with this value: only supervised fine-tuning is done here."),
-        ("packing: true", "r.yaml:5: packing is not supported with this value: each row is one sequence."),
-        ("val_size: 0.1", "r.yaml:5: val_size is not supported with this value: splits are made once, by the dataset"),
+        ("val_size: 1.5", "r.yaml:5: val_size is 1.5: expected a share above 0 and below 1, or a number of rows"),
+        ("val_size: 0.1\neval_dataset: b", "r.yaml:5: val_size and eval_dataset are both set"),
+        ("mask_history: true\ntrain_on_prompt: true", "r.yaml:5: mask_history supervises the last answer only and"),
+        ("interleave_probs: 0.5,0.5", "r.yaml:5: interleave_probs says how often to draw from each entry, and mix"),
+        (
+            "mix_strategy: interleave_over\ninterleave_probs: a,b",
+            "r.yaml:6: interleave_probs is 'a,b': expected numbers such as 0.7,0.3. Correct it.",
+        ),
+        (
+            "mix_strategy: interleave_over\ninterleave_probs: 0.5,0.4",
+            "r.yaml:6: interleave_probs is 0.5,0.4: expected shares that sum to 1. Correct them.",
+        ),
+        (
+            "mix_strategy: interleave_over\ninterleave_probs: 0.5,0.5",
+            "r.yaml:6: interleave_probs has 2 numbers, and dataset 1 entries. Give one each.",
+        ),
         ("learning_rate: -1.0", "r.yaml:5: learning_rate is -1.0: expected 0 or more. Change it or delete the line."),
         (
             "seed: 99999999999",
