@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_assets.data.sharegpt import Row, load_rows
-from mllm_assets.errors import DataError
+from mllm_assets.errors import DataError, RecipeError
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.cutting import smallest_cutoff_len
 from mllm_assets.training.encode import EncodedRow, Encoder, ImageCutError, check_image_headers
@@ -41,6 +41,8 @@ def read_inputs(spec: TrainSpec, model_dir: Path, data_dir: Path, reporter: "Rep
     """
     processor = load_processor(model_dir)
     encoder = make_encoder(spec, processor, model_dir)
+    if spec.packs:
+        _check_packing(spec, processor, reporter)
     loaded, held_out = read_rows(spec, data_dir)
     train_rows, eval_rows = encode_rows(encoder, loaded, spec), encode_rows(encoder, held_out, spec)
     inputs = Inputs(processor=processor, train_rows=train_rows, eval_rows=eval_rows)
@@ -51,6 +53,21 @@ def read_inputs(spec: TrainSpec, model_dir: Path, data_dir: Path, reporter: "Rep
         )
     check_image_headers(inputs.images)
     return inputs
+
+
+def _check_packing(spec: TrainSpec, processor: Any, reporter: "Reporter") -> None:
+    family = processor_family(processor)
+    if family.model_type != "gemma3":
+        raise RecipeError(
+            f"packing is only done for Gemma 3, and the model is {family.name}: its positions do not begin again in the "
+            f"middle of a sequence. Delete packing and neat_packing."
+        )
+    if spec.neat_packing:
+        reporter.warn("neat_packing: packed rows do not see each other. LLaMA-Factory 0.9.5 fails with it on Gemma 3.")
+    else:
+        reporter.warn(
+            "packing: a row sees the rows packed in front of it, as in LLaMA-Factory. neat_packing: true keeps them apart."
+        )
 
 
 def read_rows(spec: TrainSpec, data_dir: Path) -> tuple[list[Row], list[Row]]:

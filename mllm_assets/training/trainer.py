@@ -47,6 +47,11 @@ class FineTuner(DeltaTrainer):
         with memory.out_of_memory_is_an_error("in the evaluation", cure):
             return super().prediction_step(*args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Each batch counts alike, a short last one too, as in `Seq2SeqTrainer`, which LLaMA-Factory uses
+        self.gather_function = self.accelerator.gather
+        return super().evaluate(*args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)

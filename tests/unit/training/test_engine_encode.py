@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from mllm_assets.data.sharegpt import Message, Row, load_rows
 from mllm_assets.errors import DataError
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.encode import IGNORE_INDEX, Encoder, check_image_headers, load_image
+from mllm_assets.training.inputs import encode_rows, make_encoder
 from mllm_assets.training.model import batch_loss, load_model, load_processor
+from mllm_assets.training.spec import TrainSpec
+from tests.golden import fidelity_data
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +61,30 @@ def test_a_prompt_ends_where_the_model_answers(processor: Any, rows: list[Row]) 
 
 def test_a_cutoff_inside_an_image_is_refused_by_row(processor: Any, rows: list[Row]) -> None:
     """LLaMA-Factory cuts the image tokens and fails in the forward pass, without a word about the row."""
-    with pytest.raises(
-        DataError,
-        match=rf"Row {re.escape(rows[0].id)} is cut inside its images: cutoff_len 10 leaves 0 of 4 image tokens. Set cutoff_len",
-    ):
+    what = "cutoff_len 10 leaves 0 of 4 image tokens. Set cutoff_len: 18 or more"
+    with pytest.raises(DataError, match=rf"Row {re.escape(rows[0].id)} is cut inside its images: {what}"):
         Encoder(processor, cutoff_len=10).encode(rows[0])
+
+
+def test_the_smallest_cutoff_for_all_rows_is_named_and_works(parity_dir: Path, processor: Any, tmp_path: Path) -> None:
+    fidelity_data.write(tmp_path)
+    spec = TrainSpec(
+        model_name_or_path="m", dataset="conversations", template="gemma3", do_train=True, cutoff_len=40, packing=True
+    )
+    rows = load_rows(tmp_path, "conversations")
+    with pytest.raises(DataError) as caught:
+        encode_rows(make_encoder(spec, processor, parity_dir), rows, spec)
+    message = re.match(
+        r"cutoff_len 40 cuts into the images of (\d) of 9 rows. The smallest that works for all of them is (\d+): set "
+        r"cutoff_len: (\d+). The first one: Row conversations\[\d\] is cut inside its images: cutoff_len 39 leaves",
+        str(caught.value),
+    )
+    assert message and message[2] == message[3]
+    least = int(message[2])
+    assert encode_rows(make_encoder(replace(spec, cutoff_len=least), processor, parity_dir), rows, spec)
+    with pytest.raises(DataError, match="cuts into the images of"):
+        tighter = replace(spec, cutoff_len=least - 1)
+        encode_rows(make_encoder(tighter, processor, parity_dir), rows, tighter)
 
 
 def test_a_row_that_supervises_nothing_is_refused(processor: Any) -> None:

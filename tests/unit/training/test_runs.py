@@ -68,6 +68,13 @@ def name_of(train: str = "t1", val: str = "v1", model: str = "m1", num_processes
         {"disable_shuffling": True},
         {"lora_rank": 4},
         {"freeze_vision_tower": False},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"train_on_prompt": True},
+        {"mask_history": True},
+        {"packing": True},
+        {"neat_packing": True},
+        {"eval_dataset": None, "val_size": 0.2},
     ],
     ids=str,
 )
@@ -93,6 +100,8 @@ def test_what_changes_the_weights_changes_the_name(change: dict) -> None:
         {"disable_gradient_checkpointing": True},
         {"lora_alpha": 16},  # the default, spelled out
         {"ddp_timeout": 180000000},
+        {"preprocessing_batch_size": 10},  # nothing is packed
+        {"mix_strategy": "interleave_under"},  # of one entry
         {"freeze_trainable_layers": 3},  # it is a LoRA recipe
     ],
     ids=str,
@@ -108,6 +117,20 @@ def test_what_does_not_change_the_weights_keeps_the_name(change: dict) -> None:
 def test_evaluation_counts_where_it_picks_the_weights(change: dict) -> None:
     chosen = {"eval_strategy": "steps", "load_best_model_at_end": True}
     assert name_of(**{**chosen, **change}) != name_of(**chosen)
+
+
+@pytest.mark.parametrize(
+    ("change", "given"),
+    [
+        ({"mix_strategy": "interleave_under"}, {"dataset": "a,c"}),
+        ({"interleave_probs": "0.3,0.7"}, {"dataset": "a,c", "mix_strategy": "interleave_over", "eval_dataset": None}),
+        ({"preprocessing_batch_size": 10}, {"packing": True}),
+        ({"preprocessing_num_workers": 2}, {"packing": True}),
+    ],
+    ids=str,
+)
+def test_a_key_counts_where_it_is_read(change: dict, given: dict) -> None:
+    assert name_of(**given, **change) != name_of(**given)
 
 
 def test_the_order_of_entries_counts() -> None:
