@@ -128,6 +128,8 @@ class _ProgressRelay:
         for message in messages[self._num_seen :]:
             if "warning" in message:  # each is said once, and would be lost among the progress
                 self._context.log.warning(message["warning"])
+            elif "stage" not in message:
+                self._context.log.info(message["text"])
             else:
                 self._newest = message
         self._num_seen = len(messages)

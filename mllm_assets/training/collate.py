@@ -125,8 +125,7 @@ class Collator:
         if any(row.positions for row in rows):
             batch["position_ids"] = self._pad([row.positions for row in rows], length, 0)
             if self.separate_packed_rows:
-                # Without a mask transformers finds the rows by their positions, and masks attention between them
-                del batch["attention_mask"]
+                del batch["attention_mask"]  # `packed_attention` makes one of the positions
         if self.hidden_states is not None:
             batch["inputs_embeds"] = self.hidden_states.batch(rows, length)
             del batch["input_ids"]

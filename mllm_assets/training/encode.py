@@ -69,6 +69,7 @@ class Encoder:
         mask_history: Only the last answer is supervised, and a cut takes the first turns.
         enable_thinking: What becomes of reasoning in formats that have a place for it. An answer without it gets an
             empty one: supervised if true, part of the question otherwise. False takes it out of all answers.
+        preserve_thinking: Reasoning stays in the answers that `mask_history` masks.
         image_max_pixels: Larger images are first shrunk to this area.
         image_min_pixels: Smaller ones are first enlarged to it.
 
@@ -86,6 +87,7 @@ class Encoder:
         train_on_prompt: bool = False,
         mask_history: bool = False,
         enable_thinking: bool | None = True,
+        preserve_thinking: bool = False,
         image_max_pixels: int = 768 * 768,
         image_min_pixels: int = 32 * 32,
     ) -> None:
@@ -97,6 +99,7 @@ class Encoder:
         self.train_on_prompt = train_on_prompt
         self.mask_history = mask_history
         self.enable_thinking = enable_thinking
+        self._drops_history_thought = mask_history and not preserve_thinking
         self.image_token = family.image_token
         self.image_token_id: int = image_token_id(processor)
         self._control_token = control_token_pattern(processor.tokenizer)
@@ -114,7 +117,7 @@ class Encoder:
         slots = self._image_slots(row)
         input_ids = self._leading_images(slots)
         labels = [IGNORE_INDEX] * len(input_ids)
-        pairs = self._pairs(row, slots, for_last_answer=self.mask_history)
+        pairs = self._pairs(row, slots, for_last_answer=self._drops_history_thought)
         lengths = [(len(source), len(target)) for source, target in pairs]
         kept = kept_lengths(lengths, self.cutoff_len - len(input_ids), last_first=self.mask_history)
         num_tokens_cut = sum(map(sum, lengths)) - sum(map(sum, kept))
@@ -271,7 +274,7 @@ class Encoder:
     def image_turns(self, row: "Row") -> ImageTurns:
         """Return how short a row may be cut."""
         slots = self._image_slots(row)
-        pairs = self._pairs(row, slots, for_last_answer=self.mask_history)
+        pairs = self._pairs(row, slots, for_last_answer=self._drops_history_thought)
         return self._image_turns(pairs, len(self._leading_images(slots)))
 
     def _image_turns(self, pairs: Sequence[tuple[list[int], list[int]]], num_leading: int) -> ImageTurns:

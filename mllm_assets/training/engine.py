@@ -22,6 +22,7 @@ from mllm_assets.errors import IntegrityError
 from mllm_assets.training import caching, freezing, loss, memory, reporting
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.checkpoints import Resumable, find_resumable
+from mllm_assets.training.describing import trainable_lines
 from mllm_assets.training.inputs import Inputs, make_collator, read_inputs
 from mllm_assets.training.model import (
     base_model,
@@ -57,6 +58,8 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     started_s = time.monotonic()
     quiet_libraries()
     spec = TrainSpec.from_dict(request["recipe"])
+    for note in request.get("notes") or ():
+        reporter.warn(note)
     accelerator = request.get("accelerator") or {}
     device = memory.pick_device(accelerator.get("device") or "auto", use_cpu=spec.use_cpu)
     precision = memory.pick_precision(spec, device)
@@ -77,6 +80,9 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     spec = fit_micro_batch(spec, run_dir, device, estimate_for, reporter, regroup=bool(request.get("regroup")))
     needed = estimate_for(spec)
     memory.require_memory(needed, device)
+    for warning in shape.warnings:
+        reporter.warn(warning)
+    reporter.say(trainable_lines(shape.table, shape.num_params))
 
     cached = caching.prepare(
         cache_plan, settings, spec, shape, inputs, model_dir, device.kind, precision, reporter
@@ -84,8 +90,6 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     set_seed(spec.seed)
     model = load_model(model_dir, dtype=precision.weights)
     trainable = freezing.apply(spec, model)
-    for warning in trainable.warnings:
-        reporter.warn(warning)
     caching.install(base_model(trainable.model), cache_plan)
     loss.install(base_model(trainable.model))
 
@@ -123,7 +127,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
         "num_eval_samples": len(inputs.eval_rows),
         "num_threads": num_threads,
         "caches": dict(cache_plan.facts),
-        "warnings": [*(request.get("notes") or []), *reporter.warnings],
+        "warnings": reporter.warnings,
         "device": device.to_dict(),
         "wall_s": time.monotonic() - started_s,
         "peak_memory_gib": memory.peak_memory_gib(device),

@@ -59,14 +59,15 @@ def _check_packing(spec: TrainSpec, processor: Any, reporter: "Reporter") -> Non
     family = processor_family(processor)
     if family.model_type != "gemma3":
         raise RecipeError(
-            f"packing is only done for Gemma 3, and the model is {family.name}: its positions do not begin again in the "
-            f"middle of a sequence. Delete packing and neat_packing."
+            f"packing is only done for Gemma 3, and the model is {family.name}: its positions do not begin again in "
+            f"the middle of a sequence. Delete packing and neat_packing."
         )
     if spec.neat_packing:
         reporter.warn("neat_packing: packed rows do not see each other. LLaMA-Factory 0.9.5 fails with it on Gemma 3.")
     else:
         reporter.warn(
-            "packing: a row sees the rows packed in front of it, as in LLaMA-Factory. neat_packing: true keeps them apart."
+            "packing: a row sees the rows packed in front of it, as in LLaMA-Factory. "
+            "neat_packing: true keeps them apart."
         )
 
 
@@ -130,6 +131,7 @@ def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
         mask_history=spec.mask_history,
         template=spec.template,
         enable_thinking=spec.enable_thinking,
+        preserve_thinking=spec.preserve_thinking,
         image_max_pixels=spec.image_max_pixels,
         image_min_pixels=spec.image_min_pixels,
     )

@@ -190,7 +190,6 @@ _NO_EFFECT = {
     "rows hold images and text only.": """
         video_max_pixels:int=65536 video_min_pixels:int=256 video_fps:float=2.0 video_maxlen:int=128
         use_audio_in_video:bool=false audio_sampling_rate:int=16000""",
-    "no history is masked, so all reasoning stays.": "preserve_thinking:bool=false",
     "exporting and serving are not part of training.": """
         export_dir:str?=null export_size:int=5 export_device:str=cpu export_quantization_bit:int?=null
         export_quantization_dataset:str?=null export_quantization_nsamples:int=128

@@ -45,6 +45,7 @@ def _knapsacks(rows: Sequence[EncodedRow], capacity: int) -> Iterator[list[Encod
     for row in rows:
         by_length[len(row.input_ids)].append(row)
     lengths = sorted(len(row.input_ids) for row in rows)
+    assert lengths[-1] <= capacity, "the encoder cuts rows to the capacity"
     while lengths:
         knapsack, room = [], capacity
         while index := bisect.bisect(lengths, room):

@@ -10,10 +10,10 @@ from typing import Any
 from mllm_assets.artifacts import slug
 from mllm_assets.errors import RecipeError
 from mllm_assets.training.checking import WrongTypeError, convert
+from mllm_assets.training.idle_keys import idle_notes
 from mllm_assets.training.keys import ALIASES, KEYS
 from mllm_assets.training.recipe_yaml import Entry, parse_value, read_yaml
 from mllm_assets.training.spec import InvalidValueError, TrainSpec, split_names
-from mllm_assets.training.templates import TEMPLATES
 
 __all__ = ["Recipe", "TrainSpec", "load_recipe", "split_names"]
 
@@ -90,8 +90,7 @@ def load_recipe(path: Path, overrides: Mapping[str, object] | Sequence[str] | No
     except InvalidValueError as error:
         where = known[error.key].where if error.key in known else str(path)
         raise RecipeError(f"{where}: {error}") from None
-    if spec.enable_thinking is not True and TEMPLATES[spec.template].thought is None:
-        notes.append(f"enable_thinking has no effect: the template {spec.template} has no place for reasoning.")
+    notes.extend(idle_notes(spec, {key for key in known if KEYS[key].asks_for_something(getattr(spec, key))}))
     values = {key: entry.value for key, entry in entries.items()}
     return Recipe(path=path, name=slug(path.stem), values=values, spec=spec, notes=tuple(notes))
 

@@ -64,6 +64,7 @@ class TrainSpec:
     dataset_dir: str = field(default="data", metadata=OPERATIONAL)
     template: str = field(metadata=SEMANTIC)
     enable_thinking: bool | None = field(default=True, metadata=SEMANTIC)
+    preserve_thinking: bool = field(default=False, metadata=SEMANTIC)
     cutoff_len: int = field(default=2048, metadata=SEMANTIC)
     max_samples: int | None = field(default=None, metadata=SEMANTIC)
     mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = field(

@@ -13,6 +13,7 @@ from mllm_assets.training.checkpoints import DeltaTrainer, Resumable
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.inputs import Inputs
 from mllm_assets.training.model import base_model
+from mllm_assets.training.packed_attention import separate_rows
 from mllm_assets.training.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ class FineTuner(DeltaTrainer):
         )
         with memory.out_of_memory_is_an_error("in the evaluation", cure):
             return super().prediction_step(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "position_ids" in inputs and "attention_mask" not in inputs:
+            window = base_model(self.model).config.text_config.sliding_window
+            masks = separate_rows(inputs["position_ids"], inputs["token_type_ids"], window)
+            inputs = {**inputs, "attention_mask": masks}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Each batch counts alike, a short last one too, as in `Seq2SeqTrainer`, which LLaMA-Factory uses
