@@ -82,7 +82,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     memory.require_memory(needed, device)
     for warning in shape.warnings:
         reporter.warn(warning)
-    reporter.say(trainable_lines(shape.table, shape.num_params))
+    reporter.say("\n".join(trainable_lines(shape.table, shape.num_params)))
 
     cached = caching.prepare(
         cache_plan, settings, spec, shape, inputs, model_dir, device.kind, precision, reporter

@@ -7,7 +7,7 @@ exit code 2. Progress goes to the terminal, or to Dagster when the worker runs u
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import IO, Any
 
@@ -89,14 +89,6 @@ class Reporter:
             self._write_line(f"warning: {text}")
         if self._emit is not None:
             self._emit({"text": f"warning: {text}", "warning": text})
-
-    def say(self, lines: Sequence[str]) -> None:
-        """Show lines of text that are no warning."""
-        if self._stream is not None:
-            for line in lines:
-                self._write_line(line)
-        if self._emit is not None:
-            self._emit({"text": "\n".join(lines)})
 
     def close(self) -> None:
         """End the bar, if there is one."""

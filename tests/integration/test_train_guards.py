@@ -128,9 +128,9 @@ def test_a_directory_without_a_model_is_refused(parity_dir: Path, tmp_path: Path
 
 
 def test_a_model_of_another_family_is_refused(parity_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     request = make_request(parity_dir, tmp_path / "run") | {"model_dir": str(tmp_path)}
-    with pytest.raises(ModelError, match=r"holds a model of type 'llava': expected 'gemma3'"):
+    with pytest.raises(ModelError, match=r"holds a model of type 'llama': expected one of Gemma 3 \(gemma3\)"):
         train_task(request, Reporter())
 
 
