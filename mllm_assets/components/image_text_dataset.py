@@ -244,7 +244,9 @@ def _splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
                 train_key: {"every_image_has_a_placeholder": placeholders, "counts_add_up": counts_add_up(result)},
                 val_key: {
                     "every_image_has_a_placeholder": placeholders,
-                    "splits_share_no_image": splits_share_no_image(result.directory, layout.data),
+                    "splits_share_no_image": splits_share_no_image(
+                        result.directory, layout.data, store=project.quality_store
+                    ),
                 },
             }
         sizes = {train_key: (result.num_train, result.train_digest), val_key: (result.num_val, result.val_digest)}

@@ -9,9 +9,10 @@ from mllm_assets.artifacts import read_manifest
 from mllm_assets.data.sharegpt import read_json_rows
 from mllm_assets.data.splits import SPLIT_FILES, SplitResult
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
-from mllm_assets.quality.decoding import measure_images
 from mllm_assets.quality.duplicates import find_pairs, look_of
-from mllm_assets.quality.probes import DecodeLimits, ImageMeasurement
+from mllm_assets.quality.measure import measure_files
+from mllm_assets.quality.probes import DecodeLimits
+from mllm_assets.quality.store import QualityStore
 
 MAX_EXAMPLES = 5
 # the dataset's own limits were applied before these files were written
@@ -63,8 +64,9 @@ def splits_share_no_image(
     data_dir: Path,
     duplicate_distance: int | None = None,
     color_distance: float | None = None,
+    store: QualityStore | None = None,
 ) -> CheckOutcome:
-    """No image of train.json, nor a near-duplicate, is in val.json; every image is read and measured again.
+    """No image of train.json, nor a near-duplicate, is in val.json; every image is read, and measured by its bytes.
 
     Args:
         version_dir: A finished version.
@@ -72,12 +74,15 @@ def splits_share_no_image(
         duplicate_distance: Hamming distance of the 64-bit hashes up to which two images count as one picture; by
             default what the version was split with.
         color_distance: Likewise for the mean colour difference.
+        store: Knows the measurements of bytes that were decoded before.
     """
     limits = read_manifest(version_dir)["spec"]["quality"]
     names = {
         side: {name for row in rows for name in row["images"]} for side, rows in _rows_by_side(version_dir).items()
     }
-    measured = _measure_files(data_dir, sorted(set().union(*names.values())))
+    every_name = sorted(set().union(*names.values()))
+    files = measure_files([data_dir / name for name in every_name], OWN_FILES, store)
+    measured = dict(zip(every_name, files, strict=True))
     problems = [f"{name}: {image.defect}" for name, image in measured.items() if image.defect is not None]
     whole = {name: image for name, image in measured.items() if image.defect is None}
     holders: dict[str, dict[str, str]] = {}
@@ -128,11 +133,6 @@ def counts_add_up(version: SplitResult | Mapping[str, Any]) -> CheckOutcome:
 def _rows_by_side(version_dir: Path) -> dict[str, list[dict[str, Any]]]:
     read_manifest(version_dir)
     return {side: read_json_rows(version_dir / name) for side, name in SPLIT_FILES.items()}
-
-
-def _measure_files(data_dir: Path, names: list[str]) -> dict[str, ImageMeasurement]:
-    contents = (path.read_bytes() if (path := data_dir / name).is_file() else b"" for name in names)
-    return dict(zip(names, measure_images(contents, OWN_FILES), strict=True))
 
 
 def _describe(problems: list[str], fine: str, cure: str) -> str:

@@ -1,7 +1,7 @@
 """Measure every different image of an ingested source once; what DuckDB knows already is not decoded again."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mllm_assets.artifacts import sha256_file
 from mllm_assets.data.raw_files import ImageIndex, open_raw, read_group_images
 from mllm_assets.data.spec import FLAGS, QualitySpec
 from mllm_assets.quality import decoding
 from mllm_assets.quality.duplicates import look_of
 from mllm_assets.quality.probes import PROBE_VERSION, DecodeLimits, ImageMeasurement
-from mllm_assets.quality.store import QualityStore, arrow_schema
+from mllm_assets.quality.store import QualityStore, arrow_schema, table_for
 from mllm_assets.quality.verdicts import image_flags, image_reject_reason, odd_size_limits
 
 COLUMNS = [field.name for field in fields(ImageMeasurement)]
@@ -59,7 +60,7 @@ def measure_images(limits: QualitySpec, raw: Path, index: ImageIndex, store: Qua
         IntegrityError: A page of `raw` does not match its checksum.
         MachineError: No process that decodes can be started.
     """
-    known = _known_measurements(store, index)
+    known = _known_measurements(store, index.ids)
     is_known = np.zeros(len(index.ids), bool)
     is_known[known.numbers] = True
     decode_limits = DecodeLimits(
@@ -106,8 +107,31 @@ class _Known:
         return [ImageMeasurement(**row) for row in self.table.slice(start, stop - start).to_pylist()]
 
 
-def _known_measurements(store: QualityStore, index: ImageIndex) -> _Known:
-    wanted = pa.table({"number": pa.array(np.arange(len(index.ids), dtype=np.int32)), "image_sha256": index.ids})
+def measure_files(paths: Sequence[Path], limits: DecodeLimits, store: QualityStore | None) -> list[ImageMeasurement]:
+    """Measure files by what they hold now: each is read and hashed, and decoded where no such bytes were measured yet.
+
+    Args:
+        paths: Files; one that is missing has the defect "image_missing".
+        limits: For those that are decoded.
+        store: Where measurements of earlier runs are, and new ones go; without it every file is decoded.
+    """
+    ids = [sha256_file(path) if path.is_file() else None for path in paths]
+    known: dict[str | None, ImageMeasurement] = {}
+    if store is not None:
+        found = _known_measurements(store, pa.array(sorted({name for name in ids if name}), pa.string()))
+        known = {image.image_sha256: image for image in found.slice(0, len(found.numbers)) if image.defect is None}
+    missing = {name: path for name, path in zip(ids, paths, strict=True) if name not in known}
+    contents = (path.read_bytes() if path.is_file() else b"" for path in missing.values())
+    measured = dict(zip(missing, decoding.measure_images(contents, limits), strict=True))
+    if store is not None:
+        rows = [{**image.as_row(), "probe_version": PROBE_VERSION} for image in measured.values() if not image.defect]
+        if rows:
+            store.write({"image_quality": table_for("image_quality", rows)})
+    return [known[name] if name in known else measured[name] for name in ids]
+
+
+def _known_measurements(store: QualityStore, ids: pa.StringArray) -> _Known:
+    wanted = pa.table({"number": pa.array(np.arange(len(ids), dtype=np.int32)), "image_sha256": ids})
     found = store.query_arrow(
         f"SELECT number, {', '.join(COLUMNS)} FROM image_quality JOIN wanted USING (image_sha256) "
         "WHERE probe_version = ? AND coalesce(defect, '') NOT IN (SELECT unnest(?)) ORDER BY number",

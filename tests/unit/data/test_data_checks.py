@@ -1,6 +1,7 @@
 """The checks look at the files on disk, so they find what the code that wrote them would not."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from mllm_assets.artifacts import read_manifest
 from mllm_assets.data.checks import counts_add_up, every_image_has_a_placeholder, splits_share_no_image
 from mllm_assets.data.splits import SplitResult
 from mllm_assets.layout import Layout
+from mllm_assets.quality import decoding
+from mllm_assets.quality.probes import DecodeLimits, ImageMeasurement
+from mllm_assets.quality.store import QualityStore
 
 
 @pytest.fixture
@@ -78,3 +82,44 @@ def test_counts_that_do_not_add_up_are_said(version: SplitResult) -> None:
     outcome = counts_add_up(manifest)
     assert not outcome.passed
     assert outcome.description.startswith("12 raw is not 8 train + 2 val + 1 unused + 0 rejected")
+
+
+def test_known_bytes_are_not_decoded_again_and_changed_ones_are(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check reads every file; what it remembers is the measurement of bytes, whoever wrote them."""
+    write_source(layout.root, [(png(seed), f"picture {seed}") for seed in range(10)])
+    _, _, version = run_line(made_spec(), layout)
+    store = QualityStore(layout.quality_db)
+    decoded: list[int] = []
+    measure = decoding.measure_images
+
+    def counted(images: Iterable[bytes], limits: DecodeLimits) -> Iterator[ImageMeasurement]:
+        for image in measure(images, limits):
+            decoded.append(1)
+            yield image
+
+    monkeypatch.setattr(decoding, "measure_images", counted)
+    assert splits_share_no_image(version.directory, layout.data, store=store).passed
+    assert decoded == []
+    rows = json.loads((version.directory / "train.json").read_text())
+    held = json.loads((version.directory / "val.json").read_text())[0]["images"][0]
+    (layout.data / rows[0]["images"][0]).write_bytes((layout.data / held).read_bytes() + b"a copy")
+    assert not splits_share_no_image(version.directory, layout.data, store=store).passed
+    assert len(decoded) == 1
+    assert not splits_share_no_image(version.directory, layout.data, store=store).passed
+    assert len(decoded) == 1
+
+
+def test_one_percent_new_samples_cost_one_percent_of_decoding_and_writing(layout: Layout) -> None:
+    rows = [(png(seed), f"picture {seed}") for seed in range(100)]
+    write_source(layout.root, rows)
+    run_line(made_spec(180, 20), layout)
+    before = {path.name: path.stat().st_mtime_ns for path in layout.images.iterdir()}
+    write_source(layout.root, [*rows, (png(1000), "a new one")])
+    _, quality, version = run_line(made_spec(180, 20), layout)
+    after = {path.name: path.stat().st_mtime_ns for path in layout.images.iterdir()}
+    assert quality.num_decoded == 1
+    assert version.num_raw == 101
+    assert len(after.keys() - before.keys()) == 1
+    assert {name: after[name] for name in before} == before
