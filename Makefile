@@ -37,6 +37,8 @@ dev: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the Dagster UI on http://127.0.0.1:
 
 bench: $(CORE)
 	$(BIN)/python benchmarks/load_graph.py
+	$(BIN)/python benchmarks/ingest.py
+	$(BIN)/python benchmarks/ingest.py --memory
 	$(BIN)/python benchmarks/grouping.py
 
 install: $(CORE)
