@@ -63,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    inspect = verbs.add_parser("inspect", help="what the model will see of a recipe's rows, and what trains")
+    inspect.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    inspect.add_argument("--row", type=int, default=0, help="training row, from 0; negative ones count from the end")
+    inspect.add_argument("--device", choices=DEVICES, default=_device_from_environment())
+    inspect.set_defaults(run=_inspect)
+
     generate = verbs.add_parser("generate", help="a model's answer to an image and a prompt")
     generate.add_argument("--model", type=Path, required=True, help="model, run, checkpoint or release directory")
     generate.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
@@ -111,6 +118,29 @@ def _train(arguments: argparse.Namespace) -> int:
         regroup=arguments.regroup_micro_batches,
     )
     print(run.describe())
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from mllm_assets.training.inspecting import inspect
+    from mllm_assets.training.protocol import Reporter
+    from mllm_assets.training.recipe import load_recipe
+    from mllm_assets.training.runs import find_model_dir
+
+    root = Layout.from_environment().root
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    lines = inspect(
+        recipe,
+        find_model_dir(recipe, root),
+        root / recipe.spec.dataset_dir,
+        root / recipe.output_dir / "inspect",
+        Reporter(),
+        row=arguments.row,
+        device=arguments.device,
+        colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"),  # https://no-color.org
+    )
+    for line in lines:
+        print(line)
     return 0
 
 

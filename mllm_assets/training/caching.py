@@ -18,7 +18,7 @@ from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.freezing import TrainableSet
 from mllm_assets.training.inputs import Inputs, make_collator
-from mllm_assets.training.memory import GIB, Precision
+from mllm_assets.training.memory import GIB, Device, MemoryEstimate, Precision, checkpoints_activations, estimate
 from mllm_assets.training.model import load_model
 from mllm_assets.training.spec import TrainSpec
 
@@ -63,6 +63,29 @@ def plan(shape: TrainableSet, spec: TrainSpec, settings: CacheSettings, inputs: 
             "vision_features": no_tower or CACHED,
             "hidden_states": f"{CACHED} below layer {boundary}" if isinstance(boundary, int) else boundary,
         },
+    )
+
+
+def estimate_memory(
+    shape: TrainableSet,
+    spec: TrainSpec,
+    device: Device,
+    precision: Precision,
+    inputs: Inputs,
+    cache_plan: CachePlan,
+) -> MemoryEstimate:
+    """Estimate the run's peak from the model's shape on `meta`."""
+    rows = inputs.images
+    return estimate(
+        shape,
+        spec,
+        precision,
+        num_tokens=max(len(row.input_ids) for row in rows),
+        num_images=max(len(row.images) for row in rows),
+        num_patches=max((row.num_patches for row in rows if row.num_patches is not None), default=None),
+        num_supervised=max(sum(label >= 0 for label in row.labels) for row in rows),
+        checkpointed=checkpoints_activations(spec, device),
+        tower_cached=cache_plan.tower,
     )
 
 

@@ -23,7 +23,7 @@ from mllm_assets.training import caching, freezing, loss, memory, reporting
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.checkpoints import Resumable, find_resumable
 from mllm_assets.training.describing import trainable_lines
-from mllm_assets.training.inputs import Inputs, make_collator, read_inputs
+from mllm_assets.training.inputs import make_collator, read_inputs
 from mllm_assets.training.model import (
     base_model,
     load_config,
@@ -75,7 +75,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     cache_plan = caching.plan(shape, spec, settings, inputs, precision, num_processes=num_processes)
 
     def estimate_for(some: TrainSpec) -> memory.MemoryEstimate:
-        return estimate_memory(shape, some, device, precision, inputs, cache_plan)
+        return caching.estimate_memory(shape, some, device, precision, inputs, cache_plan)
 
     spec = fit_micro_batch(spec, run_dir, device, estimate_for, reporter, regroup=bool(request.get("regroup")))
     needed = estimate_for(spec)
@@ -200,29 +200,6 @@ def require_same_data(data_dir: Path, digests: Mapping[str, str]) -> None:
                 f"The entry {entry} in {data_dir} changed after this run was named by its content: expected digest "
                 f"{expected[:12]}, found {found[:12]}. Start the run again: it gets a name of its own."
             )
-
-
-def estimate_memory(
-    shape: freezing.TrainableSet,
-    spec: TrainSpec,
-    device: memory.Device,
-    precision: memory.Precision,
-    inputs: Inputs,
-    cache_plan: caching.CachePlan,
-) -> memory.MemoryEstimate:
-    """Estimate the run's peak from the model's shape on `meta`."""
-    rows = inputs.images
-    return memory.estimate(
-        shape,
-        spec,
-        precision,
-        num_tokens=max(len(row.input_ids) for row in rows),
-        num_images=max(len(row.images) for row in rows),
-        num_patches=max((row.num_patches for row in rows if row.num_patches is not None), default=None),
-        num_supervised=max(sum(label >= 0 for label in row.labels) for row in rows),
-        checkpointed=memory.checkpoints_activations(spec, device),
-        tower_cached=cache_plan.tower,
-    )
 
 
 def clean_and_find_resumable(run_dir: Path, reporter: "Reporter") -> Resumable:
