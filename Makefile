@@ -39,6 +39,7 @@ bench: $(CORE)
 	$(BIN)/python benchmarks/load_graph.py
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/ingest.py --memory
+	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/grouping.py
 
 install: $(CORE)

@@ -63,17 +63,18 @@ def make_model(directory: Path, *, vocab_size: int) -> None:
     (directory / "processor_config.json").write_text(json.dumps(processing))
 
 
-def make_data(directory: Path, *, num_rows: int) -> None:
-    """Write a ShareGPT directory: embedded pictures at 512 px, each with its name as caption."""
+def make_data(directory: Path, *, num_rows: int, long_captions: bool = False) -> None:
+    """Write a ShareGPT directory: embedded pictures at 512 px, each with its name as caption, or four names."""
     (directory / "images").mkdir(parents=True)
     path = Path(sample_data.__file__).with_name("emoji.parquet")
-    table = pq.read_table(path, columns=["image", "text"]).slice(0, num_rows).to_pylist()
+    table = pq.read_table(path, columns=["image", "text"]).slice(0, 4 * num_rows).to_pylist()
     rows = []
     for index in range(num_rows):
         name = f"images/{index:03d}.jpg"
         picture = Image.open(io.BytesIO(table[index]["image"]["bytes"])).convert("RGB")
         picture.resize((512, 512)).save(directory / name, quality=90)
-        caption = f"{table[index]['text']}."
+        names = [table[index + k * num_rows]["text"] for k in range(4 if long_captions else 1)]
+        caption = ", ".join(names) + "."
         messages = [
             {"role": "user", "content": f"<image>{PROMPT}"},
             {"role": "assistant", "content": caption},

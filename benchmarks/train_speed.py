@@ -87,13 +87,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast in place of float32")
+    parser.add_argument("--long-captions", action="store_true", help="four times as many supervised tokens")
     parser.add_argument("--case", choices=CASES, action="append", help="only these")
     parser.add_argument("--vocabulary", choices=VOCABULARIES, action="append", help="only these")
     arguments = parser.parse_args()
     trainers = ["plain", "engine"] + (["llamafactory"] if "LLAMAFACTORY_PYTHON" in os.environ else [])
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder, "data")
-        make_data(data_dir, num_rows=NUM_ROWS)
+        make_data(data_dir, num_rows=NUM_ROWS, long_captions=arguments.long_captions)
         lines = []
         shape: dict[str, Any] = {}
         for vocabulary in arguments.vocabulary or VOCABULARIES:

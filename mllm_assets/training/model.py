@@ -130,7 +130,7 @@ def publish_model(
             if hasattr(model, "merge_and_unload"):
                 model.save_pretrained(staging / "adapter")
                 model = model.merge_and_unload()
-            model.to(config_dtype)
+            cast_weights(model, config_dtype)
             model.requires_grad_(False)
             save_model(model, processor, staging / "model", source=source)
             for part in sorted(staging.iterdir()):
@@ -149,6 +149,20 @@ def publish_model(
             f"{loss_saved!r} before. Run again: it goes on from the last checkpoint and saves once more."
         )
     return {"num_missing": 0, "num_unexpected": 0, "loss_saved": loss_saved, "loss_reloaded": loss_reloaded}
+
+
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Cast what files hold, and leave the model as `load_model` with that dtype would make it from them.
+
+    `model.to(dtype)` would round the rotary frequencies, and keeps the rounding of Gemma's embedding scale from before:
+    neither is in a file.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale.data = torch.tensor(module.scalar_embed_scale, device=model.device).to(dtype)
 
 
 def release(model: Any) -> None:
