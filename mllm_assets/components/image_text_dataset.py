@@ -6,72 +6,20 @@ import dagster as dg
 from pydantic import Field
 
 from mllm_assets.artifacts import digest_json, slug
+from mllm_assets.components.dataset_yaml import Entries, Output, Quality, Source, Split
 from mllm_assets.components.lineage import upstream_path
 from mllm_assets.components.reporting import check_results, counts_table, failing_asset
 from mllm_assets.components.resources import ProjectResource, failures_for_people
 from mllm_assets.data.checks import counts_add_up, every_image_has_a_placeholder, splits_share_no_image
 from mllm_assets.data.dataset_info import register
 from mllm_assets.data.sources import ingest
-from mllm_assets.data.spec import DatasetSpec, QualitySpec, SourceSpec, SplitSpec, as_json
+from mllm_assets.data.spec import DatasetSpec, OutputSpec, QualitySpec, SourceSpec, SplitSpec, as_json
 from mllm_assets.data.splits import split
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.quality.assess import assess
 from mllm_assets.quality.report import write_report
 
-COUNTS = ("num_raw", "num_train", "num_val", "num_unused", "num_rejected")
-
-
-class Source(dg.Model, dg.Resolvable):
-    """Where the samples come from."""
-
-    kind: Literal["huggingface", "parquet"] = Field(description="A Hugging Face Hub dataset, or a Parquet file.")
-    repo: str = Field(default="", description="Hub id, for example ethz/food101.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit; resolved to a commit and recorded.")
-    subset: str | None = Field(default=None, description="Configuration of a Hub dataset that has several.")
-    split: str = Field(default="train", description="Hub split to read.")
-    path: str = Field(default="", description="Parquet file below the root, or package:emoji.parquet.")
-    image_column: str = "image"
-    caption_column: str | None = "text"
-    label_column: str | None = Field(default=None, description="Class label; names come from the dataset's features.")
-
-
-class Split(dg.Model, dg.Resolvable):
-    """How many samples go where. Groups of near-duplicates stay together."""
-
-    num_train: int = 500
-    num_val: int = 50
-    seed: int = 42
-
-
-class Quality(dg.Model, dg.Resolvable):
-    """What rejects a sample, what only flags it, and what counts as a near-duplicate. Null keeps the default."""
-
-    min_edge_px: int | None = None
-    max_pixels: int | None = Field(default=None, description="Larger images are rejected before they are decoded.")
-    max_image_bytes: int | None = Field(default=None, description="Larger files are rejected before they are opened.")
-    max_frames: int | None = Field(default=None, description="Animations of more frames are rejected.")
-    max_decode_s: float | None = Field(default=None, description="CPU seconds after which decoding an image is cut.")
-    max_caption_chars: int | None = None
-    duplicate_distance_bits: int | None = Field(
-        default=None, description="Near-duplicates differ in at most so many of 64 bits of their perceptual hash."
-    )
-    duplicate_color_distance: float | None = Field(
-        default=None, description="And their 4x4 thumbnails by at most so much, 0..255: the hash is colour-blind."
-    )
-    max_dark_brightness: float | None = None
-    max_light_headroom: float | None = None
-    max_low_information: float | None = None
-    max_blurry: float | None = None
-    max_odd_aspect_ratio: float | None = None
-    max_odd_size_iqr: float | None = None
-    reject_flags: list[str] | None = Field(default=None, description="Flags that reject, for example image_dark.")
-
-
-class Entries(dg.Model, dg.Resolvable):
-    """Names in `dataset_info.json`; by default `<dataset>_train` and `<dataset>_val`."""
-
-    train: str = ""
-    val: str = ""
+COUNTS = ("num_raw", "num_train", "num_val", "num_unused", "num_rejected", "num_augmented")
 
 
 class ImageTextDataset(dg.Component, dg.Model, dg.Resolvable):
@@ -84,11 +32,21 @@ class ImageTextDataset(dg.Component, dg.Model, dg.Resolvable):
     description: str = Field(default="", description="What the dataset is.")
     license: str = Field(default="", description="Its licence, for the model card; for example apache-2.0.")
     source: Source
-    prompts: list[str] = Field(description="Questions, used in turn by the sample's index within its split.")
+    prompts: list[str] = Field(
+        default=[],
+        description="Questions, used in turn by the sample's index within its split. Not where the source holds "
+        "conversations.",
+    )
     answer: str = Field(default="{caption}", description="Template of the answer, with {caption} and {label}.")
-    system: str | None = Field(default=None, description="System message of every sample.")
+    system: str | None = Field(default=None, description="System message of every sample that has none of its own.")
     split: Split = Split()
+    augment: list[Literal["flip", "crop", "color"]] = Field(
+        default=[],
+        description="Adds to each training sample a changed copy per entry: mirrored (not where texts say left or "
+        "right), cut to 80 to 100 % of each edge, or with other brightness, contrast and saturation. May repeat.",
+    )
     quality: Quality = Quality()
+    output: Output = Output()
     entries: Entries = Entries()
 
     def spec(self) -> DatasetSpec:
@@ -107,6 +65,8 @@ class ImageTextDataset(dg.Component, dg.Model, dg.Resolvable):
             val_entry=self.entries.val,
             split=SplitSpec(**self.split.model_dump()),
             quality=QualitySpec(**self.quality.model_dump(exclude_none=True)),
+            output=OutputSpec(**self.output.model_dump()),
+            augment=tuple(self.augment),
         )
 
     def entry_names(self) -> tuple[str, str]:
@@ -218,7 +178,7 @@ def _splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
             key,
             deps=[raw_key, quality_key],
             group_name="curate",
-            kinds={"json"},
+            kinds={"parquet" if spec.output.format == "parquet" else "json"},
             code_version=digest_json(as_json(spec))[:16],
             description=description,
         )
@@ -226,8 +186,8 @@ def _splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
     @dg.multi_asset(
         name=f"{spec.name}__splits",
         specs=[
-            asset_spec(train_key, "The training split as ShareGPT JSON."),
-            asset_spec(val_key, "The validation split: no image of it, nor a near-duplicate, is in train."),
+            asset_spec(train_key, "The training split as ShareGPT rows."),
+            asset_spec(val_key, _val_description(spec)),
         ],
         check_specs=[
             dg.AssetCheckSpec(name, asset=key, blocking=True) for key, names in checks.items() for name in names
@@ -249,6 +209,8 @@ def _splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
                     ),
                 },
             }
+        # a split that is given may hold duplicates on both sides: said here, and refused by the release
+        warned = {"splits_share_no_image"} if spec.split_is_given else set()
         sizes = {train_key: (result.num_train, result.train_digest), val_key: (result.num_val, result.val_digest)}
         for key, (num_samples, digest) in sizes.items():
             yield project.recorded(
@@ -256,17 +218,24 @@ def _splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
                 dg.MaterializeResult(
                     asset_key=key,
                     data_version=dg.DataVersion(digest),
-                    check_results=check_results(key, outcomes[key]),
+                    check_results=check_results(key, outcomes[key], only_warn=warned),
                     metadata={
                         "num_samples": num_samples,
                         **{name: getattr(result, name) for name in COUNTS},
                         "unused_reasons": counts_table(result.unused_reasons, "reason"),
+                        "augmentations": counts_table(result.augmentations, "augmentation"),
                         "path": layout.relative(result.directory),
                     },
                 ),
             )
 
     return splits
+
+
+def _val_description(spec: DatasetSpec) -> str:
+    if spec.split_is_given:
+        return "The validation split as it was given: images of it may be in train too, see splits_share_no_image."
+    return "The validation split: no image of it, nor a near-duplicate, is in train."
 
 
 def _dataset_info_asset(spec: DatasetSpec) -> dg.AssetsDefinition:

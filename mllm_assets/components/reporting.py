@@ -1,7 +1,7 @@
 """Turn domain results into what the Dagster UI shows."""
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> dg.T
     return dg.MetadataValue.table(records, schema=schema)
 
 
-def check_results(key: dg.AssetKey, outcomes: Mapping[str, CheckOutcome]) -> list[dg.AssetCheckResult]:
+def check_results(
+    key: dg.AssetKey, outcomes: Mapping[str, CheckOutcome], *, only_warn: Collection[str] = ()
+) -> list[dg.AssetCheckResult]:
+    """Outcomes as Dagster's; one that only warns does not stop what is downstream."""
     return [
         dg.AssetCheckResult(
             asset_key=key,
@@ -34,6 +37,7 @@ def check_results(key: dg.AssetKey, outcomes: Mapping[str, CheckOutcome]) -> lis
             passed=outcome.passed,
             description=outcome.description,
             metadata=dict(outcome.metadata),
+            severity=dg.AssetCheckSeverity.WARN if name in only_warn else dg.AssetCheckSeverity.ERROR,
         )
         for name, outcome in outcomes.items()
     ]

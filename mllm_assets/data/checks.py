@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from mllm_assets.artifacts import read_manifest
-from mllm_assets.data.sharegpt import read_json_rows
-from mllm_assets.data.splits import SPLIT_FILES, SplitResult
+from mllm_assets.data.row_files import read_rows
+from mllm_assets.data.splits import SIDES, SplitResult, split_file
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.quality.duplicates import find_pairs, look_of
 from mllm_assets.quality.measure import measure_files
-from mllm_assets.quality.probes import DecodeLimits
+from mllm_assets.quality.probes import OWN_FILES
 from mllm_assets.quality.store import QualityStore
 
 MAX_EXAMPLES = 5
-# the dataset's own limits were applied before these files were written
-OWN_FILES = DecodeLimits(max_pixels=2**31, max_bytes=2**31, max_frames=2**31, max_decode_s=600)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +35,11 @@ def every_image_has_a_placeholder(version_dir: Path, data_dir: Path) -> CheckOut
     """
     problems: list[str] = []
     num_rows = 0
+    format = _format(version_dir)
     for side, rows in _rows_by_side(version_dir).items():
         for index, row in enumerate(rows):
             num_rows += 1
-            place = f"{SPLIT_FILES[side]} row {index} ({row.get('id', 'no id')})"
+            place = f"{split_file(side, format)} row {index} ({row.get('id', 'no id')})"
             images = row.get("images", [])
             num_placeholders = sum(
                 m["content"].count(IMAGE_PLACEHOLDER) for m in row["messages"] if m["role"] != "system"
@@ -131,8 +130,11 @@ def counts_add_up(version: SplitResult | Mapping[str, Any]) -> CheckOutcome:
 
 
 def _rows_by_side(version_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    read_manifest(version_dir)
-    return {side: read_json_rows(version_dir / name) for side, name in SPLIT_FILES.items()}
+    return {side: read_rows(version_dir / split_file(side, _format(version_dir))) for side in SIDES}
+
+
+def _format(version_dir: Path) -> str:
+    return read_manifest(version_dir)["spec"]["output"]["format"]
 
 
 def _describe(problems: list[str], fine: str, cure: str) -> str:

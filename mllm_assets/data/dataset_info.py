@@ -18,7 +18,8 @@ from mllm_assets.layout import Layout
 DATASET_INFO = "dataset_info.json"
 # LLaMA-Factory's defaults, which hold where an entry has no `columns` or `tags` block; a block that is there resets
 # what it does not list (src/llamafactory/data/parser.py)
-DEFAULT_COLUMNS = {"messages": "conversations"}
+DEFAULT_COLUMNS = {"messages": "conversations", "prompt": "instruction", "query": "input", "response": "output"}
+REMOTE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 DEFAULT_TAGS = {
     "role_tag": "from",
     "content_tag": "value",
@@ -32,11 +33,19 @@ DEFAULT_TAGS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One dataset of `dataset_info.json`; `columns` and `tags` as LLaMA-Factory reads them."""
+    """One dataset of `dataset_info.json`; `columns` and `tags` as LLaMA-Factory reads them.
+
+    `remote` is the key that names a place other than a local file, where there is one: it wins over `file_name`.
+    """
 
     name: str
-    file_name: str
+    file_name: str = ""
+    remote: str | None = None
     formatting: str = "alpaca"
+    ranking: bool = False
+    subset: str | None = None
+    split: str = "train"
+    folder: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     num_samples: int | None = None
@@ -83,21 +92,23 @@ def register(spec: DatasetSpec, layout: Layout, version_dir: Path) -> DatasetInf
                 f"Materialise {spec.name}/train again."
             )
     entries = {
-        spec.train_entry: build_entry(f"{spec.name}/train.json"),
-        spec.val_entry: build_entry(f"{spec.name}/val.json"),
+        spec.train_entry: build_entry(f"{spec.name}/train.{spec.output.format}"),
+        spec.val_entry: build_entry(f"{spec.name}/val.{spec.output.format}"),
     }
     layout.data.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{layout.dataset_info}.lock"):
         existing = _read(layout.data) if layout.dataset_info.exists() else {}
-        for name, entry in entries.items():
+        for name in entries:
             other = existing.get(name)
-            if other is not None and other.get("file_name") != entry["file_name"]:
+            if other is not None and not str(other.get("file_name")).startswith(f"{spec.name}/"):
                 raise RecipeError(
                     f"{layout.dataset_info}: the entry {name!r} belongs to {other.get('file_name')!r}, but dataset "
                     f"{spec.name!r} would write it too. Set train_entry and val_entry in its YAML, or remove the entry."
                 )
-        if {**existing, **entries} != existing:
-            write_json_atomic(layout.dataset_info, {**existing, **entries})
+        # what a user added to an entry of ours, such as `num_samples`, is kept like all that is not ours
+        merged = {name: {**existing.get(name, {}), **entry} for name, entry in entries.items()}
+        if {**existing, **merged} != existing:
+            write_json_atomic(layout.dataset_info, {**existing, **merged})
     digest = digest_json([entries, manifest["files"], manifest["images"]])[:16]
     return DatasetInfo(entries=entries, digest=digest)
 
@@ -159,15 +170,20 @@ def _read(data_dir: Path) -> dict[str, Any]:
 def _parse(name: str, value: Any, path: Path) -> Entry:
     if not isinstance(value, dict):
         raise DataError(f"{path}: entry {name!r} should be an object, got {type(value).__name__}. Correct the file.")
-    if not isinstance(value.get("file_name"), str):
+    remote = next((key for key in REMOTE_KEYS if value.get(key)), None)
+    if not isinstance(value.get("file_name"), str) and remote is None:
         raise DataError(
-            f"{path}: entry {name!r} has no `file_name`; datasets are read from local files here. Declare the source "
-            "as a dataset component, or download it and name its file."
+            f"{path}: entry {name!r} has no `file_name`. Name its file, relative to {path.parent}, or remove the entry."
         )
     return Entry(
         name=name,
-        file_name=value["file_name"],
+        file_name=value.get("file_name") or "",
+        remote=remote,
         formatting=value.get("formatting", "alpaca"),
+        ranking=bool(value.get("ranking", False)),
+        subset=value.get("subset"),
+        split=value.get("split", "train"),
+        folder=value.get("folder"),
         columns=_block(value, "columns", DEFAULT_COLUMNS, name, path),
         tags=_block(value, "tags", DEFAULT_TAGS, name, path),
         num_samples=value.get("num_samples"),
@@ -176,6 +192,6 @@ def _parse(name: str, value: Any, path: Path) -> Entry:
 
 def _block(value: dict[str, Any], key: str, default: dict[str, str], name: str, path: Path) -> dict[str, str]:
     block = value.get(key, default)
-    if not isinstance(block, dict) or not all(isinstance(item, str) for item in block.values()):
+    if not isinstance(block, dict) or not all(isinstance(item, str | None) for item in block.values()):
         raise DataError(f"{path}: `{key}` of entry {name!r} should map names to texts. Correct the file.")
-    return block
+    return {name: item for name, item in block.items() if item is not None}

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from mllm_assets.artifacts import is_complete, sha256_file
-from mllm_assets.data.checks import MAX_EXAMPLES, OWN_FILES, CheckOutcome
+from mllm_assets.data.checks import MAX_EXAMPLES, CheckOutcome
 from mllm_assets.data.dataset_info import entry_file, load_entry
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.data.spec import QualitySpec
 from mllm_assets.quality.decoding import measure_images
 from mllm_assets.quality.grouping import near_forest
-from mllm_assets.quality.probes import ImageMeasurement
+from mllm_assets.quality.probes import OWN_FILES, ImageMeasurement
 
 
 def datasets_share_no_image(

@@ -2,12 +2,13 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from mllm_assets.data.conversation import answers_of, as_conversation
 from mllm_assets.data.spec import SourceSpec
 from mllm_assets.errors import DataError
 
@@ -16,8 +17,9 @@ from mllm_assets.errors import DataError
 class SourceRow:
     """One sample of a source: undecoded images (b"" where one is missing) and its texts.
 
-    `row_index` is the row's place in the source; `messages` is a whole conversation as JSON, where the source
-    has one.
+    `row_index` is the row's place in the source; `messages` is a whole conversation as JSON (see `conversation`),
+    where the source has one; `source_split` is "train" or "val" where the source is split already; `defect` is a
+    reason slug for a row that the source itself cannot give whole.
     """
 
     row_index: int
@@ -25,6 +27,8 @@ class SourceRow:
     caption: str | None = None
     label: str | None = None
     messages: str | None = None
+    source_split: str | None = None
+    defect: str | None = None
 
 
 def needed_columns(source: SourceSpec, schema: pa.Schema, where: str) -> list[str]:
@@ -33,14 +37,16 @@ def needed_columns(source: SourceSpec, schema: pa.Schema, where: str) -> list[st
     Raises:
         DataError: One is not there; names the nearest one and all that are.
     """
-    columns = [name for name in (source.image_column, source.caption_column, source.label_column) if name is not None]
+    # a caption or label beside whole conversations is not looked at, so the default names need not be there
+    texts = (source.messages_column,) if source.messages_column else (source.caption_column,)
+    columns = [name for name in (source.image_column, *texts, source.label_column) if name is not None]
     for column in columns:
         if column not in schema.names:
             near = difflib.get_close_matches(column, schema.names, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             raise DataError(
                 f"{where} has no column {column!r}; its columns are {', '.join(schema.names)}. "
-                f"{hint}Correct image_column, caption_column or label_column in the dataset's YAML."
+                f"{hint}Correct image_column, caption_column, label_column or messages_column in the dataset's YAML."
             )
     return list(dict.fromkeys(columns))
 
@@ -64,12 +70,48 @@ def rows_of_batch(
     """
     for row_index, row in zip(row_indices, batch.to_pylist(), strict=True):
         place = f"Row {row_index} of {where}"
-        yield SourceRow(
-            row_index=row_index,
-            images=_images(row[source.image_column], f"{place}, column {source.image_column!r}"),
-            caption=_text(row, source.caption_column, place),
-            label=_label(row, source.label_column, names, place),
-        )
+        images = _images(row[source.image_column], f"{place}, column {source.image_column!r}")
+        yield row_of_values(row, images, source, row_index, place, names=names)
+
+
+def row_of_values(
+    values: Mapping[str, Any],
+    images: tuple[bytes, ...],
+    source: SourceSpec,
+    row_index: int,
+    place: str,
+    *,
+    names: Sequence[str] | None = None,
+    **fields: Any,
+) -> SourceRow:
+    """A row of named values: the conversation where the spec names one, otherwise caption and label.
+
+    Raises:
+        DataError: A value has a type that is no caption or label; names the row and column.
+    """
+    label = _label(values, source.label_column, names, place)
+    if source.messages_column is not None:
+        return conversation_row(as_conversation(values.get(source.messages_column)), images, row_index, label, **fields)
+    caption = _text(values, source.caption_column, place)
+    return SourceRow(row_index=row_index, images=images, caption=caption, label=label, **fields)
+
+
+def loose_row(
+    values: Mapping[str, Any], images: tuple[bytes, ...], source: SourceSpec, row_index: int, defect: str | None
+) -> SourceRow:
+    """A row of values that no schema holds together: a caption or label of a wrong type is a defect of this row."""
+    try:
+        return row_of_values(values, images, source, row_index, "", defect=defect)
+    except DataError:
+        return SourceRow(row_index=row_index, images=images, defect=defect or "caption_unreadable")
+
+
+def conversation_row(
+    messages: str, images: tuple[bytes, ...], row_index: int, label: str | None = None, **fields: Any
+) -> SourceRow:
+    """A row that holds a whole conversation; its answers stand as the caption, which is what statistics are about."""
+    caption = _encodable(answers_of(messages))
+    return SourceRow(row_index=row_index, images=images, caption=caption, label=label, messages=messages, **fields)
 
 
 def _images(value: Any, place: str) -> tuple[bytes, ...]:
@@ -87,20 +129,20 @@ def _images(value: Any, place: str) -> tuple[bytes, ...]:
     return tuple(images)
 
 
-def _text(row: dict[str, Any], column: str | None, place: str) -> str | None:
-    value = None if column is None else row[column]
+def _text(row: Mapping[str, Any], column: str | None, place: str) -> str | None:
+    value = None if column is None else row.get(column)
     if value is None or isinstance(value, str):
-        return value
+        return _encodable(value)
     raise DataError(
         f"{place}, column {column!r}: expected a text, got {type(value).__name__}. Name a column of texts as "
         "caption_column (a class goes into label_column)."
     )
 
 
-def _label(row: dict[str, Any], column: str | None, names: Sequence[str] | None, place: str) -> str | None:
-    value = None if column is None else row[column]
+def _label(row: Mapping[str, Any], column: str | None, names: Sequence[str] | None, place: str) -> str | None:
+    value = None if column is None else row.get(column)
     if value is None or isinstance(value, str):
-        return value
+        return _encodable(value)
     if isinstance(value, int) and names is not None:
         # datasets writes -1 where a row has no label
         return names[value] if 0 <= value < len(names) else None
@@ -110,3 +152,8 @@ def _label(row: dict[str, Any], column: str | None, names: Sequence[str] | None,
         f"{place}, column {column!r}: expected a class or a text, got {type(value).__name__}. Name another "
         "label_column."
     )
+
+
+def _encodable(text: str | None) -> str | None:
+    """JSON can hold half of a character, which no file can: it becomes U+FFFD, and `tokens.text_defect` finds it."""
+    return None if text is None else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

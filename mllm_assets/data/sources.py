@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mllm_assets.artifacts import find_damage, is_complete, publish, read_manifest, staging_directory, write_manifest
+from mllm_assets.data.fixed_splits import guide_places
 from mllm_assets.data.hub import read_hub
+from mllm_assets.data.image_folder import read_image_folder
 from mllm_assets.data.images import sha256
-from mllm_assets.data.parquet import read_parquet
+from mllm_assets.data.llamafactory import read_llamafactory
 from mllm_assets.data.rows import SourceRow
-from mllm_assets.data.spec import DatasetSpec, as_json
+from mllm_assets.data.spec import DatasetSpec, SplitSpec, as_json
+from mllm_assets.data.tables import read_tables
+from mllm_assets.data.webdataset import read_webdataset
 from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.hub import is_commit
 from mllm_assets.layout import Layout
@@ -31,8 +35,17 @@ RAW_SCHEMA = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("label", pa.string()),
         pa.field("messages", pa.string()),
+        pa.field("source_split", pa.string()),
+        pa.field("source_defect", pa.string()),
     ]
 )
+READERS = {
+    "parquet": read_tables,
+    "arrow": read_tables,
+    "image_folder": read_image_folder,
+    "webdataset": read_webdataset,
+    "llamafactory": read_llamafactory,
+}
 # Image files are compressed already, and a dictionary or a minimum of them helps nobody.
 _TEXTS = [field.name for field in RAW_SCHEMA if field.name not in ("images", "image_ids")]
 _WRITER_OPTIONS: dict[str, Any] = {
@@ -69,14 +82,15 @@ def ingest(spec: DatasetSpec, layout: Layout, *, hub_endpoint: str | None = None
         DataError: The source's file, columns or types do not fit the spec, or it has no rows.
     """
     source = spec.source
+    places = _GuidePlaces(spec.split) if spec.split.strategy == "guide" else None
     if source.kind == "huggingface":
         if is_commit(source.revision) and (stored := _find_ingested(spec, layout, source.revision)):
             return stored
-        revision, rows = read_hub(spec, endpoint=hub_endpoint)
+        revision, rows = read_hub(spec, endpoint=hub_endpoint, choose=places.choose if places else None)
         if stored := _find_ingested(spec, layout, revision):
             return stored
     else:
-        revision, rows = None, read_parquet(source, layout.root)
+        revision, rows = None, READERS[source.kind](source, layout.root)
     with staging_directory(layout.raw(spec.name, "new").parent) as staging:
         num_samples, digest = _write_samples(rows, staging / SAMPLES_FILE)
         if num_samples == 0:
@@ -89,6 +103,7 @@ def ingest(spec: DatasetSpec, layout: Layout, *, hub_endpoint: str | None = None
                 "dataset": spec.name,
                 "digest": digest,
                 "num_samples": num_samples,
+                "num_source_rows": places.num_rows if places and places.num_rows else num_samples,
                 "revision": revision,
                 "source": as_json(source),
                 "split": as_json(spec.split),
@@ -100,6 +115,18 @@ def ingest(spec: DatasetSpec, layout: Layout, *, hub_endpoint: str | None = None
     return RawDataset(
         directory=directory, digest=digest, num_samples=num_samples, revision=revision, num_bytes=num_bytes
     )
+
+
+class _GuidePlaces:
+    """Of a Hub dataset the guide's shuffle needs the number of all rows, but only the rows that it takes."""
+
+    def __init__(self, split: SplitSpec) -> None:
+        self._split = split
+        self.num_rows = 0
+
+    def choose(self, num_rows: int) -> Collection[int]:
+        self.num_rows = num_rows
+        return guide_places(num_rows, self._split).keys()
 
 
 def _find_ingested(spec: DatasetSpec, layout: Layout, commit: str | None) -> RawDataset | None:
@@ -160,7 +187,7 @@ def _read_batches(raw: Path, columns: list[str] | None) -> Iterator[dict[str, An
 
 def _write_samples(rows: Iterator[SourceRow], path: Path) -> tuple[int, str]:
     seen: Counter[str] = Counter()
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(" ".join(RAW_SCHEMA.names).encode())  # another layout is another directory
     pending: list[dict[str, Any]] = []
     num_pending_bytes = 0
     with pq.ParquetWriter(path, RAW_SCHEMA, **_WRITER_OPTIONS) as writer:
@@ -170,7 +197,8 @@ def _write_samples(rows: Iterator[SourceRow], path: Path) -> tuple[int, str]:
             seen[content_id] += 1
             repeat = seen[content_id]
             sample_id = content_id if repeat == 1 else f"{content_id}-{repeat}"
-            digest.update(f"{sample_id} {row.row_index}\n".encode())
+            facts = [fact for fact in (row.source_split, row.defect) if fact is not None]
+            digest.update((" ".join([sample_id, str(row.row_index), *facts]) + "\n").encode())
             pending.append(
                 {
                     "sample_id": sample_id,
@@ -180,6 +208,8 @@ def _write_samples(rows: Iterator[SourceRow], path: Path) -> tuple[int, str]:
                     "caption": row.caption,
                     "label": row.label,
                     "messages": row.messages,
+                    "source_split": row.source_split,
+                    "source_defect": row.defect,
                 }
             )
             num_pending_bytes += sum(len(data) for data in row.images)

@@ -8,7 +8,10 @@ from mllm_assets.artifacts import slug
 from mllm_assets.data.tokens import find_control_token
 from mllm_assets.errors import RecipeError
 
-SOURCE_KINDS = ("huggingface", "parquet")
+SOURCE_KINDS = ("huggingface", "parquet", "arrow", "image_folder", "webdataset", "llamafactory")
+STRATEGIES = ("grouped", "guide")
+OUTPUT_FORMATS = ("json", "jsonl", "parquet")
+AUGMENTATIONS = ("flip", "crop", "color")
 FLAGS = (
     "image_dark",
     "image_light",
@@ -38,9 +41,11 @@ def _require_positive(spec: Any, *names: str) -> None:
 class SourceSpec:
     """Where the samples come from and which columns hold what.
 
-    `path` (kind parquet) is relative to the project root; `package:emoji.parquet` is the embedded dataset.
-    `revision` (kind huggingface) is a branch, tag or commit; the commit it stands for is recorded.
-    `subset` (kind huggingface) is the dataset's configuration, where it has several.
+    `path` (all kinds but huggingface) is a file, folder or pattern, or several files; relative to the project root,
+    or absolute; `package:emoji.parquet` is the embedded dataset. `revision` (kind huggingface) is a branch, tag or
+    commit; the commit it stands for is recorded. `subset` is a Hub dataset's configuration. `split` is the Hub's
+    split, an image folder's subfolder or a LLaMA-Factory entry. With `val_split` the source is split already, and
+    stays so.
     """
 
     kind: str
@@ -48,10 +53,12 @@ class SourceSpec:
     revision: str | None = None
     subset: str | None = None
     split: str = "train"
-    path: str = ""
+    val_split: str | None = None
+    path: str | tuple[str, ...] = ""
     image_column: str = "image"
     caption_column: str | None = "text"
     label_column: str | None = None
+    messages_column: str | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -59,24 +66,67 @@ class SourceSpec:
             f"source.kind: expected one of {', '.join(SOURCE_KINDS)}, got {self.kind!r}. "
             "Correct it in the dataset's YAML.",
         )
+        if not isinstance(self.path, str):
+            object.__setattr__(self, "path", tuple(self.path))
         needed = "repo" if self.kind == "huggingface" else "path"
         _require(
-            bool(getattr(self, needed)),
+            bool(self.repo) if needed == "repo" else bool(self.paths) and all(self.paths),
             f"source.{needed} is empty, but a source of kind {self.kind!r} needs it. Add it to the dataset's YAML.",
         )
         _require(bool(self.image_column), "source.image_column is empty. Name the column that holds the images.")
+        _require(
+            self.val_split is None or self.kind in ("image_folder", "llamafactory"),
+            f"source.val_split: a source of kind {self.kind!r} has no validation part of its own here. Remove it, and "
+            "let `split` choose the validation samples.",
+        )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether the source's rows are whole conversations, so that no prompt and no answer is put together."""
+        return self.messages_column is not None or self.kind == "llamafactory"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitSpec:
-    """How many samples train and how many validate; `seed` chooses which."""
+    """How many samples train and how many validate; `seed` chooses which.
+
+    The strategy "grouped" keeps near-duplicates on one side and stays stable when samples are added. "guide" is the
+    shuffle of the original guide: the first samples train, the next validate, whatever they show.
+    """
 
     num_train: int = 500
     num_val: int = 50
     seed: int = 42
+    strategy: str = "grouped"
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_train", "num_val")
+        _require(
+            self.strategy in STRATEGIES,
+            f"split.strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}. Correct it.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputSpec:
+    """How the splits are written. Without `image_prefix` images are named by their content."""
+
+    format: str = "json"
+    image_prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.format in OUTPUT_FORMATS,
+            f"output.format: expected one of {', '.join(OUTPUT_FORMATS)}, got {self.format!r}. Correct it.",
+        )
+        _require(
+            self.image_prefix is None or self.image_prefix == slug(self.image_prefix),
+            f"output.image_prefix: {self.image_prefix!r} must be of lower-case letters, digits and '_'.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,18 +180,22 @@ class DatasetSpec:
     """One dataset: source, questions, answer, splits, limits.
 
     `answer` is a template with `{caption}` and `{label}`; a label's "_" is shown as a space. Prompts are used in
-    turn. The `<image>` placeholder is put before each prompt, once per image.
+    turn. The `<image>` placeholder is put before each prompt, once per image. Where the source holds conversations,
+    they are taken as they are; `system` is then for those without a system message. `augment` adds a changed copy of
+    each training sample per operation.
     """
 
     name: str
     source: SourceSpec
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
     answer: str = "{caption}"
     system: str | None = None
     train_entry: str = ""
     val_entry: str = ""
     split: SplitSpec = field(default_factory=SplitSpec)
     quality: QualitySpec = field(default_factory=QualitySpec)
+    output: OutputSpec = field(default_factory=OutputSpec)
+    augment: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(
@@ -149,17 +203,13 @@ class DatasetSpec:
             f"name: {self.name!r} must be of lower-case letters, digits and '_'. Use {slug(self.name)!r}.",
         )
         object.__setattr__(self, "prompts", _as_texts(self.prompts))
-        _require(bool(self.prompts), f"Dataset {self.name!r} has no prompts. Give at least one question to its YAML.")
-        _require(
-            "{caption}" in self.answer or "{label}" in self.answer,
-            f"Dataset {self.name!r}: the answer {self.answer!r} holds neither {{caption}} nor {{label}}, so every "
-            "sample would have the same answer. Put one of them into it.",
-        )
-        for placeholder, column in (("{caption}", "caption_column"), ("{label}", "label_column")):
+        if not self.source.has_conversations:
+            self._require_question_and_answer()
+        object.__setattr__(self, "augment", tuple(self.augment))
+        for operation in self.augment:
             _require(
-                placeholder not in self.answer or getattr(self.source, column) is not None,
-                f"Dataset {self.name!r}: the answer uses {placeholder}, but source.{column} is not set. "
-                "Name the column.",
+                operation in AUGMENTATIONS,
+                f"Dataset {self.name!r}: augment holds {operation!r}. Use {', '.join(AUGMENTATIONS)}.",
             )
         for text in (*self.prompts, self.answer, self.system or ""):
             token = find_control_token(text)
@@ -175,6 +225,25 @@ class DatasetSpec:
             f"Dataset {self.name!r}: the training and validation entries are both {self.train_entry!r}. "
             "Give them different names.",
         )
+
+    @property
+    def split_is_given(self) -> bool:
+        """Whether the split is not ours to choose, so that duplicates may lie on both of its sides."""
+        return self.split.strategy == "guide" or self.source.val_split is not None
+
+    def _require_question_and_answer(self) -> None:
+        _require(bool(self.prompts), f"Dataset {self.name!r} has no prompts. Give at least one question to its YAML.")
+        _require(
+            "{caption}" in self.answer or "{label}" in self.answer,
+            f"Dataset {self.name!r}: the answer {self.answer!r} holds neither {{caption}} nor {{label}}, so every "
+            "sample would have the same answer. Put one of them into it.",
+        )
+        for placeholder, column in (("{caption}", "caption_column"), ("{label}", "label_column")):
+            _require(
+                placeholder not in self.answer or getattr(self.source, column) is not None,
+                f"Dataset {self.name!r}: the answer uses {placeholder}, but source.{column} is not set. "
+                "Name the column.",
+            )
 
 
 def _as_texts(value: Sequence[str]) -> tuple[str, ...]:
@@ -192,7 +261,7 @@ def as_json(spec: Any) -> dict[str, Any]:
     values = {}
     for item in fields(spec):
         value = getattr(spec, item.name)
-        if isinstance(value, SourceSpec | SplitSpec | QualitySpec):
+        if isinstance(value, SourceSpec | SplitSpec | QualitySpec | OutputSpec):
             value = as_json(value)
         values[item.name] = list(value) if isinstance(value, tuple) else value
     return values

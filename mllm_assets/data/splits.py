@@ -1,7 +1,5 @@
-"""Write the training and validation splits: ShareGPT JSON, content-addressed images, a manifest, a swapped link."""
+"""Write the training and validation splits: ShareGPT rows, content-addressed images, a manifest, a swapped link."""
 
-import json
-import uuid
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,22 +10,28 @@ import pyarrow.parquet as pq
 
 from mllm_assets.artifacts import digest_json, point_symlink, publish, read_manifest, staging_directory, write_manifest
 from mllm_assets.data.assign import REJECTED, TRAIN, UNUSED, VAL, Assignment, Candidate, assign
-from mllm_assets.data.images import published_bytes, sha256
+from mllm_assets.data.augment import Copy, Forbidden, augmented_rows
+from mllm_assets.data.fixed_splits import assign_as_given
+from mllm_assets.data.images import sha256
+from mllm_assets.data.publish import ImageWriter, build_row, image_number
+from mllm_assets.data.row_files import rows_as_bytes
 from mllm_assets.data.sources import read_raw
 from mllm_assets.data.spec import DatasetSpec, as_json
-from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.layout import Layout
 from mllm_assets.quality.duplicates import Pair, pairs_of_looks
 from mllm_assets.quality.files import IMAGES_FILE, QUALITY_FILE
 from mllm_assets.quality.store import QualityStore, table_for, utc_now
-from mllm_assets.quality.verdicts import render_answer
 
-SPLIT_FILES = {TRAIN: "train.json", VAL: "val.json"}
+SIDES = (TRAIN, VAL)
+AUGMENTED = "augmented"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitResult:
-    """A version of a dataset: num_raw = num_train + num_val + num_unused + num_rejected."""
+    """A version of a dataset: num_raw = num_train + num_val + num_unused + num_rejected.
+
+    The training file holds num_augmented rows more, which come from training samples.
+    """
 
     directory: Path
     digest: str
@@ -38,8 +42,10 @@ class SplitResult:
     num_val: int
     num_unused: int
     num_rejected: int
+    num_augmented: int
     unused_reasons: dict[str, int]
     reject_reasons: dict[str, int]
+    augmentations: dict[str, int]
 
 
 def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: str) -> SplitResult:
@@ -56,15 +62,24 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
         IntegrityError: `raw` or `quality` was never finished.
         DataError: Fewer than two samples are usable.
     """
-    read_manifest(raw)
+    num_source_rows = read_manifest(raw)["num_source_rows"]
     read_manifest(quality)
     store = QualityStore(layout.quality_db)
     verdicts = pq.read_table(quality / QUALITY_FILE).to_pylist()
-    assignments = _assignments(spec, store, quality, verdicts)
+    if spec.split_is_given:
+        assignments = assign_as_given(spec, verdicts, num_source_rows)
+    else:
+        assignments = _assignments(spec, store, quality, verdicts)
     by_id = {assignment.sample_id: assignment for assignment in assignments}
-    rows, images = _write_images_and_rows(spec, layout, raw, by_id)
-    texts = {side: json.dumps(rows[side], indent=2, ensure_ascii=False) + "\n" for side in SPLIT_FILES}
-    digests = {side: sha256(text.encode())[:16] for side, text in texts.items()}
+    images = ImageWriter(spec, layout)
+    rows = _write_images_and_rows(spec, images, raw, by_id)
+    copies = _augment(spec, images, raw, quality, by_id) if spec.augment else []
+    copied = [copy.row for copy in copies if copy.row is not None]
+    contents = {
+        TRAIN: rows_as_bytes([*rows[TRAIN], *copied], spec.output.format),
+        VAL: rows_as_bytes(rows[VAL], spec.output.format),
+    }
+    digests = {side: sha256(content)[:16] for side, content in contents.items()}
     digest = digest_json([digests[TRAIN], digests[VAL]])[:16]
     unused = Counter(a.reason or "" for a in assignments if a.split == UNUSED)
     rejected = Counter(v["reject_reason"] for v in verdicts if v["reject_reason"] is not None)
@@ -78,32 +93,27 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
         num_val=len(rows[VAL]),
         num_unused=unused.total(),
         num_rejected=rejected.total(),
+        num_augmented=len(copied),
         unused_reasons=dict(sorted(unused.items())),
         reject_reasons=dict(sorted(rejected.items())),
+        augmentations=dict(sorted(Counter(_fate(copy) for copy in copies).items())),
     )
-    _publish(spec, layout, result, texts, images, quality)
-    store.write({"split_membership": _membership(spec, result, assignments, verdicts, run_id)})
+    _publish(spec, layout, result, contents, images.digests, quality)
+    store.write({"split_membership": _membership(spec, result, assignments, verdicts, copies, run_id)})
     return result
 
 
 def split_key(spec: DatasetSpec) -> str:
     """What `history` hangs on: another seed or other sizes are another split, with a history of its own."""
-    return f"seed={spec.split.seed} train={spec.split.num_train} val={spec.split.num_val}"
+    key = f"seed={spec.split.seed} train={spec.split.num_train} val={spec.split.num_val}"
+    if spec.split_is_given:
+        key += " source" if spec.source.val_split is not None else " guide"
+    return key
 
 
-def build_row(spec: DatasetSpec, sample: Mapping[str, Any], position: int, image_paths: list[str]) -> dict[str, Any]:
-    """One ShareGPT row; prompts are used in turn by position. LLaMA-Factory ignores `id` and `label`."""
-    prompt = spec.prompts[position % len(spec.prompts)]
-    messages = [] if spec.system is None else [{"role": "system", "content": spec.system}]
-    messages += [
-        {"role": "user", "content": IMAGE_PLACEHOLDER * len(image_paths) + prompt},
-        {"role": "assistant", "content": render_answer(sample["caption"], sample["label"], spec)},
-    ]
-    row = {"messages": messages, "images": image_paths, "id": sample["sample_id"]}
-    if spec.source.label_column is not None:
-        # as the answer shows it, so that the two can be compared
-        row["label"] = (sample["label"] or "").replace("_", " ")
-    return row
+def split_file(side: str, format: str) -> str:
+    """The name of a side's file in a version: `train.json`."""
+    return f"{side}.{format}"
 
 
 def _assignments(
@@ -139,52 +149,56 @@ def _assignments(
 
 
 def _write_images_and_rows(
-    spec: DatasetSpec, layout: Layout, raw: Path, by_id: Mapping[str, Assignment]
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """Publish the images of used samples and build their rows; returns rows by split and image path -> sha256."""
-    placed: dict[str, dict[int, dict[str, Any]]] = {side: {} for side in SPLIT_FILES}
-    digests: dict[str, str] = {}
-    names: dict[str, str] = {}
+    spec: DatasetSpec, images: ImageWriter, raw: Path, by_id: Mapping[str, Assignment]
+) -> dict[str, list[dict[str, Any]]]:
+    """Publish the images of used samples and build their rows, by side."""
+    placed: dict[str, dict[int, dict[str, Any]]] = {side: {} for side in SIDES}
     for sample in read_raw(raw):
         assignment = by_id.get(sample["sample_id"])
         if assignment is None or assignment.position is None:
             continue
-        for source_id, data in zip(sample["image_ids"], sample["images"], strict=True):
-            if source_id not in names:
-                content, extension = published_bytes(data)
-                image_id = source_id if content is data else sha256(content)
-                names[source_id] = f"images/{image_id[:16]}.{extension}"
-                digests[names[source_id]] = image_id
-                _write_image(layout.data / names[source_id], content, image_id)
-        paths = [names[source_id] for source_id in sample["image_ids"]]
-        placed[assignment.split][assignment.position] = build_row(spec, sample, assignment.position, paths)
-    return {side: [rows[position] for position in sorted(rows)] for side, rows in placed.items()}, digests
+        side, position = assignment.split, assignment.position
+        paths = [
+            images.write(data, source_id, image_number(side, position, index))
+            for index, (source_id, data) in enumerate(zip(sample["image_ids"], sample["images"], strict=True))
+        ]
+        placed[side][position] = build_row(spec, sample, position, paths)
+    return {side: [rows[position] for position in sorted(rows)] for side, rows in placed.items()}
 
 
-def _write_image(path: Path, content: bytes, image_id: str) -> None:
-    """Write a content-addressed file unless it is there and whole."""
-    if path.is_file() and path.stat().st_size == len(content) and sha256(path.read_bytes()) == image_id:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _augment(
+    spec: DatasetSpec, images: ImageWriter, raw: Path, quality: Path, by_id: Mapping[str, Assignment]
+) -> list[Copy]:
+    sides: dict[str, dict[str, int]] = {side: {} for side in SIDES}
+    for sample_id, assignment in by_id.items():
+        if assignment.position is not None:
+            sides[assignment.split][sample_id] = assignment.position
+    validating = {
+        image_id
+        for row in pq.read_table(quality / QUALITY_FILE, columns=["sample_id", "image_ids"]).to_pylist()
+        if row["sample_id"] in sides[VAL]
+        for image_id in row["image_ids"]
+    }
+    measured = pq.read_table(quality / IMAGES_FILE, columns=["image_sha256", "phash_64", "color_48"]).to_pylist()
+    forbidden = Forbidden((row for row in measured if row["image_sha256"] in validating), spec.quality)
+    return augmented_rows(spec, images, raw, sides[TRAIN], forbidden)
+
+
+def _fate(copy: Copy) -> str:
+    return copy.operation if copy.row is not None else "augmentation_matches_val"
 
 
 def _publish(
     spec: DatasetSpec,
     layout: Layout,
     result: SplitResult,
-    texts: Mapping[str, str],
+    contents: Mapping[str, bytes],
     images: Mapping[str, str],
     quality: Path,
 ) -> None:
     with staging_directory(result.directory.parent) as staging:
-        for side, name in SPLIT_FILES.items():
-            (staging / name).write_text(texts[side], encoding="utf-8")
+        for side, content in contents.items():
+            (staging / split_file(side, spec.output.format)).write_bytes(content)
         write_manifest(
             staging,
             {
@@ -201,6 +215,8 @@ def _publish(
                 "num_val": result.num_val,
                 "num_unused": result.num_unused,
                 "num_rejected": result.num_rejected,
+                "num_augmented": result.num_augmented,
+                "augmentations": result.augmentations,
                 "unused_reasons": result.unused_reasons,
                 "reject_reasons": result.reject_reasons,
                 "images": dict(sorted(images.items())),
@@ -215,6 +231,7 @@ def _membership(
     result: SplitResult,
     assignments: list[Assignment],
     verdicts: list[dict[str, Any]],
+    copies: list[Copy],
     run_id: str,
 ) -> Any:
     common = {
@@ -240,4 +257,5 @@ def _membership(
         for v in verdicts
         if v["reject_reason"] is not None
     ]
+    rows += [{**common, "sample_id": c.sample_id, "split": AUGMENTED, "reason": _fate(c)} for c in copies]
     return table_for("split_membership", rows)

@@ -30,7 +30,7 @@ from mllm_assets.quality.record import record
 from mllm_assets.quality.store import QualityStore
 from mllm_assets.quality.verdicts import sample_reject_reason
 
-TEXT_COLUMNS = ("sample_id", "row_index", "caption", "label")
+TEXT_COLUMNS = ("sample_id", "row_index", "caption", "label", "messages", "source_split", "source_defect")
 BATCH_ROWS = 4096
 
 
@@ -105,7 +105,7 @@ def _reject_reasons(spec: DatasetSpec, raw: Path, index: ImageIndex, images: Ima
     for number, row in enumerate(read_texts(raw, TEXT_COLUMNS)):
         uses = index.uses_T[index.offsets_S1[number] : index.offsets_S1[number + 1]]
         of_images = [images.reasons[images.reasons_U[use]] for use in uses.tolist()]
-        reasons.append(sample_reject_reason(of_images, row["caption"], row["label"], spec))
+        reasons.append(sample_reject_reason(of_images, row, spec))
     return reasons
 
 
@@ -137,6 +137,7 @@ def _write_samples(
                 "sample_id": row["sample_id"],
                 "row_index": row["row_index"],
                 "image_ids": [index.ids[use].as_py() for use in uses.tolist()],
+                "source_split": row["source_split"],
                 "caption_sha256": None if row["caption"] is None else sha256(row["caption"].encode()),
                 **measure_caption(row["caption"]),
                 "flags": flags,
@@ -157,6 +158,7 @@ def _sample_schema() -> pa.Schema:
             ("sample_id", pa.string()),
             ("row_index", pa.int64()),
             ("image_ids", strings),
+            ("source_split", pa.string()),
             ("caption_sha256", pa.string()),
             *captions,
             ("flags", strings),

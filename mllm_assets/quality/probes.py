@@ -35,6 +35,10 @@ class DecodeLimits:
     max_decode_s: float
 
 
+# for what this project wrote: the dataset's own limits were applied before
+OWN_FILES = DecodeLimits(max_pixels=2**31, max_bytes=2**31, max_frames=2**31, max_decode_s=600)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageMeasurement:
     """What one image's bytes are; numbers are None from the first step that failed, and `defect` says which.

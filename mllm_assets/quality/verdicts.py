@@ -1,11 +1,13 @@
 """Judge measurements: pure functions from numbers to reject reasons and flags."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mllm_assets.data.conversation import conversation_defect
 from mllm_assets.data.spec import DatasetSpec, QualitySpec
 from mllm_assets.data.tokens import find_control_token, text_defect
 from mllm_assets.quality.probes import ImageMeasurement
@@ -90,9 +92,15 @@ def render_answer(caption: str | None, label: str | None, spec: DatasetSpec) -> 
 
 
 def sample_reject_reason(
-    image_reasons: Sequence[str | None], caption: str | None, label: str | None, spec: DatasetSpec
+    image_reasons: Sequence[str | None], sample: Mapping[str, Any], spec: DatasetSpec
 ) -> str | None:
-    """The first reason that rejects a sample: its images' in order, then its texts'."""
+    """The first reason that rejects an ingested row: the source's own, its images' in order, its texts'."""
+    if sample["source_defect"] is not None:
+        return sample["source_defect"]
     if not image_reasons:
         return "image_missing"
-    return next(filter(None, image_reasons), None) or text_reject_reason(caption, label, spec)
+    if (reason := next(filter(None, image_reasons), None)) is not None:
+        return reason
+    if sample["messages"] is not None:
+        return conversation_defect(sample["messages"], len(image_reasons), spec.quality.max_caption_chars)
+    return text_reject_reason(sample["caption"], sample["label"], spec)

@@ -69,7 +69,7 @@ def test_an_unknown_entry_is_named_with_the_nearest(layout: Layout) -> None:
         ('{\n "a": {},\n}', "dataset_info.json, line 3, column 1"),
         ("[]", "expected an object of datasets by name, got list"),
         ('{"a": 1}', "entry 'a' should be an object, got int"),
-        ('{"a": {"hf_hub_url": "x/y"}}', "entry 'a' has no `file_name`"),
+        ('{"a": {"split": "x"}}', "entry 'a' has no `file_name`"),
         ('{"a": {"file_name": "a.json", "columns": ["messages"]}}', "`columns` of entry 'a' should map names to texts"),
     ],
 )

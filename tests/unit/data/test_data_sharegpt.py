@@ -107,9 +107,12 @@ def test_a_wrong_row_is_named(tmp_path: Path, rows: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"formatting": "alpaca"}, "has the formatting 'alpaca'; only 'sharegpt'"),
+        ({"formatting": "chatml"}, "has the formatting 'chatml'; expected one of sharegpt, openai, alpaca"),
+        ({"hf_hub_url": "a/b"}, "sets `hf_hub_url`, but datasets are read from local files here"),
+        ({"ranking": True}, "sets `ranking`, which is for preference training"),
+        ({"split": "train[:10]"}, "sets `split` to 'train[:10]', expected 'train'"),
         ({"num_samples": 3}, "sets `num_samples`, which draws rows at random"),
-        ({"file_name": "rows.csv"}, "rows.csv is neither .json nor .jsonl"),
+        ({"file_name": "rows.csv"}, "rows.csv is neither .json nor .jsonl nor .parquet"),
         ({"file_name": "../rows.json"}, "the path '../rows.json' leaves"),
         ({"file_name": "gone.json"}, "There is no file"),
     ],

@@ -17,7 +17,7 @@ def dataset(**fields: Any) -> DatasetSpec:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SourceSpec(kind="csv"), "source.kind: expected one of huggingface, parquet, got 'csv'"),
+        (lambda: SourceSpec(kind="csv"), "source.kind: expected one of huggingface, parquet, arrow, image_folder"),
         (lambda: SourceSpec(kind="huggingface"), "source.repo is empty"),
         (lambda: SourceSpec(kind="parquet"), "source.path is empty"),
         (lambda: SplitSpec(num_train=0), "num_train: expected a whole number of at least 1, got 0"),
@@ -51,4 +51,4 @@ def test_a_single_prompt_may_be_written_as_a_text() -> None:
 
 
 def test_a_spec_is_json() -> None:
-    assert as_json(dataset())["split"] == {"num_train": 500, "num_val": 50, "seed": 42}
+    assert as_json(dataset())["split"] == {"num_train": 500, "num_val": 50, "seed": 42, "strategy": "grouped"}

@@ -26,6 +26,10 @@ def spec(answer: str = "{caption}", **quality: Any) -> DatasetSpec:
 GOOD = measure(encode(picture(1)))
 
 
+def sample(caption: str | None, label: str | None = None) -> dict[str, str | None]:
+    return {"caption": caption, "label": label, "messages": None, "source_defect": None}
+
+
 @pytest.mark.parametrize(
     ("caption", "label", "answer", "reason"),
     [
@@ -55,7 +59,7 @@ def test_texts_are_judged_by_what_the_answer_uses(
     caption: str | None, label: str | None, answer: str, reason: str | None
 ) -> None:
     """A control token in a caption would be read as control by the tokenizer."""
-    assert sample_reject_reason([None], caption, label, spec(answer)) == reason
+    assert sample_reject_reason([None], sample(caption, label), spec(answer)) == reason
 
 
 def test_limits_are_judged_without_decoding_again() -> None:
@@ -66,7 +70,7 @@ def test_limits_are_judged_without_decoding_again() -> None:
 
 
 def test_a_sample_without_images_is_rejected() -> None:
-    assert sample_reject_reason([], "x", None, spec()) == "image_missing"
+    assert sample_reject_reason([], sample("x"), spec()) == "image_missing"
 
 
 @pytest.mark.parametrize(

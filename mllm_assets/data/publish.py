@@ -1,0 +1,120 @@
+"""Write what a split holds: images by content or by number, and the rows that name them."""
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mllm_assets.data.conversation import SYSTEM, read_conversation, with_placeholders
+from mllm_assets.data.images import published_bytes, sha256
+from mllm_assets.data.spec import DatasetSpec
+from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
+from mllm_assets.errors import DataError
+from mllm_assets.layout import Layout
+from mllm_assets.quality.verdicts import render_answer
+
+_NAMED_IMAGES = "named_images.txt"
+
+
+class ImageWriter:
+    """Writes images below `data/images/`; `digests` says what each path holds.
+
+    Named by content an image is on the disk once, whatever names it. With `output.image_prefix` the names are the
+    original guide's, `naruto_train_000000.png`; they belong to one dataset, and nobody else's file is replaced.
+    """
+
+    def __init__(self, spec: DatasetSpec, layout: Layout) -> None:
+        self.digests: dict[str, str] = {}
+        self._prefix = spec.output.image_prefix
+        self._data = layout.data
+        self._names: dict[str, str] = {}
+        self._claims_file = layout.version(spec.name, _NAMED_IMAGES)
+        self._claims: set[str] = set()
+        if self._prefix is not None and self._claims_file.is_file():
+            self._claims = set(self._claims_file.read_text(encoding="utf-8").split("\n"))
+
+    def write(self, data: bytes, source_id: str, number: str) -> str:
+        """Publish one image and return its path relative to `data/`.
+
+        Args:
+            data: The bytes as the source has them.
+            source_id: Their digest.
+            number: What names the image beside the prefix, such as "train_000000".
+
+        Raises:
+            DataError: A file of that name is not this dataset's.
+        """
+        if self._prefix is None and source_id in self._names:
+            return self._names[source_id]
+        content, extension = published_bytes(data)
+        image_id = source_id if content is data else sha256(content)
+        stem = image_id[:16] if self._prefix is None else f"{self._prefix}_{number}"
+        name = f"images/{stem}.{extension}"
+        if self._prefix is not None:
+            self._claim(name, image_id)
+        self._names[source_id] = name
+        self.digests[name] = image_id
+        _write_image(self._data / name, content, image_id)
+        return name
+
+    def _claim(self, name: str, image_id: str) -> None:
+        path = self._data / name
+        if name in self._claims:
+            return
+        if path.exists() and sha256(path.read_bytes()) != image_id:
+            raise DataError(
+                f"{path} exists and is not this dataset's, so it is not replaced. Set another output.image_prefix "
+                "in the dataset's YAML, or move the file away."
+            )
+        # noted before it is written: after a crash in between, the file is still known to be ours
+        self._claims.add(name)
+        self._claims_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._claims_file.open("a", encoding="utf-8") as file:
+            file.write(f"{name}\n")
+
+
+def image_number(side: str, position: int, index: int = 0) -> str:
+    """`train_000000`; further images of a sample are `train_000000_1` and so on."""
+    return f"{side}_{position:06d}" + (f"_{index}" if index else "")
+
+
+def build_row(spec: DatasetSpec, sample: Mapping[str, Any], position: int, image_paths: list[str]) -> dict[str, Any]:
+    """One ShareGPT row: the source's own conversation, or a prompt (in turn by position) with the answer.
+
+    LLaMA-Factory ignores `id` and `label`.
+    """
+    row = {"messages": _messages(spec, sample, position, len(image_paths)), "images": image_paths}
+    row["id"] = sample["sample_id"]
+    if spec.source.label_column is not None:
+        # as the answer shows it, so that the two can be compared
+        row["label"] = (sample["label"] or "").replace("_", " ")
+    elif sample["label"] is not None:
+        row["label"] = sample["label"]
+    return row
+
+
+def _messages(spec: DatasetSpec, sample: Mapping[str, Any], position: int, num_images: int) -> list[dict[str, str]]:
+    if sample["messages"] is not None:
+        messages = with_placeholders(read_conversation(sample["messages"]), num_images)
+    else:
+        prompt = spec.prompts[position % len(spec.prompts)]
+        messages = [
+            {"role": "user", "content": IMAGE_PLACEHOLDER * num_images + prompt},
+            {"role": "assistant", "content": render_answer(sample["caption"], sample["label"], spec)},
+        ]
+    if spec.system is not None and messages[0]["role"] != SYSTEM:
+        messages = [{"role": SYSTEM, "content": spec.system}, *messages]
+    return messages
+
+
+def _write_image(path: Path, content: bytes, image_id: str) -> None:
+    """Write a file unless it is there and whole."""
+    if path.is_file() and path.stat().st_size == len(content) and sha256(path.read_bytes()) == image_id:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""Files of ShareGPT rows: JSON (one list), JSON lines and Parquet, as LLaMA-Factory reads them."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mllm_assets.data.dataset_info import DATASET_INFO
+from mllm_assets.data.json_text import decode, read_text, text_lines
+from mllm_assets.errors import DataError
+
+SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRow:
+    """A row with its place for people; `problem` says why it has no value."""
+
+    place: str
+    value: Any
+    problem: str | None = None
+
+
+def file_rows(path: Path) -> Iterator[FileRow]:
+    """The rows of a file, or of all files in a folder by name; a line that is not JSON is a row with a problem.
+
+    Raises:
+        DataError: Missing, of another kind, not UTF-8, not JSON as a whole (names the line), not a list.
+    """
+    files = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else [path]
+    for file in files:
+        if file.suffix not in SUFFIXES:
+            raise DataError(f"{file} is neither {' nor '.join(SUFFIXES)}. Convert the file to JSON.")
+        if file.suffix == ".parquet":
+            yield from _parquet_rows(file)
+        elif file.suffix == ".jsonl":
+            yield from _json_lines(file)
+        else:
+            for index, value in enumerate(_json_list(file)):
+                yield FileRow(f"{file}, row {index}", value)
+
+
+def read_rows(path: Path) -> list[Any]:
+    """The values of `file_rows`.
+
+    Raises:
+        DataError: As `file_rows`, or a line is not JSON.
+    """
+    rows = []
+    for row in file_rows(path):
+        if row.problem is not None:
+            raise DataError(row.problem)
+        rows.append(row.value)
+    return rows
+
+
+def rows_as_bytes(rows: Sequence[dict[str, Any]], format: str) -> bytes:
+    """Rows as the content of a file: the same rows give the same bytes."""
+    if format == "json":
+        return (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
+    if format == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(_with_all_keys(rows)), sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
+
+
+def _with_all_keys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`from_pylist` looks at the first row's keys only."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in keys} for row in rows]
+
+
+def _parquet_rows(path: Path) -> Iterator[FileRow]:
+    index = 0
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    yield FileRow(f"{path}, row {index}", {key: v for key, v in value.items() if v is not None})
+                    index += 1
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}). Write it again.") from error
+
+
+def _json_lines(path: Path) -> Iterator[FileRow]:
+    try:
+        for number, line in text_lines(path):
+            place = f"{path}, line {number}"
+            try:
+                yield FileRow(place, decode(line, path, number))
+            except DataError as error:
+                yield FileRow(place, None, str(error))
+    except (FileNotFoundError, IsADirectoryError):
+        raise _missing(path) from None
+
+
+def _json_list(path: Path) -> list[Any]:
+    try:
+        values = decode(read_text(path), path, 1)
+    except (FileNotFoundError, IsADirectoryError):
+        raise _missing(path) from None
+    if not isinstance(values, list):
+        raise DataError(
+            f"{path}: expected a list of rows, got {type(values).__name__}. Put the rows into one JSON list."
+        )
+    return values
+
+
+def _missing(path: Path) -> DataError:
+    return DataError(f"There is no file {path}. Materialise its dataset, or correct `file_name` in {DATASET_INFO}.")
