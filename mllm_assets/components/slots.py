@@ -26,6 +26,23 @@ def end_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     return dead
 
 
+def describe_holders(instance: dg.DagsterInstance, pool: str) -> str:
+    """Who holds a pool's slots, for a person who waits for one, and what can be done about it."""
+    slots = instance.event_log_storage.get_concurrency_info(pool).claimed_slots
+    if not slots:
+        return "it is being given back."
+    holders = []
+    for run_id, step_key in sorted({(slot.run_id, slot.step_key) for slot in slots}):
+        run = instance.get_run_by_id(run_id)
+        if run is None:
+            holders.append(f"run {run_id[:8]}, which this instance no longer knows, holds it")
+            continue
+        pids = ", ".join(str(pid) for pid in sorted(_process_ids(instance, run_id)) if _is_alive(pid))
+        alive = f"its processes are {pids}" if pids else "none of its processes is alive here"
+        holders.append(f"run {run_id[:8]} ({run.job_name}, {run.status.value}) holds it for {step_key}; {alive}")
+    return f"{'; '.join(holders)}. If a run is dead, `mllm-assets slots free` ends it; Ctrl-C stops waiting."
+
+
 def _process_ids(instance: dg.DagsterInstance, run_id: str) -> set[int]:
     """The processes that the run's own events name: the one that executes it, and its step workers."""
     pids = set()

@@ -3,6 +3,7 @@
 import dagster as dg
 
 from mllm_assets.components.terminal import one_line_per_asset
+from mllm_assets.components.waiting import patient_in_process_executor
 
 
 @dg.definitions
@@ -11,7 +12,7 @@ def demo() -> dg.Definitions:
         "emoji_demo",
         selection='+key:"emoji_sft/released_model"',
         description="Raw emoji images to a released model, on one machine without a network.",
-        executor_def=dg.in_process_executor,
+        executor_def=patient_in_process_executor,
         config={"loggers": {"for_people": {}}},
     )
     return dg.Definitions(jobs=[job], loggers={"for_people": one_line_per_asset})

@@ -5,26 +5,27 @@ transformers' own resume loses every trained weight of Gemma 3 without an error:
 holds the trainable tensors under their own names, with optimizer, scheduler and random states, and is used only if
 every file matches its manifest.
 
-Not covered: FSDP and DeepSpeed, which shard what is saved.
+A checkpoint also says under which conditions it was saved: how many processes, which precision, how the model was
+spread. Under others the next step would differ, so that going on from it is refused.
 """
 
 import errno
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from transformers import Trainer
 
-from mllm_assets.artifacts import find_damage, fsync_path, is_complete, write_manifest
+from mllm_assets.artifacts import find_damage, is_complete, publish, read_manifest, staging_directory
 from mllm_assets.errors import IntegrityError, MachineError
 
 TRAINABLE_FILE = "trainable.safetensors"
@@ -60,20 +61,80 @@ def find_resumable(run_dir: Path) -> Resumable:
     return Resumable(None, 0, skipped)
 
 
-def save_trainable(model: nn.Module, directory: Path) -> None:
-    """Write the tensors that train, under the names of `named_parameters`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(tensors, directory / TRAINABLE_FILE, metadata={"format": "pt"})
+def seed_run(run_dir: Path, source: Path, *, with_best: bool) -> None:
+    """Begin a run with a copy of another run's checkpoint, which it then resumes from as from its own.
 
-
-def load_trainable(model: nn.Module, directory: Path) -> None:
-    """Load what `save_trainable` wrote; names, shapes and dtypes must be the same.
+    Args:
+        run_dir: The run's directory.
+        source: A complete checkpoint.
+        with_best: Also copy the checkpoint that is the best one so far, which may be chosen at the end.
 
     Raises:
-        IntegrityError: They are not. Names the first difference.
+        IntegrityError: One of them is damaged or missing. Names it.
+        MachineError: The disk is full.
     """
-    saved = load_file(directory / TRAINABLE_FILE)
+    sources = [source]
+    best_step = json.loads((source / "trainer_state.json").read_text(encoding="utf-8")).get("best_global_step")
+    if with_best and best_step and best_step != _step(source):
+        sources.insert(0, source.with_name(f"checkpoint-{best_step}"))
+    for path in sources:
+        damage = find_damage(path) if is_complete(path) else "it is not there, or not complete"
+        if damage is not None:
+            raise IntegrityError(
+                f"The checkpoint {path} cannot be used: {damage}. Name another one in resume_from_checkpoint."
+            )
+        num_bytes = sum(file.stat().st_size for file in path.iterdir())
+        with no_space_is_an_error(run_dir / path.name, f"the copy of {path}", num_bytes):
+            with staging_directory(run_dir) as staging:
+                shutil.copytree(path, staging / path.name)
+                publish(staging / path.name, run_dir / path.name)
+
+
+def require_same_conditions(checkpoint: Path, here: Mapping[str, Any]) -> None:
+    """Refuse to go on under other conditions than those of the checkpoint.
+
+    Args:
+        checkpoint: A complete one.
+        here: The conditions of this run; see `DeltaTrainer.conditions`.
+
+    Raises:
+        MachineError: They differ. Names each, and what to set.
+    """
+    there = read_manifest(checkpoint).get("conditions", {})
+    differ = [name for name in here if there.get(name) != here[name]]
+    if not differ:
+        return
+    shown = "; ".join(f"{name} was {there.get(name)} and is {here[name]} now" for name in differ)
+    remedies = {
+        "num_processes": f"start it with {there.get('num_processes')} process(es)",
+        "precision": "set bf16, fp16 and pure_bf16 as they were",
+        "sharding": "set fsdp and deepspeed as they were",
+        "device": f"start it on {there.get('device')}",
+    }
+    advice = " and ".join(remedies[name] for name in differ)
+    raise MachineError(
+        f"{checkpoint} cannot be resumed exactly here: {shown}. To go on from it, {advice}; "
+        f"to train from the start, delete {checkpoint.parent}."
+    )
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors that train, on the CPU, under the names of `named_parameters`."""
+    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_trainable(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """Write `trainable_tensors`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), directory / TRAINABLE_FILE, metadata={"format": "pt"})
+
+
+def require_fit(model: nn.Module, saved: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """Compare what `save_trainable` wrote into `directory` with what trains here: names, shapes and dtypes.
+
+    Raises:
+        IntegrityError: They are not the same. Names the first difference.
+    """
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name in sorted(saved.keys() | wanted.keys()):
         here, there = wanted.get(name), saved.get(name)
@@ -82,74 +143,14 @@ def load_trainable(model: nn.Module, directory: Path) -> None:
                 f"{directory} does not fit what trains: {name} is {_shape(there)} in it, expected {_shape(here)}. "
                 f"Delete {directory} and run again."
             )
+
+
+def load_trainable(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors of `trainable_tensors` into a model that they fit."""
     with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(saved[name])
-
-
-class DeltaTrainer(Trainer):
-    """A `Trainer` whose checkpoints hold what trains, whole or not at all.
-
-    `args.save_total_limit` counts published checkpoints; an older one goes only after a newer one is complete.
-    """
-
-    _staging: Path | None = None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_trainable(self.accelerator.unwrap_model(self.model), Path(output_dir or str(self.args.output_dir)))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trainable(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        best = Path(str(self.state.best_model_checkpoint))
-        damage = find_damage(best) if is_complete(best) else "it is not complete"
-        if damage is not None:
-            raise IntegrityError(f"The best checkpoint {best} cannot be loaded: {damage}. Delete it and run again.")
-        self._load_from_checkpoint(str(best))
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or self.args.output_dir)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir = Path(str(self.args.output_dir))
-        target = run_dir / f"checkpoint-{self.state.global_step}"
-        staging = run_dir / f".{target.name}.tmp"
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self._staging = staging
-        try:
-            with no_space_is_an_error(staging, f"checkpoint-{self.state.global_step}", self._checkpoint_bytes()):
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    write_manifest(staging / target.name, {"step": self.state.global_step})
-                    shutil.rmtree(target, ignore_errors=True)
-                    (staging / target.name).rename(target)
-                    fsync_path(run_dir)
-        finally:
-            self._staging = None
-            self.args.save_total_limit = limit
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-        if self.args.should_save and limit:
-            self._drop_old(run_dir, limit)
-
-    def _drop_old(self, run_dir: Path, limit: int) -> None:
-        complete = [path for path in checkpoint_dirs(run_dir) if is_complete(path)]
-        best = self.state.best_model_checkpoint
-        for path in complete[:-limit]:
-            if best is None or path != Path(best):
-                shutil.rmtree(path)
-
-    def _checkpoint_bytes(self) -> int:
-        """Return about what one checkpoint takes: the tensors and two moments each."""
-        model = self.accelerator.unwrap_model(self.model)
-        return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved[name])
 
 
 @contextmanager

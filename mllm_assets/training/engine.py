@@ -21,7 +21,7 @@ from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.errors import IntegrityError
 from mllm_assets.training import caching, freezing, loss, memory, reporting
 from mllm_assets.training.cache_settings import CacheSettings
-from mllm_assets.training.checkpoints import Resumable, find_resumable
+from mllm_assets.training.checkpoints import Resumable, find_resumable, load_trainable, seed_run
 from mllm_assets.training.describing import trainable_lines
 from mllm_assets.training.inputs import make_collator, read_inputs
 from mllm_assets.training.model import (
@@ -34,7 +34,7 @@ from mllm_assets.training.model import (
     weights_digest,
 )
 from mllm_assets.training.spec import TrainSpec
-from mllm_assets.training.trainer import make_trainer, run_training, training_facts
+from mllm_assets.training.trainer import make_trainer, require_distribution, run_training, training_facts
 
 if TYPE_CHECKING:
     from mllm_assets.training.protocol import Reporter
@@ -66,6 +66,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     run_dir.mkdir(parents=True, exist_ok=True)
     num_threads = fix_num_threads(run_dir, accelerator.get("num_threads"))
 
+    require_distribution(spec, reporter)
     model_dir = Path(request["model_dir"])
     require_same_data(Path(request["data_dir"]), request.get("data_digests") or {})
     inputs = read_inputs(spec, model_dir, Path(request["data_dir"]), reporter)
@@ -91,21 +92,26 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     model = load_model(model_dir, dtype=precision.weights)
     trainable = freezing.apply(spec, model)
     caching.install(base_model(trainable.model), cache_plan)
-    loss.install(base_model(trainable.model))
+    if not (spec.fsdp or spec.deepspeed):  # they need the output layer where they can spread it
+        loss.install(base_model(trainable.model))
 
-    resumable = clean_and_find_resumable(run_dir, reporter)
+    resumable = clean_and_find_resumable(run_dir, request.get("resume_from"), spec, reporter)
     trainer = make_trainer(spec, run_dir, device, precision, trainable, inputs, cached.collator, resumable, reporter)
     trained_s = time.monotonic()
     train_loss = run_training(trainer, resumable)
     train_wall_s = time.monotonic() - trained_s
     facts = training_facts(trainer, train_loss, train_wall_s, resumable)
+    whole = trainer.gather_trainable() if trainer.is_sharded else None
     if not trainer.is_world_process_zero():
         return {}
 
     reporter.progress("publish", 0, 1)
-    trained = base_model(trainable.model)
-    loss.uninstall(trained)
-    caching.restore(trained, cached, model_dir, precision.weights)
+    if whole is not None:  # the model here is spread over the processes, and cannot be put together in place
+        trainable = freezing.apply(spec, load_model(model_dir, dtype=precision.weights))
+        load_trainable(trainable.model, whole)
+    else:
+        loss.uninstall(base_model(trainable.model))
+        caching.restore(base_model(trainable.model), cached, model_dir, precision.weights)
     rows = (inputs.eval_rows or inputs.train_rows)[:NUM_RELOAD_ROWS]
     batch = make_collator(spec, inputs.processor)(rows)
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes autocast off `forward`
@@ -202,8 +208,13 @@ def require_same_data(data_dir: Path, digests: Mapping[str, str]) -> None:
             )
 
 
-def clean_and_find_resumable(run_dir: Path, reporter: "Reporter") -> Resumable:
-    """Take out what a kill left half-written, and say which checkpoints cannot be used."""
+def clean_and_find_resumable(
+    run_dir: Path, resume_from: str | None, spec: TrainSpec, reporter: "Reporter"
+) -> Resumable:
+    """Take out what a kill left half-written, and say which checkpoints cannot be used.
+
+    A run that has none of its own begins with `resume_from`, where the recipe names one.
+    """
     is_first_rank = int(os.environ.get("RANK", "0")) == 0
     for leftover in run_dir.glob(".*.tmp") if is_first_rank else ():
         if leftover.is_dir():
@@ -211,6 +222,12 @@ def clean_and_find_resumable(run_dir: Path, reporter: "Reporter") -> Resumable:
         else:
             leftover.unlink(missing_ok=True)
     resumable = find_resumable(run_dir)
+    if resume_from is not None and resumable.path is None:
+        if is_first_rank:
+            seed_run(run_dir, Path(resume_from), with_best=spec.evaluation_selects)
+        while not is_complete(run_dir / Path(resume_from).name):  # where the first rank fails, torchrun ends this one
+            time.sleep(0.1)
+        resumable = dataclasses.replace(find_resumable(run_dir), skipped=resumable.skipped)
     for skipped in resumable.skipped:
         reporter.warn(f"{skipped['name']} is skipped: {skipped['reason']}.")
     return resumable

@@ -83,9 +83,8 @@ _REFUSED = {
         use_unsloth:bool=false use_kt:bool=false use_mca:bool=false use_hyper_parallel:bool=false
         use_liger_kernel:bool=false torch_compile:bool=false torch_compile_backend:str?=null
         torch_compile_mode:str?=null""",
-    "more than one process trains with DDP. Delete the line and set num_processes of the accelerator.": """
-        deepspeed:any=null fsdp:any=null fsdp_config:any=null accelerator_config:any=null parallelism_config:any=null
-        tpu_num_cores:int?=null""",
+    "processes share the work with DDP, fsdp or deepspeed. Delete the line.": """
+        accelerator_config:any=null parallelism_config:any=null tpu_num_cores:int?=null""",
     "the model's architecture and vocabulary stay as they are. Delete the line.": """
         resize_vocab:bool=false add_tokens:str?=null add_special_tokens:str?=null new_special_tokens_config:str?=null
         split_special_tokens:bool=false rope_scaling:str?=null shift_attn:bool=false mixture_of_depths:str?=null
@@ -119,9 +118,8 @@ _NO_EFFECT = {
         swanlab_project:str?=llamafactory swanlab_workspace:str?=null swanlab_run_name:str?=null
         swanlab_mode:str=cloud swanlab_logdir:str?=null""",
     "an unfinished run resumes by itself, exactly where it was.": """
-        resume_from_checkpoint:any=null ignore_data_skip:bool=false save_only_model:bool=false
-        restore_callback_states_from_checkpoint:bool=false enable_jit_checkpoint:bool=false
-        save_on_each_node:bool=false""",
+        ignore_data_skip:bool=false save_only_model:bool=false restore_callback_states_from_checkpoint:bool=false
+        enable_jit_checkpoint:bool=false save_on_each_node:bool=false""",
     "rows are encoded while they are read, and nothing is cached.": """
         overwrite_cache:bool=false
         data_shared_file_system:bool=false buffer_size:int=16384 cache_dir:str?=null""",

@@ -1,5 +1,7 @@
 """A LLaMA-Factory recipe file, read once at the edge into a validated `TrainSpec`; every error names file and line."""
 
+import dataclasses
+import json
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +95,35 @@ def load_recipe(path: Path, overrides: Mapping[str, object] | Sequence[str] | No
     notes.extend(idle_notes(spec, {key for key in known if KEYS[key].asks_for_something(getattr(spec, key))}))
     values = {key: entry.value for key, entry in entries.items()}
     return Recipe(path=path, name=slug(path.stem), values=values, spec=spec, notes=tuple(notes))
+
+
+def with_config_files(recipe: Recipe, root: Path) -> Recipe:
+    """Put the content of the files that `fsdp_config` and `deepspeed` name in their place: it decides, not the path.
+
+    Raises:
+        RecipeError: A file is missing or holds no JSON object, or what it says cannot stand.
+    """
+    read: dict[str, Any] = {}
+    for key in ("fsdp_config", "deepspeed"):
+        name = getattr(recipe.spec, key)
+        if not isinstance(name, str):
+            continue
+        path = root / name
+        try:
+            read[key] = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(
+                f"{recipe.path}: {key} names {path}, which cannot be read ({error.strerror}). Correct the path, which "
+                f"is relative to {root}."
+            ) from None
+        except ValueError as error:
+            raise RecipeError(f"{recipe.path}: {key} names {path}, which is not JSON ({error}). Correct it.") from None
+        if not isinstance(read[key], dict):
+            raise RecipeError(f"{recipe.path}: {key} names {path}: expected a JSON object. Correct it.")
+    try:
+        return dataclasses.replace(recipe, spec=dataclasses.replace(recipe.spec, **read)) if read else recipe
+    except InvalidValueError as error:
+        raise RecipeError(f"{recipe.path}: {error}") from None
 
 
 def _override_entries(overrides: Mapping[str, object] | Sequence[str] | None) -> dict[str, Entry]:

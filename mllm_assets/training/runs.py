@@ -18,9 +18,9 @@ from mllm_assets.artifacts import (
     sha256_file,
 )
 from mllm_assets.data.sharegpt import entry_digest
-from mllm_assets.errors import IntegrityError, ModelError
+from mllm_assets.errors import IntegrityError, ModelError, RecipeError
 from mllm_assets.training.cache_settings import CacheSettings
-from mllm_assets.training.recipe import Recipe
+from mllm_assets.training.recipe import Recipe, with_config_files
 from mllm_assets.training.spec import TrainSpec
 
 # Raise it when the same recipe on the same data would give other weights than before
@@ -41,6 +41,7 @@ class RunPlan:
         state: "new": no directory yet; "unfinished": to be resumed; "finished": nothing is left to do.
         data_digests: Of each entry that it trains on or evaluates, by name.
         regroup: Whether micro-batches may be regrouped to the largest that fits, which changes the loss a little.
+        resume_from: The checkpoint that the recipe's `resume_from_checkpoint` names, or None.
     """
 
     recipe: Recipe
@@ -52,6 +53,7 @@ class RunPlan:
     state: Literal["new", "unfinished", "finished"]
     data_digests: Mapping[str, str]
     regroup: bool = False
+    resume_from: Path | None = None
 
 
 def fingerprint(
@@ -62,15 +64,18 @@ def fingerprint(
     pretrained_fingerprint: str,
     num_processes: int = 1,
     regroup: bool = False,
+    resume_digest: str | None = None,
 ) -> str:
     """Name what a run computes: 16 hex digits.
 
-    Covers the semantic keys, the content of the training entries in the recipe's order, the model, and the number of
-    processes where it multiplies the batch. The evaluation entries count only where evaluation chooses the weights.
-    Paths, names of entries, logging, loader processes and save intervals do not count.
+    Covers the semantic keys, the content of the training entries in the recipe's order, the model, the number of
+    processes where it multiplies the batch, and the checkpoint that `resume_from_checkpoint` names. The evaluation
+    entries count only where evaluation chooses the weights. Paths, names of entries, logging, loader processes and
+    save intervals do not count.
     """
     return digest_json(
         {
+            **({"resume_from": resume_digest} if resume_digest else {}),
             "engine": ENGINE_VERSION,
             "spec": spec.semantic_values(),
             "train": [data_digests[name] for name in spec.train_entries],
@@ -146,6 +151,25 @@ def find_model_dir(recipe: Recipe, root: Path) -> Path:
     return directory
 
 
+def find_named_checkpoint(recipe: Recipe, root: Path) -> Path | None:
+    """The checkpoint directory that `resume_from_checkpoint` names, relative to the root.
+
+    Raises:
+        RecipeError: It is no checkpoint of this project, or incomplete. Says what can be named.
+    """
+    name = recipe.spec.resume_from_checkpoint
+    if not isinstance(name, str):
+        return None
+    directory = (root / name).resolve()
+    if not is_complete(directory) or "conditions" not in read_manifest(directory):
+        raise RecipeError(
+            f"{recipe.path}: resume_from_checkpoint names {directory}, which is no complete checkpoint of a run here. "
+            f"Name a checkpoint-<step> folder below outputs/, or true for the run's own newest; to start from a whole "
+            f"model, name it in model_name_or_path."
+        )
+    return directory
+
+
 def plan_run(
     recipe: Recipe,
     *,
@@ -172,7 +196,9 @@ def plan_run(
     Raises:
         MllmAssetsError: The model, an entry or its rows are missing or wrong.
     """
+    recipe = with_config_files(recipe, root)
     spec = recipe.spec
+    resume_from = find_named_checkpoint(recipe, root)
     data_dir = data_dir or root / spec.dataset_dir
     model_dir = model_dir or find_model_dir(recipe, root)
     digests = {name: entry_digest(data_dir, name) for name in dict.fromkeys((*spec.train_entries, *spec.eval_entries))}
@@ -183,6 +209,7 @@ def plan_run(
         pretrained_fingerprint=model_fingerprint(model_dir),
         num_processes=num_processes,
         regroup=regroup,
+        resume_digest=digest_json(read_manifest(resume_from)["files"]) if resume_from else None,
     )
     directory = _choose(output_dir or root / recipe.output_dir, name, force=force)
     state = "finished" if is_complete(directory) else "unfinished" if directory.exists() else "new"
@@ -196,6 +223,7 @@ def plan_run(
         state=state,
         data_digests=digests,
         regroup=regroup,
+        resume_from=resume_from,
     )
 
 
@@ -225,6 +253,7 @@ def train_request(
         "fingerprint": plan.fingerprint,
         "data_digests": dict(plan.data_digests),
         **(cache or CacheSettings()).to_request(),
+        "resume_from": str(plan.resume_from) if plan.resume_from is not None else None,
         "notes": list(plan.recipe.notes),
         "regroup": plan.regroup,
         **({"accelerator": dict(accelerator)} if accelerator is not None else {}),

@@ -4,6 +4,7 @@ Defaults: llamafactory 0.9.5 (`hparams/`), and `Seq2SeqTrainingArguments` of tra
 inherits. A key of LLaMA-Factory that is not a field here is in `keys.py`, with the reason.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -138,6 +139,11 @@ class TrainSpec:
     ddp_backend: str | None = field(default=None, metadata=HF_OPERATIONAL)
     ddp_bucket_cap_mb: int | None = field(default=None, metadata=HF_OPERATIONAL)
     ddp_find_unused_parameters: bool | None = field(default=None, metadata=HF_OPERATIONAL)
+    fsdp: bool | str | None = field(default=None, metadata=HF_SEMANTIC)  # sums in another order: other last bits
+    fsdp_config: dict[str, Any] | str | None = field(default=None, metadata=HF_SEMANTIC)
+    deepspeed: dict[str, Any] | str | None = field(default=None, metadata=HF_SEMANTIC)
+    # true or null: the newest checkpoint of the run itself; a path: also the run's name covers what lies there
+    resume_from_checkpoint: bool | str | None = field(default=None, metadata=OPERATIONAL)
 
     def __post_init__(self) -> None:
         # The defaults that LLaMA-Factory and transformers derive from other keys
@@ -220,6 +226,10 @@ class TrainSpec:
         }
         if self.warmup_ratio:
             values["warmup_steps"] = self.warmup_ratio
+        if isinstance(self.fsdp, str):
+            values["fsdp"] = self.fsdp.replace(",", " ")  # the older form, "full_shard auto_wrap"
+        for name in ("fsdp_config", "deepspeed"):
+            values[name] = copy.deepcopy(values[name])  # transformers writes into it
         return values
 
     def to_dict(self) -> dict[str, Any]:

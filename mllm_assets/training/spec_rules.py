@@ -67,6 +67,15 @@ def _conflicts(spec: "TrainSpec") -> Iterator[tuple[str, str]]:
         yield "image_max_pixels", text
     if spec.bf16 and spec.fp16:
         yield "fp16", "bf16 and fp16 are both true. Keep one: bf16 where the GPU has it."
+    if spec.fsdp and spec.deepspeed:
+        yield "deepspeed", "fsdp and deepspeed are both set, and a model is spread in one way only. Delete one."
+    if spec.fsdp_config and not spec.fsdp:
+        yield "fsdp_config", "fsdp_config is set but fsdp is not, so that nothing is spread. Set fsdp: true."
+    if isinstance(spec.fsdp_config, dict):
+        version = spec.fsdp_config.get("version", spec.fsdp_config.get("fsdp_version", 2))
+        if str(version) != "2":
+            text = f"fsdp_config asks for FSDP {version}, which PyTorch has replaced. Set version: 2 or delete it."
+            yield "fsdp_config", text
     if spec.dataloader_prefetch_factor is not None and spec.dataloader_num_workers == 0:
         key = "dataloader_prefetch_factor"
         yield key, f"{key} needs loader processes, and dataloader_num_workers is 0. Set that or delete this line."

@@ -1,5 +1,7 @@
 """transformers' `Trainer` with the recipe's arguments, LLaMA-Factory's loss and this project's reporting."""
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +10,11 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from mllm_assets.training import freezing, memory, reporting
-from mllm_assets.training.checkpoints import DeltaTrainer, Resumable
+from mllm_assets.errors import MachineError
+from mllm_assets.training import freezing, memory, reporting, sharding
+from mllm_assets.training.checkpoints import Resumable, require_same_conditions
 from mllm_assets.training.collate import Collator
+from mllm_assets.training.delta_trainer import DeltaTrainer
 from mllm_assets.training.inputs import Inputs
 from mllm_assets.training.model import base_model
 from mllm_assets.training.packed_attention import separate_rows
@@ -92,6 +96,26 @@ def _by_length(rows: Any, batch_size: int, generator: torch.Generator | None = N
     return LengthGroupedSampler(batch_size, lengths=[len(row.input_ids) for row in rows], generator=generator)
 
 
+def require_distribution(spec: TrainSpec, reporter: "Reporter") -> None:
+    """Refuse a way of spreading the model that cannot work here.
+
+    Raises:
+        MachineError: `fsdp` with one process, or `deepspeed` that is not installed.
+    """
+    if spec.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise MachineError(
+            "fsdp spreads the model over processes, and this run has one. Set num_processes of the accelerator "
+            "(MLLM_ASSETS_NUM_PROCESSES, --num-processes) to 2 or more, or delete fsdp from the recipe."
+        )
+    if spec.deepspeed:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise MachineError(
+                "The recipe asks for deepspeed, which is not installed. Install it (pip install deepspeed), or delete "
+                "the line: without it processes share the work with DDP, and fsdp: true spreads the model."
+            )
+        reporter.warn("deepspeed is handed to the library as it is; it has not been tried with this engine on a GPU.")
+
+
 def make_trainer(
     spec: TrainSpec,
     run_dir: Path,
@@ -107,6 +131,8 @@ def make_trainer(
     values = spec.training_arguments()
     if not inputs.eval_rows:
         values |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    if spec.fsdp:
+        values["fsdp_config"] = sharding.with_layers(values["fsdp_config"], base_model(trainable.model))
     if spec.disable_shuffling:
         values["train_sampling_strategy"] = "sequential"
     if device.kind == "cpu":
@@ -162,12 +188,13 @@ def run_training(trainer: FineTuner, resumable: Resumable) -> float | None:
 def _run_training(trainer: FineTuner, resumable: Resumable) -> float | None:
     if resumable.path is None:
         return trainer.train().training_loss
+    require_same_conditions(resumable.path, trainer.conditions)
     state = TrainerState.load_from_json(str(resumable.path / "trainer_state.json"))
     if state.global_step >= state.max_steps:
         # Killed between the last step and the end of the run. `Trainer.train` would do one step too many.
         trainer._load_from_checkpoint(str(resumable.path))
         trainer.state = state
-        if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        if trainer.args.load_best_model_at_end and state.best_global_step:
             trainer._load_best_model()
         return None
     return trainer.train(resume_from_checkpoint=str(resumable.path)).training_loss

@@ -1,5 +1,6 @@
 """What stops a run, and what it says: numbers, images, memory, best model, precision."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -75,30 +76,76 @@ def test_a_run_that_cannot_fit_is_refused_before_the_weights_load(parity_dir: Pa
         train_task(request, Reporter())
 
 
-def test_the_best_checkpoint_is_the_one_that_is_published(parity_dir: Path, tmp_path: Path) -> None:
-    """`load_best_model_at_end` loads nothing for Gemma 3 in the library: no key matches, and it only warns."""
-    request = make_request(
-        parity_dir, tmp_path / "run", eval_dataset="gemma3_vlm_val", eval_strategy="steps", eval_steps=2,
-        load_best_model_at_end=True, learning_rate=3.0, lr_scheduler_type="constant", warmup_steps=2,
-        save_total_limit=1,
-    )  # fmt: skip
-    train_task(request, Reporter())
-    lines = [json.loads(line) for line in (tmp_path / "run" / "trainer_log.jsonl").read_text().splitlines()]
-    eval_losses = {line["current_steps"]: line["eval_loss"] for line in lines if "eval_loss" in line}
-    best = min(eval_losses, key=lambda step: eval_losses[step])
-    assert best != 6, "the rate is too high for the last step to be the best"
-    kept = load_file(tmp_path / "run" / f"checkpoint-{best}" / "trainable.safetensors")
-    published = load_file(tmp_path / "run" / "model" / "model.safetensors")
+def assert_published(run_dir: Path, step: int) -> None:
+    """The published weights are those of the checkpoint, tensor by tensor."""
+    kept = load_file(run_dir / f"checkpoint-{step}" / "trainable.safetensors")
+    published = load_file(run_dir / "model" / "model.safetensors")
     for name, tensor in kept.items():
         assert published[next(key for key in published if key.endswith(name.split("model.", 1)[1]))].equal(tensor)
 
 
-def test_early_stopping_ends_the_run(parity_dir: Path, tmp_path: Path) -> None:
+def eval_losses(run_dir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_dir / "trainer_log.jsonl").read_text().splitlines()]
+    return {line["current_steps"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+
+
+BEST = {
+    "eval_dataset": "gemma3_vlm_val", "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+}  # fmt: skip
+
+
+def test_the_best_checkpoint_is_the_one_that_is_published(parity_dir: Path, tmp_path: Path) -> None:
+    """`load_best_model_at_end` loads nothing for Gemma 3 in the library: no key matches, and it only warns."""
+    rates = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "warmup_steps": 2}
+    train_task(make_request(parity_dir, tmp_path / "run", **BEST, **rates), Reporter())
+    measured = eval_losses(tmp_path / "run")
+    best = min(measured, key=lambda step: measured[step])
+    assert best != 6, "the rate is too high for the last step to be the best"
+    assert_published(tmp_path / "run", best)
+
+
+def test_the_best_checkpoint_may_be_the_last(parity_dir: Path, tmp_path: Path) -> None:
+    """The library remembers it under the name of the folder that it was built in, which is gone by then."""
+    train_task(make_request(parity_dir, tmp_path / "run", **BEST), Reporter())
+    measured = eval_losses(tmp_path / "run")
+    assert min(measured, key=lambda step: measured[step]) == 6
+    assert_published(tmp_path / "run", 6)
+
+
+def test_early_stopping_ends_the_run_and_publishes_the_best_weights(parity_dir: Path, tmp_path: Path) -> None:
     request = make_request(
-        parity_dir, tmp_path / "run", eval_dataset="gemma3_vlm_val", eval_strategy="steps", eval_steps=1, save_steps=1,
-        load_best_model_at_end=True, early_stopping_steps=1, learning_rate=3.0, lr_scheduler_type="constant",
+        parity_dir, tmp_path / "run", **BEST | {"eval_steps": 1}, save_steps=1, early_stopping_steps=1,
+        learning_rate=3.0, lr_scheduler_type="constant",
     )  # fmt: skip
-    assert train_task(request, Reporter())["num_steps"] < 6
+    num_steps = train_task(request, Reporter())["num_steps"]
+    measured = eval_losses(tmp_path / "run")
+    best = min(measured, key=lambda step: measured[step])
+    assert best < num_steps < 6
+    assert_published(tmp_path / "run", best)
+
+
+def test_early_stopping_without_the_best_publishes_the_weights_it_stopped_at(parity_dir: Path, tmp_path: Path) -> None:
+    request = make_request(
+        parity_dir, tmp_path / "run", **BEST | {"eval_steps": 1, "load_best_model_at_end": False},
+        save_steps=1, save_total_limit=3,
+        metric_for_best_model="loss", early_stopping_steps=1, learning_rate=3.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    num_steps = train_task(request, Reporter())["num_steps"]
+    assert num_steps < 6
+    assert_published(tmp_path / "run", num_steps)
+
+
+def test_fsdp_with_one_process_is_refused(parity_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"this run has one\. Set num_processes of the accelerator .* to 2 or more"):
+        train_task(make_request(parity_dir, tmp_path / "run", fsdp=True), Reporter())
+
+
+def test_deepspeed_that_is_not_installed_is_said(parity_dir: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("deepspeed") is not None:
+        pytest.skip("deepspeed is installed here")
+    request = make_request(parity_dir, tmp_path / "run", deepspeed={"zero_optimization": {"stage": 2}})
+    with pytest.raises(MachineError, match=r"asks for deepspeed, which is not installed\. Install it \(pip install"):
+        train_task(request, Reporter())
 
 
 def test_bf16_trains_float32_parameters_under_autocast(parity_dir: Path, tmp_path: Path) -> None:
