@@ -51,7 +51,7 @@ $(CORE): pyproject.toml constraints.txt
 	@touch $@
 
 $(EXTRAS): $(CORE)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,mlflow,wandb]'
 	@command -v chromium >/dev/null || { echo "installing Debian's chromium for the browser test"; apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 	@touch $@
 

@@ -63,3 +63,9 @@ def unreadable_assets(definitions: dg.Definitions) -> dict[str, str]:
     """Key and message of each asset that stands in place of one that cannot be built."""
     specs = definitions.resolve_all_asset_specs()
     return {spec.key.to_user_string(): spec.description or "" for spec in specs if UNREADABLE in spec.tags}
+
+
+def link(address: str) -> dg.MetadataValue:
+    """A page to open, or the path of something on this machine."""
+    is_page = address.startswith(("http://", "https://"))
+    return dg.MetadataValue.url(address) if is_page else dg.MetadataValue.path(address)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mllm_assets.artifacts import digest_json, read_manifest
 from mllm_assets.components.lineage import upstream_path
-from mllm_assets.components.reporting import image_markdown, table
+from mllm_assets.components.reporting import image_markdown, link, table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.checks import CheckOutcome
@@ -195,6 +195,7 @@ def _checkpoint_result(
             "num_trainable_params": result["num_trainable_params"],
             "warnings": dg.MetadataValue.json(result["warnings"]),
             "caches": dg.MetadataValue.json(result["caches"]),
+            **{f"{name}_run": link(run["url"]) for name, run in result["trackers"].items()},
             "device": dg.MetadataValue.json(result["device"]),
             "train_wall_s": result["train_wall_s"],
             "samples_per_s": result["samples_per_s"],

@@ -5,7 +5,6 @@ The run's folder fills in this order: `run.json` (what resume must not change), 
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import set_seed
 
-from mllm_assets.artifacts import is_complete, read_manifest, write_json_atomic, write_manifest
+from mllm_assets.artifacts import is_complete, read_manifest, write_manifest
 from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.errors import IntegrityError
-from mllm_assets.training import caching, freezing, loss, memory, reporting
+from mllm_assets.training import caching, freezing, loss, memory, reporting, trackers
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.checkpoints import Resumable, find_resumable, load_trainable, seed_run
 from mllm_assets.training.describing import trainable_lines
@@ -33,13 +32,13 @@ from mllm_assets.training.model import (
     quiet_libraries,
     weights_digest,
 )
+from mllm_assets.training.run_file import keep_for_life
 from mllm_assets.training.spec import TrainSpec
 from mllm_assets.training.trainer import make_trainer, require_distribution, run_training, training_facts
 
 if TYPE_CHECKING:
     from mllm_assets.training.protocol import Reporter
 
-RUN_FILE = "run.json"
 NUM_RELOAD_ROWS = 2
 
 
@@ -133,6 +132,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
         "num_eval_samples": len(inputs.eval_rows),
         "num_threads": num_threads,
         "caches": dict(cache_plan.facts),
+        "trackers": trackers.tracked(run_dir),
         "warnings": reporter.warnings,
         "device": device.to_dict(),
         "wall_s": time.monotonic() - started_s,
@@ -152,16 +152,6 @@ def fix_num_threads(run_dir: Path, wanted: int | None) -> int:
     num_threads = int(keep_for_life(run_dir, "num_threads", wanted or torch.get_num_threads()))
     torch.set_num_threads(num_threads)
     return num_threads
-
-
-def keep_for_life(run_dir: Path, name: str, value: Any) -> Any:
-    """Return what a run chose when it began, and write `value` down as that where it is new."""
-    path = run_dir / RUN_FILE
-    chosen = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if name not in chosen:
-        write_json_atomic(path, {**chosen, name: value})
-        return value
-    return chosen[name]
 
 
 def fit_micro_batch(

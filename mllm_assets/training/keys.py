@@ -112,8 +112,9 @@ _NO_EFFECT = {
     "code from a model or dataset repository is never run.": "trust_remote_code:bool=false",
     "weights are always saved as safetensors.": "save_safetensors:bool=true export_legacy_format:bool=false",
     "TensorBoard logs go to logs/ in the run's directory.": "logging_dir:str?=null",
-    "TensorBoard logs are always written, and no other tracker is fed.": """
-        report_to:any=none run_name:str?=null project:str=huggingface trackio_space_id:str?=null
+    "the run reports to TensorBoard, and to MLflow or Weights & Biases where report_to names them; they have their own "
+    "settings, such as WANDB_PROJECT.": """
+        project:str=huggingface trackio_space_id:str?=null
         trackio_bucket_id:str?=null trackio_static_space_id:any=null use_swanlab:bool=false
         swanlab_project:str?=llamafactory swanlab_workspace:str?=null swanlab_run_name:str?=null
         swanlab_mode:str=cloud swanlab_logdir:str?=null""",

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from mllm_assets.errors import RecipeError
 if TYPE_CHECKING:
     from mllm_assets.training.protocol import Reporter
 
+MAX_NAMED_SAMPLES = 16
 TRAINER_LOG = "trainer_log.jsonl"
 TENSORBOARD_DIR = "logs"
 LOSS_PLOT = "training_loss.png"
@@ -112,17 +113,30 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def check_finite(step: int, loss: float, grad_norm: float) -> None:
+def check_finite(step: int, batches: Sequence[tuple[Sequence[str], float]], grad_norm: float) -> None:
     """Stop before the optimizer sees a number that is none.
 
+    Args:
+        step: The step about to be done.
+        batches: Sample ids and loss of each of its micro-batches.
+        grad_norm: The norm of their gradients together.
+
     Raises:
-        RecipeError: Loss or gradient norm is not finite. Names the step.
+        RecipeError: A loss or the gradient norm is not finite. Names the step and the samples of the batches whose loss
+            is not finite, or of all where only the norm is not.
     """
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+    broken = [(ids, loss) for ids, loss in batches if not math.isfinite(loss)]
+    if not broken and math.isfinite(grad_norm):
         return
+    named = [sample_id for ids, _ in broken or batches for sample_id in ids]
+    shown = ", ".join(named[:MAX_NAMED_SAMPLES]) + (
+        f" and {len(named) - MAX_NAMED_SAMPLES} more" if len(named) > MAX_NAMED_SAMPLES else ""
+    )
+    losses = ", ".join(f"{loss:.4g}" for _, loss in broken or batches)
     raise RecipeError(
-        f"Step {step} is not finite: loss {loss}, gradient norm {grad_norm}. The weights of step {step - 1} are "
-        f"untouched. Lower learning_rate, raise warmup_ratio, or use bf16 in place of fp16, and run again."
+        f"Step {step} is not finite: loss {losses}, gradient norm {grad_norm:.4g}, with the samples {shown}. The "
+        f"weights of step {step - 1} are untouched. Lower learning_rate, raise warmup_ratio, or use bf16 in place of "
+        f"fp16, and run again."
     )
 
 

@@ -134,6 +134,8 @@ class TrainSpec:
     logging_steps: float = field(default=500, metadata=HF_OPERATIONAL)
     logging_first_step: bool = field(default=False, metadata=HF_OPERATIONAL)
     plot_loss: bool = field(default=False, metadata=OPERATIONAL)
+    report_to: str | list[str] | None = field(default="none", metadata=OPERATIONAL)
+    run_name: str | None = field(default=None, metadata=HF_OPERATIONAL)
     # distribution
     ddp_timeout: int = field(default=1800, metadata=HF_OPERATIONAL)
     ddp_backend: str | None = field(default=None, metadata=HF_OPERATIONAL)
@@ -164,6 +166,12 @@ class TrainSpec:
     def train_entries(self) -> tuple[str, ...]:
         """Names in `dataset_info.json` to train on, in the recipe's order."""
         return split_names(self.dataset)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What `report_to` names beside TensorBoard, which is always written."""
+        names = split_names(self.report_to) if isinstance(self.report_to, str) else tuple(self.report_to or ())
+        return tuple(name for name in names if name not in ("none", "tensorboard"))
 
     @property
     def eval_entries(self) -> tuple[str, ...]:

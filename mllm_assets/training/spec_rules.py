@@ -14,6 +14,8 @@ def split_names(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
+TRACKERS = ("mlflow", "wandb")
+
 # Keys whose number must be above 0, and keys where it may be 0; null passes
 _POSITIVE = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps cutoff_len lora_rank
     num_train_epochs image_min_pixels max_samples save_total_limit early_stopping_steps preprocessing_batch_size
@@ -67,6 +69,10 @@ def _conflicts(spec: "TrainSpec") -> Iterator[tuple[str, str]]:
         yield "image_max_pixels", text
     if spec.bf16 and spec.fp16:
         yield "fp16", "bf16 and fp16 are both true. Keep one: bf16 where the GPU has it."
+    for name in spec.trackers:
+        if name not in TRACKERS:
+            known = ", ".join(("none", "tensorboard", *TRACKERS))
+            yield "report_to", f"report_to names {name!r}: expected of {known}. Change it or delete the line."
     if spec.fsdp and spec.deepspeed:
         yield "deepspeed", "fsdp and deepspeed are both set, and a model is spread in one way only. Delete one."
     if spec.fsdp_config and not spec.fsdp:

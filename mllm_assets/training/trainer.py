@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +13,11 @@ from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mllm_assets.errors import MachineError
-from mllm_assets.training import freezing, memory, reporting, sharding
+from mllm_assets.training import freezing, memory, reporting, sharding, trackers
 from mllm_assets.training.checkpoints import Resumable, require_same_conditions
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.delta_trainer import DeltaTrainer
+from mllm_assets.training.encode import EncodedRow
 from mllm_assets.training.inputs import Inputs
 from mllm_assets.training.model import base_model
 from mllm_assets.training.packed_attention import separate_rows
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from mllm_assets.training.protocol import Reporter
 
 
+SAMPLE_IDS = "sample_ids"
+
+
 class FineTuner(DeltaTrainer):
     """`DeltaTrainer` with LLaMA-Factory's loss and a stop before a step that is not finite."""
 
@@ -31,9 +37,10 @@ class FineTuner(DeltaTrainer):
         super().__init__(*args, **kwargs)
         # The loss under accumulation is the mean of micro-batch means, as LLaMA-Factory computes it for images
         self.model_accepts_loss_kwargs = False
-        self._last_loss = torch.zeros(())
+        self._batches: list[tuple[list[str], torch.Tensor]] = []  # of the step that is being computed
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        sample_ids = inputs.pop(SAMPLE_IDS)
         size, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
         cure = (
             f"per_device_train_batch_size is {size}: set it to {max(1, size // 2)} and gradient_accumulation_steps to "
@@ -42,15 +49,17 @@ class FineTuner(DeltaTrainer):
             else "per_device_train_batch_size is 1 already: lower cutoff_len, or train less of the model."
         )
         with memory.out_of_memory_is_an_error(f"in step {self.state.global_step + 1}", cure):
-            self._last_loss = super().training_step(*args, **kwargs)
-        return self._last_loss
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self._batches.append((sample_ids, loss))
+        return loss
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        del inputs[SAMPLE_IDS]
         cure = (
             f"per_device_eval_batch_size is {self.args.per_device_eval_batch_size}: lower it; the loss stays the same."
         )
         with memory.out_of_memory_is_an_error("in the evaluation", cure):
-            return super().prediction_step(*args, **kwargs)
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "position_ids" in inputs and "attention_mask" not in inputs:
@@ -87,8 +96,15 @@ class FineTuner(DeltaTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not self.args.fp16:  # fp16's scaler skips such steps itself
-            reporting.check_finite(self.state.global_step + 1, float(self._last_loss), float(grad_norm))
+            batches = [(sample_ids, float(loss)) for sample_ids, loss in self._batches]
+            reporting.check_finite(self.state.global_step + 1, batches, float(grad_norm))
+        self._batches.clear()
         return grad_norm
+
+
+def with_sample_ids(collator: Collator, rows: Sequence[EncodedRow]) -> dict[str, Any]:
+    """Collate rows and say which they are, for messages; the ids never reach the model."""
+    return {**collator(rows), SAMPLE_IDS: [row.id for row in rows]}
 
 
 def _by_length(rows: Any, batch_size: int, generator: torch.Generator | None = None) -> LengthGroupedSampler:
@@ -137,6 +153,8 @@ def make_trainer(
         values["train_sampling_strategy"] = "sequential"
     if device.kind == "cpu":
         values["dataloader_pin_memory"] = False
+    values["run_name"] = spec.run_name or f"{run_dir.parent.name}/{run_dir.name}"
+    tracker_names = trackers.start(spec, run_dir)
     args = TrainingArguments(
         **values,
         output_dir=str(run_dir),
@@ -146,7 +164,7 @@ def make_trainer(
         use_cpu=device.kind == "cpu",
         activation_checkpointing=memory.checkpoints_activations(spec, device),
         activation_checkpointing_kwargs={"use_reentrant": False},
-        report_to="none",
+        report_to=tracker_names or "none",
         disable_tqdm=True,
         log_level="error",
         logging_nan_inf_filter=False,
@@ -164,10 +182,12 @@ def make_trainer(
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=spec.early_stopping_steps))
     if args.process_index == 0:
         callbacks.append(reporting.tensorboard_callback(run_dir, first_step=resumable.step))
+        if tracker_names:
+            callbacks.append(trackers.KeepsRunIds(run_dir, tracker_names))
     trainer = FineTuner(
         model=trainable.model,
         args=args,
-        data_collator=collator,
+        data_collator=partial(with_sample_ids, collator),
         train_dataset=inputs.train_rows,  # pyright: ignore[reportArgumentType]
         eval_dataset=inputs.eval_rows or None,  # pyright: ignore[reportArgumentType]
         callbacks=callbacks,

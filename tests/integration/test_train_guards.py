@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mllm_assets.artifacts import is_complete
-from mllm_assets.data.sharegpt import entry_digest
+from mllm_assets.data.sharegpt import entry_digest, load_rows
 from mllm_assets.errors import DataError, IntegrityError, MachineError, ModelError, RecipeError
 from mllm_assets.training.engine import train_task
 from mllm_assets.training.protocol import Reporter
@@ -38,8 +38,11 @@ def make_request(parity_dir: Path, run_dir: Path, **overrides: Any) -> dict[str,
 def test_a_step_that_is_not_finite_stops_the_run_before_the_optimizer(parity_dir: Path, tmp_path: Path) -> None:
     """The library replaces the loss in its log and goes on with ruined weights."""
     request = make_request(parity_dir, tmp_path / "run", learning_rate=1e38, lr_scheduler_type="constant")
-    with pytest.raises(RecipeError, match=r"Step \d is not finite: loss .* Lower learning_rate"):
+    with pytest.raises(RecipeError, match=r"Step \d is not finite: loss .* Lower learning_rate") as caught:
         train_task(request, Reporter())
+    named = str(caught.value).split("with the samples ")[1].split(". ")[0].split(", ")
+    known = {row.id for row in load_rows(parity_dir / "data", "gemma3_vlm_train")}
+    assert len(named) == request["recipe"]["per_device_train_batch_size"] and set(named) <= known
     assert not is_complete(tmp_path / "run")
 
 

@@ -15,10 +15,11 @@ from torch import nn
 from mllm_assets.artifacts import sha256_file
 from mllm_assets.data.sharegpt import Row, load_rows
 from mllm_assets.training import encode
-from mllm_assets.training.engine import NUM_RELOAD_ROWS, RUN_FILE, train_task
+from mllm_assets.training.engine import NUM_RELOAD_ROWS, train_task
 from mllm_assets.training.features import probes
 from mllm_assets.training.model import load_processor
 from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.run_file import RUN_FILE
 from mllm_assets.training.trainer import FineTuner
 from tests.integration.test_train_hidden_states import losses, make_request
 

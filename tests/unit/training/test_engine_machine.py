@@ -81,10 +81,15 @@ def test_the_estimate_counts_three_copies_of_what_trains(parity_dir: Path) -> No
     assert needed.activations_gib > 0
 
 
-@pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (1.0, math.inf)])
-def test_a_step_that_is_not_finite_is_named(loss: float, grad_norm: float) -> None:
-    with pytest.raises(RecipeError, match=r"Step 12 is not finite: .* Lower learning_rate"):
-        check_finite(12, loss, grad_norm)
+def test_a_step_that_is_not_finite_is_named_with_its_samples() -> None:
+    batches = [(["a", "b"], 1.0), (["c"], math.nan)]
+    with pytest.raises(
+        RecipeError, match=r"Step 12 is not finite: loss nan, .* with the samples c\. .* Lower learning"
+    ):
+        check_finite(12, batches, math.nan)
+    with pytest.raises(RecipeError, match=r"gradient norm inf, with the samples a, b, d\."):
+        check_finite(12, [(["a", "b"], 1.0), (["d"], 2.0)], math.inf)
+    check_finite(12, [(["a"], 1.0)], 3.0)
 
 
 def test_a_log_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
