@@ -10,6 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mllm_assets.artifacts import path_inside
+from mllm_assets.data.arrow_values import rows_of
+from mllm_assets.data.images import MAX_SOURCE_BYTES
 from mllm_assets.data.json_text import decode, read_text, text_lines
 from mllm_assets.data.paths import find_folder
 from mllm_assets.data.rows import SourceRow, loose_row
@@ -21,6 +24,8 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # the columns that name a row's image or images, as `datasets` knows them
 FILE_COLUMNS = ("file_name", "file_names", "images_file_names", "image_file_name")
 CAPTION_SUFFIXES = (".txt", ".caption")
+# of a caption nothing above this is read: it is not gigabytes long
+MAX_TEXT_BYTES = 16 * 2**20
 
 
 def read_image_folder(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
@@ -58,7 +63,7 @@ def read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     if path.suffix == ".parquet":
         try:
-            yield from enumerate(pq.read_table(path).to_pylist(), 1)
+            yield from enumerate((row for batch in pq.read_table(path).to_batches() for row in rows_of(batch)), 1)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}). Write it again.") from error
         return
@@ -109,21 +114,26 @@ def _rows_of_metadata(path: Path, source: SourceSpec, start: int) -> Iterator[So
         place = f"{path}, line {number}"
         if not values.keys() & {source.caption_column, source.messages_column}:
             names = file_names(values, place)
-            if len(names) == 1 and (text := _caption_beside(folder / names[0])) is not None:
+            if len(names) == 1 and (text := _caption_beside(folder, names[0])) is not None:
                 values = {**values, source.caption_column or "text": text}
         images, defect = read_images(folder, file_names(values, place))
         yield loose_row(values, images, source, index, defect)
 
 
 def read_images(folder: Path, names: list[str]) -> tuple[tuple[bytes, ...], str | None]:
-    """The bytes of named files, b"" for one that is not there, and the reason where one lies outside the folder."""
+    """The bytes of named files, b"" for one that is not there, and the reason where one is not to be read."""
     images, defect = [], None
     for name in names:
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            defect = "image_outside_root"
-        inside = defect is None and path.is_file()
-        images.append(path.read_bytes() if inside else b"")
+        try:
+            path = path_inside(folder, name, what=name)
+        except DataError:
+            images.append(b"")
+            defect = defect or "image_outside_root"
+            continue
+        is_file = path.is_file()
+        if is_file and path.stat().st_size > MAX_SOURCE_BYTES:
+            is_file, defect = False, defect or "image_too_many_bytes"
+        images.append(path.read_bytes() if is_file else b"")
     return tuple(images), defect
 
 
@@ -131,9 +141,10 @@ def _rows_of_files(folder: Path, source: SourceSpec, start: int) -> Iterator[Sou
     num_rows = 0
     for index, path in enumerate(images_below(folder), start):
         num_rows += 1
+        name = path.relative_to(folder).as_posix()
         label = path.parent.name if path.parent != folder else None
-        values = {source.caption_column or "text": _caption_beside(path), source.label_column or "label": label}
-        images, defect = read_images(folder, [path.relative_to(folder).as_posix()])
+        values = {source.caption_column or "text": _caption_beside(folder, name), source.label_column or "label": label}
+        images, defect = read_images(folder, [name])
         yield loose_row(values, images, source, index, defect)
     if not num_rows:
         raise DataError(
@@ -142,9 +153,14 @@ def _rows_of_files(folder: Path, source: SourceSpec, start: int) -> Iterator[Sou
         )
 
 
-def _caption_beside(image: Path) -> str | None:
+def _caption_beside(folder: Path, image: str) -> str | None:
+    """The text file of an image's name; what is not UTF-8 in it is left for `tokens.text_defect` to find."""
     for suffix in CAPTION_SUFFIXES:
-        path = image.with_suffix(suffix)
+        try:
+            path = path_inside(folder, str(Path(image).with_suffix(suffix)), what=image)
+        except (DataError, ValueError):  # outside the folder, or no file's name: the image says so itself
+            continue
         if path.is_file():
-            return read_text(path).strip()
+            with path.open("rb") as file:
+                return file.read(MAX_TEXT_BYTES).decode("utf-8-sig", "replace").strip()
     return None

@@ -13,6 +13,8 @@ SAFE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # Formats and modes that LLaMA-Factory reads as they are; anything else is written again as PNG.
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 PLAIN_MODES = ("RGB", "L")
+# no image file is larger, whatever a dataset's own `max_image_bytes` is: it would not fit into a column of Arrow
+MAX_SOURCE_BYTES = 2**30
 # an EXIF chunk, the texts in which ImageMagick and XMP writers keep an orientation
 _PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mllm_assets.data.arrow_values import rows_of
 from mllm_assets.data.dataset_info import DATASET_INFO
 from mllm_assets.data.json_text import decode, read_text, text_lines
 from mllm_assets.errors import DataError
@@ -80,7 +81,7 @@ def _parquet_rows(path: Path) -> Iterator[FileRow]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
+                for value in rows_of(batch):
                     yield FileRow(f"{path}, row {index}", {key: v for key, v in value.items() if v is not None})
                     index += 1
     except FileNotFoundError:

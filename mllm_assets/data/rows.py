@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mllm_assets.data.arrow_values import rows_of
 from mllm_assets.data.conversation import answers_of, as_conversation
 from mllm_assets.data.spec import SourceSpec
 from mllm_assets.errors import DataError
@@ -68,7 +69,7 @@ def rows_of_batch(
     Raises:
         DataError: A value has a type that is no image, caption or label; names the row and column.
     """
-    for row_index, row in zip(row_indices, batch.to_pylist(), strict=True):
+    for row_index, row in zip(row_indices, rows_of(batch), strict=True):
         place = f"Row {row_index} of {where}"
         images = _images(row[source.image_column], f"{place}, column {source.image_column!r}")
         yield row_of_values(row, images, source, row_index, place, names=names)

@@ -5,15 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm_assets.data.image_folder import IMAGE_SUFFIXES
+from mllm_assets.data.image_folder import IMAGE_SUFFIXES, MAX_TEXT_BYTES
+from mllm_assets.data.images import MAX_SOURCE_BYTES
 from mllm_assets.data.json_text import decode
 from mllm_assets.data.paths import find_files
 from mllm_assets.data.rows import SourceRow, loose_row
 from mllm_assets.data.spec import SourceSpec
 from mllm_assets.errors import DataError
-
-# of a text member nothing above this is read: a caption is not gigabytes long
-MAX_TEXT_BYTES = 16 * 2**20
 
 
 def read_webdataset(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
@@ -37,9 +35,11 @@ def _samples(path: Path) -> Iterator[list[tuple[str, bytes]]]:
     """Extension and bytes of each member of a sample; a key's members stand next to each other."""
     key: str | None = None
     members: list[tuple[str, bytes]] = []
+    place = "before the first member"
     try:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
+                place = f"in or after the member {member.name!r}"
                 folder, _, name = member.name.rpartition("/")
                 stem, dot, extension = name.partition(".")
                 # as in the webdataset library: no directories, links, nor names without an extension
@@ -53,7 +53,7 @@ def _samples(path: Path) -> Iterator[list[tuple[str, bytes]]]:
                 members.append((extension.lower(), _content(archive, member)))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
-            f"source.path: {path} cannot be read as a tar file ({error}). Copy it anew from where it came."
+            f"source.path: {path} cannot be read as a tar file ({error}, {place}). Copy it anew from where it came."
         ) from error
     if key is not None:
         yield members
@@ -63,9 +63,11 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = archive.extractfile(member)
     assert file is not None  # a regular member
     is_image = f".{member.name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
-    data = file.read() if is_image else file.read(MAX_TEXT_BYTES)
+    if is_image and member.size > MAX_SOURCE_BYTES:
+        raise tarfile.ReadError(f"an image of {member.size:,} bytes, expected at most {MAX_SOURCE_BYTES:,}")
+    data = file.read(MAX_SOURCE_BYTES if is_image else MAX_TEXT_BYTES)
     if is_image and len(data) != member.size:
-        raise tarfile.ReadError(f"the member {member.name!r} is cut off")
+        raise tarfile.ReadError("it is cut off")
     return data
 
 

@@ -51,7 +51,12 @@ def made_spec(
         name=fields.pop("name", "made"),
         source=source,
         prompts=fields.pop("prompts", ("What is this?", "Describe it.")),
-        split=SplitSpec(num_train=num_train, num_val=num_val, seed=fields.pop("seed", 42)),
+        split=SplitSpec(
+            num_train=num_train,
+            num_val=num_val,
+            seed=fields.pop("seed", 42),
+            strategy=fields.pop("strategy", "grouped"),
+        ),
         quality=quality or QualitySpec(),
         **fields,
     )

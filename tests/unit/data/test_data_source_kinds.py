@@ -1,0 +1,363 @@
+"""Every kind of source, from its files to rows that a recipe can train on, with counts that add up."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from made_datasets import encode, made_spec, picture, png, run_line, write_source
+
+from mllm_assets.data.checks import counts_add_up, every_image_has_a_placeholder
+from mllm_assets.data.sharegpt import Row, load_rows
+from mllm_assets.data.sources import ingest
+from mllm_assets.data.spec import DatasetSpec, SourceSpec
+from mllm_assets.data.splits import SplitResult
+from mllm_assets.errors import MllmAssetsError
+from mllm_assets.layout import Layout
+
+ASK = ("What is this?",)
+
+
+def through(spec: DatasetSpec, layout: Layout) -> tuple[SplitResult, list[Row]]:
+    """The whole line; the rows are read back as training reads them."""
+    *_, version = run_line(spec, layout)
+    assert counts_add_up(version).passed
+    assert every_image_has_a_placeholder(version.directory, layout.data).passed
+    rows = load_rows(layout.data, "made_train") + load_rows(layout.data, "made_val")
+    assert len(rows) == version.num_train + version.num_val
+    return version, rows
+
+
+def answers(rows: list[Row]) -> set[str]:
+    return {row.messages[-1].content for row in rows}
+
+
+def refused(spec: DatasetSpec, layout: Layout) -> str:
+    with pytest.raises(MllmAssetsError) as caught:
+        ingest(spec, layout)
+    assert [path for path in layout.root.rglob("*") if ".tmp" in path.name] == []
+    return str(caught.value)
+
+
+def of_kind(kind: str, path: str | tuple[str, ...], num_train: int = 4, num_val: int = 2, **fields: Any) -> DatasetSpec:
+    return made_spec(num_train, num_val, source=SourceSpec(kind=kind, path=path, **fields), prompts=ASK)
+
+
+# --- Parquet and Arrow files
+
+
+def test_several_parquet_files_and_patterns_are_one_dataset(layout: Layout) -> None:
+    for number in range(3):
+        write_source(
+            layout.root / "parts", [(png(n), f"picture {n}") for n in (number, number + 10)], f"{number}.parquet"
+        )
+    write_source(layout.root, [(png(n), f"picture {n}") for n in (20, 21)], "more.parquet")
+    # the pattern names 0.parquet a second time: each file is read once
+    spec = of_kind("parquet", ("parts/0.parquet", "parts/*.parquet", "more.parquet"), 6, 2)
+    version, rows = through(spec, layout)
+    assert version.num_raw == 8
+    assert answers(rows) == {f"picture {n}" for n in (0, 1, 2, 10, 11, 12, 20, 21)}
+
+
+def test_a_pattern_that_matches_nothing_and_a_missing_file_are_named(layout: Layout) -> None:
+    write_source(layout.root, [(png(1), "a")])
+    assert "source.path 'parts/*.parquet': no file matches" in refused(of_kind("parquet", "parts/*.parquet"), layout)
+    spec = of_kind("parquet", ("source.parquet", "gone.parquet"))
+    assert "source.path 'gone.parquet': there is no file" in refused(spec, layout)
+
+
+def test_an_absolute_path_is_the_choice_of_who_wrote_the_yaml(layout: Layout, tmp_path_factory: Any) -> None:
+    elsewhere: Path = tmp_path_factory.mktemp("elsewhere")
+    write_source(elsewhere, [(png(n), f"picture {n}") for n in range(6)])
+    version, _ = through(of_kind("parquet", str(elsewhere / "source.parquet")), layout)
+    assert version.num_train + version.num_val == 6
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_arrow_files_and_the_streams_that_datasets_writes(layout: Layout, stream: bool) -> None:
+    features = {"kind": {"_type": "ClassLabel", "names": ["odd_one", "even"]}}
+    schema = pa.schema(
+        [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("kind", pa.int64())],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    columns = {"image": [{"bytes": png(n), "path": None} for n in range(40)], "kind": [n % 2 for n in range(40)]}
+    new = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with new(str(layout.root / "data-00000.arrow"), schema) as writer:
+        writer.write_table(pa.table(columns, schema=schema), max_chunksize=25)
+    source = SourceSpec(kind="arrow", path="*.arrow", caption_column=None, label_column="kind")
+    version, rows = through(made_spec(30, 10, source=source, prompts=ASK, answer="It is {label}."), layout)
+    assert version.num_raw == 40
+    assert answers(rows) == {"It is odd one.", "It is even."}
+    assert {row.label for row in rows} == {"odd one", "even"}
+
+
+def test_what_datasets_saves_to_disk_is_read(layout: Layout) -> None:
+    """Its own library writes the files here, so that its layout is not what we believe it to be."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"image": [{"bytes": png(n), "path": None} for n in range(6)], "text": [f"picture {n}" for n in range(6)]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(layout.root / "saved")
+    _, found = through(of_kind("arrow", "saved/*.arrow"), layout)
+    assert answers(found) == set(rows["text"])
+
+
+def test_a_file_that_is_no_arrow_file_is_named(layout: Layout) -> None:
+    (layout.root / "a.arrow").write_bytes(b"no arrow file at all, but long enough to be looked at")
+    assert "a.arrow cannot be read as Arrow" in refused(of_kind("arrow", "a.arrow"), layout)
+
+
+def test_a_text_that_is_not_utf8_is_a_rejected_row(layout: Layout) -> None:
+    """Parquet promises UTF-8 in a text column, and no writer but Arrow's own keeps the promise."""
+    broken = pa.array([f"picture {n}".encode() for n in range(6)] + [b"caf\xe9"], pa.binary())
+    texts = pa.StringArray.from_buffers(7, broken.buffers()[1], broken.buffers()[2])
+    pq.write_table(pa.table({"image": [png(n) for n in range(7)], "text": texts}), layout.root / "source.parquet")
+    version, rows = through(of_kind("parquet", "source.parquet"), layout)
+    assert version.reject_reasons == {"caption_undecodable": 1}
+    assert answers(rows) == {f"picture {n}" for n in range(6)}
+
+
+def test_a_conversation_that_is_not_utf8_is_a_rejected_row(layout: Layout) -> None:
+    turns = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"That {n}"}] for n in range(7)]
+    table = pa.table({"image": [[png(n)] for n in range(7)], "messages": turns})
+    pq.write_table(table, layout.root / "source.parquet", compression="none", use_dictionary=False)
+    data = (layout.root / "source.parquet").read_bytes()
+    assert data.count(b"That 6") == 1, "the page holds it, and no statistics of the page"
+    (layout.root / "source.parquet").write_bytes(data.replace(b"That 6", b"Tha\xff 6"))
+    version, rows = through(of_kind("parquet", "source.parquet", messages_column="messages"), layout)
+    assert version.reject_reasons == {"messages_undecodable": 1}
+    assert answers(rows) == {f"That {n}" for n in range(6)}
+
+
+# --- folders of images
+
+
+def picture_folder(layout: Layout, numbers: range = range(6)) -> Path:
+    folder = layout.root / "pictures"
+    folder.mkdir(exist_ok=True)
+    for n in numbers:
+        (folder / f"{n}.png").write_bytes(png(n))
+    return folder
+
+
+def test_a_folder_with_metadata(layout: Layout) -> None:
+    folder = picture_folder(layout)
+    lines = [{"file_name": f"{n}.png", "text": f"picture {n}", "more": {"any": n}} for n in range(6)]
+    lines += [{"file_name": "gone.png", "text": "gone"}, {"file_name": "../source.png", "text": "outside"}]
+    lines += [{"file_name": "0.png", "text": None}, {"file_name": "1.png", "text": 7}]
+    lines += [{"file_name": name, "text": "no path"} for name in ("a\0.png", "long" * 100, "/etc/passwd")]
+    (layout.root / "source.png").write_bytes(png(50))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    version, rows = through(of_kind("image_folder", "pictures"), layout)
+    assert version.num_raw == 13
+    assert version.reject_reasons == {
+        "caption_empty": 1,
+        "caption_unreadable": 1,
+        "image_missing": 1,
+        "image_outside_root": 4,
+    }
+    assert answers(rows) == {f"picture {n}" for n in range(6)}
+
+
+def test_a_link_out_of_the_folder_is_not_followed(layout: Layout) -> None:
+    folder = picture_folder(layout)
+    (layout.root / "outside.png").write_bytes(png(50))
+    (folder / "link.png").symlink_to(layout.root / "outside.png")
+    for n in [*range(6), "link"]:
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    version, _ = through(of_kind("image_folder", "pictures"), layout)
+    assert version.reject_reasons == {"image_outside_root": 1}
+
+
+def test_a_caption_is_not_read_from_outside_the_folder(layout: Layout) -> None:
+    """What a link beside an image shows would be published as its caption."""
+    folder = picture_folder(layout, range(7))
+    (layout.root / "secret.txt").write_text("secret")
+    for n in range(6):
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    (folder / "6.txt").symlink_to(layout.root / "secret.txt")
+    version, _ = through(of_kind("image_folder", "pictures"), layout)
+    assert version.reject_reasons == {"caption_empty": 1}
+
+
+def test_a_file_too_large_for_any_image_is_not_read(layout: Layout) -> None:
+    folder = picture_folder(layout)
+    for n in range(7):
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    with (folder / "6.png").open("wb") as file:
+        file.truncate(2**30 + 1)  # a hole, which takes no room
+    version, _ = through(of_kind("image_folder", "pictures"), layout)
+    assert version.reject_reasons == {"image_too_many_bytes": 1}
+
+
+def test_a_folder_with_captions_beside_the_images(layout: Layout) -> None:
+    folder = picture_folder(layout, range(8))
+    for n in range(6):
+        (folder / f"{n}.txt").write_text(f"\ufeffpicture {n}\n", encoding="utf-8")
+    (folder / "6.caption").write_text("picture 6")
+    (folder / ".hidden.png").write_bytes(png(60))
+    version, rows = through(of_kind("image_folder", "pictures", 5, 2), layout)
+    assert (version.num_raw, version.reject_reasons) == (8, {"caption_empty": 1})
+    assert answers(rows) == {f"picture {n}" for n in range(7)}
+
+
+def test_a_caption_that_is_not_utf8_costs_its_sample_only(layout: Layout) -> None:
+    folder = picture_folder(layout, range(7))
+    for n in range(6):
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    (folder / "6.txt").write_bytes(b"caf\xe9")
+    version, _ = through(of_kind("image_folder", "pictures"), layout)
+    assert version.reject_reasons == {"caption_undecodable": 1}
+
+
+def test_subfolders_are_classes(layout: Layout) -> None:
+    for n in range(8):
+        path = layout.root / "pictures" / ("old_boats" if n % 2 else "cars") / f"{n}.JPG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(picture(n), "JPEG"))
+    source = SourceSpec(kind="image_folder", path="pictures", caption_column=None, label_column="label")
+    _, rows = through(made_spec(6, 2, source=source, prompts=ASK, answer="It shows {label}."), layout)
+    assert answers(rows) == {"It shows old boats.", "It shows cars."}
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet"])
+def test_metadata_may_be_a_table(layout: Layout, name: str) -> None:
+    folder = picture_folder(layout)
+    if name.endswith(".csv"):
+        (folder / name).write_text("file_name,text\n" + "".join(f'{n}.png,"picture, {n}"\n' for n in range(6)))
+    else:
+        table = {"file_name": [f"{n}.png" for n in range(6)], "text": [f"picture, {n}" for n in range(6)]}
+        pq.write_table(pa.table(table), folder / name)
+    _, rows = through(of_kind("image_folder", "pictures"), layout)
+    assert answers(rows) == {f"picture, {n}" for n in range(6)}
+
+
+def test_rows_of_several_images_and_whole_conversations(layout: Layout) -> None:
+    """One row each: two images; several turns; a system message; placeholders where the writer wants them."""
+    folder = picture_folder(layout, range(10))
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    lines = [
+        {"file_names": ["0.png", "1.png"], "messages": turns},
+        {"file_name": "2.png", "messages": turns + turns},
+        {"file_name": "3.png", "messages": [{"role": "system", "content": "Short."}, *turns]},
+        {"file_names": ["4.png", "5.png"], "messages": [
+            {"from": "human", "value": "First <image>"}, {"from": "gpt", "value": "A."},
+            {"from": "human", "value": "Then <image>"}, {"from": "gpt", "value": "B."},
+        ]},
+        {"file_name": "6.png", "messages": turns[:1]},
+        {"file_name": "7.png", "messages": [{"role": "user", "content": "<image><image>"}, turns[1]]},
+        {"file_name": "8.png"},
+    ]  # fmt: skip
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = SourceSpec(kind="image_folder", path="pictures", messages_column="messages")
+    version, rows = through(made_spec(3, 1, source=source, prompts=(), system="Else."), layout)
+    assert version.reject_reasons == {
+        "messages_placeholder_count": 1,
+        "messages_role_order": 1,
+        "messages_unreadable": 1,
+    }
+    said = {tuple((m.role, m.content) for m in row.messages): len(row.images) for row in rows}
+    user, answer = ("user", "What?"), ("assistant", "That.")
+    assert said == {
+        (("system", "Else."), ("user", "<image><image>What?"), answer): 2,
+        (("system", "Else."), ("user", "<image>What?"), answer, user, answer): 1,
+        (("system", "Short."), ("user", "<image>What?"), answer): 1,
+        (
+            ("system", "Else."),
+            ("user", "First <image>"),
+            ("assistant", "A."),
+            ("user", "Then <image>"),
+            ("assistant", "B."),
+        ): 2,
+    }
+
+
+def test_a_folder_that_is_split_already_stays_so(layout: Layout) -> None:
+    for side, numbers in (("train", range(6)), ("validation", range(4, 8))):
+        folder = layout.root / "pictures" / side
+        folder.mkdir(parents=True)
+        for n in numbers:
+            (folder / f"{n}.png").write_bytes(png(n))
+            (folder / f"{n}.txt").write_text(f"picture {n}")
+    version, _ = through(of_kind("image_folder", "pictures", val_split="validation"), layout)
+    assert (version.num_train, version.num_val) == (6, 4)
+    assert answers(load_rows(layout.data, "made_val")) == {f"picture {n}" for n in range(4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda folder: None, "there is no folder"),
+        (lambda folder: folder.mkdir(), "holds no image files (.bmp, "),
+        (lambda folder: (folder.mkdir(), (folder / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"a"}\n')),
+         "metadata.jsonl, line 2, column 5"),
+        (lambda folder: (folder.mkdir(), (folder / "metadata.jsonl").write_text('{"image": "a.png"}\n')),
+         "metadata.jsonl, line 1: expected `file_name` with the image's path"),
+        (lambda folder: (folder.mkdir(), (folder / "metadata.jsonl").write_text("[1]\n")),
+         "metadata.jsonl, line 1: expected an object, got list"),
+        (lambda folder: (folder.mkdir(), (folder / "metadata.parquet").write_text("no table")),
+         "metadata.parquet cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_cannot_be_read_is_named(layout: Layout, write: Callable[[Path], Any], message: str) -> None:
+    write(layout.root / "pictures")
+    assert message in refused(of_kind("image_folder", "pictures"), layout)
+
+
+# --- WebDataset
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def test_webdataset_shards(layout: Layout) -> None:
+    first = [
+        (f"a/{n:04}.{kind}", data)
+        for n in range(4)
+        for kind, data in (("png", png(n)), ("txt", f" picture {n}\n".encode()))
+    ]
+    second = [
+        ("0004.json", b'{"text": "picture 4"}'), ("0004.jpg", encode(picture(4), "JPEG")),
+        ("0005.0.png", png(5)), ("0005.1.png", png(6)), ("0005.txt", b"picture 5"),
+        ("0006.png", png(7)), ("0006.txt", b"caf\xe9"),
+        ("0007.png", png(8)), ("0007.json", b'{"text": '),
+        ("0008.txt", b"no picture"),
+        ("0009.png", png(9)),
+    ]  # fmt: skip
+    write_tar(layout.root / "shards" / "0.tar", first)
+    write_tar(layout.root / "shards" / "1.tar", second)
+    version, rows = through(of_kind("webdataset", "shards/*.tar"), layout)
+    assert version.num_raw == 10
+    assert version.reject_reasons == {"caption_empty": 1, "image_missing": 1, "json_unreadable": 1, "txt_unreadable": 1}
+    assert answers(rows) == {f"picture {n}" for n in range(6)}
+    assert sorted(len(row.images) for row in rows) == [1, 1, 1, 1, 1, 2]
+
+
+def test_webdataset_classes(layout: Layout) -> None:
+    members = [(f"{n}.{kind}", data) for n in range(6) for kind, data in (("cls", b"7"), ("png", png(n)))]
+    write_tar(layout.root / "a.tar", members)
+    source = SourceSpec(kind="webdataset", path="a.tar", caption_column=None, label_column="label")
+    _, rows = through(made_spec(4, 2, source=source, prompts=ASK, answer="{label}"), layout)
+    assert answers(rows) == {"7"}
+
+
+def test_a_damaged_tar_file_is_named_with_its_member(layout: Layout) -> None:
+    path = layout.root / "a.tar"
+    write_tar(path, [(f"{n}.png", png(n, 512)) for n in range(3)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(png(0, 512)) + 1024 + 1000])
+    message = refused(of_kind("webdataset", "a.tar"), layout)
+    assert "a.tar cannot be read as a tar file" in message and "1.png" in message
+    path.write_bytes(b"this is not a tar file" * 100)
+    assert "a.tar cannot be read as a tar file" in refused(of_kind("webdataset", "a.tar"), layout)
