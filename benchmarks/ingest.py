@@ -5,7 +5,8 @@
 - this project: ingest, measurements with decode check, splits; the processes that decode are counted;
 - the same where the measurements are known: bytes pass through, nothing is decoded;
 - `cp -r` of the same files, what the disk allows.
-`--memory` ingests 10,000 and 100,000 images of 64 px in processes of their own and prints their peak memory.
+`--memory` ingests 10,000 and 100,000 images of 64 px in processes of their own and prints the peak memory so far
+after each step.
 The tables on standard output are those of RESULTS.md. CPU time of imports is not counted, for either side.
 """
 
@@ -116,18 +117,23 @@ def run_line(root: Path, count: int) -> None:
     import scipy.sparse.csgraph  # noqa: F401
 
     images = set(layout.images.iterdir()) if layout.images.is_dir() else set()
-    marks = [cpu_seconds()]
+    marks, peaks_mib = [cpu_seconds()], []
+
+    def mark() -> None:
+        marks.append(cpu_seconds())
+        peaks_mib.append(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
     raw = ingest(spec, layout)
-    marks.append(cpu_seconds())
+    mark()
     quality = assess(spec, layout, raw.directory, "run-1")
     end_workers()
-    marks.append(cpu_seconds())
+    mark()
     split(spec, layout, raw.directory, quality.directory, "run-1")
-    marks.append(cpu_seconds())
+    mark()
     result = dict(zip(("ingest_s", "assess_s", "split_s"), np.diff(marks).tolist(), strict=True))
     result |= {"cpu_s": marks[-1] - marks[0], "num_decoded": quality.num_decoded}
     result["num_written"] = len(set(layout.images.iterdir()) - images)
-    result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    result |= {"peak_memory_mib": peaks_mib[-1], "peaks_mib": peaks_mib}
     print(json.dumps(result))
 
 
@@ -203,14 +209,15 @@ def compare(kind: str, count: int, rounds: int, edge_px: int, root: Path) -> boo
 
 def measure_memory(root: Path, counts: tuple[int, int]) -> bool:
     peaks = []
-    print("\n| images of 64 px | peak memory, MiB | CPU-seconds |\n|---|---|---|")
+    print("\n| images of 64 px | after ingest, MiB | after measuring | after the split | CPU-seconds |")
+    print("|---|---|---|---|---|")
     for count in counts:
         write_source(root / str(count) / "source.parquet", count, 64, "PNG")
         result = in_process("line", root / str(count), count)
         peaks.append(result["peak_memory_mib"])
-        print(f"| {count:,} | {peaks[-1]:.0f} | {result['cpu_s']:.1f} |", flush=True)
+        print(f"| {count:,} | {' | '.join(map(str, result['peaks_mib']))} | {result['cpu_s']:.1f} |", flush=True)
         shutil.rmtree(root / str(count))
-    print(f"| ratio (bound: {MAX_MEMORY_RATIO}) | {peaks[1] / peaks[0]:.2f} | |")
+    print(f"| ratio (bound: {MAX_MEMORY_RATIO}) | | | {peaks[1] / peaks[0]:.2f} | |")
     return peaks[1] / peaks[0] <= MAX_MEMORY_RATIO
 
 

@@ -113,6 +113,7 @@ def _train(arguments: argparse.Namespace) -> int:
         arguments.overrides,
         Layout.from_environment(),
         accelerator,
+        warn=lambda text: print(f"warning: {text}", file=sys.stderr),
         force=arguments.force,
         feature_cache=not arguments.no_feature_cache,
         regroup=arguments.regroup_micro_batches,

@@ -121,7 +121,10 @@ def checkpoint_asset(
         with failures_for_people():
             recipe = load_recipe(node.recipe.path, config.overrides())
             apart = datasets_share_no_image(
-                layout.root / recipe.spec.dataset_dir, recipe.spec.train_entries, recipe.spec.eval_entries
+                layout.root / recipe.spec.dataset_dir,
+                recipe.spec.train_entries,
+                recipe.spec.eval_entries,
+                store=project.quality_store,
             )
             if not apart.passed and not allow_leakage:
                 # before it trains: the figures would be worth nothing

@@ -5,18 +5,23 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_assets.artifacts import is_complete, sha256_file
+from mllm_assets.artifacts import is_complete
 from mllm_assets.data.checks import MAX_EXAMPLES, CheckOutcome
 from mllm_assets.data.dataset_info import entry_file, load_entry
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.data.spec import QualitySpec
-from mllm_assets.quality.decoding import measure_images
 from mllm_assets.quality.grouping import near_forest
+from mllm_assets.quality.measure import measure_files
 from mllm_assets.quality.probes import OWN_FILES, ImageMeasurement
+from mllm_assets.quality.store import QualityStore
 
 
 def datasets_share_no_image(
-    data_dir: Path, train_entries: Sequence[str], eval_entries: Sequence[str], limits: QualitySpec | None = None
+    data_dir: Path,
+    train_entries: Sequence[str],
+    eval_entries: Sequence[str],
+    limits: QualitySpec | None = None,
+    store: QualityStore | None = None,
 ) -> CheckOutcome:
     """No picture of a training entry, nor a near-duplicate, is in an evaluation entry of another dataset.
 
@@ -27,6 +32,7 @@ def datasets_share_no_image(
         train_entries: What the recipe trains on.
         eval_entries: What it is evaluated on.
         limits: What counts as a near-duplicate; the defaults if None.
+        store: Knows the measurements of bytes that were decoded before.
 
     Raises:
         DataError: An entry's file or rows are wrong; names them.
@@ -39,7 +45,7 @@ def datasets_share_no_image(
     for entry in involved:
         for path in {path for row in load_rows(data_dir, entry) for path in row.images}:
             holders.setdefault(path, set()).add(entry)
-    groups = _groups(sorted(holders), limits)
+    groups = _groups(sorted(holders), limits, store)
     problems = []
     for train, held in checked:
         for members in groups:
@@ -69,9 +75,9 @@ def _origin(data_dir: Path, entry: str) -> str:
     return str(folder) if is_complete(folder) else f"entry {entry}"
 
 
-def _groups(paths: list[Path], limits: QualitySpec) -> list[list[Path]]:
+def _groups(paths: list[Path], limits: QualitySpec, store: QualityStore | None) -> list[list[Path]]:
     """Files by what they show; one that cannot be decoded is like its own copies only."""
-    measured = list(measure_images((path.read_bytes() for path in paths), OWN_FILES))
+    measured = measure_files(paths, OWN_FILES, store) if paths else []
     whole = [number for number, image in enumerate(measured) if image.defect is None]
     hashes = np.array([measured[number].phash_64 for number in whole], np.uint64)
     colors = np.array([_colors(measured[number]) for number in whole], np.uint8).reshape(len(whole), 48)
@@ -84,7 +90,7 @@ def _groups(paths: list[Path], limits: QualitySpec) -> list[list[Path]]:
     members: dict[str, list[Path]] = {}
     names = dict(zip(whole, forest.groups_N.tolist(), strict=True))
     for number, path in enumerate(paths):
-        key = f"group {names[number]}" if number in names else f"bytes {sha256_file(path)}"
+        key = f"group {names[number]}" if number in names else f"bytes {measured[number].image_sha256}"
         members.setdefault(key, []).append(path)
     return list(members.values())
 

@@ -1,12 +1,14 @@
 """Train a recipe from the command line: the same run, folder and worker as the checkpoint asset, without Dagster."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mllm_assets.artifacts import read_manifest
+from mllm_assets.data.leaks import datasets_share_no_image
 from mllm_assets.layout import Layout
+from mllm_assets.quality.store import QualityStore
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.launch import run_worker
 from mllm_assets.training.recipe import load_recipe
@@ -34,12 +36,14 @@ def train(
     layout: Layout,
     accelerator: Mapping[str, Any],
     *,
+    warn: Callable[[str], None],
     force: bool = False,
     feature_cache: bool = True,
     regroup: bool = False,
 ) -> LocalRun:
     """Train, resume, or return a finished run.
 
+    `warn` is told, before it trains, where the recipe evaluates one dataset on pictures that another trains on.
     With `feature_cache` what the frozen parts compute is kept below `cache/`, and found there by the next run. With
     `regroup` a step's samples are regrouped into the largest micro-batch that fits.
 
@@ -48,6 +52,14 @@ def train(
         WorkerCrashed: The trainer ended otherwise; the same call resumes.
     """
     recipe = load_recipe(recipe_path, overrides)
+    apart = datasets_share_no_image(
+        layout.root / recipe.spec.dataset_dir,
+        recipe.spec.train_entries,
+        recipe.spec.eval_entries,
+        store=QualityStore(layout.quality_db),
+    )
+    if not apart.passed:
+        warn(f"{recipe.path.name}: {apart.description}")
     plan = plan_run(
         recipe, root=layout.root, force=force, num_processes=int(accelerator["num_processes"]), regroup=regroup
     )

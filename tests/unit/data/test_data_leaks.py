@@ -1,13 +1,18 @@
 """Datasets that one recipe mixes: a picture of one's validation may be in the other's training."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from made_datasets import encode, made_spec, picture, png, run_line, write_source
 
+from mllm_assets.cli import main
 from mllm_assets.data.leaks import datasets_share_no_image
 from mllm_assets.layout import Layout
+from mllm_assets.quality import decoding
+from mllm_assets.quality.probes import DecodeLimits, ImageMeasurement
+from mllm_assets.quality.store import QualityStore
 
 
 @pytest.fixture
@@ -72,3 +77,33 @@ def test_the_files_decide_and_not_the_table(two: Layout) -> None:
     target: Path = two.data / json.loads((two.data / "third" / "val.json").read_text())[0]["images"][0]
     target.write_bytes((two.data / rows["train"][0]["images"][0]).read_bytes())
     assert not datasets_share_no_image(two.data, ["left_train"], ["third_val"]).passed
+
+
+def test_what_was_measured_once_is_not_decoded_again(two: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = QualityStore(two.quality_db)
+    decoded: list[bytes] = []
+    measure = decoding.measure_images
+
+    def counted(images: Iterable[bytes], limits: DecodeLimits) -> Iterator[ImageMeasurement]:
+        return measure((decoded.append(data) or data for data in images), limits)
+
+    monkeypatch.setattr(decoding, "measure_images", counted)
+    assert not datasets_share_no_image(two.data, ["left_train"], ["right_val"], store=store).passed
+    assert decoded == []
+
+
+def test_training_from_the_command_line_warns_in_the_same_words(
+    two: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the asset looked; here the recipe's model is missing, so that nothing is trained."""
+    recipe = two.root / "r.yaml"
+    recipe.write_text(
+        "model_name_or_path: nowhere\nstage: sft\ndo_train: true\nfinetuning_type: lora\ntemplate: gemma3\n"
+        "dataset: left_train\neval_dataset: right_val\noutput_dir: saves/r\n"
+    )
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(two.root))
+    assert main(["train", str(recipe)]) == 2
+    warning, error = capsys.readouterr().err.strip().split("\n", 1)
+    expected = datasets_share_no_image(two.data, ["left_train"], ["right_val"]).description
+    assert warning == f"warning: r.yaml: {expected}"
+    assert "nowhere" in error
