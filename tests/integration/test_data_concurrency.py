@@ -151,6 +151,7 @@ def test_two_datasets_are_built_at_once_in_one_root(layout: Layout) -> None:
         assert every_image_has_a_placeholder((layout.data / name).resolve(), layout.data).passed
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_the_version_is_whole(tmp_path: Path) -> None:
     digests = set()
     for number, after_s in enumerate((0.6, 0.9, 1.2, 1.6)):
@@ -172,6 +173,7 @@ def test_killed_at_any_moment_and_run_again_the_version_is_whole(tmp_path: Path)
     assert len(digests) == 1
 
 
+@pytest.mark.slow
 def test_a_reader_is_not_refused_while_others_write(tmp_path: Path) -> None:
     path = tmp_path / "quality.duckdb"
     writers = [start(WRITER, str(path), f"writer {number}") for number in range(2)]

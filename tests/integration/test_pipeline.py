@@ -53,6 +53,7 @@ def test_the_counts_of_samples_add_up_in_the_metadata(project: Project) -> None:
     assert counts["num_raw"] == 800 == sum(counts[name] for name in parts)
 
 
+@pytest.mark.slow
 def test_stages_start_from_one_another_and_train_from_cached_features(project: Project) -> None:
     """Projector first, then the last layers, as in the guide: the second starts from the first one's weights."""
     frozen = {"freeze_vision_tower": True, "max_steps": 4}
@@ -73,6 +74,7 @@ def test_stages_start_from_one_another_and_train_from_cached_features(project: P
     assert shared[0]["path"] == shared[1]["path"], "the same frozen tower and images share one cache"
 
 
+@pytest.mark.slow
 def test_the_launchpad_changes_the_run_and_its_name(project: Project) -> None:
     project.write_recipe("mine")
     project.made('key:"mine/checkpoint"', config("mine", max_steps=2, learning_rate=1e-4, max_samples=16))
@@ -97,6 +99,7 @@ def test_a_failed_gate_stops_the_release_also_when_it_is_materialised_alone(proj
     assert list_releases(project.layout, "weak") == []
 
 
+@pytest.mark.slow
 def test_the_summary_never_shows_one_runs_metrics_beside_another_run(project: Project) -> None:
     project.write_recipe("mine", max_steps=2, max_samples=16)
     project.set_defaults(gates=EVERYTHING_PASSES)
@@ -115,6 +118,7 @@ def test_the_summary_never_shows_one_runs_metrics_beside_another_run(project: Pr
     assert "made from another run" in after and "What kind of emoji is this?" in after
 
 
+@pytest.mark.slow
 def test_metrics_of_another_checkpoint_release_nothing(project: Project) -> None:
     """The gates were passed by the old weights: the new ones would have slipped past on their figures."""
     project.write_recipe("mine", max_steps=2, max_samples=16)

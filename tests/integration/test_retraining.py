@@ -71,6 +71,7 @@ def test_a_tick_launches_what_changed_and_skips_the_rest_with_a_reason(trained: 
     assert while_one_runs["skipped"].startswith("mine: a run of it is in progress")
 
 
+@pytest.mark.slow
 def test_a_line_that_a_failed_check_blocks_is_not_launched_again(project: Project) -> None:
     """With the same inputs the gate would fail again, every week."""
     project.write_recipe("weak", max_steps=1, max_samples=8)
