@@ -14,7 +14,9 @@ from mllm_assets.components.reporting import table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.components.training_assets import model_directory
 from mllm_assets.components.wiring import Node
+from mllm_assets.data.leaks import release_leaks
 from mllm_assets.data.sharegpt import entry_digest, load_rows
+from mllm_assets.errors import GateError
 from mllm_assets.evaluation.gates import GateResult, GateSpec, evaluate_gates
 from mllm_assets.evaluation.intervals import gain_text
 from mllm_assets.evaluation.metrics import compute_metrics, gains_over_release, metric_rows, read_metrics, write_metrics
@@ -137,8 +139,14 @@ def eval_metrics_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
     return eval_metrics
 
 
-def released_model_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
-    """The model that passed its gates, which are judged here once more."""
+def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = False) -> dg.AssetsDefinition:
+    """The model that passed its gates, which are judged here once more, and whose data is looked at once more.
+
+    Args:
+        node: The recipe in the graph.
+        gates: Must hold.
+        allow_leakage: Release, and say so in the card, where it may have been trained on what it is evaluated on.
+    """
 
     @dg.asset(
         key=node.key("released_model"),
@@ -161,7 +169,8 @@ def released_model_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
                 model = run_dir / "model"
                 return gpu.run(context, {"task": "release", "directory": str(directory), "checkpoint_dir": str(model)})
 
-            lineage = _lineage(context, node, read_manifest(run_dir))
+            leaks = _leaks(context, node, project, read_manifest(run_dir), allow_leakage=allow_leakage)
+            lineage: Lineage = {**_lineage(context, node, read_manifest(run_dir)), "leaks": leaks}
             release = publish(
                 node.name,
                 run_dir,
@@ -179,6 +188,7 @@ def released_model_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
                 data_version=dg.DataVersion(release.digest),
                 metadata={
                     "version": release.version,
+                    "leaks": leaks,
                     "model_card": dg.MetadataValue.md((release.directory / "README.md").read_text(encoding="utf-8")),
                     "path": layout.relative(release.directory),
                 },
@@ -186,6 +196,37 @@ def released_model_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
         )
 
     return released_model
+
+
+def _leaks(
+    context: dg.AssetExecutionContext,
+    node: Node,
+    project: ProjectResource,
+    run: Mapping[str, Any],
+    *,
+    allow_leakage: bool,
+) -> list[str]:
+    """What leaked from the evaluation into the training, looked for in the files on disk; empty is well.
+
+    Raises:
+        GateError: Something did, and is not allowed.
+    """
+    spec = node.recipe.spec
+    found = release_leaks(
+        project.layout.root / spec.dataset_dir,
+        spec.train_entries,
+        spec.eval_entries,
+        run["data_digests"],
+        store=project.quality_store,
+    )
+    if found and not allow_leakage:
+        raise GateError(
+            f"{node.name} is not released: {' '.join(found)} Mend the data, or set `allow_leakage: true` in the "
+            "recipe's settings; the model card will then say so."
+        )
+    for text in found:
+        context.log.warning(text)
+    return found
 
 
 def _evaluation_request(

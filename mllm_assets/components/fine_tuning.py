@@ -55,8 +55,9 @@ class Settings(dg.Model, dg.Resolvable):
     )
     allow_leakage: bool = Field(
         default=False,
-        description="Only warn, and train all the same, where an evaluation entry of one dataset holds pictures that "
-        "an entry of another one trains on.",
+        description="Only warn, train and release all the same, where an evaluation entry holds pictures that a "
+        "training entry holds too: of another dataset, or of a split that was given (strategy guide, val_split). The "
+        "model card says so.",
     )
     regroup_micro_batches: bool = Field(
         default=False,

@@ -1,14 +1,14 @@
 """Whether a recipe that mixes datasets evaluates on pictures that it trains on, from the files on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mllm_assets.artifacts import is_complete
-from mllm_assets.data.checks import MAX_EXAMPLES, CheckOutcome
+from mllm_assets.data.checks import MAX_EXAMPLES, CheckOutcome, splits_share_no_image
 from mllm_assets.data.dataset_info import entry_file, load_entry
-from mllm_assets.data.sharegpt import load_rows
+from mllm_assets.data.sharegpt import entry_digest, load_rows
 from mllm_assets.data.spec import QualitySpec
 from mllm_assets.quality.grouping import near_forest
 from mllm_assets.quality.measure import measure_files
@@ -69,10 +69,53 @@ def datasets_share_no_image(
     )
 
 
+def release_leaks(
+    data_dir: Path,
+    train_entries: Sequence[str],
+    eval_entries: Sequence[str],
+    trained_digests: Mapping[str, str],
+    store: QualityStore | None = None,
+) -> list[str]:
+    """Why the figures of a trained model may say too much, each in a sentence; from the files on disk.
+
+    Looks inside the datasets too, whose split may be given and hold duplicates, and at what has changed since.
+
+    Args:
+        data_dir: LLaMA-Factory's `dataset_dir`.
+        train_entries: What it was trained on.
+        eval_entries: What it was evaluated on.
+        trained_digests: `entry_digest` of each training entry when it was trained.
+        store: Knows the measurements of bytes that were decoded before.
+
+    Raises:
+        DataError: An entry's file or rows are wrong; names them.
+    """
+    changed = [name for name in train_entries if trained_digests.get(name, "") != entry_digest(data_dir, name)]
+    found = [
+        f"{name} is not what the model was trained on any more, so nothing shows that it was not trained on what it "
+        "is evaluated on: materialise the checkpoint again."
+        for name in changed
+    ]
+    found += [f"{name} is both trained on and evaluated on." for name in eval_entries if name in train_entries]
+    folders = {name: _version(data_dir, name) for name in (*train_entries, *eval_entries)}
+    shared = {folders[name] for name in train_entries} & {folders[name] for name in eval_entries}
+    for folder in sorted(folder for folder in shared if folder is not None):
+        outcome = splits_share_no_image(folder, data_dir, store=store)
+        found += [] if outcome.passed else [outcome.description]
+    apart = datasets_share_no_image(data_dir, train_entries, eval_entries, store=store)
+    return found + ([] if apart.passed else [apart.description])
+
+
+def _version(data_dir: Path, entry: str) -> Path | None:
+    """The version of a dataset made here that holds an entry's file."""
+    folder = entry_file(data_dir, load_entry(data_dir, entry)).resolve().parent
+    return folder if is_complete(folder) else None
+
+
 def _origin(data_dir: Path, entry: str) -> str:
     """What an entry belongs to: the version of a dataset made here, or itself where a person wrote it."""
-    folder = entry_file(data_dir, load_entry(data_dir, entry)).resolve().parent
-    return str(folder) if is_complete(folder) else f"entry {entry}"
+    folder = _version(data_dir, entry)
+    return f"entry {entry}" if folder is None else str(folder)
 
 
 def _groups(paths: list[Path], limits: QualitySpec, store: QualityStore | None) -> list[list[Path]]:

@@ -7,7 +7,7 @@ Not covered: crops, rotations and mirror images.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,13 +51,47 @@ def find_pairs(images: Iterable[ImageMeasurement], *, distance_bits: int, color_
 
 def pairs_of_looks(looks: Mapping[str, tuple[int, str]], *, distance_bits: int, color_distance: float) -> list[Pair]:
     """`find_pairs` of looks by name, each a hash and colours as `ImageMeasurement` holds them."""
-    names = sorted(looks)
-    hashes = np.array([looks[name][0] for name in names], np.uint64)
-    colors = np.frombuffer(bytes.fromhex("".join(looks[name][1] for name in names)), np.uint8)
-    colors = colors.reshape(len(names), -1) if names else np.zeros((0, 1), np.uint8)
+    names, hashes, colors = _arrays(looks)
     near = near_pairs(hashes, colors, distance_bits=distance_bits, color_distance=color_distance)
     columns = (near.a_E.tolist(), near.b_E.tolist(), near.bits_E.tolist(), near.color_E.tolist())
     return [Pair(names[a], names[b], bits, color) for a, b, bits, color in zip(*columns, strict=True)]
+
+
+def pairs_across(
+    looks: Mapping[str, tuple[int, str]],
+    train: Collection[str],
+    val: Collection[str],
+    *,
+    distance_bits: int,
+    color_distance: float,
+) -> list[tuple[str, str, int]]:
+    """Every near pair of different looks, one of `train` and one of `val`, with its Hamming distance.
+
+    Unlike `find_pairs`, which gives as many as connect each group; only groups on both sides are looked at pairwise.
+    """
+    names, hashes, colors = _arrays(looks)
+    limits = {"distance_bits": distance_bits, "color_distance": color_distance}
+    groups = near_forest(hashes, colors, **limits).groups_N
+    trained = np.array([name in train for name in names], bool)
+    held = np.array([name in val for name in names], bool)
+    on_both = np.intersect1d(groups[trained], groups[held])
+    trained &= np.isin(groups, on_both)
+    found = []
+    for look in np.flatnonzero(held & np.isin(groups, on_both)).tolist():
+        others = np.flatnonzero(trained & (groups == groups[look]))
+        others = others[others != look]
+        bits = np.bitwise_count(hashes[others] ^ hashes[look])
+        colour = np.abs(colors[others].astype(np.int16) - colors[look]).mean(axis=1)
+        near = (bits <= distance_bits) & (colour <= color_distance)
+        found += [(names[n], names[look], b) for n, b in zip(others[near].tolist(), bits[near].tolist(), strict=True)]
+    return found
+
+
+def _arrays(looks: Mapping[str, tuple[int, str]]) -> tuple[list[str], NDArray[np.uint64], NDArray[np.uint8]]:
+    names = sorted(looks)
+    hashes = np.array([looks[name][0] for name in names], np.uint64)
+    colors = np.frombuffer(bytes.fromhex("".join(looks[name][1] for name in names)), np.uint8)
+    return names, hashes, colors.reshape(len(names), -1) if names else np.zeros((0, 1), np.uint8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ def release(run_dir: Path, root: Path, said: pa.Table | None = None, **kwargs: A
         compute_metrics(said, ["cat", "dog", "cat"]),
         said,
         kwargs.pop("gates", GateSpec()),
-        LINEAGE,
+        kwargs.pop("lineage", LINEAGE),
         Layout(root),
         **{"scored_weights": "c" * 64, **kwargs},
     )
@@ -175,3 +175,10 @@ def test_the_hub_can_read_the_cards_front_matter(tmp_path: Path) -> None:
     assert card.data.to_dict()["datasets"] == ["me/pets"]
     results = {r.metric_type: r.metric_value for r in card.data.eval_results or []}
     assert results["label_accuracy"] == pytest.approx(5 / 6, abs=1e-6)
+
+
+def test_the_card_says_where_the_evaluation_leaked_into_the_training(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "outputs" / "pets" / "0123")
+    leaked: Lineage = {**LINEAGE, "leaks": ["3 problems, the first: images/a.png = images/a.png."]}
+    card = (release(run_dir, tmp_path, lineage=leaked).directory / "README.md").read_text()
+    assert "**These figures may say too much:** 3 problems, the first: images/a.png = images/a.png.\n" in card
