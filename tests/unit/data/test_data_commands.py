@@ -1,0 +1,185 @@
+"""`mllm-assets add-dataset` and `check-data`, as a user calls them."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from made_datasets import made_spec, png, run_line, write_source
+
+from mllm_assets.cli import main
+from mllm_assets.components import ImageTextDataset
+from mllm_assets.data.sharegpt import load_rows
+from mllm_assets.layout import Layout
+
+TALK = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "!"}]
+
+
+@pytest.fixture
+def home(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (layout.root / "pyproject.toml").write_text('[tool.dg.project]\nroot_module = "mine"\n')
+    monkeypatch.chdir(layout.root)
+    monkeypatch.delenv("MLLM_ASSETS_ROOT", raising=False)
+    return layout.root
+
+
+def attributes(home: Path, name: str) -> dict[str, Any]:
+    component = yaml.safe_load((home / "mine" / "defs" / "datasets" / name / "defs.yaml").read_text())
+    assert component["type"] == "mllm_assets.components.ImageTextDataset"
+    return component["attributes"]
+
+
+def built(home: Path, name: str) -> int:
+    """Materialise what the command declared, by the component that reads its YAML; the number of usable rows."""
+    spec = ImageTextDataset.model_validate(attributes(home, name)).spec()
+    *_, version = run_line(spec, Layout(home))
+    assert len(load_rows(home / "data", f"{name}_train")) == version.num_train
+    return version.num_train + version.num_val
+
+
+def captioned(folder: Path, count: int = 10) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in range(count):
+        (folder / f"{n}.png").write_bytes(png(n))
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    return folder
+
+
+def test_a_folder_with_captions(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = captioned(home / "my" / "Garden Birds")
+    (folder / "metadata.md").write_text("notes")
+    assert main(["add-dataset", str(folder)]) == 0
+    found = attributes(home, "garden_birds")
+    assert found["source"] == {"kind": "image_folder", "path": "my/Garden Birds"}
+    assert found["split"] == {"num_train": 9, "num_val": 1}
+    assert built(home, "garden_birds") == 10
+    output = capsys.readouterr().out
+    assert output.startswith("10 samples; wrote ")
+    assert "-m mine.definitions --select '+key:\"garden_birds/dataset_info\"'" in output
+
+
+def test_folders_by_class(home: Path) -> None:
+    for n in range(10):
+        path = home / "birds" / ("robin" if n % 2 else "house_wren") / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(n))
+    assert main(["add-dataset", "birds", "--name", "Wild birds"]) == 0
+    assert attributes(home, "wild_birds")["answer"] == "{label}"
+    assert built(home, "wild_birds") == 10
+    assert {row.label for row in load_rows(home / "data", "wild_birds_train")} == {"robin", "house wren"}
+
+
+def test_a_folder_that_is_split_already(home: Path) -> None:
+    captioned(home / "birds" / "train", 6)
+    (home / "birds" / "validation").mkdir()
+    for n in range(20, 23):
+        (home / "birds" / "validation" / f"{n}.png").write_bytes(png(n))
+        (home / "birds" / "validation" / f"{n}.txt").write_text("held")
+    assert main(["add-dataset", "birds"]) == 0
+    assert attributes(home, "birds")["source"]["val_split"] == "validation"
+    assert built(home, "birds") == 9
+
+
+def test_metadata_and_what_will_be_rejected(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = captioned(home / "birds")
+    lines = [{"file_name": f"{n}.png", "description": f"bird {n}"} for n in range(12)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["add-dataset", "birds"]) == 0
+    assert attributes(home, "birds")["source"]["caption_column"] == "description"
+    assert "  2 will be rejected: image_missing\n" in capsys.readouterr().out
+    assert built(home, "birds") == 10
+
+
+def test_tables_and_tars_and_a_llamafactory_directory(home: Path) -> None:
+    (home / "tables").mkdir()
+    table = pa.table({"img": [png(n) for n in range(10)], "Caption": [f"picture {n}" for n in range(10)]})
+    pq.write_table(table, home / "tables" / "a.parquet")
+    (home / "tars").mkdir()
+    with tarfile.open(home / "tars" / "a.tar", "w") as archive:
+        for n in range(10):
+            for suffix, data in (("png", png(n)), ("txt", b"picture")):
+                member = tarfile.TarInfo(f"{n}.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    write_source(home, [(png(n), f"picture {n}") for n in range(10)])
+    run_line(made_spec(8, 2, name="old"), Layout(home))
+    (home / "data").rename(home / "theirs")
+    for name, kind in (("tables", "parquet"), ("tars", "webdataset"), ("theirs", "llamafactory")):
+        assert main(["add-dataset", name]) == 0
+        assert attributes(home, name)["source"]["kind"] == kind
+        assert built(home, name) == 10
+    assert attributes(home, "theirs")["source"] | {"path": ""} == {
+        "kind": "llamafactory", "path": "", "split": "old_train", "val_split": "old_val"
+    }  # fmt: skip
+
+
+def test_a_folder_elsewhere_is_named_by_its_absolute_path(home: Path, tmp_path_factory: Any) -> None:
+    folder = captioned(tmp_path_factory.mktemp("elsewhere") / "birds")
+    assert main(["add-dataset", str(folder)]) == 0
+    assert attributes(home, "birds")["source"]["path"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone"], "There is no folder gone"),
+        (["empty"], "holds no images, no metadata.jsonl"),
+        (["bare"], "none of its 2 samples has a caption or a class. Put a text file beside each image"),
+        (["birds", "--name", "taken"], "exists already. Edit it, or give another name with --name"),
+    ],
+)
+def test_what_cannot_be_added_is_said_and_leaves_nothing(
+    home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (home / "empty").mkdir()
+    (home / "bare").mkdir()
+    for n in range(2):
+        (home / "bare" / f"{n}.png").write_bytes(png(n))
+    captioned(home / "birds")
+    taken = home / "mine" / "defs" / "datasets" / "taken"
+    taken.mkdir(parents=True)
+    (taken / "defs.yaml").write_text("mine")
+    assert main(["add-dataset", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in taken.parent.iterdir()] == ["taken"]
+    assert (taken / "defs.yaml").read_text() == "mine"
+
+
+def test_outside_a_project_it_says_where_to_go(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "pyproject.toml").unlink()
+    captioned(home / "birds")
+    assert main(["add-dataset", "birds"]) == 2
+    assert "names no Dagster project" in capsys.readouterr().err
+
+
+def test_check_data_finds_every_problem_of_every_entry(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_source(home, [(png(n), f"picture {n}") for n in range(10)])
+    run_line(made_spec(8, 2), Layout(home))
+    assert main(["check-data", "data"]) == 0
+    assert capsys.readouterr().out == "made_train: 8 rows, 8 images: fine\nmade_val: 2 rows, 2 images: fine\n"
+    rows = json.loads((home / "data" / "made" / "train.json").read_text())
+    (home / "data" / "broken.png").write_bytes(png(3)[:100])
+    rows[0]["images"] = ["gone.png"]
+    rows[1]["messages"] = rows[1]["messages"][:1]
+    rows[2]["images"] = ["broken.png"]
+    rows[3]["messages"][1]["content"] = "an <end_of_turn> too early"
+    (home / "data" / "mine.json").write_text(json.dumps(rows))
+    info = json.loads((home / "data" / "dataset_info.json").read_text())
+    info["mine"] = {**info["made_train"], "file_name": "mine.json"}
+    info["hub"] = {"hf_hub_url": "a/b"}
+    (home / "data" / "dataset_info.json").write_text(json.dumps(info))
+    assert main(["check-data", "data"]) == 2
+    output = capsys.readouterr().out
+    assert "made_train: 8 rows, 8 images: fine" in output and "mine: 8 rows, 6 images: 4 problems" in output
+    for text in ("there is no image", "the last message is not the assistant's", "image_truncated", "control token"):
+        assert text in output
+    assert "hub: 0 rows, 0 images: 1 problems\n  Entry 'hub' sets `hf_hub_url`" in output
+    assert main(["check-data", "data", "--limit", "1"]) == 2
+    assert "  and 3 more (--limit shows them)" in capsys.readouterr().out
+    assert main(["check-data", "tables"]) == 2
+    assert "There is no tables/dataset_info.json" in capsys.readouterr().err
