@@ -33,6 +33,29 @@ def test_other_entries_are_kept(layout: Layout) -> None:
     assert list(load_entries(layout.data)) == ["mine", "made_train", "made_val"]
 
 
+def test_every_key_of_llamafactory_in_other_entries_is_kept_to_the_byte(layout: Layout) -> None:
+    """Keys of `DatasetAttr` (LLaMA-Factory 0.9.5, src/llamafactory/data/parser.py), and two datasets side by side."""
+    columns = "system tools images videos audios chosen rejected kto_tag prompt query response history messages".split()
+    tags = "role content user assistant observation function system".split()
+    mine = {
+        "full": {
+            "file_name": "mine.parquet", "formatting": "sharegpt", "ranking": True, "subset": "s", "split": "train",
+            "folder": "f", "num_samples": 7,
+            "columns": {name: f"my {name}" for name in columns}, "tags": {f"{name}_tag": name for name in tags},
+        },
+        **{key: {key: "a/b"} for key in ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")},
+    }  # fmt: skip
+    layout.data.mkdir(parents=True)
+    layout.dataset_info.write_text(json.dumps(mine))
+    with_line(layout)
+    run_line(made_spec(name="second"), layout)
+    run_line(made_spec(), layout)
+    info = json.loads(layout.dataset_info.read_text())
+    assert {name: info[name] for name in mine} == mine
+    assert list(info) == [*mine, "made_train", "made_val", "second_train", "second_val"]
+    assert load_entry(layout.data, "full").columns["kto_tag"] == "my kto_tag"
+
+
 def test_an_entry_of_someone_else_is_not_overwritten(layout: Layout) -> None:
     layout.data.mkdir(parents=True)
     layout.dataset_info.write_text('{"made_val": {"file_name": "mine.json"}}')
