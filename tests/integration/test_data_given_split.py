@@ -18,10 +18,10 @@ def test_the_guides_split_warns_trains_and_is_released_only_where_leakage_is_all
     path.write_text(yaml.safe_dump(component))
     output = project.made('key:"emoji/raw"+')
     assert "splits_share_no_image" in output
-    pairs = json.loads((project.layout.data / "emoji" / "manifest.json").read_text())
-    assert pairs["spec"]["split"]["strategy"] == "guide"
+    manifest = json.loads((project.layout.data / "emoji" / "manifest.json").read_text())
+    assert manifest["spec"]["split"]["strategy"] == "guide"
 
-    project.set_defaults(gates={"min_loss_gain_nats": -100.0, "min_accuracy_gain": -1.0, "min_image_gain_nats": -100.0})
+    project.set_defaults(gates={"min_loss_gain_nats": -100.0, "min_answer_gain": -2.0, "min_image_gain_nats": -100.0})
     project.write_recipe("given", max_steps=1, max_samples=8)
     project.made(line_of("given", "eval_metrics"))
     run = project.materialize('key:"given/released_model"')
