@@ -8,7 +8,7 @@ EXTRAS := .venv/.extras-installed
 # Two test processes, each file in one of them; most tests wait for subprocesses
 PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo test collect test-all check dev bench install constraints clean
+.PHONY: demo test collect test-all chromium check dev bench install constraints clean
 
 demo: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the whole line of emoji_sft, raw images to released model
 	@$(BIN)/mllm-assets slots free
@@ -21,10 +21,10 @@ test: $(CORE) ## unit and integration tests
 collect: $(CORE)
 	env -u DAGSTER_HOME $(BIN)/pytest --collect-only -qq > /dev/null
 
-test-all: $(EXTRAS) ## everything, the browser included
+test-all: $(EXTRAS) chromium ## everything, the browser included
 	$(PYTEST) tests -m 'not bench and not gpu'
 
-check: $(CORE) ## style, types, and that every definition and YAML file is sound
+check: $(EXTRAS) ## style, types, and that every definition and YAML file is sound
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -52,8 +52,10 @@ $(CORE): pyproject.toml constraints.txt
 
 $(EXTRAS): $(CORE)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,mlflow,wandb]'
-	@command -v chromium >/dev/null || { echo "installing Debian's chromium for the browser test"; apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 	@touch $@
+
+chromium:
+	@command -v chromium >/dev/null || { echo "installing Debian's chromium for the browser test"; apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 
 # With DAGSTER_HOME set only the dagster.yaml in it counts, and without one the pool limits are gone
 $(DAGSTER_HOME)/dagster.yaml: dagster.yaml
