@@ -1,5 +1,8 @@
 """The command line, before it starts any work."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mllm_assets.cli import _parser, main
@@ -20,3 +23,10 @@ def test_an_unknown_device_in_the_environment_is_refused(
     monkeypatch.setenv("MLLM_ASSETS_DEVICE", "gpu")
     assert main(["train", "r.yaml"]) == 2
     assert "MLLM_ASSETS_DEVICE is 'gpu': expected one of auto, cuda, mps, cpu" in capsys.readouterr().err
+
+
+def test_help_loads_neither_torch_nor_dagster() -> None:
+    """Each command pays for its own imports only: torch and transformers take 15 seconds."""
+    heavy = "torch transformers dagster datasets gradio fastapi".split()
+    code = f"import sys; from mllm_assets.cli import _parser; _parser().format_help(); print([n for n in {heavy} if n in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

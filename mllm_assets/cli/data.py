@@ -1,0 +1,61 @@
+"""What is known of datasets, and new ones: `quality`, `add-dataset`, `check-data`."""
+
+import argparse
+from pathlib import Path
+
+from mllm_assets.cli.options import Verbs, at_least_one
+from mllm_assets.layout import Layout
+
+
+def add_commands(verbs: Verbs) -> None:
+    quality = verbs.add_parser("quality", help="what the quality database says of a dataset's samples")
+    quality.add_argument("view", choices=("worst", "leaks", "duplicates", "captions", "rejects"))
+    quality.add_argument("--dataset", required=True)
+    quality.add_argument("--limit", type=at_least_one, default=20, help="rows to show, 20 by default")
+    quality.add_argument("--json", action="store_true", help="print a JSON list")
+    quality.set_defaults(run=_quality)
+
+    add = verbs.add_parser("add-dataset", help="declare a folder of images, tables or tars as a dataset")
+    add.add_argument("folder", type=Path, metavar="DIR")
+    add.add_argument("--name", help="of the dataset; by default the folder's")
+    add.set_defaults(run=_add_dataset)
+
+    check_data = verbs.add_parser("check-data", help="validate a LLaMA-Factory directory (exit code 2 if it is wrong)")
+    check_data.add_argument("folder", type=Path, metavar="DIR")
+    check_data.add_argument("--limit", type=at_least_one, default=20, help="problems to show of an entry")
+    check_data.set_defaults(run=_check_data)
+
+
+def _quality(arguments: argparse.Namespace) -> int:
+    from mllm_assets.quality.queries import ask, print_rows
+
+    rows = ask(Layout.from_environment(), arguments.view, arguments.dataset, arguments.limit)
+    print_rows(rows, view=arguments.view, dataset=arguments.dataset, as_json=arguments.json)
+    return 0
+
+
+def _add_dataset(arguments: argparse.Namespace) -> int:
+    from mllm_assets.data.scaffold import add_dataset
+
+    made = add_dataset(arguments.folder, Path.cwd(), Layout.from_environment().root, name=arguments.name)
+    print(f"{made.num_samples} samples; wrote {made.path}")
+    for reason, count in made.defects.items():
+        print(f"  {count} will be rejected: {reason}")
+    print("Read it (prompts, answer, split), then: dg check yaml")
+    print(f"dagster asset materialize -m {made.definitions} --select '+key:\"{made.name}/dataset_info\"'")
+    return 0
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    from mllm_assets.data.check_directory import check_directory
+
+    wrong = False
+    for report in check_directory(arguments.folder):
+        wrong |= bool(report.problems)
+        state = f"{len(report.problems)} problems" if report.problems else "fine"
+        print(f"{report.name}: {report.num_rows} rows, {report.num_images} images: {state}")
+        for problem in report.problems[: arguments.limit]:
+            print(f"  {problem}")
+        if len(report.problems) > arguments.limit:
+            print(f"  and {len(report.problems) - arguments.limit} more (--limit shows them)")
+    return 2 if wrong else 0

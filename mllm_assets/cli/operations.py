@@ -1,0 +1,44 @@
+"""The state of a deployment: `slots`, `check-graph`."""
+
+import argparse
+import os
+import sys
+
+from mllm_assets.cli.options import Verbs
+from mllm_assets.errors import MachineError
+
+
+def add_commands(verbs: Verbs) -> None:
+    slots = verbs.add_parser("slots", help="pool slots that killed runs still hold")
+    slots.add_argument("action", choices=("free",))
+    slots.set_defaults(run=_free_slots)
+
+    check = verbs.add_parser("check-graph", help="name every recipe and dataset that cannot be built (exit code 2)")
+    check.set_defaults(run=_check_graph)
+
+
+def _free_slots(arguments: argparse.Namespace) -> int:
+    if not os.environ.get("DAGSTER_HOME"):
+        raise MachineError(
+            "DAGSTER_HOME is not set, so no run outlives its command. Set it as `make dev` does: "
+            "export DAGSTER_HOME=$PWD/.dagster_home"
+        )
+    from dagster import DagsterInstance
+
+    from mllm_assets.components.slots import end_dead_runs
+
+    with DagsterInstance.get() as instance:
+        dead = end_dead_runs(instance)
+    for run_id in dead:
+        print(f"run {run_id}: its process is gone; ended, and its slots are free")
+    return 0
+
+
+def _check_graph(arguments: argparse.Namespace) -> int:
+    from mllm_assets.components.reporting import unreadable_assets
+    from mllm_assets.definitions import defs
+
+    unreadable = unreadable_assets(defs())
+    for key, message in unreadable.items():
+        print(f"{key}: {message}", file=sys.stderr)
+    return 2 if unreadable else 0
