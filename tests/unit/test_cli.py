@@ -28,5 +28,6 @@ def test_an_unknown_device_in_the_environment_is_refused(
 def test_help_loads_neither_torch_nor_dagster() -> None:
     """Each command pays for its own imports only: torch and transformers take 15 seconds."""
     heavy = "torch transformers dagster datasets gradio fastapi".split()
-    code = f"import sys; from mllm_assets.cli import _parser; _parser().format_help(); print([n for n in {heavy} if n in sys.modules])"
+    code = "import sys; from mllm_assets.cli import _parser; _parser().format_help(); "
+    code += f"print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
