@@ -43,3 +43,8 @@ def library_versions() -> dict[str, str]:
 def materialize_command(key: dg.AssetKey) -> str:
     """The command that makes an asset and all it needs. Without `key:` the `+` would go up one layer only."""
     return f"dagster asset materialize -m mllm_assets.definitions --select '+key:\"{key.to_user_string()}\"'"
+
+
+def run_columns(context: dg.AssetExecutionContext, recipe: str, weights_digest: str) -> dict[str, str]:
+    """What names a run in the tables of predictions and metrics."""
+    return {"run_id": context.run.run_id, "recipe": recipe, "checkpoint_digest": weights_digest}

@@ -1,0 +1,103 @@
+"""`<recipe>/predictions`."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from mllm_assets import __version__
+from mllm_assets.artifacts import digest_json, is_complete, read_manifest
+from mllm_assets.components.lineage import run_columns, upstream
+from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
+from mllm_assets.components.training_assets import model_directory
+from mllm_assets.components.wiring import Node
+from mllm_assets.data.sharegpt import entry_digest
+from mllm_assets.evaluation.table import read_predictions, store_table
+from mllm_assets.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSettings:
+    """How predictions are made; see `components.fine_tuning.Evaluation`."""
+
+    max_new_tokens: int
+    batch_size: int
+    max_samples: int | None
+
+
+def predictions_asset(node: Node, settings: EvaluationSettings) -> dg.AssetsDefinition:
+    """What the base and the tuned model say for each validation sample."""
+
+    @dg.asset(
+        key=node.key("predictions"),
+        group_name="evaluate",
+        kinds={"duckdb"},
+        deps=[node.key("checkpoint"), node.model, *sorted(set(node.eval_data.values()))],
+        pool="gpu",
+        code_version=digest_json(asdict(settings))[:16],
+        description="Answers and losses of the base and the tuned model, by sample, in DuckDB, with a gallery.",
+    )
+    def predictions(
+        context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
+    ) -> dg.MaterializeResult:
+        layout = project.layout
+        with failures_for_people():
+            request = _evaluation_request(context, node, settings, layout)
+        directory = Path(request["directory"])
+        if is_complete(directory):
+            context.log.info(f"{layout.relative(directory)} holds these predictions already.")
+            result = read_manifest(directory)
+        else:
+            result = gpu.run(context, request)
+        with failures_for_people():
+            rows = store_table(
+                read_predictions(directory), **run_columns(context, node.name, request["weights_digest"])
+            )
+            project.quality_store.write({"predictions": rows})
+        return project.recorded(
+            context,
+            dg.MaterializeResult(
+                data_version=dg.DataVersion(result["digest"]),
+                metadata={
+                    "num_samples": sum(result["entries"].values()),
+                    "num_predictions": result["num_predictions"],
+                    "weights_digest": request["weights_digest"],
+                    "gallery": dg.MetadataValue.md((directory / "gallery.md").read_text(encoding="utf-8")),
+                    "gallery_path": layout.relative(directory / "gallery.html"),
+                    "wall_s": result["wall_s"],
+                    "path": layout.relative(directory),
+                },
+            ),
+        )
+
+    return predictions
+
+
+def _evaluation_request(
+    context: dg.AssetExecutionContext, node: Node, settings: EvaluationSettings, layout: Layout
+) -> dict[str, Any]:
+    """What to ask of the worker; the directory is named by all that the answers depend on."""
+    spec = node.recipe.spec
+    data_dir = layout.root / spec.dataset_dir
+    tuned = upstream(context, node.key("checkpoint"))
+    names = ("cutoff_len", "image_max_pixels", "template", "enable_thinking")
+    how = {**{name: getattr(spec, name) for name in names}, **asdict(settings)}
+    identity = {
+        "engine_version": __version__,
+        "tuned": tuned["data_version"],
+        "base": upstream(context, node.model)["data_version"],
+        "data": {entry: entry_digest(data_dir, entry) for entry in spec.eval_entries},
+        **how,
+    }
+    return {
+        "task": "evaluate",
+        "recipe_name": node.name,
+        "weights_digest": tuned["data_version"],
+        "model_dir": str(layout.root / tuned["model_path"]),
+        "base_model_dir": str(model_directory(context, node, layout)),
+        "data_dir": str(data_dir),
+        "entries": list(spec.eval_entries),
+        "directory": str(layout.predictions(node.name, digest_json(identity)[:16])),
+        **how,
+    }

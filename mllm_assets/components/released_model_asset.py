@@ -1,0 +1,149 @@
+"""`<recipe>/released_model`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from mllm_assets.artifacts import read_manifest
+from mllm_assets.components.lineage import library_versions, materialize_command, upstream, upstream_path
+from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
+from mllm_assets.components.wiring import Node
+from mllm_assets.data.leaks import release_leaks
+from mllm_assets.errors import GateError
+from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.evaluation.metrics import read_metrics
+from mllm_assets.evaluation.model_card import DatasetLineage, Lineage
+from mllm_assets.evaluation.release import publish
+from mllm_assets.evaluation.table import read_predictions
+
+
+def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = False) -> dg.AssetsDefinition:
+    """The model that passed its gates, which are judged here once more, and whose data is looked at once more.
+
+    Args:
+        node: The recipe in the graph.
+        gates: Must hold.
+        allow_leakage: Release, and say so in the card, where it may have been trained on what it is evaluated on.
+    """
+
+    @dg.asset(
+        key=node.key("released_model"),
+        group_name="release",
+        kinds={"pytorch"},
+        deps=[node.key("eval_metrics"), node.key("checkpoint")],
+        pool="gpu",
+        description="A plain Hugging Face directory with a model card; a release never changes.",
+    )
+    def released_model(
+        context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
+    ) -> dg.MaterializeResult:
+        layout = project.layout
+        with failures_for_people():
+            run_dir = upstream_path(context, node.key("checkpoint"), layout)
+            metrics_dir = upstream_path(context, node.key("eval_metrics"), layout)
+            inputs = read_manifest(metrics_dir)["inputs"]
+
+            def verify(directory: Path) -> Mapping[str, Any]:
+                model = run_dir / "model"
+                return gpu.run(context, {"task": "release", "directory": str(directory), "checkpoint_dir": str(model)})
+
+            leaks = _leaks(context, node, project, read_manifest(run_dir), allow_leakage=allow_leakage)
+            lineage: Lineage = {**_lineage(context, node, read_manifest(run_dir)), "leaks": leaks}
+            release = publish(
+                node.name,
+                run_dir,
+                read_metrics(metrics_dir),
+                read_predictions(layout.root / inputs["predictions_path"]),
+                gates,
+                lineage,
+                layout,
+                scored_weights=inputs["weights_digest"],
+                verify=verify,
+            )
+        return project.recorded(
+            context,
+            dg.MaterializeResult(
+                data_version=dg.DataVersion(release.digest),
+                metadata={
+                    "version": release.version,
+                    "leaks": leaks,
+                    "model_card": dg.MetadataValue.md((release.directory / "README.md").read_text(encoding="utf-8")),
+                    "path": layout.relative(release.directory),
+                },
+            ),
+        )
+
+    return released_model
+
+
+def _leaks(
+    context: dg.AssetExecutionContext,
+    node: Node,
+    project: ProjectResource,
+    run: Mapping[str, Any],
+    *,
+    allow_leakage: bool,
+) -> list[str]:
+    """What leaked from the evaluation into the training, looked for in the files on disk; empty is well.
+
+    Raises:
+        GateError: Something did, and is not allowed.
+    """
+    spec = node.recipe.spec
+    found = release_leaks(
+        project.layout.root / spec.dataset_dir,
+        spec.train_entries,
+        spec.eval_entries,
+        run["data_digests"],
+        store=project.quality_store,
+    )
+    if found and not allow_leakage:
+        raise GateError(
+            f"{node.name} is not released: {' '.join(found)} Mend the data, or set `allow_leakage: true` in the "
+            "recipe's settings; the model card will then say so."
+        )
+    for text in found:
+        context.log.warning(text)
+    return found
+
+
+def _lineage(context: dg.AssetExecutionContext, node: Node, run: Mapping[str, Any]) -> Lineage:
+    """What the model was made from, for its card."""
+    spec, base = node.recipe.spec, upstream(context, node.model)
+    uses = {"train": node.train_data, "evaluate": node.eval_data}
+    return {
+        "base_model": {
+            "name": spec.model_name_or_path,
+            "fingerprint": base["data_version"] or "",
+            "hub_id": base.get("hub_id") or None,
+            "revision": base.get("revision") or None,
+            "license": base.get("license") or None,
+        },
+        "datasets": [
+            _dataset_lineage(context, entry, use, key, run["data_digests"].get(entry, ""))
+            for use, data in uses.items()
+            for entry, key in data.items()
+        ],
+        "recipe": dict(node.recipe.values),
+        "versions": library_versions(),
+        "command": materialize_command(node.key("released_model")),
+    }
+
+
+def _dataset_lineage(
+    context: dg.AssetExecutionContext, entry: str, use: str, dataset_info: dg.AssetKey, digest: str
+) -> DatasetLineage:
+    """What trained or judged the model, and where it came from; entries written by hand say no more than their name."""
+    raw = dg.AssetKey([dataset_info.path[0], "raw"])
+    known = context.instance.get_latest_materialization_event(raw) is not None
+    facts = upstream(context, raw) if known else {}
+    return {
+        "entry": entry,
+        "use": use,
+        "digest": digest,
+        "hub_id": facts.get("hub_id") or None,
+        "revision": facts.get("revision") or None,
+        "license": facts.get("license") or None,
+    }
