@@ -4,135 +4,139 @@ Every duplicate group has a place in 0..1, the hash of the seed and of its small
 filled from the low end, training from the high end, so a new group can push an old one out of use but, as long as
 there are samples to spare, never across. Where a set is used up to the last sample, or a new image joins two old
 groups, `history` decides: a sample that trained or validated before keeps its side.
+
+Samples are places in arrays: S samples in the order of the source, rejected ones too, G groups.
 """
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mllm_assets.data.spec import SplitSpec
 from mllm_assets.errors import DataError
-from mllm_assets.quality.duplicates import Pair, group_keys, group_samples
+from mllm_assets.quality.groups import SampleGroups
 
 TRAIN = "train"
 VAL = "val"
 UNUSED = "unused"
 REJECTED = "rejected"
+# what `Assignments.splits_S` and `reasons_S` number
+SPLITS = (TRAIN, VAL, UNUSED, REJECTED)
+UNUSED_REASONS = ("over_quota", "sample_duplicate", "image_bridges_splits")
+NONE = -1
+
+# The groups of some samples, by nothing but these
+Regroup = Callable[[NDArray[np.bool_]], SampleGroups]
 
 
-# Near-duplicate pairs that connect the looks it is asked for, by nothing but these looks
-Near = Callable[[Collection[str]], Iterable[Pair]]
+@dataclass(frozen=True, slots=True)
+class Assignments:
+    """Where each sample goes.
 
+    Attributes:
+        splits_S: A number in `SPLITS`.
+        reasons_S: A number in `UNUSED_REASONS` of an unused sample, otherwise -1.
+        positions_S: The place in its split, from 0; -1 of a sample in none.
+        groups: The duplicate group of each accepted sample.
+    """
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """An accepted sample: the digests of its images and what they look like."""
+    splits_S: NDArray[np.int8]
+    reasons_S: NDArray[np.int8]
+    positions_S: NDArray[np.int64]
+    groups: SampleGroups
 
-    sample_id: str
-    image_ids: tuple[str, ...]
-    looks: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Assignment:
-    """Where a sample goes. `position` orders a split; `reason` says why a sample is unused."""
-
-    sample_id: str
-    split: str
-    group: str
-    reason: str | None = None
-    position: int | None = None
+    def of(self, split: str) -> NDArray[np.bool_]:
+        """Which samples are in a split."""
+        return self.splits_S == SPLITS.index(split)
 
 
 def assign(
-    candidates: Sequence[Candidate], near: Near, spec: SplitSpec, history: Mapping[str, str]
-) -> list[Assignment]:
-    """Assign every candidate to train, val or unused.
+    sample_ids_S: NDArray[np.bytes_],
+    accepted_S: NDArray[np.bool_],
+    regroup: Regroup,
+    spec: SplitSpec,
+    history_S: NDArray[np.int8],
+) -> Assignments:
+    """Assign every accepted sample to train, val or unused.
 
     Args:
-        candidates: All accepted samples of the dataset.
-        near: Finds what looks alike among some looks.
+        sample_ids_S: Ids, ASCII.
+        accepted_S: Whether each sample can be used.
+        regroup: Finds the groups among some samples.
         spec: Sizes asked for and the seed.
-        history: The side of samples that trained or validated under the same `spec` before.
+        history_S: The side of samples that trained or validated under the same `spec` before, 0 or 1, otherwise -1.
 
     Returns:
-        One assignment a candidate, no group on both sides. Fewer candidates than asked for shrink both sizes in
-        proportion, the training size rounded down.
+        No group on both sides. Fewer samples than asked for shrink both sizes in proportion, the training size
+        rounded down.
 
     Raises:
         DataError: Fewer than two usable samples.
     """
-    unused: dict[str, str] = {}
-    remaining = {c.sample_id: c for c in candidates}
-    for sample_id in list(remaining):
-        if "-" in sample_id:  # a repeat of the same images and texts, see `sources.sample_content_id`
-            unused[sample_id] = "sample_duplicate"
-            del remaining[sample_id]
-    groups = all_groups = _grouped({c.sample_id: c for c in candidates}, near)
-    if bridging := _bridging(remaining, groups, near, history):
-        unused |= dict.fromkeys(bridging, "image_bridges_splits")
-        remaining = {key: c for key, c in remaining.items() if key not in bridging}
-        groups = _grouped(remaining, near)
-    groups = {key: groups[key] for key in remaining}
-    num_train, num_val = _sizes(len(remaining), spec)
+    # a repeat of the same images and texts, see `sources.sample_content_id`
+    repeats = accepted_S & (np.char.find(sample_ids_S, b"-") >= 0)
+    remaining = accepted_S & ~repeats
+    groups = all_groups = regroup(accepted_S)
+    bridging = _bridging(remaining, groups, regroup, history_S)
+    if bridging.any():
+        remaining &= ~bridging
+        groups = regroup(remaining)
+    num_train, num_val = _sizes(int(remaining.sum()), spec)
 
-    members: dict[str, list[str]] = defaultdict(list)
-    for sample_id, group in groups.items():
-        members[group].append(sample_id)
-    places = {group: _hash(spec.seed, "group", group) for group in members}
-    pins = {group: side for sample_id, group in groups.items() if (side := history.get(sample_id))}
-    by_place = sorted(members, key=lambda group: places[group])
-    val = _fill([g for g in by_place if pins.get(g) == VAL], [g for g in by_place if g not in pins], members, num_val)
-    free = [g for g in reversed(by_place) if g not in pins and not val.keys() & set(members[g])]
-    train = _fill([g for g in reversed(by_place) if pins.get(g) == TRAIN], free, members, num_train)
+    members = _Members(groups.groups_S, remaining, sample_ids_S)
+    by_place = members.groups[np.argsort(_hashes(spec.seed, "group", groups.keys_G[members.groups]))]
+    pins_G = np.full(len(groups.keys_G), NONE, np.int8)
+    pinned = remaining & (history_S != NONE)
+    pins_G[groups.groups_S[pinned]] = history_S[pinned]
+    train_pin, val_pin = SPLITS.index(TRAIN), SPLITS.index(VAL)
+    pins = pins_G[by_place]
+    val = members.fill(np.concatenate([by_place[pins == val_pin], by_place[pins == NONE]]), num_val)
+    pins_G[groups.groups_S[val]] = val_pin
+    by_place, pins = by_place[::-1], pins_G[by_place[::-1]]
+    train = members.fill(np.concatenate([by_place[pins == train_pin], by_place[pins == NONE]]), num_train)
 
-    positions: dict[str, int] = {}
-    for side in (train, val):
-        ordered = sorted(side, key=lambda sample_id: _hash(spec.seed, "order", sample_id))
-        positions |= {sample_id: index for index, sample_id in enumerate(ordered)}
-    return [
-        Assignment(
-            sample_id=c.sample_id,
-            split=TRAIN if c.sample_id in train else VAL if c.sample_id in val else UNUSED,
-            group=all_groups[c.sample_id],
-            reason=None if c.sample_id in positions else unused.get(c.sample_id, "over_quota"),
-            position=positions.get(c.sample_id),
-        )
-        for c in candidates
-    ]
+    splits = np.where(accepted_S, SPLITS.index(UNUSED), SPLITS.index(REJECTED)).astype(np.int8)
+    reasons = np.where(accepted_S, UNUSED_REASONS.index("over_quota"), NONE).astype(np.int8)
+    reasons[repeats] = UNUSED_REASONS.index("sample_duplicate")
+    reasons[bridging] = UNUSED_REASONS.index("image_bridges_splits")
+    positions = np.full(len(sample_ids_S), NONE, np.int64)
+    for number, side in ((train_pin, train), (val_pin, val)):
+        splits[side], reasons[side] = number, NONE
+        positions[side[np.argsort(_hashes(spec.seed, "order", sample_ids_S[side]))]] = np.arange(len(side))
+    return Assignments(splits, reasons, positions, all_groups)
 
 
-def _hash(seed: int, purpose: str, key: str) -> str:
-    return hashlib.sha256(f"{seed} {purpose} {key}".encode()).hexdigest()
-
-
-def _grouped(candidates: Mapping[str, Candidate], near: Near) -> dict[str, str]:
-    pairs = near({look for c in candidates.values() for look in c.looks})
-    groups = group_samples({key: c.looks for key, c in candidates.items()}, pairs)
-    return group_keys(groups, {key: c.image_ids for key, c in candidates.items()})
+def _hashes(seed: int, purpose: str, keys: Iterable[bytes]) -> NDArray[np.bytes_]:
+    """What to sort by: as good as random, the same for a key whatever others there are."""
+    digests = [hashlib.sha256(f"{seed} {purpose} ".encode() + key).digest() for key in keys]
+    return np.array(digests, "S32")
 
 
 def _bridging(
-    candidates: Mapping[str, Candidate], groups: Mapping[str, str], near: Near, history: Mapping[str, str]
-) -> set[str]:
+    remaining_S: NDArray[np.bool_], groups: SampleGroups, regroup: Regroup, history_S: NDArray[np.int8]
+) -> NDArray[np.bool_]:
     """Samples to leave out so that no group holds old samples of both sides: new ones first, then old val ones."""
-    torn = _torn_groups({key: groups[key] for key in candidates}, history)
-    if not torn:
-        return set()
-    affected = [key for key in candidates if groups[key] in torn]
-    left_out = {key for key in affected if key not in history}
-    regrouped = _grouped({key: candidates[key] for key in affected if key in history}, near)
-    still_torn = _torn_groups(regrouped, history)
-    return left_out | {key for key, group in regrouped.items() if group in still_torn and history[key] == VAL}
+    affected = remaining_S & _in_torn_group(remaining_S, groups, history_S)
+    if not affected.any():
+        return affected
+    old = affected & (history_S != NONE)
+    still_torn = old & _in_torn_group(old, regroup(old), history_S)
+    return (affected & ~old) | (still_torn & (history_S == SPLITS.index(VAL)))
 
 
-def _torn_groups(groups: Mapping[str, str], history: Mapping[str, str]) -> set[str]:
-    sides: dict[str, set[str]] = defaultdict(set)
-    for sample_id, group in groups.items():
-        if sample_id in history:
-            sides[group].add(history[sample_id])
-    return {group for group, found in sides.items() if len(found) > 1}
+def _in_torn_group(some_S: NDArray[np.bool_], groups: SampleGroups, history_S: NDArray[np.int8]) -> NDArray[np.bool_]:
+    """Samples whose group holds some of both sides."""
+    torn = np.ones(len(groups.keys_G), bool)
+    for side in (TRAIN, VAL):
+        found = np.zeros(len(torn), bool)
+        found[groups.groups_S[some_S & (history_S == SPLITS.index(side))]] = True
+        torn &= found
+    inside = np.zeros(len(some_S), bool)
+    inside[some_S] = torn[groups.groups_S[some_S]]
+    return inside
 
 
 def _sizes(num_available: int, spec: SplitSpec) -> tuple[int, int]:
@@ -148,19 +152,40 @@ def _sizes(num_available: int, spec: SplitSpec) -> tuple[int, int]:
     return num_train, num_available - num_train
 
 
-def _fill(
-    pinned: Sequence[str], free: Sequence[str], members: Mapping[str, Sequence[str]], size: int
-) -> dict[str, None]:
-    """Take whole groups while they fit, then a part of the first that did not; a part leaves the rest unused."""
-    taken: dict[str, None] = {}
-    too_large: list[str] = []
-    for group in (*pinned, *free):
-        if len(taken) + len(members[group]) <= size:
-            taken |= dict.fromkeys(members[group])
-        else:
-            too_large.append(group)
-        if len(taken) == size:
-            return taken
-    for group in too_large:
-        taken |= dict.fromkeys(sorted(members[group])[: size - len(taken)])
-    return taken
+class _Members:
+    """The samples of each group, of those that remain."""
+
+    def __init__(
+        self, groups_S: NDArray[np.int64], remaining_S: NDArray[np.bool_], sample_ids_S: NDArray[np.bytes_]
+    ) -> None:
+        samples = np.flatnonzero(remaining_S)
+        self._samples = samples[np.argsort(groups_S[samples], kind="stable")]
+        self.groups, starts = np.unique(groups_S[self._samples], return_index=True)
+        num_groups = int(self.groups.max(initial=-1)) + 1
+        self._starts, self._counts = np.zeros(num_groups, np.int64), np.zeros(num_groups, np.int64)
+        self._starts[self.groups] = starts
+        self._counts[self.groups] = np.diff(np.append(starts, len(samples)))
+        self._sample_ids = sample_ids_S
+
+    def fill(self, groups: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Take whole groups while they fit, then a part of the first that did not; a part leaves the rest unused."""
+        taken = np.zeros(len(self._sample_ids), bool)
+        too_large: list[int] = []
+        left = size
+        for group, num_members in zip(groups.tolist(), self._counts[groups].tolist(), strict=True):
+            if num_members <= left:
+                taken[self._of(group)] = True
+                left -= num_members
+            else:
+                too_large.append(group)
+            if not left:
+                break
+        for group in too_large:
+            members = self._of(group)
+            part = members[np.argsort(self._sample_ids[members], kind="stable")][:left]
+            taken[part] = True
+            left -= len(part)
+        return np.flatnonzero(taken)
+
+    def _of(self, group: int) -> NDArray[np.int64]:
+        return self._samples[self._starts[group] : self._starts[group] + self._counts[group]]

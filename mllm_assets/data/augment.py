@@ -4,12 +4,13 @@ import hashlib
 import io
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 from mllm_assets.data.assign import TRAIN
@@ -62,11 +63,10 @@ def augmented(data: bytes, operation: str, seed: str) -> bytes:
 class Forbidden:
     """Images that no augmented copy may look like: a mirrored training image can be a validation image."""
 
-    def __init__(self, images: Iterable[Mapping[str, Any]], limits: QualitySpec) -> None:
-        rows = list(images)
+    def __init__(self, phash_N: NDArray[np.uint64], colors_NC: NDArray[np.uint8], limits: QualitySpec) -> None:
         self._limits = limits
-        self._hashes = np.array([row["phash_64"] for row in rows], np.uint64)
-        self._colors = np.array([list(bytes.fromhex(row["color_48"])) for row in rows], np.int16).reshape(len(rows), -1)
+        self._hashes = phash_N
+        self._colors = colors_NC.astype(np.int16)
 
     def matches(self, data: bytes) -> bool:
         image = measure_image(data, OWN_FILES)
@@ -90,34 +90,35 @@ def _crop(image: Image.Image, numbers: random.Random) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
-    """One changed copy of a training sample; without a row it was left out because it looks like validation."""
+    """One changed copy of a training sample; without a row it was left out because it looks like validation.
 
+    `number` orders the copies: by the sample's position, then by the operation.
+    """
+
+    number: int
     sample_id: str
-    source_id: str
     operation: str
     row: dict[str, Any] | None
 
 
-def augmented_rows(
-    spec: DatasetSpec, images: ImageWriter, raw: Path, train: Mapping[str, int], forbidden: Forbidden
-) -> list[Copy]:
-    """A copy of each training sample per operation of `spec.augment`, by the sample's position.
+def augmented_copies(
+    spec: DatasetSpec, images: ImageWriter, raw: Path, positions_S: NDArray[np.int64], forbidden: Forbidden
+) -> Iterator[Copy]:
+    """A copy of each training sample per operation of `spec.augment`, in the order of the source.
 
     Args:
         spec: Names the operations and the seed.
         images: Publishes the copies' images.
         raw: The ingested source.
-        train: Sample id -> position in the training split.
+        positions_S: Each sample's position in the training split, negative where it is not in it.
         forbidden: The validation images.
     """
-    copies: dict[tuple[int, int], Copy] = {}
-    for sample in read_raw(raw):
-        position = train.get(sample["sample_id"])
-        if position is None:
-            continue
-        for order, (operation, name) in enumerate(operation_names(spec.augment)):
-            copies[position, order] = _copy(spec, images, sample, position, operation, name, forbidden)
-    return [copies[key] for key in sorted(copies)]
+    names = operation_names(spec.augment)
+    for sample, position in zip(read_raw(raw), positions_S.tolist(), strict=True):
+        if position >= 0:
+            for order, (operation, name) in enumerate(names):
+                number = position * len(names) + order
+                yield _copy(spec, images, sample, position, number, operation, name, forbidden)
 
 
 def _copy(
@@ -125,6 +126,7 @@ def _copy(
     images: ImageWriter,
     sample: Mapping[str, Any],
     position: int,
+    number: int,
     operation: str,
     name: str,
     forbidden: Forbidden,
@@ -140,4 +142,4 @@ def _copy(
         ]
         lineage = {"id": sample_id, "source_id": sample["sample_id"], "augmentation": name}
         row = {**build_row(spec, sample, position, paths), **lineage}
-    return Copy(sample_id=sample_id, source_id=sample["sample_id"], operation=name, row=row)
+    return Copy(number=number, sample_id=sample_id, operation=name, row=row)

@@ -3,53 +3,57 @@
 Duplicates may then lie on both sides; `splits_share_no_image` lists them, and a release has to allow it.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
+import pyarrow as pa
 
-from mllm_assets.data.assign import TRAIN, UNUSED, VAL, Assignment
+from mllm_assets.data.assign import NONE, REJECTED, SPLITS, TRAIN, UNUSED, UNUSED_REASONS, VAL, Assignments
 from mllm_assets.data.spec import DatasetSpec, SplitSpec
 from mllm_assets.errors import DataError
+from mllm_assets.quality.groups import SampleGroups
 
 
-def assign_as_given(spec: DatasetSpec, verdicts: Sequence[Mapping[str, Any]], num_source_rows: int) -> list[Assignment]:
+def assign_as_given(spec: DatasetSpec, samples: pa.Table, num_source_rows: int) -> Assignments:
     """Assign every accepted sample where the guide's shuffle, or the source itself, puts it.
 
     Args:
         spec: A spec whose `split_is_given` holds.
-        verdicts: All ingested rows in the source's order, rejected ones too: they keep their places in the shuffle.
+        samples: An assessment's rows in the source's order, rejected ones too: they keep their places.
         num_source_rows: What the guide's shuffle is over; `row_index` is a row's place among them.
 
     Raises:
         DataError: A side would be empty.
     """
-    given = spec.source.val_split is not None
-    places = _places_by_source(verdicts) if given else guide_places(num_source_rows, spec.split)
-    assignments = []
-    for verdict in verdicts:
-        if verdict["reject_reason"] is not None:
-            continue
-        side, position = places.get(verdict["row_index"], (UNUSED, None))
-        reason = "over_quota" if position is None else None
-        assignments.append(
-            Assignment(
-                sample_id=verdict["sample_id"],
-                split=side,
-                group=verdict["duplicate_group"],
-                reason=reason,
-                position=position,
-            )
-        )
-    found = Counter(assignment.split for assignment in assignments)
+    accepted = samples["reject_reason"].is_null().to_numpy()
+    splits = np.full(len(accepted), SPLITS.index(UNUSED), np.int8)
+    positions = np.full(len(accepted), NONE, np.int64)
+    if spec.source.val_split is not None:
+        sides = samples["source_split"].to_numpy()
+        for side in (TRAIN, VAL):
+            here = sides == side
+            splits[here], positions[here] = SPLITS.index(side), np.arange(here.sum())
+    else:
+        places = guide_places(num_source_rows, spec.split)
+        for number, row_index in enumerate(samples["row_index"].to_numpy().tolist()):
+            if row_index in places:
+                side, positions[number] = places[row_index]
+                splits[number] = SPLITS.index(side)
+    splits[~accepted], positions[~accepted] = SPLITS.index(REJECTED), NONE
+    reasons = np.where(splits == SPLITS.index(UNUSED), UNUSED_REASONS.index("over_quota"), NONE).astype(np.int8)
     for side in (TRAIN, VAL):
-        if not found[side]:
+        if not (splits == SPLITS.index(side)).any():
             raise DataError(
                 f"Dataset {spec.name!r}: no usable sample is left for {side}, expected at least 1. See the reject "
                 "reasons of sample_quality, and loosen its limits or correct the source."
             )
-    return assignments
+    return Assignments(splits, reasons, positions, _groups(samples))
+
+
+def _groups(samples: pa.Table) -> SampleGroups:
+    """The groups as the assessment names them."""
+    named = samples["duplicate_group"].combine_chunks().dictionary_encode()
+    groups = named.indices.fill_null(NONE).to_numpy().astype(np.int64)
+    keys = np.array(named.dictionary.to_pylist(), "S16")
+    return SampleGroups(groups, keys, np.bincount(groups[groups != NONE], minlength=len(keys)))
 
 
 def guide_places(num_rows: int, spec: SplitSpec) -> dict[int, tuple[str, int]]:
@@ -65,13 +69,3 @@ def guide_places(num_rows: int, spec: SplitSpec) -> dict[int, tuple[str, int]]:
     order = np.random.default_rng(spec.seed).permutation(num_rows)
     train = {int(row): (TRAIN, place) for place, row in enumerate(order[:num_train])}
     return train | {int(row): (VAL, place) for place, row in enumerate(order[num_train : num_train + num_val])}
-
-
-def _places_by_source(verdicts: Sequence[Mapping[str, Any]]) -> dict[int, tuple[str, int]]:
-    taken: Counter[str] = Counter()
-    places = {}
-    for verdict in verdicts:
-        side = verdict["source_split"]
-        places[verdict["row_index"]] = (side, taken[side])
-        taken[side] += 1
-    return places

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from mllm_assets.data.conversation import SYSTEM, read_conversation, with_placeholders
 from mllm_assets.data.images import published_bytes, sha256
 from mllm_assets.data.spec import DatasetSpec
@@ -14,17 +16,20 @@ from mllm_assets.layout import Layout
 from mllm_assets.quality.verdicts import render_answer
 
 _NAMED_IMAGES = "named_images.txt"
+_WRITTEN = pa.schema([("name", pa.string()), ("image_id", pa.string())])
+MAX_REMEMBERED = 8192
 
 
 class ImageWriter:
-    """Writes images below `data/images/`; `digests` says what each path holds.
+    """Writes images below `data/images/`; `written` says what each path holds.
 
     Named by content an image is on the disk once, whatever names it. With `output.image_prefix` the names are the
     original guide's, `naruto_train_000000.png`; they belong to one dataset, and nobody else's file is replaced.
     """
 
     def __init__(self, spec: DatasetSpec, layout: Layout) -> None:
-        self.digests: dict[str, str] = {}
+        self._rows: list[tuple[str, str]] = []
+        self._written = _WRITTEN.empty_table()
         self._prefix = spec.output.image_prefix
         self._data = layout.data
         self._names: dict[str, str] = {}
@@ -52,10 +57,30 @@ class ImageWriter:
         name = f"images/{stem}.{extension}"
         if self._prefix is not None:
             self._claim(name, image_id)
-        self._names[source_id] = name
-        self.digests[name] = image_id
         _write_image(self._data / name, content, image_id)
+        if len(self._names) == MAX_REMEMBERED:
+            self._names.clear()  # an image that comes again later is compared with its file
+        self._names[source_id] = name
+        self._rows.append((name, image_id))
+        if len(self._rows) == MAX_REMEMBERED:
+            self._keep_rows()
         return name
+
+    def written(self) -> dict[str, str]:
+        """Path relative to `data/` -> digest of what was written there, by path."""
+        self._keep_rows()
+        table = self._written.sort_by("name")
+        return {
+            name: image_id
+            for batch in table.to_batches(max_chunksize=MAX_REMEMBERED)
+            for name, image_id in zip(batch["name"].to_pylist(), batch["image_id"].to_pylist(), strict=True)
+        }
+
+    def _keep_rows(self) -> None:
+        """As columns they take a quarter of the memory."""
+        columns = [list(column) for column in zip(*self._rows, strict=True)] or [[], []]
+        self._written = pa.concat_tables([self._written, pa.table(columns, schema=_WRITTEN)])
+        self._rows.clear()
 
     def _claim(self, name: str, image_id: str) -> None:
         path = self._data / name

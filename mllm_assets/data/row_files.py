@@ -1,8 +1,9 @@
 """Files of ShareGPT rows: JSON (one list), JSON lines and Parquet, as LLaMA-Factory reads them."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mllm_assets.data.json_text import decode, read_text, text_lines
 from mllm_assets.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+PARQUET_GROUP_ROWS = 8192  # so many rows are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +61,45 @@ def read_rows(path: Path) -> list[Any]:
     return rows
 
 
-def rows_as_bytes(rows: Sequence[dict[str, Any]], format: str) -> bytes:
-    """Rows as the content of a file: the same rows give the same bytes."""
-    if format == "json":
-        return (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
-    if format == "jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(_with_all_keys(rows)), sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue().to_pybytes()
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], format: str) -> None:
+    """Write rows one by one: the same rows give the same bytes.
+
+    Args:
+        path: The new file.
+        rows: Can be iterated over more than once.
+        format: "json" (one list), "jsonl" or "parquet".
+    """
+    if format == "parquet":
+        _write_parquet(path, rows)
+        return
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        if format == "jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            return
+        # what json.dumps makes of the whole list, without the list
+        between = "[\n  "
+        for row in rows:
+            file.write(between + json.dumps(row, indent=2, ensure_ascii=False).replace("\n", "\n  "))
+            between = ",\n  "
+        file.write("[]\n" if between.startswith("[") else "\n]\n")
 
 
-def _with_all_keys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`from_pylist` looks at the first row's keys only."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return [{key: row.get(key) for key in keys} for row in rows]
+def _write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    # a column is there if any row has it, and its type may show late
+    schemas: dict[pa.Schema, None] = {}
+    for batch in _batches(rows):
+        keys = dict.fromkeys(key for row in batch for key in row)  # `from_pylist` looks at the first row's only
+        schemas[pa.Table.from_pylist([{key: row.get(key) for key in keys} for row in batch]).schema] = None
+    schema = pa.unify_schemas(list(schemas), promote_options="permissive")
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        for batch in _batches(rows):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+
+
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    left = iter(rows)
+    while batch := list(islice(left, PARQUET_GROUP_ROWS)):
+        yield batch
 
 
 def _parquet_rows(path: Path) -> Iterator[FileRow]:

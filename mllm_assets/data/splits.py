@@ -1,29 +1,46 @@
-"""Write the training and validation splits: ShareGPT rows, content-addressed images, a manifest, a swapped link."""
+"""Write the training and validation splits: ShareGPT rows, content-addressed images, a manifest, a swapped link.
+
+What is held in memory for a sample are its id, digests and looks as arrays; rows wait on the disk for their order.
+"""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from mllm_assets.artifacts import digest_json, point_symlink, publish, read_manifest, staging_directory, write_manifest
-from mllm_assets.data.assign import REJECTED, TRAIN, UNUSED, VAL, Assignment, Candidate, assign
-from mllm_assets.data.augment import Copy, Forbidden, augmented_rows
+from mllm_assets.artifacts import (
+    digest_json,
+    point_symlink,
+    publish,
+    read_manifest,
+    sha256_file,
+    staging_directory,
+    write_manifest,
+)
+from mllm_assets.data.assign import NONE, SPLITS, TRAIN, UNUSED, UNUSED_REASONS, VAL, Assignments, assign
+from mllm_assets.data.augment import Forbidden, augmented_copies
 from mllm_assets.data.fixed_splits import assign_as_given
-from mllm_assets.data.images import sha256
+from mllm_assets.data.membership import AUGMENTED, membership, sides_before
 from mllm_assets.data.publish import ImageWriter, build_row, image_number
-from mllm_assets.data.row_files import rows_as_bytes
+from mllm_assets.data.raw_files import ImageIndex, index_images
+from mllm_assets.data.row_files import write_rows
+from mllm_assets.data.row_spool import Joined, RowSpool
 from mllm_assets.data.sources import read_raw
 from mllm_assets.data.spec import DatasetSpec, as_json
+from mllm_assets.errors import IntegrityError
 from mllm_assets.layout import Layout
-from mllm_assets.quality.duplicates import Pair, pairs_of_looks
-from mllm_assets.quality.files import IMAGES_FILE, QUALITY_FILE
-from mllm_assets.quality.store import QualityStore, table_for, utc_now
+from mllm_assets.quality.files import QUALITY_FILE
+from mllm_assets.quality.groups import Looks, SampleGroups, group_samples, read_looks
+from mllm_assets.quality.store import QualityStore
 
 SIDES = (TRAIN, VAL)
-AUGMENTED = "augmented"
+COLUMNS = ("sample_id", "row_index", "source_split", "reject_reason", "duplicate_group")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,56 +76,49 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
         run_id: Recorded beside every sample in `split_membership`.
 
     Raises:
-        IntegrityError: `raw` or `quality` was never finished.
+        IntegrityError: `raw` or `quality` was never finished, or they do not belong together.
         DataError: Fewer than two samples are usable.
     """
-    num_source_rows = read_manifest(raw)["num_source_rows"]
-    read_manifest(quality)
+    source, assessment = read_manifest(raw), read_manifest(quality)
+    if source["digest"] != assessment["raw_digest"]:
+        raise IntegrityError(
+            f"{quality} assesses the source {assessment['raw_digest']}, but {raw} was ingested since. Materialise "
+            f"{spec.name}/sample_quality again."
+        )
     store = QualityStore(layout.quality_db)
-    verdicts = pq.read_table(quality / QUALITY_FILE).to_pylist()
+    samples = pq.read_table(quality / QUALITY_FILE, columns=list(COLUMNS))
+    index, looks = index_images(raw), read_looks(quality)
     if spec.split_is_given:
-        assignments = assign_as_given(spec, verdicts, num_source_rows)
+        assignments = assign_as_given(spec, samples, source["num_source_rows"])
     else:
-        assignments = _assignments(spec, store, quality, verdicts)
-    by_id = {assignment.sample_id: assignment for assignment in assignments}
+        assignments = _assign(spec, store, samples, index, looks)
     images = ImageWriter(spec, layout)
-    rows = _write_images_and_rows(spec, images, raw, by_id)
-    copies = _augment(spec, images, raw, quality, by_id) if spec.augment else []
-    copied = [copy.row for copy in copies if copy.row is not None]
-    contents = {
-        TRAIN: rows_as_bytes([*rows[TRAIN], *copied], spec.output.format),
-        VAL: rows_as_bytes(rows[VAL], spec.output.format),
-    }
-    digests = {side: sha256(content)[:16] for side, content in contents.items()}
-    digest = digest_json([digests[TRAIN], digests[VAL]])[:16]
-    unused = Counter(a.reason or "" for a in assignments if a.split == UNUSED)
-    rejected = Counter(v["reject_reason"] for v in verdicts if v["reject_reason"] is not None)
-    result = SplitResult(
-        directory=layout.version(spec.name, digest),
-        digest=digest,
-        train_digest=digests[TRAIN],
-        val_digest=digests[VAL],
-        num_raw=len(verdicts),
-        num_train=len(rows[TRAIN]),
-        num_val=len(rows[VAL]),
-        num_unused=unused.total(),
-        num_rejected=rejected.total(),
-        num_augmented=len(copied),
-        unused_reasons=dict(sorted(unused.items())),
-        reject_reasons=dict(sorted(rejected.items())),
-        augmentations=dict(sorted(Counter(_fate(copy) for copy in copies).items())),
-    )
-    _publish(spec, layout, result, contents, images.digests, quality)
-    store.write({"split_membership": _membership(spec, result, assignments, verdicts, copies, run_id)})
+    with staging_directory(layout.version(spec.name, "new").parent) as staging:
+        with _spools(staging, assignments, len(spec.augment)) as spools:
+            _spool_rows(spec, images, raw, assignments, spools)
+            fates = _spool_copies(spec, images, raw, assignments, index, looks, spools[AUGMENTED])
+            contents = {TRAIN: Joined([spools[TRAIN], spools[AUGMENTED]]), VAL: spools[VAL]}
+            for side, rows in contents.items():
+                write_rows(staging / split_file(side, spec.output.format), rows, spec.output.format)
+            counts = {f"num_{name}": len(spool) for name, spool in spools.items()}
+        digests = {side: sha256_file(staging / split_file(side, spec.output.format))[:16] for side in SIDES}
+        digest = digest_json([digests[TRAIN], digests[VAL]])[:16]
+        result = SplitResult(
+            directory=layout.version(spec.name, digest),
+            digest=digest,
+            train_digest=digests[TRAIN],
+            val_digest=digests[VAL],
+            num_raw=len(samples),
+            num_unused=int(assignments.of(UNUSED).sum()),
+            num_rejected=len(samples) - samples["reject_reason"].null_count,
+            unused_reasons=_unused_reasons(assignments),
+            reject_reasons=_reject_reasons(samples),
+            augmentations=dict(sorted(Counter(fate for _, fate in fates).items())),
+            **counts,
+        )
+        _publish(spec, layout, staging, result, images, assessment)
+    store.write({"split_membership": membership(spec, digest, assignments, samples, fates, run_id)})
     return result
-
-
-def split_key(spec: DatasetSpec) -> str:
-    """What `history` hangs on: another seed or other sizes are another split, with a history of its own."""
-    key = f"seed={spec.split.seed} train={spec.split.num_train} val={spec.split.num_val}"
-    if spec.split_is_given:
-        key += " source" if spec.source.val_split is not None else " guide"
-    return key
 
 
 def split_file(side: str, format: str) -> str:
@@ -116,146 +126,108 @@ def split_file(side: str, format: str) -> str:
     return f"{side}.{format}"
 
 
-def _assignments(
-    spec: DatasetSpec, store: QualityStore, quality: Path, verdicts: list[dict[str, Any]]
-) -> list[Assignment]:
-    images = pq.read_table(quality / IMAGES_FILE, columns=["image_sha256", "look", "phash_64", "color_48"]).to_pylist()
-    looks = {image["image_sha256"]: image["look"] for image in images}
-    seen = {image["look"]: image for image in images if image["look"] is not None}
-    candidates = [
-        Candidate(
-            sample_id=verdict["sample_id"],
-            image_ids=tuple(verdict["image_ids"]),
-            looks=tuple(looks[image_id] for image_id in verdict["image_ids"]),
-        )
-        for verdict in verdicts
-        if verdict["reject_reason"] is None
-    ]
+def _assign(spec: DatasetSpec, store: QualityStore, samples: pa.Table, index: ImageIndex, looks: Looks) -> Assignments:
+    def regroup(chosen_S: NDArray[np.bool_]) -> SampleGroups:
+        return group_samples(index, looks, chosen_S, spec.quality)
 
-    def near(some: Collection[str]) -> list[Pair]:
-        return pairs_of_looks(
-            {look: (seen[look]["phash_64"], seen[look]["color_48"]) for look in some},
-            distance_bits=spec.quality.duplicate_distance_bits,
-            color_distance=spec.quality.duplicate_color_distance,
-        )
-
-    history = store.query(
-        "SELECT sample_id, split FROM split_membership "
-        "WHERE dataset = ? AND split_key = ? AND split IN ('train', 'val') "
-        "QUALIFY row_number() OVER (PARTITION BY sample_id ORDER BY written_at DESC) = 1",
-        [spec.name, split_key(spec)],
+    return assign(
+        np.array(samples["sample_id"].to_pylist(), "S"),
+        samples["reject_reason"].is_null().to_numpy(),
+        regroup,
+        spec.split,
+        sides_before(store, spec, samples["sample_id"]),
     )
-    return assign(candidates, near, spec.split, {row["sample_id"]: row["split"] for row in history})
 
 
-def _write_images_and_rows(
-    spec: DatasetSpec, images: ImageWriter, raw: Path, by_id: Mapping[str, Assignment]
-) -> dict[str, list[dict[str, Any]]]:
-    """Publish the images of used samples and build their rows, by side."""
-    placed: dict[str, dict[int, dict[str, Any]]] = {side: {} for side in SIDES}
-    for sample in read_raw(raw):
-        assignment = by_id.get(sample["sample_id"])
-        if assignment is None or assignment.position is None:
+@contextmanager
+def _spools(staging: Path, assignments: Assignments, num_operations: int) -> Iterator[dict[str, RowSpool]]:
+    """For the rows of each side and the augmented ones; the files are gone afterwards."""
+    sizes = {side: int(assignments.positions_S[assignments.of(side)].max(initial=NONE)) + 1 for side in SIDES}
+    sizes[AUGMENTED] = sizes[TRAIN] * num_operations
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(RowSpool(staging / f".{name}.rows", size)) for name, size in sizes.items()}
+
+
+def _spool_rows(
+    spec: DatasetSpec, images: ImageWriter, raw: Path, assignments: Assignments, spools: Mapping[str, RowSpool]
+) -> None:
+    """Publish the images of used samples and build their rows."""
+    places = zip(assignments.splits_S.tolist(), assignments.positions_S.tolist(), strict=True)
+    for sample, (number, position) in zip(read_raw(raw), places, strict=True):
+        if position == NONE:
             continue
-        side, position = assignment.split, assignment.position
+        side = SPLITS[number]
         paths = [
             images.write(data, source_id, image_number(side, position, index))
             for index, (source_id, data) in enumerate(zip(sample["image_ids"], sample["images"], strict=True))
         ]
-        placed[side][position] = build_row(spec, sample, position, paths)
-    return {side: [rows[position] for position in sorted(rows)] for side, rows in placed.items()}
+        spools[side].add(position, build_row(spec, sample, position, paths))
 
 
-def _augment(
-    spec: DatasetSpec, images: ImageWriter, raw: Path, quality: Path, by_id: Mapping[str, Assignment]
-) -> list[Copy]:
-    sides: dict[str, dict[str, int]] = {side: {} for side in SIDES}
-    for sample_id, assignment in by_id.items():
-        if assignment.position is not None:
-            sides[assignment.split][sample_id] = assignment.position
-    validating = {
-        image_id
-        for row in pq.read_table(quality / QUALITY_FILE, columns=["sample_id", "image_ids"]).to_pylist()
-        if row["sample_id"] in sides[VAL]
-        for image_id in row["image_ids"]
-    }
-    measured = pq.read_table(quality / IMAGES_FILE, columns=["image_sha256", "phash_64", "color_48"]).to_pylist()
-    forbidden = Forbidden((row for row in measured if row["image_sha256"] in validating), spec.quality)
-    return augmented_rows(spec, images, raw, sides[TRAIN], forbidden)
+def _spool_copies(
+    spec: DatasetSpec,
+    images: ImageWriter,
+    raw: Path,
+    assignments: Assignments,
+    index: ImageIndex,
+    looks: Looks,
+    spool: RowSpool,
+) -> list[tuple[str, str]]:
+    """Changed copies of training samples: the ids of all, and what became of them."""
+    if not spec.augment:
+        return []
+    uses = np.repeat(assignments.of(VAL), np.diff(index.offsets_S1))
+    validating = np.unique(index.uses_T[uses])
+    forbidden = Forbidden(looks.phash_U[validating], looks.colors_UC[validating], spec.quality)
+    positions = np.where(assignments.of(TRAIN), assignments.positions_S, NONE)
+    fates = []
+    for copy in augmented_copies(spec, images, raw, positions, forbidden):
+        if copy.row is not None:
+            spool.add(copy.number, copy.row)
+        fates.append((copy.sample_id, copy.operation if copy.row is not None else "augmentation_matches_val"))
+    return fates
 
 
-def _fate(copy: Copy) -> str:
-    return copy.operation if copy.row is not None else "augmentation_matches_val"
+def _unused_reasons(assignments: Assignments) -> dict[str, int]:
+    counts = np.bincount(assignments.reasons_S[assignments.of(UNUSED)], minlength=len(UNUSED_REASONS)).tolist()
+    return {reason: count for reason, count in sorted(zip(UNUSED_REASONS, counts, strict=True)) if count}
+
+
+def _reject_reasons(samples: pa.Table) -> dict[str, int]:
+    counted = samples["reject_reason"].drop_null().value_counts().to_pylist()
+    return dict(sorted((row["values"], row["counts"]) for row in counted))
 
 
 def _publish(
     spec: DatasetSpec,
     layout: Layout,
+    staging: Path,
     result: SplitResult,
-    contents: Mapping[str, bytes],
-    images: Mapping[str, str],
-    quality: Path,
+    images: ImageWriter,
+    assessment: Mapping[str, object],
 ) -> None:
-    with staging_directory(result.directory.parent) as staging:
-        for side, content in contents.items():
-            (staging / split_file(side, spec.output.format)).write_bytes(content)
-        write_manifest(
-            staging,
-            {
-                "kind": "split",
-                "dataset": spec.name,
-                "digest": result.digest,
-                "train_digest": result.train_digest,
-                "val_digest": result.val_digest,
-                "quality_digest": read_manifest(quality)["digest"],
-                "raw_digest": read_manifest(quality)["raw_digest"],
-                "spec": as_json(spec),
-                "num_raw": result.num_raw,
-                "num_train": result.num_train,
-                "num_val": result.num_val,
-                "num_unused": result.num_unused,
-                "num_rejected": result.num_rejected,
-                "num_augmented": result.num_augmented,
-                "augmentations": result.augmentations,
-                "unused_reasons": result.unused_reasons,
-                "reject_reasons": result.reject_reasons,
-                "images": dict(sorted(images.items())),
-            },
-        )
-        publish(staging, result.directory)
-    point_symlink(layout.data / spec.name, result.directory)
-
-
-def _membership(
-    spec: DatasetSpec,
-    result: SplitResult,
-    assignments: list[Assignment],
-    verdicts: list[dict[str, Any]],
-    copies: list[Copy],
-    run_id: str,
-) -> Any:
-    common = {
-        "dataset": spec.name,
-        "split_digest": result.digest,
-        "split_key": split_key(spec),
-        "run_id": run_id,
-        "written_at": utc_now(),
-    }
-    rows = [
+    write_manifest(
+        staging,
         {
-            **common,
-            "sample_id": a.sample_id,
-            "duplicate_group": a.group,
-            "split": a.split,
-            "reason": a.reason,
-            "position": a.position,
-        }
-        for a in assignments
-    ]
-    rows += [
-        {**common, "sample_id": v["sample_id"], "split": REJECTED, "reason": v["reject_reason"]}
-        for v in verdicts
-        if v["reject_reason"] is not None
-    ]
-    rows += [{**common, "sample_id": c.sample_id, "split": AUGMENTED, "reason": _fate(c)} for c in copies]
-    return table_for("split_membership", rows)
+            "kind": "split",
+            "dataset": spec.name,
+            "digest": result.digest,
+            "train_digest": result.train_digest,
+            "val_digest": result.val_digest,
+            "quality_digest": assessment["digest"],
+            "raw_digest": assessment["raw_digest"],
+            "spec": as_json(spec),
+            "num_raw": result.num_raw,
+            "num_train": result.num_train,
+            "num_val": result.num_val,
+            "num_unused": result.num_unused,
+            "num_rejected": result.num_rejected,
+            "num_augmented": result.num_augmented,
+            "augmentations": result.augmentations,
+            "unused_reasons": result.unused_reasons,
+            "reject_reasons": result.reject_reasons,
+            "images": images.written(),
+        },
+    )
+    publish(staging, result.directory)
+    point_symlink(layout.data / spec.name, result.directory)

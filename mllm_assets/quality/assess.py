@@ -23,7 +23,7 @@ from mllm_assets.data.raw_files import ImageIndex, index_images, read_texts
 from mllm_assets.data.spec import DatasetSpec, as_json
 from mllm_assets.layout import Layout
 from mllm_assets.quality.files import DUPLICATES_FILE, IMAGES_FILE, PAIRS_FILE, QUALITY_FILE
-from mllm_assets.quality.groups import SampleGroups, SamplePair, find_groups
+from mllm_assets.quality.groups import SampleGroups, SamplePair, find_duplicates
 from mllm_assets.quality.measure import Images, flag_names, measure_images
 from mllm_assets.quality.probes import PROBE_VERSION, measure_caption
 from mllm_assets.quality.record import record
@@ -64,17 +64,18 @@ def assess(spec: DatasetSpec, layout: Layout, raw: Path, run_id: str) -> Quality
     with staging_directory(layout.quality(spec.name, "new").parent) as staging:
         images = measure_images(spec.quality, raw, index, store, staging / IMAGES_FILE)
         reasons = _reject_reasons(spec, raw, index, images)
-        groups = find_groups(index, images, np.array([reason is None for reason in reasons], bool), spec.quality)
-        counts = _write_samples(raw, index, images, reasons, groups, staging / QUALITY_FILE)
-        pq.write_table(groups.look_pairs, staging / PAIRS_FILE)
-        _write_pairs(raw, index, groups.sample_pairs, staging / DUPLICATES_FILE)
+        accepted = np.array([reason is None for reason in reasons], bool)
+        duplicates = find_duplicates(index, images, accepted, spec.quality)
+        counts = _write_samples(raw, index, images, reasons, duplicates.groups, staging / QUALITY_FILE)
+        pq.write_table(duplicates.look_pairs, staging / PAIRS_FILE)
+        _write_pairs(raw, index, duplicates.sample_pairs, staging / DUPLICATES_FILE)
         digest = _digest(staging)
         result = QualityResult(
             directory=layout.quality(spec.name, digest),
             digest=digest,
             num_samples=index.num_samples,
             num_rejected=counts.reasons.total(),
-            num_duplicates=groups.num_duplicates,
+            num_duplicates=duplicates.groups.num_duplicates,
             reject_reasons=dict(sorted(counts.reasons.items())),
             flags=dict(sorted(counts.flags.items())),
             num_decoded=images.num_decoded,

@@ -1,4 +1,4 @@
-"""Exact and near-duplicate images, and the groups of samples that must stay on one side of a split.
+"""Exact and near-duplicate images.
 
 Two images are near-duplicates when their 64-bit perceptual hashes differ in at most d bits and the means of a 4x4
 RGB thumbnail differ little (the hash alone is colour-blind: it takes a blue heart for a brown one). `grouping` finds
@@ -7,7 +7,7 @@ Not covered: crops, rotations and mirror images.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,16 +15,6 @@ from numpy.typing import NDArray
 
 from mllm_assets.quality.grouping import near_forest
 from mllm_assets.quality.probes import ImageMeasurement
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two looks that count as the same picture; `a` < `b`."""
-
-    a: str
-    b: str
-    distance_bits: int
-    color_distance: float
 
 
 def look_of(image: ImageMeasurement) -> str:
@@ -37,26 +27,6 @@ def look_name(phash_64: int | None, color_48: str | None) -> str:
     return hashlib.sha256(f"{phash_64} {color_48}".encode()).hexdigest()[:16]
 
 
-def find_pairs(images: Iterable[ImageMeasurement], *, distance_bits: int, color_distance: float) -> list[Pair]:
-    """Near-duplicate pairs of different looks that connect each group of them, sorted.
-
-    Args:
-        images: Measured images without a defect.
-        distance_bits: Largest Hamming distance of the perceptual hashes.
-        color_distance: Largest mean absolute difference of the 4x4 RGB thumbnails, 0..255.
-    """
-    looks = {look_of(image): (image.phash_64 or 0, image.color_48 or "") for image in images}
-    return pairs_of_looks(looks, distance_bits=distance_bits, color_distance=color_distance)
-
-
-def pairs_of_looks(looks: Mapping[str, tuple[int, str]], *, distance_bits: int, color_distance: float) -> list[Pair]:
-    """`find_pairs` of looks by name, each a hash and colours as `ImageMeasurement` holds them."""
-    names, hashes, colors = _arrays(looks)
-    near = near_pairs(hashes, colors, distance_bits=distance_bits, color_distance=color_distance)
-    columns = (near.a_E.tolist(), near.b_E.tolist(), near.bits_E.tolist(), near.color_E.tolist())
-    return [Pair(names[a], names[b], bits, color) for a, b, bits, color in zip(*columns, strict=True)]
-
-
 def pairs_across(
     looks: Mapping[str, tuple[int, str]],
     train: Collection[str],
@@ -67,7 +37,7 @@ def pairs_across(
 ) -> list[tuple[str, str, int]]:
     """Every near pair of different looks, one of `train` and one of `val`, with its Hamming distance.
 
-    Unlike `find_pairs`, which gives as many as connect each group; only groups on both sides are looked at pairwise.
+    Unlike `near_pairs`, which gives as many as connect each group; only groups on both sides are looked at pairwise.
     """
     names, hashes, colors = _arrays(looks)
     limits = {"distance_bits": distance_bits, "color_distance": color_distance}
@@ -117,41 +87,3 @@ def near_pairs(
     bits = np.bitwise_count(hashes_N[a] ^ hashes_N[b]).astype(np.int64)
     differences = np.abs(colors_NC[a].astype(np.int16) - colors_NC[b]).mean(axis=1) if len(a) else np.zeros(0)
     return NearPairs(a, b, bits, differences.round(3))
-
-
-def group_samples(looks: Mapping[str, Sequence[str]], pairs: Iterable[Pair]) -> dict[str, int]:
-    """Number the connected components of samples that share a look or hold near-duplicates.
-
-    Args:
-        looks: The looks of each sample's images. Looks of other samples do not connect anything.
-        pairs: From `find_pairs`.
-
-    Returns:
-        A component number for each sample; equal numbers belong together.
-    """
-    parents: dict[str, str] = {}
-
-    def find(node: str) -> str:
-        parents.setdefault(node, node)
-        while parents[node] != node:
-            parents[node] = parents[parents[node]]
-            node = parents[node]
-        return node
-
-    for sample_id, sample_looks in looks.items():
-        for look in sample_looks:
-            parents[find(f"look {look}")] = find(f"sample {sample_id}")
-    for pair in pairs:
-        if f"look {pair.a}" in parents and f"look {pair.b}" in parents:
-            parents[find(f"look {pair.a}")] = find(f"look {pair.b}")
-    numbers: dict[str, int] = {}
-    return {sample_id: numbers.setdefault(find(f"sample {sample_id}"), len(numbers)) for sample_id in looks}
-
-
-def group_keys(groups: Mapping[str, int], images: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Name each sample's group by its smallest image digest (16 hex): texts may change, the name stays."""
-    smallest: dict[int, str] = {}
-    for sample_id, group in groups.items():
-        name = min(images[sample_id])[:16]
-        smallest[group] = min(smallest.get(group, name), name)
-    return {sample_id: smallest[group] for sample_id, group in groups.items()}

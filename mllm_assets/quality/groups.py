@@ -1,14 +1,17 @@
 """The groups of samples that look the same, as arrays: which sample is like which, and the name of each group."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mllm_assets.data.raw_files import ImageIndex
 from mllm_assets.data.spec import QualitySpec
 from mllm_assets.quality.duplicates import NearPairs, look_name, near_pairs
+from mllm_assets.quality.files import IMAGES_FILE
 from mllm_assets.quality.measure import Images
 
 LOOK_PAIR_SCHEMA = pa.schema(
@@ -28,21 +31,17 @@ class SamplePair:
 
 @dataclass(frozen=True, slots=True)
 class SampleGroups:
-    """Groups of accepted samples.
+    """Groups of some of S samples.
 
     Attributes:
-        groups_S: The group of each sample, -1 of a rejected one.
-        keys: Each group's name: the first 16 hex digits of its smallest image digest. Texts may change, it stays.
+        groups_S: The group of each sample, -1 of one that was left out.
+        keys_G: Each group's name: the first 16 hex digits of its smallest image digest. Texts may change, it stays.
         sizes_G: Samples in each group.
-        look_pairs: Near-duplicate looks by name, what `data.assign` regroups with.
-        sample_pairs: For people: each look's first sample with its others, and with those of near looks.
     """
 
     groups_S: NDArray[np.int64]
-    keys: list[str]
+    keys_G: NDArray[np.bytes_]
     sizes_G: NDArray[np.int64]
-    look_pairs: pa.Table
-    sample_pairs: list[SamplePair]
 
     @property
     def num_duplicates(self) -> int:
@@ -50,42 +49,103 @@ class SampleGroups:
 
     def key(self, sample: int) -> str | None:
         group = self.groups_S[sample]
-        return None if group < 0 else self.keys[group]
+        return None if group < 0 else bytes(self.keys_G[group]).decode()
 
     def size(self, sample: int) -> int:
         group = self.groups_S[sample]
         return 0 if group < 0 else int(self.sizes_G[group])
 
 
-def find_groups(index: ImageIndex, images: Images, accepted_S: NDArray[np.bool_], limits: QualitySpec) -> SampleGroups:
-    """Connect accepted samples that share an image or hold near-duplicates; rejected ones connect nothing."""
-    samples_T = np.repeat(np.arange(index.num_samples), np.diff(index.offsets_S1))
-    used = accepted_S[samples_T]
-    samples, uses = samples_T[used], index.uses_T[used]
-    # a use's look: equal hash and colours; numbered in order of first use
-    looks, first_use, look_of_use = _looks(images, uses)
-    near = near_pairs(
-        images.phash_U[looks],
-        images.colors_UC[looks],
-        distance_bits=limits.duplicate_distance_bits,
-        color_distance=limits.duplicate_color_distance,
-    )
-    groups_S, num_groups = _components(accepted_S, samples, look_of_use, near)
-    return SampleGroups(
-        groups_S=groups_S,
-        keys=_keys(index, groups_S, num_groups, samples, uses),
-        sizes_G=np.bincount(groups_S[accepted_S], minlength=num_groups),
-        look_pairs=_look_pairs(images, looks, near),
-        sample_pairs=_sample_pairs(samples, uses, look_of_use, first_use, near),
-    )
+@dataclass(frozen=True, slots=True)
+class Duplicates:
+    """What looks the same.
+
+    Attributes:
+        groups: Of the accepted samples.
+        look_pairs: Near-duplicate looks by name, as many as connect the groups.
+        sample_pairs: For people: each look's first sample with its others, and with those of near looks.
+    """
+
+    groups: SampleGroups
+    look_pairs: pa.Table
+    sample_pairs: list[SamplePair]
 
 
-def _looks(images: Images, uses: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """What U images look like, in the order of `ImageIndex.ids`; zeros where one could not be measured."""
+
+    phash_U: NDArray[np.uint64]
+    colors_UC: NDArray[np.uint8]
+
+
+def read_looks(quality: Path) -> Looks:
+    """What the images of a finished assessment look like."""
+    phash, colors = [np.zeros(0, np.uint64)], [np.zeros((0, 48), np.uint8)]
+    with pq.ParquetFile(quality / IMAGES_FILE, pre_buffer=False) as file:
+        for batch in file.iter_batches(batch_size=4096, columns=["phash_64", "color_48"]):
+            phash.append(batch["phash_64"].fill_null(0).to_numpy())
+            text = "".join(batch["color_48"].fill_null("00" * 48).to_pylist())
+            colors.append(np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 48))
+    return Looks(np.concatenate(phash), np.concatenate(colors))
+
+
+def group_samples(index: ImageIndex, looks: Looks, chosen_S: NDArray[np.bool_], limits: QualitySpec) -> SampleGroups:
+    """Connect chosen samples that share an image or hold near-duplicates; the others connect nothing."""
+    return _Uses(index, looks, chosen_S, limits).groups()
+
+
+def find_duplicates(
+    index: ImageIndex, images: Looks | Images, accepted_S: NDArray[np.bool_], limits: QualitySpec
+) -> Duplicates:
+    """The groups of the accepted samples, and the pairs that make them."""
+    uses = _Uses(index, images, accepted_S, limits)
+    return Duplicates(uses.groups(), uses.look_pairs(), uses.sample_pairs())
+
+
+class _Uses:
+    """The images that chosen samples use, and what they look like."""
+
+    def __init__(
+        self, index: ImageIndex, images: Looks | Images, chosen_S: NDArray[np.bool_], limits: QualitySpec
+    ) -> None:
+        phash_U, colors_UC = images.phash_U, images.colors_UC
+        self._index, self._chosen, self._phash, self._colors = index, chosen_S, phash_U, colors_UC
+        samples_T = np.repeat(np.arange(index.num_samples), np.diff(index.offsets_S1))
+        used = chosen_S[samples_T]
+        self._samples, self._images = samples_T[used], index.uses_T[used]
+        # a use's look: equal hash and colours; numbered in order of first use
+        self._looks, self._first, self._look_of_use = _looks(phash_U, colors_UC, self._images)
+        self._near = near_pairs(
+            phash_U[self._looks],
+            colors_UC[self._looks],
+            distance_bits=limits.duplicate_distance_bits,
+            color_distance=limits.duplicate_color_distance,
+        )
+
+    def groups(self) -> SampleGroups:
+        groups_S, num_groups = _components(self._chosen, self._samples, self._look_of_use, self._near)
+        return SampleGroups(
+            groups_S=groups_S,
+            keys_G=_keys(self._index, groups_S, num_groups, self._samples, self._images),
+            sizes_G=np.bincount(groups_S[self._chosen], minlength=num_groups),
+        )
+
+    def look_pairs(self) -> pa.Table:
+        return _look_pairs(self._phash, self._colors, self._looks, self._near)
+
+    def sample_pairs(self) -> list[SamplePair]:
+        return _sample_pairs(self._samples, self._images, self._look_of_use, self._first, self._near)
+
+
+def _looks(
+    phash_U: NDArray[np.uint64], colors_UC: NDArray[np.uint8], uses: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """An image of each look, the use where it comes first, and the look of each use."""
     if not len(uses):
         none = np.zeros(0, np.int64)
         return none, none, none
-    content = np.concatenate([images.phash_U[:, None].view(np.uint8), images.colors_UC], axis=1)
+    content = np.concatenate([phash_U[:, None].view(np.uint8), colors_UC], axis=1)
     names = np.ascontiguousarray(content).view(f"V{content.shape[1]}").ravel()
     _, look_of_image = np.unique(names, return_inverse=True)
     found, first, inverse = np.unique(look_of_image[uses], return_index=True, return_inverse=True)
@@ -114,20 +174,22 @@ def _components(
 
 def _keys(
     index: ImageIndex, groups_S: NDArray[np.int64], num_groups: int, samples: NDArray[np.int64], uses: NDArray[np.int32]
-) -> list[str]:
+) -> NDArray[np.bytes_]:
     names = index.ids.to_numpy(zero_copy_only=False).astype("S64") if len(index.ids) else np.zeros(0, "S64")
     order = np.argsort(names)
     rank = np.empty(len(names), np.int64)
     rank[order] = np.arange(len(names))
     smallest = np.full(num_groups, len(names), np.int64)
     np.minimum.at(smallest, groups_S[samples], rank[uses])
-    return [name.decode()[:16] for name in names[order[smallest]].tolist()]
+    return names[order[smallest]].astype("S16")
 
 
-def _look_pairs(images: Images, looks: NDArray[np.int64], near: NearPairs) -> pa.Table:
+def _look_pairs(
+    phash_U: NDArray[np.uint64], colors_UC: NDArray[np.uint8], looks: NDArray[np.int64], near: NearPairs
+) -> pa.Table:
     rows = []
     for a, b, bits, color in zip(near.a_E, near.b_E, near.bits_E.tolist(), near.color_E.tolist(), strict=True):
-        names = sorted(look_name(int(images.phash_U[i]), images.colors_UC[i].tobytes().hex()) for i in looks[[a, b]])
+        names = sorted(look_name(int(phash_U[i]), colors_UC[i].tobytes().hex()) for i in looks[[a, b]])
         rows.append({"a": names[0], "b": names[1], "distance_bits": bits, "color_distance": color})
     rows.sort(key=lambda row: (row["a"], row["b"]))
     return pa.Table.from_pylist(rows, schema=LOOK_PAIR_SCHEMA)

@@ -2,24 +2,82 @@
 
 import hashlib
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from mllm_assets.data.assign import Assignment, Candidate, Near, assign
+from mllm_assets.data import assign as arrays
+from mllm_assets.data.assign import NONE, SPLITS, UNUSED_REASONS
 from mllm_assets.data.spec import SplitSpec
 from mllm_assets.errors import DataError
-from mllm_assets.quality.duplicates import Pair
+from mllm_assets.quality.groups import SampleGroups
+
+# pairs of looks that are alike, among those it is asked for
+Near = Callable[[Collection[str]], Sequence[tuple[str, str]]]
 
 
-def candidate(name: str, *looks: str) -> Candidate:
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    sample_id: str
+    image_id: str
+    look: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    sample_id: str
+    split: str
+    group: str | None
+    reason: str | None
+    position: int
+
+
+def assign(
+    candidates: Sequence[Candidate], near: Near, spec: SplitSpec, history: Mapping[str, str]
+) -> list[Assignment]:
+    """`data.assign.assign` by names in place of arrays."""
+
+    def regroup(chosen_S: NDArray[np.bool_]) -> SampleGroups:
+        chosen = [c for c, wanted in zip(candidates, chosen_S.tolist(), strict=True) if wanted]
+        looks = sorted({c.look for c in chosen})
+        ends = np.array([[looks.index(look) for look in pair] for pair in near(looks)], int).reshape(-1, 2)
+        graph = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(looks), len(looks)))
+        number, of_look = connected_components(graph, directed=False)
+        groups = np.full(len(candidates), NONE, np.int64)
+        groups[chosen_S] = [of_look[looks.index(c.look)] for c in chosen]
+        members = [[c.image_id for c in chosen if of_look[looks.index(c.look)] == group] for group in range(number)]
+        keys = np.array([min(ids)[:16] for ids in members], "S16")
+        return SampleGroups(groups, keys, np.bincount(groups[chosen_S], minlength=number))
+
+    sample_ids = [c.sample_id for c in candidates]
+    sides = np.array([SPLITS.index(history[key]) if key in history else NONE for key in sample_ids], np.int8)
+    found = arrays.assign(np.array(sample_ids, "S"), np.ones(len(sample_ids), bool), regroup, spec, sides)
+    columns = (found.splits_S.tolist(), found.reasons_S.tolist(), found.positions_S.tolist())
+    return [
+        Assignment(
+            sample_id=key,
+            split=SPLITS[split],
+            group=found.groups.key(number),
+            reason=None if reason == NONE else UNUSED_REASONS[reason],
+            position=position,
+        )
+        for number, (key, split, reason, position) in enumerate(zip(sample_ids, *columns, strict=True))
+    ]
+
+
+def candidate(name: str, look: str | None = None) -> Candidate:
     image_id = hashlib.sha256(name.encode()).hexdigest()
-    return Candidate(sample_id=image_id[:16], image_ids=(image_id,), looks=looks or (name,))
+    return Candidate(sample_id=image_id[:16], image_id=image_id, look=look or name)
 
 
-def near(*pairs: Pair) -> Near:
-    """What `assign` asks for, from pairs given by hand."""
-    return lambda looks: [pair for pair in pairs if pair.a in looks and pair.b in looks]
+def near(*pairs: tuple[str, str]) -> Near:
+    """What connects looks, from pairs given by hand."""
+    return lambda looks: [pair for pair in pairs if set(pair) <= set(looks)]
 
 
 def candidates(count: int) -> list[Candidate]:
@@ -62,8 +120,8 @@ def test_one_sample_cannot_be_split() -> None:
 
 def test_positions_number_each_split_from_zero() -> None:
     result = assign(candidates(30), near(), SplitSpec(num_train=20, num_val=5), {})
-    assert sorted(a.position for a in result if a.split == "train" and a.position is not None) == list(range(20))
-    assert sorted(a.position for a in result if a.split == "val" and a.position is not None) == list(range(5))
+    assert sorted(a.position for a in result if a.split == "train") == list(range(20))
+    assert sorted(a.position for a in result if a.split == "val") == list(range(5))
 
 
 def test_the_order_of_the_source_does_not_matter() -> None:
@@ -101,9 +159,9 @@ def test_added_samples_move_no_old_sample_across_while_the_sizes_still_grow() ->
 
 def test_a_group_stays_on_one_side() -> None:
     pool = [candidate(f"group {n // 3} picture {n}", f"look {n}") for n in range(300)]
-    pairs = [Pair(f"look {n}", f"look {n + 1}", 2, 1.0) for n in range(300) if n % 3 != 2]
+    pairs = [(f"look {n}", f"look {n + 1}") for n in range(300) if n % 3 != 2]
     result = assign(pool, near(*pairs), SplitSpec(num_train=200, num_val=50), {})
-    by_group: dict[str, set[str]] = {}
+    by_group: dict[str | None, set[str]] = {}
     for assignment in result:
         by_group.setdefault(assignment.group, set()).add(assignment.split)
     assert len(by_group) == 100
@@ -113,7 +171,7 @@ def test_a_group_stays_on_one_side() -> None:
 
 def test_a_repeat_of_the_same_sample_is_unused_as_a_duplicate() -> None:
     first = candidate("one")
-    repeat = Candidate(sample_id=f"{first.sample_id}-2", image_ids=first.image_ids, looks=first.looks)
+    repeat = Candidate(sample_id=f"{first.sample_id}-2", image_id=first.image_id, look=first.look)
     result = assign([first, repeat, *candidates(10)], near(), SplitSpec(num_train=8, num_val=2), {})
     assert {a.sample_id: a.reason for a in result}[repeat.sample_id] == "sample_duplicate"
 
@@ -126,7 +184,7 @@ def test_a_new_picture_between_an_old_train_and_an_old_val_sample_is_left_out() 
     train = next(c for c in pool if old[c.sample_id] == "train")
     val = next(c for c in pool if old[c.sample_id] == "val")
     bridge = candidate("bridge")
-    pairs = [Pair(train.looks[0], "bridge", 2, 1.0), Pair(val.looks[0], "bridge", 2, 1.0)]
+    pairs = [(train.look, "bridge"), (val.look, "bridge")]
     new = assign([*pool, bridge], near(*pairs), spec, old)
     assert {a.sample_id: a.reason for a in new}[bridge.sample_id] == "image_bridges_splits"
     assert {key: side for key, side in sides(new).items() if key != bridge.sample_id} == old
@@ -139,7 +197,7 @@ def test_old_samples_that_now_count_as_duplicates_leave_validation() -> None:
     old = sides(assign(pool, near(), spec, {}))
     train = next(c for c in pool if old[c.sample_id] == "train")
     val = next(c for c in pool if old[c.sample_id] == "val")
-    new = assign(pool, near(Pair(train.looks[0], val.looks[0], 4, 1.0)), spec, old)
+    new = assign(pool, near((train.look, val.look)), spec, old)
     assert {a.sample_id: (a.split, a.reason) for a in new}[val.sample_id] == ("unused", "image_bridges_splits")
     assert sides(new)[train.sample_id] == "train"
 
@@ -148,7 +206,7 @@ def test_a_corrected_caption_does_not_move_its_picture_across() -> None:
     """Sample ids cover the texts; the side hangs on the picture."""
     pool = candidates(100)
     spec = SplitSpec(num_train=80, num_val=20)
-    corrected = [Candidate(sample_id=f"{n:016x}", image_ids=c.image_ids, looks=c.looks) for n, c in enumerate(pool)]
+    corrected = [Candidate(sample_id=f"{n:016x}", image_id=c.image_id, look=c.look) for n, c in enumerate(pool)]
     old, new = sides(assign(pool, near(), spec, {})), sides(assign(corrected, near(), spec, {}))
     assert list(old.values()) == list(new.values())
 
@@ -162,11 +220,11 @@ def test_a_bridge_that_is_left_out_does_not_hide_what_it_stood_between() -> None
     val = next(c for c in pool if old[c.sample_id] == "val")
     bridge = candidate("bridge")
 
-    def forest(looks: Collection[str]) -> list[Pair]:
+    def forest(looks: Collection[str]) -> list[tuple[str, str]]:
         """As few pairs as connect: a star around the bridge where it is there, otherwise around the first."""
-        close = sorted({trains[0].looks[0], trains[1].looks[0], val.looks[0], "bridge"} & set(looks))
+        close = sorted({trains[0].look, trains[1].look, val.look, "bridge"} & set(looks))
         centre = "bridge" if "bridge" in close else close[0] if close else ""
-        return [Pair(*sorted((centre, look)), 2, 1.0) for look in close if look != centre]
+        return [(centre, look) for look in close if look != centre]
 
     new = {a.sample_id: (a.split, a.reason) for a in assign([*pool, bridge], forest, spec, old)}
     assert new[bridge.sample_id] == ("unused", "image_bridges_splits")
