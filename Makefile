@@ -8,7 +8,7 @@ EXTRAS := .venv/.extras-installed
 # Two test processes, each file in one of them; most tests wait for subprocesses
 PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo test collect test-all chromium check dev bench install constraints clean
+.PHONY: demo test collect test-all chromium check dev bench torture install constraints clean
 
 demo: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the whole line of emoji_sft, raw images to released model
 	@$(BIN)/mllm-assets slots free
@@ -42,6 +42,9 @@ bench: $(CORE)
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/grouping.py
 
+torture: $(CORE) ## twenty kills -9 of each kind of run at random moments; about half an hour
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m benchmarks.torture
+
 install: $(CORE)
 
 $(CORE): pyproject.toml constraints.txt
@@ -51,7 +54,7 @@ $(CORE): pyproject.toml constraints.txt
 	@touch $@
 
 $(EXTRAS): $(CORE)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,mlflow,wandb]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,mlflow,wandb,ray]'
 	@touch $@
 
 chromium:

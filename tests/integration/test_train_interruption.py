@@ -1,6 +1,5 @@
 """Killed at any instant and run again, a run ends with the weights of one that was never interrupted, bit for bit."""
 
-import contextlib
 import json
 import os
 import random
@@ -9,8 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +18,9 @@ from mllm_assets.errors import IntegrityError, MachineError
 from mllm_assets.training.checkpoints import checkpoint_dirs, find_resumable
 from mllm_assets.training.engine import train_task
 from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.spec import TrainSpec
+from tests.interruption import NUM_STEPS, losses, make_request, run_until
 
 pytestmark = pytest.mark.integration
-
-NUM_STEPS = 40
-
-
-def make_request(parity_dir: Path, run_dir: Path, **overrides: Any) -> dict[str, Any]:
-    """Shuffled rows, dropout, accumulation and warm-up: each has state that a resume must bring back."""
-    values = {
-        "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "eval_dataset": "gemma3_vlm_val",
-        "template": "gemma3", "do_train": True, "finetuning_type": "lora", "lora_dropout": 0.1,
-        "freeze_multi_modal_projector": False, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
-        "warmup_ratio": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-        "max_steps": NUM_STEPS, "logging_steps": 1, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 10,
-    }  # fmt: skip
-    return {
-        "task": "train",
-        "recipe": TrainSpec(**{**values, **overrides}).to_dict(),
-        "model_dir": str(parity_dir / "model"),
-        "data_dir": str(parity_dir / "data"),
-        "run_dir": str(run_dir),
-        "fingerprint": "f",
-        "accelerator": {"device": "cpu", "num_threads": 1},
-    }
 
 
 @pytest.fixture(scope="module")
@@ -66,28 +41,6 @@ def unpublished(whole_run: Path, tmp_path: Path) -> Path:
     shutil.copytree(whole_run, tmp_path / "run")
     (tmp_path / "run" / "manifest.json").unlink()
     return tmp_path / "run"
-
-
-def run_until(request: dict[str, Any], folder: Path, reached: Callable[[Path], bool]) -> int:
-    """Start the real worker, wait for a moment, kill -9."""
-    request_path = folder / "request.json"
-    request_path.write_text(json.dumps(request))
-    command = [sys.executable, "-m", "mllm_assets.worker", str(request_path), str(folder / "result.json")]
-    with (folder / "stderr.txt").open("w") as errors:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
-    deadline = time.monotonic() + 120
-    while not reached(Path(request["run_dir"])):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.002)
-        assert process.returncode is None, (folder / "stderr.txt").read_text()
-        assert time.monotonic() < deadline, (folder / "stderr.txt").read_text()
-    process.send_signal(signal.SIGKILL)
-    return process.wait()
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run_dir / "trainer_log.jsonl").read_text().splitlines()]
-    return {line["current_steps"]: line["loss"] for line in lines if "loss" in line}
 
 
 def num_log_lines(run_dir: Path) -> int:

@@ -1,0 +1,64 @@
+"""Kill -9 each kind of run twenty times at random moments and compare it with one that was never killed.
+
+`make torture` writes what happened to benchmarks/torture.log and fails at the first bit that differs.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.interruption import CASES, SAVE_STEPS, KilledRun
+
+REPOSITORY = Path(__file__).parents[1]
+LOG = Path(__file__).with_name("torture.log")
+KINDS = {"step": 0.55, "save": 0.35, "start": 0.1}  # what the moments are drawn from
+
+
+def main() -> None:
+    """Run every case, or those named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="of each case")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the moments")
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=list(CASES))
+    options = parser.parse_args()
+    num_different = 0
+    with LOG.open("w", encoding="utf-8") as log:
+
+        def say(text: str) -> None:
+            print(text, flush=True)
+            print(text, file=log, flush=True)
+
+        say(f"{options.kills} kills -9 of each case, seed {options.seed}; made by: make torture")
+        for case in options.cases:
+            num_different += torture(case, options.kills, random.Random(f"{options.seed} {case}"), say)
+        say(f"{len(options.cases) * options.kills} kills, {num_different} differences")
+    sys.exit(num_different > 0)
+
+
+def torture(case: str, num_kills: int, rng: random.Random, say) -> int:
+    """Kill one run again and again, let it end, and return how often something was not the same."""
+    started_s, num_different, moments = time.monotonic(), 0, Counter()
+    with tempfile.TemporaryDirectory(prefix="torture_") as folder:
+        # a kill costs at most the steps since the last checkpoint, so that this many are enough for all of them
+        num_steps = (num_kills + 1) * (SAVE_STEPS + 3) // SAVE_STEPS * SAVE_STEPS
+        run = KilledRun(case, REPOSITORY / "tests" / "golden" / "parity", Path(folder), num_steps=num_steps)
+        for number in range(1, num_kills + 1):
+            kill = run.kill(rng.choices(list(KINDS), list(KINDS.values()))[0], rng)
+            num_different += not kill.is_exact
+            moments["inside a save" if "inside" in kill.moment else kill.moment.split(":")[0]] += 1
+            found = "no checkpoint yet" if not kill.kept_step else "same bits" if kill.is_exact else "DIFFERENT BITS"
+            say(f"{case} kill {number:2} {kill.moment}; newest whole checkpoint {kill.kept_step}: {found}")
+        for what, is_same in run.finish():
+            num_different += not is_same
+            say(f"{case} end of {num_steps} steps, {what}: {'same' if is_same else 'DIFFERENT'}")
+    shown = ", ".join(f"{number} {kind}" for kind, number in sorted(moments.items()))
+    say(f"{case}: {shown}; {time.monotonic() - started_s:.0f} s")
+    return num_different
+
+
+if __name__ == "__main__":
+    main()

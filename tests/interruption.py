@@ -1,0 +1,164 @@
+"""Runs that are killed with -9 and must end as if they were not; the tests and benchmarks/torture.py share this."""
+
+import contextlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm_assets.artifacts import read_manifest
+from mllm_assets.training.checkpoints import find_resumable
+from mllm_assets.training.engine import train_task
+from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.spec import TrainSpec
+
+NUM_STEPS = 40
+SAVE_STEPS = 5
+# of a checkpoint; the others hold wall times
+EXACT_FILES = ("trainable.safetensors", "optimizer.pt", "scheduler.pt")
+
+# What has a state of its own that a resume must bring back; the first is what `make_request` makes without overrides
+CASES: dict[str, dict[str, Any]] = {
+    "lora_accumulation": {},
+    "loader_workers": {"finetuning_type": "full", "gradient_accumulation_steps": 1, "dataloader_num_workers": 2},
+    "cached_features": {"finetuning_type": "full", "freeze_language_model": True},
+    "cached_hidden_states": {
+        "finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_multi_modal_projector": True,
+    },
+}  # fmt: skip
+
+
+def make_request(parity_dir: Path, run_dir: Path, **overrides: Any) -> dict[str, Any]:
+    """Shuffled rows, dropout, accumulation and warm-up: each has state that a resume must bring back."""
+    values = {
+        "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "eval_dataset": "gemma3_vlm_val",
+        "template": "gemma3", "do_train": True, "finetuning_type": "lora", "lora_dropout": 0.1,
+        "freeze_multi_modal_projector": False, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+        "max_steps": NUM_STEPS, "logging_steps": 1, "save_steps": SAVE_STEPS, "eval_strategy": "steps",
+        "eval_steps": 10,
+    }  # fmt: skip
+    return {
+        "task": "train",
+        "recipe": TrainSpec(**{**values, **overrides}).to_dict(),
+        "model_dir": str(parity_dir / "model"),
+        "data_dir": str(parity_dir / "data"),
+        "run_dir": str(run_dir),
+        "fingerprint": "f",
+        "accelerator": {"device": "cpu", "num_threads": 1},
+    }
+
+
+def run_until(request: dict[str, Any], folder: Path, reached: Callable[[Path], bool]) -> int:
+    """Start the real worker, wait for a moment, kill -9."""
+    request_path = folder / "request.json"
+    request_path.write_text(json.dumps(request))
+    command = [sys.executable, "-m", "mllm_assets.worker", str(request_path), str(folder / "result.json")]
+    with (folder / "stderr.txt").open("w") as errors:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+    deadline = time.monotonic() + 240
+    while not reached(Path(request["run_dir"])):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.002)
+        assert process.returncode is None, (folder / "stderr.txt").read_text()
+        assert time.monotonic() < deadline, (folder / "stderr.txt").read_text()
+    process.send_signal(signal.SIGKILL)
+    return process.wait()
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_dir / "trainer_log.jsonl").read_text().splitlines()]
+    return {line["current_steps"]: line["loss"] for line in lines if "loss" in line}
+
+
+def newest_logged_step(run_dir: Path) -> int:
+    path = run_dir / "trainer_log.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return max((json.loads(line)["current_steps"] for line in lines if line.endswith("}")), default=0)
+
+
+def is_saving(run_dir: Path) -> bool:
+    return any(run_dir.glob(".checkpoint-*.tmp"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kill:
+    """One kill and what was found after it: `kept_step` is that of the newest whole checkpoint."""
+
+    moment: str
+    kept_step: int
+    is_exact: bool
+
+
+class KilledRun:
+    """A run of one case that is killed again and again, beside one that never was.
+
+    Args:
+        case: A key of `CASES`.
+        parity_dir: Model and data.
+        folder: An empty one.
+        num_steps: Optimizer steps of both runs.
+    """
+
+    def __init__(self, case: str, parity_dir: Path, folder: Path, *, num_steps: int) -> None:
+        self._folder = folder
+        self._requests = {
+            name: {
+                **make_request(parity_dir, folder / name / "run", **{**CASES[case], "max_steps": num_steps}),
+                "features_root": str(folder / name / "features"),
+                "hidden_states_root": str(folder / name / "hidden_states"),
+            }
+            for name in ("whole", "killed")
+        }
+        self._last_step = num_steps
+        self.whole_dir, self.run_dir = (Path(request["run_dir"]) for request in self._requests.values())
+        self.whole = train_task(self._requests["whole"], Reporter())
+
+    def kill(self, kind: str, rng: random.Random) -> Kill:
+        """Run on, kill -9 and compare what is left.
+
+        Args:
+            kind: `step`: a random time after a random step; `save`: as soon as a checkpoint begins to be written;
+                `start`: a random time after the process started, mostly before the first step.
+            rng: What chooses the moment.
+        """
+        begun = find_resumable(self.run_dir).step
+        step = min(begun + rng.randint(1, SAVE_STEPS + 2), self._last_step - 2)
+        delay_s = rng.uniform(0, 12 if kind == "start" else 0.05)
+        started_s = time.monotonic()
+
+        def reached(run_dir: Path) -> bool:
+            if kind == "start":
+                return time.monotonic() - started_s > delay_s
+            if newest_logged_step(run_dir) < step and kind == "step" or not is_saving(run_dir) and kind == "save":
+                return False
+            time.sleep(delay_s if kind == "step" else 0)
+            return True
+
+        assert run_until(self._requests["killed"], self._folder, reached) == -signal.SIGKILL
+        assert not (self.run_dir / "manifest.json").exists(), "it finished before the kill"
+        at = f"at step {newest_logged_step(self.run_dir)}" + (", inside a save" if is_saving(self.run_dir) else "")
+        kept = find_resumable(self.run_dir)
+        is_exact = kept.path is None or self._same_files(kept.path.name)
+        return Kill(moment=f"{kind}: {at}", kept_step=kept.step, is_exact=is_exact)
+
+    def finish(self) -> Iterator[tuple[str, bool]]:
+        """Run to the end; yield what was compared with the run that was never killed, and whether it is the same."""
+        kept_step = find_resumable(self.run_dir).step
+        result = train_task(self._requests["killed"], Reporter())
+        yield f"resumed from step {kept_step}", (result["resumed_from_step"] or 0) == kept_step
+        yield "weights of the published model", result["weights_digest"] == self.whole["weights_digest"]
+        yield "last checkpoint with its optimizer state", self._same_files(f"checkpoint-{self._last_step}")
+        yield "evaluation loss", result["eval_loss"] == self.whole["eval_loss"]
+        yield "every step's loss, each once in the log", losses(self.run_dir) == losses(self.whole_dir)
+        yield "what was cached", result["caches"] == self.whole["caches"]
+
+    def _same_files(self, checkpoint: str) -> bool:
+        here, there = (read_manifest(run / checkpoint)["files"] for run in (self.run_dir, self.whole_dir))
+        return all(here[name] == there[name] for name in EXACT_FILES)
