@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T tokens, S supervised positions over all rows, V vocabulary.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from mllm_assets.errors import MllmAssetsError
+from mllm_assets.training.checkpoint_model import load_checkpoint, read_beginning
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.encode import EncodedRow, Encoder
 from mllm_assets.training.families import processor_family, require_template
@@ -51,7 +53,7 @@ class Answerer:
     """Answers and scores rows with one model.
 
     Args:
-        directory: A Hugging Face model directory.
+        directory: A Hugging Face model directory, or a `checkpoint-<step>` of a run.
         device: Where the model runs.
         dtype: Of the weights; None keeps the directory's own.
         system: System text for rows without one of their own.
@@ -62,6 +64,7 @@ class Answerer:
 
     Raises:
         ModelError: The directory holds no usable model.
+        IntegrityError: A checkpoint is damaged, or does not fit the model that it was trained from.
         RecipeError: The template is of another family than the model.
     """
 
@@ -78,11 +81,13 @@ class Answerer:
         enable_thinking: bool | None = True,
     ) -> None:
         quiet_libraries()
-        processor = load_processor(directory)
+        is_delta = is_checkpoint(directory)
+        processor = load_processor(read_beginning(directory).model_dir if is_delta else directory)
         if template is not None:
             require_template(template, processor_family(processor), str(directory))
         self.device = torch.device(device)
-        self.model: Any = load_model(directory, dtype=dtype, device=self.device).eval()
+        model = load_checkpoint(directory) if is_delta else load_model(directory, dtype=dtype)
+        self.model: Any = model.to(device=self.device, dtype=dtype if is_delta else None).eval()
         self.tokenizer = processor.tokenizer
         self.encoder = Encoder(
             processor,
@@ -172,6 +177,11 @@ class Answerer:
         if "pixel_values" in moved:
             moved["pixel_values"] = moved["pixel_values"].to(self.model.dtype)
         return moved
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Say whether a directory holds what a run has trained up to a step, and no whole model."""
+    return re.fullmatch(r"checkpoint-\d+", directory.name) is not None and not (directory / "config.json").is_file()
 
 
 def in_batches(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mllm_assets.data.sharegpt import USER, Message, Row
 from mllm_assets.errors import DataError, ModelError
-from mllm_assets.inference.answerer import Answerer, Sampling
+from mllm_assets.inference.answerer import Answerer, Sampling, is_checkpoint
 from mllm_assets.training.encode import IMAGE_PLACEHOLDER
 from mllm_assets.training.memory import pick_device
 
@@ -37,7 +37,7 @@ def generate(
     """Ask a model.
 
     Args:
-        model_dir: A Hugging Face model directory, a release, or a training run's directory.
+        model_dir: A Hugging Face model directory, a release, a training run's directory, or a checkpoint of one.
         images: In the order of the prompt's `<image>` placeholders; without placeholders they stand before it.
         prompt: The question.
         system: A system text; none by default, as in training.
@@ -64,23 +64,18 @@ def generate(
 
 
 def find_model(directory: Path) -> Path:
-    """The model directory that a path stands for: itself, or `model/` of a training run.
+    """The model directory or checkpoint that a path stands for: itself, or `model/` of a training run.
 
     Raises:
         ModelError: There is none. Says what the path is and what to give in its place.
     """
-    if (directory / "config.json").is_file():
+    if (directory / "config.json").is_file() or is_checkpoint(directory):
         return directory
     if (directory / "model" / "config.json").is_file():
         return directory / "model"
     if not directory.exists():
         raise ModelError(
             f"{directory} does not exist. Give a model directory, for example outputs/<recipe>/latest/model."
-        )
-    if directory.name.startswith("checkpoint-"):
-        raise ModelError(
-            f"{directory} holds only what was trained, to resume from, and no whole model. Finish the run and give its "
-            f"model: {directory.parent / 'model'}."
         )
     raise ModelError(
         f"{directory} is no model directory: it has neither config.json nor model/config.json. "

@@ -20,6 +20,7 @@ from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.errors import IntegrityError
 from mllm_assets.training import caching, freezing, loss, memory, reporting, trackers
 from mllm_assets.training.cache_settings import CacheSettings
+from mllm_assets.training.checkpoint_model import remember_beginning
 from mllm_assets.training.checkpoints import Resumable, find_resumable, load_trainable, seed_run
 from mllm_assets.training.describing import trainable_lines
 from mllm_assets.training.inputs import make_collator, read_inputs
@@ -96,6 +97,8 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
 
     resumable = clean_and_find_resumable(run_dir, request.get("resume_from"), spec, reporter)
     trainer = make_trainer(spec, run_dir, device, precision, trainable, inputs, cached.collator, resumable, reporter)
+    if trainer.is_world_process_zero():
+        remember_beginning(run_dir, model_dir, request.get("pretrained_fingerprint"), spec)
     trained_s = time.monotonic()
     train_loss = run_training(trainer, resumable)
     train_wall_s = time.monotonic() - trained_s

@@ -105,6 +105,13 @@ def pick_device(wanted: str = "auto", *, use_cpu: bool = False) -> Device:
     return Device(kind=kind, name=_cpu_name(), driver=f"torch {torch.__version__}", memory_gib=_main_memory_gib())
 
 
+def weights_dtype(spec: TrainSpec) -> torch.dtype:
+    """The dtype that frozen weights have while a recipe trains."""
+    if spec.fp16:
+        return torch.float16
+    return torch.bfloat16 if spec.bf16 or spec.pure_bf16 else torch.float32
+
+
 def pick_precision(spec: TrainSpec, device: Device) -> Precision:
     """Read `bf16`, `fp16` and `pure_bf16` as LLaMA-Factory does: frozen weights in that dtype, the step under autocast.
 
@@ -116,12 +123,12 @@ def pick_precision(spec: TrainSpec, device: Device) -> Precision:
             raise MachineError(
                 f"fp16 needs a CUDA device, and this run is on {device.kind}. Set fp16: false or bf16: true."
             )
-        return Precision(weights=torch.float16, autocast="fp16")
+        return Precision(weights=weights_dtype(spec), autocast="fp16")
     if spec.bf16 or spec.pure_bf16:
         if device.kind == "cuda" and not torch.cuda.is_bf16_supported():
             raise MachineError(f"{device.name} has no bf16. Set bf16: false and fp16: true.")
-        return Precision(weights=torch.bfloat16, autocast="bf16" if spec.bf16 else None)
-    return Precision(weights=torch.float32, autocast=None)
+        return Precision(weights=weights_dtype(spec), autocast="bf16" if spec.bf16 else None)
+    return Precision(weights=weights_dtype(spec), autocast=None)
 
 
 def checkpoints_activations(spec: TrainSpec, device: Device) -> bool:

@@ -40,6 +40,7 @@ class RunPlan:
         directory: Of the run; its last part is the fingerprint.
         state: "new": no directory yet; "unfinished": to be resumed; "finished": nothing is left to do.
         data_digests: Of each entry that it trains on or evaluates, by name.
+        pretrained_fingerprint: Of the model that it starts from.
         regroup: Whether micro-batches may be regrouped to the largest that fits, which changes the loss a little.
         resume_from: The checkpoint that the recipe's `resume_from_checkpoint` names, or None.
     """
@@ -52,6 +53,7 @@ class RunPlan:
     directory: Path
     state: Literal["new", "unfinished", "finished"]
     data_digests: Mapping[str, str]
+    pretrained_fingerprint: str
     regroup: bool = False
     resume_from: Path | None = None
 
@@ -202,11 +204,12 @@ def plan_run(
     data_dir = data_dir or root / spec.dataset_dir
     model_dir = model_dir or find_model_dir(recipe, root)
     digests = {name: entry_digest(data_dir, name) for name in dict.fromkeys((*spec.train_entries, *spec.eval_entries))}
+    pretrained_fingerprint = model_fingerprint(model_dir)
     name = fingerprint(
         spec,
         data_digests=digests,
         eval_digests=digests,
-        pretrained_fingerprint=model_fingerprint(model_dir),
+        pretrained_fingerprint=pretrained_fingerprint,
         num_processes=num_processes,
         regroup=regroup,
         resume_digest=digest_json(read_manifest(resume_from)["files"]) if resume_from else None,
@@ -222,6 +225,7 @@ def plan_run(
         directory=directory,
         state=state,
         data_digests=digests,
+        pretrained_fingerprint=pretrained_fingerprint,
         regroup=regroup,
         resume_from=resume_from,
     )
@@ -252,6 +256,7 @@ def train_request(
         "run_dir": str(plan.directory),
         "fingerprint": plan.fingerprint,
         "data_digests": dict(plan.data_digests),
+        "pretrained_fingerprint": plan.pretrained_fingerprint,
         **(cache or CacheSettings()).to_request(),
         "resume_from": str(plan.resume_from) if plan.resume_from is not None else None,
         "notes": list(plan.recipe.notes),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm_assets.errors import DataError, MllmAssetsError, ModelError
+from mllm_assets.errors import DataError, IntegrityError, MllmAssetsError, ModelError
 from mllm_assets.inference.generate import find_model, generate
 
 pytestmark = pytest.mark.integration
@@ -54,13 +54,13 @@ def test_a_run_directory_stands_for_its_model(tmp_path: Path) -> None:
     [
         ("nowhere", "nowhere does not exist. Give a model directory, for example outputs/<recipe>/latest/model."),
         ("empty", "neither config.json nor model/config.json. Give a Hugging Face model directory, a release or"),
-        ("checkpoint-4", "holds only what was trained, to resume from, and no whole model. Finish the run and give"),
+        ("checkpoint-4", "checkpoint-4 was never finished: it has no manifest.json. Choose another one of"),
     ],
 )
 def test_what_is_no_model_is_named(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "checkpoint-4").mkdir()
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises((ModelError, IntegrityError), match=message):
         generate(tmp_path / name, [IMAGE], "What?")
 
 
