@@ -31,8 +31,8 @@ KINDS: dict[str, dict[str, Any]] = {
 def trained(parity_dir: Path, run_dir: Path, **values: Any) -> Path:
     """Four steps with a checkpoint after every second one."""
     recipe = {
-        "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "template": "gemma3", "do_train": True, "learning_rate": 5e-3,
-        "max_steps": 4, "save_steps": 2, "logging_steps": 1,
+        "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "template": "gemma3", "do_train": True,
+        "learning_rate": 5e-3, "max_steps": 4, "save_steps": 2, "logging_steps": 1,
     }  # fmt: skip
     request = {
         "task": "train", "recipe": TrainSpec(**{**recipe, **values}).to_dict(), "model_dir": str(parity_dir / "model"),
