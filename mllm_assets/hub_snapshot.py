@@ -18,7 +18,8 @@ from typing import Any
 
 from mllm_assets.artifacts import MANIFEST
 from mllm_assets.errors import MachineError, ModelError, SourceError
-from mllm_assets.hub import HubRepo, find_repo, read_range
+from mllm_assets.hub import find_repo, read_range
+from mllm_assets.hub_errors import HubRepo
 
 GIB = 2**30
 CHUNK_BYTES = 16 * 2**20

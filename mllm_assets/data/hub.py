@@ -16,7 +16,7 @@ from mllm_assets.data.hub_files import find_split_files
 from mllm_assets.data.hub_parquet import HubParquet
 from mllm_assets.data.rows import SourceRow, class_names, needed_columns, rows_of_batch
 from mllm_assets.data.spec import DatasetSpec, SourceSpec
-from mllm_assets.hub import HubRepo
+from mllm_assets.hub_errors import HubRepo
 
 Choice = Callable[[int], Collection[int]]
 # rejects and duplicates take samples away: fetch a fifth more than the splits ask for

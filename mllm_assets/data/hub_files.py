@@ -7,7 +7,8 @@ from typing import Any
 
 from mllm_assets.data.spec import SourceSpec
 from mllm_assets.errors import SourceError
-from mllm_assets.hub import HubRepo, NoSuchRevision, find_repo, find_sizes
+from mllm_assets.hub import find_repo, find_sizes
+from mllm_assets.hub_errors import HubRepo, NoSuchRevision
 
 CONVERTED = "refs/convert/parquet"  # where the Hub keeps its own Parquet conversion of any dataset
 

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mllm_assets.errors import SourceError
-from mllm_assets.hub import HubRepo, read_range
+from mllm_assets.hub import read_range
+from mllm_assets.hub_errors import HubRepo
 
 # a column of a row group is read in parts of so much, so that one of gigabytes costs little memory
 BUFFER_BYTES = 8 * 2**20

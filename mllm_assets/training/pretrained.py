@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from mllm_assets.artifacts import fsync_path, is_complete, read_manifest, write_manifest
 from mllm_assets.errors import ModelError
-from mllm_assets.hub import HubRepo
+from mllm_assets.hub_errors import HubRepo
 from mllm_assets.hub_snapshot import download, find_snapshot
 from mllm_assets.training.runs import model_fingerprint
 

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import mllm_assets.hub
+import mllm_assets.hub_errors
+import mllm_assets.hub_patience
 from mllm_assets.data.hub import read_hub
 from mllm_assets.data.hub_files import split_files
 from mllm_assets.data.hub_parquet import BUFFER_BYTES
@@ -87,7 +88,7 @@ def hub(servers: StandInHub, monkeypatch: pytest.MonkeyPatch) -> StandInHub:
     servers.repos = {"datasets/made/set": Repo.of(FILES)}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(mllm_assets.hub, "WAITS_S", (0.01,) * 4)
+    monkeypatch.setattr(mllm_assets.hub_patience, "WAITS_S", (0.01,) * 4)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     return servers
 
@@ -368,7 +369,7 @@ def test_a_server_that_echoes_the_token_is_not_quoted(
     hub.faults = [Fault("GET .*resolve", 1000, status=403, headers=echo)]
     assert "The Hub forbids reading made/set. Give the token in HF_TOKEN the right to" in failing(hub, tmp_path)
     quoted = f"Bearer {GOOD_TOKEN} https://me:word@hub.test/a?{SIGNATURE}"
-    assert mllm_assets.hub.scrubbed(quoted) == "Bearer HF_TOKEN https://hub.test/a"
+    assert mllm_assets.hub_errors.scrubbed(quoted) == "Bearer HF_TOKEN https://hub.test/a"
     assert GOOD_TOKEN not in caplog.text
 
 
@@ -386,7 +387,7 @@ def test_what_passes_is_tried_again_and_the_result_is_the_same(
 ) -> None:
     expected, _ = ingested(hub, tmp_path / "calm")
     asked: list[float] = []
-    monkeypatch.setattr("mllm_assets.hub.time.sleep", asked.append)
+    monkeypatch.setattr("mllm_assets.hub_patience.time.sleep", asked.append)
     hub.forget()
     hub.faults = [
         Fault("GET /api/datasets/made/set", 1, status=429, headers={"Retry-After": "7"}),

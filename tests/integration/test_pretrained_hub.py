@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-import mllm_assets.hub
+import mllm_assets.hub_patience
 from mllm_assets.artifacts import find_damage, read_manifest
 from mllm_assets.errors import IntegrityError, MachineError, MllmAssetsError, ModelError, SourceError
 from mllm_assets.training.pretrained import PretrainedResult, fetch_snapshot
@@ -66,7 +66,7 @@ def hub(servers: StandInHub, monkeypatch: pytest.MonkeyPatch) -> StandInHub:
     servers.repos = {"models/made/model": Repo.of({**GOOD, **BAD})}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(mllm_assets.hub, "WAITS_S", (0.01,) * 4)
+    monkeypatch.setattr(mllm_assets.hub_patience, "WAITS_S", (0.01,) * 4)
     monkeypatch.setattr("mllm_assets.hub_snapshot.CHUNK_BYTES", CHUNK_BYTES)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     return servers
