@@ -5,8 +5,8 @@
 - this project: ingest, measurements with decode check, splits; the processes that decode are counted;
 - the same where the measurements are known: bytes pass through, nothing is decoded;
 - `cp -r` of the same files, what the disk allows.
-`--memory` ingests 10,000 and 100,000 images of 64 px in processes of their own and prints the peak memory so far
-after each step.
+`--memory` takes 10,000 and 100,000 images of 64 px from the source to `dataset_info.json`, each asset in a process of
+its own, and prints its peak memory.
 The tables on standard output are those of RESULTS.md. CPU time of imports is not counted, for either side.
 """
 
@@ -28,13 +28,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from mllm_assets.data.checks import every_image_has_a_placeholder, splits_share_no_image
+from mllm_assets.data.dataset_info import register
 from mllm_assets.data.sources import ingest
 from mllm_assets.data.spec import DatasetSpec, SourceSpec, SplitSpec
 from mllm_assets.data.splits import split
 from mllm_assets.layout import Layout
 from mllm_assets.quality.assess import assess
 from mllm_assets.quality.decoding import end_workers
+from mllm_assets.quality.report import write_report
+from mllm_assets.quality.store import QualityStore
 
+ASSETS = ("raw", "sample_quality", "splits", "dataset_info")
 MIN_RATIO_MEASURED, MIN_RATIO_PASSED, MAX_MEMORY_RATIO = 8, 50, 1.2
 WAYS = {
     "script": "the usual script: decode and save as PNG",
@@ -117,24 +122,46 @@ def run_line(root: Path, count: int) -> None:
     import scipy.sparse.csgraph  # noqa: F401
 
     images = set(layout.images.iterdir()) if layout.images.is_dir() else set()
-    marks, peaks_mib = [cpu_seconds()], []
-
-    def mark() -> None:
-        marks.append(cpu_seconds())
-        peaks_mib.append(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
-
+    marks = [cpu_seconds()]
     raw = ingest(spec, layout)
-    mark()
+    marks.append(cpu_seconds())
     quality = assess(spec, layout, raw.directory, "run-1")
     end_workers()
-    mark()
+    marks.append(cpu_seconds())
     split(spec, layout, raw.directory, quality.directory, "run-1")
-    mark()
+    marks.append(cpu_seconds())
     result = dict(zip(("ingest_s", "assess_s", "split_s"), np.diff(marks).tolist(), strict=True))
     result |= {"cpu_s": marks[-1] - marks[0], "num_decoded": quality.num_decoded}
     result["num_written"] = len(set(layout.images.iterdir()) - images)
-    result |= {"peak_memory_mib": peaks_mib[-1], "peaks_mib": peaks_mib}
     print(json.dumps(result))
+
+
+def run_asset(root: Path, count: int, asset: str) -> None:
+    """What the body of one asset does, its checks included; prints the peak memory of this process in MiB."""
+    layout, spec = Layout(root), made_spec(count)
+    store = QualityStore(layout.quality_db)
+
+    def made(kind: Path) -> Path:
+        [directory] = (path.parent for path in kind.parent.glob("*/manifest.json"))
+        return directory
+
+    started_s = cpu_seconds()
+    match asset:
+        case "raw":
+            ingest(spec, layout)
+        case "sample_quality":
+            result = assess(spec, layout, made(layout.raw(spec.name, "any")), "run-1")
+            write_report(made(layout.raw(spec.name, "any")), result.directory)
+            end_workers()
+        case "splits":
+            raw, quality = made(layout.raw(spec.name, "any")), made(layout.quality(spec.name, "any"))
+            version = split(spec, layout, raw, quality, "run-1")
+            assert every_image_has_a_placeholder(version.directory, layout.data).passed
+            assert splits_share_no_image(version.directory, layout.data, store=store).passed
+        case "dataset_info":
+            register(spec, layout, made(layout.version(spec.name, "any")))
+    peak_mib = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(json.dumps({"peak_mib": peak_mib, "cpu_s": cpu_seconds() - started_s}))
 
 
 def cpu_seconds() -> float:
@@ -208,17 +235,20 @@ def compare(kind: str, count: int, rounds: int, edge_px: int, root: Path) -> boo
 
 
 def measure_memory(root: Path, counts: tuple[int, int]) -> bool:
-    peaks = []
-    print("\n| images of 64 px | after ingest, MiB | after measuring | after the split | CPU-seconds |")
-    print("|---|---|---|---|---|")
+    peaks_mib: list[list[int]] = []
+    print(f"\n| images of 64 px, peak MiB | {' | '.join(ASSETS)} | CPU-seconds |")
+    print("|---|" + "---|" * (len(ASSETS) + 1))
     for count in counts:
-        write_source(root / str(count) / "source.parquet", count, 64, "PNG")
-        result = in_process("line", root / str(count), count)
-        peaks.append(result["peak_memory_mib"])
-        print(f"| {count:,} | {' | '.join(map(str, result['peaks_mib']))} | {result['cpu_s']:.1f} |", flush=True)
-        shutil.rmtree(root / str(count))
-    print(f"| ratio (bound: {MAX_MEMORY_RATIO}) | | | {peaks[1] / peaks[0]:.2f} | |")
-    return peaks[1] / peaks[0] <= MAX_MEMORY_RATIO
+        made = root / str(count)
+        write_source(made / "source.parquet", count, 64, "PNG")
+        results = [in_process(asset, made, count) for asset in ASSETS]
+        peaks_mib.append([result["peak_mib"] for result in results])
+        cpu_s = sum(result["cpu_s"] for result in results)
+        print(f"| {count:,} | {' | '.join(map(str, peaks_mib[-1]))} | {cpu_s:.1f} |", flush=True)
+        shutil.rmtree(made)
+    ratios = [many / few for few, many in zip(*peaks_mib, strict=True)]
+    print(f"| ratio (bound: {MAX_MEMORY_RATIO}) | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} | |")
+    return max(ratios) <= MAX_MEMORY_RATIO
 
 
 def main() -> int:
@@ -229,11 +259,14 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", default=["JPEG", "PNG"])
     parser.add_argument("--memory", action="store_true", help="peak memory in place of speed")
     parser.add_argument("--memory-images", type=int, nargs=2, default=(10_000, 100_000))
-    parser.add_argument("--action", choices=("script", "line"), help=argparse.SUPPRESS)
+    parser.add_argument("--action", choices=("script", "line", *ASSETS), help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.action is not None:
-        {"script": run_script, "line": run_line}[arguments.action](arguments.root, arguments.images)
+        if arguments.action in ASSETS:
+            run_asset(arguments.root, arguments.images, arguments.action)
+        else:
+            {"script": run_script, "line": run_line}[arguments.action](arguments.root, arguments.images)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

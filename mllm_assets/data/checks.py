@@ -1,17 +1,19 @@
 """What must hold of a published version, computed from the files on disk and not from what the code meant to write."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.data.row_files import read_rows
 from mllm_assets.data.splits import SIDES, SplitResult, split_file
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
-from mllm_assets.quality.duplicates import look_of, pairs_across
-from mllm_assets.quality.measure import measure_files
-from mllm_assets.quality.probes import OWN_FILES, ImageMeasurement
+from mllm_assets.quality.duplicates import pairs_across
+from mllm_assets.quality.measure import FileLooks, look_at_files
+from mllm_assets.quality.probes import OWN_FILES
 from mllm_assets.quality.store import QualityStore
 
 MAX_EXAMPLES = 5
@@ -41,8 +43,8 @@ def every_image_has_a_placeholder(version_dir: Path, data_dir: Path) -> CheckOut
     problems: list[str] = []
     num_rows = 0
     format = _format(version_dir)
-    for side, rows in _rows_by_side(version_dir).items():
-        for index, row in enumerate(rows):
+    for side in SIDES:
+        for index, row in enumerate(_rows(version_dir, side)):
             num_rows += 1
             place = f"{split_file(side, format)} row {index} ({row.get('id', 'no id')})"
             images = row.get("images", [])
@@ -81,25 +83,21 @@ def splits_share_no_image(
         store: Knows the measurements of bytes that were decoded before.
     """
     limits = read_manifest(version_dir)["spec"]["quality"]
-    names = {
-        side: {name for row in rows for name in row["images"]} for side, rows in _rows_by_side(version_dir).items()
-    }
-    every_name = sorted(set().union(*names.values()))
-    files = measure_files([data_dir / name for name in every_name], OWN_FILES, store)
-    measured = dict(zip(every_name, files, strict=True))
-    problems = [f"{name}: {image.defect}" for name, image in measured.items() if image.defect is not None]
-    whole = {name: image for name, image in measured.items() if image.defect is None}
-    trained, held = (_by_look(names[side], whole) for side in SIDES)
-    problems += [f"{trained[look][0]} = {name}" for look in held if look in trained for name in held[look]]
+    used = {side: {name for row in _rows(version_dir, side) for name in row["images"]} for side in SIDES}
+    names = sorted(set().union(*used.values()))
+    looks = look_at_files(data_dir, names, OWN_FILES, store)
+    problems = [f"{names[number]}: {image.defect}" for number, image in looks.defective.items()]
+    train, val = (looks.whole_N & np.fromiter((name in used[side] for name in names), bool) for side in SIDES)
     across = pairs_across(
-        {look_of(image): (image.phash_64 or 0, image.color_48 or "") for image in whole.values()},
-        trained,
-        held,
+        looks.phash_N,
+        looks.colors_NC,
+        train,
+        val,
         distance_bits=limits["duplicate_distance_bits"] if duplicate_distance is None else duplicate_distance,
         color_distance=limits["duplicate_color_distance"] if color_distance is None else color_distance,
     )
-    problems += [f"{trained[a][0]} ~ {name} ({bits} bits apart)" for a, b, bits in across for name in held[b]]
-    numbers = {f"num_{side}_images": len(side_names) for side, side_names in names.items()}
+    problems += [_pair(looks, names, *pair) for pair in across]
+    numbers = {f"num_{side}_images": len(side_names) for side, side_names in used.items()}
     return CheckOutcome(
         passed=not problems,
         description=_describe(
@@ -130,16 +128,14 @@ def counts_add_up(version: SplitResult | Mapping[str, Any]) -> CheckOutcome:
     return CheckOutcome(passed=passed, description=f"{text}.", metadata={key: counts[key] for key in keys})
 
 
-def _rows_by_side(version_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    return {side: read_rows(version_dir / split_file(side, _format(version_dir))) for side in SIDES}
+def _rows(version_dir: Path, side: str) -> Iterator[dict[str, Any]]:
+    return read_rows(version_dir / split_file(side, _format(version_dir)))
 
 
-def _by_look(names: Collection[str], whole: Mapping[str, ImageMeasurement]) -> dict[str, list[str]]:
-    """The files of each look, by name."""
-    found: dict[str, list[str]] = {}
-    for name in sorted(set(names) & whole.keys()):
-        found.setdefault(look_of(whole[name]), []).append(name)
-    return found
+def _pair(looks: FileLooks, names: list[str], a: int, b: int, distance_bits: int) -> str:
+    if distance_bits == 0 and np.array_equal(looks.colors_NC[a], looks.colors_NC[b]):
+        return f"{names[a]} = {names[b]}"
+    return f"{names[a]} ~ {names[b]} ({distance_bits} bits apart)"
 
 
 def _is_given(version_dir: Path) -> bool:

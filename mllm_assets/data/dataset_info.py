@@ -9,8 +9,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from mllm_assets.artifacts import digest_json, path_inside, read_manifest, write_json_atomic
-from mllm_assets.data.images import sha256
+from mllm_assets.artifacts import digest_json, path_inside, read_manifest, sha256_file, write_json_atomic
+from mllm_assets.data.publish import listed_images
 from mllm_assets.data.spec import DatasetSpec
 from mllm_assets.errors import DataError, IntegrityError, RecipeError
 from mllm_assets.layout import Layout
@@ -84,9 +84,9 @@ def register(spec: DatasetSpec, layout: Layout, version_dir: Path) -> DatasetInf
         DataError: `dataset_info.json` is not JSON; names the line.
     """
     manifest = read_manifest(version_dir)
-    for name, expected in manifest["images"].items():
+    for name, expected in listed_images(version_dir):
         path = layout.data / name
-        if not path.is_file() or sha256(path.read_bytes()) != expected:
+        if not path.is_file() or sha256_file(path) != expected:
             raise IntegrityError(
                 f"{path} is missing or damaged, but {version_dir.name} of dataset {spec.name!r} names it. "
                 f"Materialise {spec.name}/train again."
@@ -109,7 +109,7 @@ def register(spec: DatasetSpec, layout: Layout, version_dir: Path) -> DatasetInf
         merged = {name: {**existing.get(name, {}), **entry} for name, entry in entries.items()}
         if {**existing, **merged} != existing:
             write_json_atomic(layout.dataset_info, {**existing, **merged})
-    digest = digest_json([entries, manifest["files"], manifest["images"]])[:16]
+    digest = digest_json([entries, manifest["files"]])[:16]
     return DatasetInfo(entries=entries, digest=digest)
 
 

@@ -15,7 +15,7 @@ BOM = b"\xef\xbb\xbf"
 class JsonLimits:
     """Sizes above which a file is refused before it is in memory; parsed, JSON takes about eight times its size."""
 
-    max_file_bytes: int = 512 * 2**20  # of a .json, which can only be read whole
+    max_file_bytes: int = 512 * 2**20  # of a .json, which others read whole
     max_line_bytes: int = 64 * 2**20  # of a .jsonl, which is read line by line
 
 
@@ -29,13 +29,23 @@ def read_text(path: Path, limits: JsonLimits = LIMITS) -> str:
         DataError: Too large, or not UTF-8.
         OSError: Missing, or not a file.
     """
+    check_size(path, limits)
+    return _as_text(path.read_bytes(), path, 0)
+
+
+def check_size(path: Path, limits: JsonLimits) -> None:
+    """Refuse a .json file that is too large to be in memory; what a person wrote as one list is read so somewhere.
+
+    Raises:
+        DataError: Too large.
+        OSError: Missing.
+    """
     num_bytes = path.stat().st_size
     if num_bytes > limits.max_file_bytes:
         raise DataError(
             f"{path} has {num_bytes:,} bytes, expected at most {limits.max_file_bytes:,} of a .json file, which must "
             "be in memory as a whole. Write its rows as .jsonl, one row a line."
         )
-    return _as_text(path.read_bytes(), path, 0)
 
 
 def text_lines(path: Path, limits: JsonLimits = LIMITS) -> Iterator[tuple[int, str]]:

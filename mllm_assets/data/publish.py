@@ -1,7 +1,7 @@
 """Write what a split holds: images by content or by number, and the rows that name them."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from mllm_assets.errors import DataError
 from mllm_assets.layout import Layout
 from mllm_assets.quality.verdicts import render_answer
 
+IMAGE_LIST = "images.sha256"
 _NAMED_IMAGES = "named_images.txt"
 _WRITTEN = pa.schema([("name", pa.string()), ("image_id", pa.string())])
 MAX_REMEMBERED = 8192
 
 
 class ImageWriter:
-    """Writes images below `data/images/`; `written` says what each path holds.
+    """Writes images below `data/images/`; `write_list` says what each path holds.
 
     Named by content an image is on the disk once, whatever names it. With `output.image_prefix` the names are the
     original guide's, `naruto_train_000000.png`; they belong to one dataset, and nobody else's file is replaced.
@@ -66,15 +67,16 @@ class ImageWriter:
             self._keep_rows()
         return name
 
-    def written(self) -> dict[str, str]:
-        """Path relative to `data/` -> digest of what was written there, by path."""
+    def write_list(self, path: Path) -> None:
+        """Write what each path below `data/` holds, by path, as `sha256sum --check` reads it."""
         self._keep_rows()
-        table = self._written.sort_by("name")
-        return {
-            name: image_id
-            for batch in table.to_batches(max_chunksize=MAX_REMEMBERED)
-            for name, image_id in zip(batch["name"].to_pylist(), batch["image_id"].to_pylist(), strict=True)
-        }
+        previous = None
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            for batch in self._written.sort_by("name").to_batches(max_chunksize=MAX_REMEMBERED):
+                for row in zip(batch["name"].to_pylist(), batch["image_id"].to_pylist(), strict=True):
+                    if row != previous:
+                        file.write(f"{row[1]}  {row[0]}\n")
+                    previous = row
 
     def _keep_rows(self) -> None:
         """As columns they take a quarter of the memory."""
@@ -96,6 +98,14 @@ class ImageWriter:
         self._claims_file.parent.mkdir(parents=True, exist_ok=True)
         with self._claims_file.open("a", encoding="utf-8") as file:
             file.write(f"{name}\n")
+
+
+def listed_images(version_dir: Path) -> Iterator[tuple[str, str]]:
+    """The path below `data/` and the digest of each image of a version."""
+    with (version_dir / IMAGE_LIST).open(encoding="utf-8") as file:
+        for line in file:
+            image_id, name = line.rstrip("\n").split("  ", maxsplit=1)
+            yield name, image_id
 
 
 def image_number(side: str, position: int, index: int = 0) -> str:

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from mllm_assets.data.arrow_values import rows_of
 from mllm_assets.data.dataset_info import DATASET_INFO
-from mllm_assets.data.json_text import decode, read_text, text_lines
+from mllm_assets.data.json_stream import list_items
+from mllm_assets.data.json_text import decode, text_lines
 from mllm_assets.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -47,18 +48,16 @@ def file_rows(path: Path) -> Iterator[FileRow]:
                 yield FileRow(f"{file}, row {index}", value)
 
 
-def read_rows(path: Path) -> list[Any]:
+def read_rows(path: Path) -> Iterator[Any]:
     """The values of `file_rows`.
 
     Raises:
         DataError: As `file_rows`, or a line is not JSON.
     """
-    rows = []
     for row in file_rows(path):
         if row.problem is not None:
             raise DataError(row.problem)
-        rows.append(row.value)
-    return rows
+        yield row.value
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], format: str) -> None:
@@ -128,16 +127,11 @@ def _json_lines(path: Path) -> Iterator[FileRow]:
         raise _missing(path) from None
 
 
-def _json_list(path: Path) -> list[Any]:
+def _json_list(path: Path) -> Iterator[Any]:
     try:
-        values = decode(read_text(path), path, 1)
+        yield from list_items(path)
     except (FileNotFoundError, IsADirectoryError):
         raise _missing(path) from None
-    if not isinstance(values, list):
-        raise DataError(
-            f"{path}: expected a list of rows, got {type(values).__name__}. Put the rows into one JSON list."
-        )
-    return values
 
 
 def _missing(path: Path) -> DataError:

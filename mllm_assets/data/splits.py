@@ -27,7 +27,7 @@ from mllm_assets.data.assign import NONE, SPLITS, TRAIN, UNUSED, UNUSED_REASONS,
 from mllm_assets.data.augment import Forbidden, augmented_copies
 from mllm_assets.data.fixed_splits import assign_as_given
 from mllm_assets.data.membership import AUGMENTED, membership, sides_before
-from mllm_assets.data.publish import ImageWriter, build_row, image_number
+from mllm_assets.data.publish import IMAGE_LIST, ImageWriter, build_row, image_number
 from mllm_assets.data.raw_files import ImageIndex, index_images
 from mllm_assets.data.row_files import write_rows
 from mllm_assets.data.row_spool import Joined, RowSpool
@@ -101,8 +101,9 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
             for side, rows in contents.items():
                 write_rows(staging / split_file(side, spec.output.format), rows, spec.output.format)
             counts = {f"num_{name}": len(spool) for name, spool in spools.items()}
+        images.write_list(staging / IMAGE_LIST)
         digests = {side: sha256_file(staging / split_file(side, spec.output.format))[:16] for side in SIDES}
-        digest = digest_json([digests[TRAIN], digests[VAL]])[:16]
+        digest = digest_json([digests[TRAIN], digests[VAL], sha256_file(staging / IMAGE_LIST)])[:16]
         result = SplitResult(
             directory=layout.version(spec.name, digest),
             digest=digest,
@@ -116,7 +117,7 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
             augmentations=dict(sorted(Counter(fate for _, fate in fates).items())),
             **counts,
         )
-        _publish(spec, layout, staging, result, images, assessment)
+        _publish(spec, layout, staging, result, assessment)
     store.write({"split_membership": membership(spec, digest, assignments, samples, fates, run_id)})
     return result
 
@@ -203,7 +204,6 @@ def _publish(
     layout: Layout,
     staging: Path,
     result: SplitResult,
-    images: ImageWriter,
     assessment: Mapping[str, object],
 ) -> None:
     write_manifest(
@@ -226,7 +226,6 @@ def _publish(
             "augmentations": result.augmentations,
             "unused_reasons": result.unused_reasons,
             "reject_reasons": result.reject_reasons,
-            "images": images.written(),
         },
     )
     publish(staging, result.directory)

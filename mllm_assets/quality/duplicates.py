@@ -7,7 +7,7 @@ Not covered: crops, rotations and mirror images.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,40 +28,31 @@ def look_name(phash_64: int | None, color_48: str | None) -> str:
 
 
 def pairs_across(
-    looks: Mapping[str, tuple[int, str]],
-    train: Collection[str],
-    val: Collection[str],
+    hashes_N: NDArray[np.uint64],
+    colors_NC: NDArray[np.uint8],
+    train_N: NDArray[np.bool_],
+    val_N: NDArray[np.bool_],
     *,
     distance_bits: int,
     color_distance: float,
-) -> list[tuple[str, str, int]]:
-    """Every near pair of different looks, one of `train` and one of `val`, with its Hamming distance.
+) -> Iterator[tuple[int, int, int]]:
+    """Near pairs of N images, one of train and one of val, with their Hamming distance: an image may be both.
 
-    Unlike `near_pairs`, which gives as many as connect each group; only groups on both sides are looked at pairwise.
+    Every validation image is paired with the first image of each look in training that is near it. Unlike
+    `near_pairs`, which gives as many as connect each group; only groups on both sides are looked at pairwise.
     """
-    names, hashes, colors = _arrays(looks)
     limits = {"distance_bits": distance_bits, "color_distance": color_distance}
-    groups = near_forest(hashes, colors, **limits).groups_N
-    trained = np.array([name in train for name in names], bool)
-    held = np.array([name in val for name in names], bool)
-    on_both = np.intersect1d(groups[trained], groups[held])
-    trained &= np.isin(groups, on_both)
-    found = []
-    for look in np.flatnonzero(held & np.isin(groups, on_both)).tolist():
-        others = np.flatnonzero(trained & (groups == groups[look]))
-        others = others[others != look]
-        bits = np.bitwise_count(hashes[others] ^ hashes[look])
-        colour = np.abs(colors[others].astype(np.int16) - colors[look]).mean(axis=1)
+    groups = near_forest(hashes_N, colors_NC, **limits).groups_N
+    on_both = np.intersect1d(groups[train_N], groups[val_N])
+    trained = np.flatnonzero(train_N & np.isin(groups, on_both))
+    looks = np.concatenate([hashes_N[trained, None].view(np.uint8), colors_NC[trained]], axis=1)
+    trained = trained[np.sort(np.unique(looks, axis=0, return_index=True)[1])]
+    for image in np.flatnonzero(val_N & np.isin(groups, on_both)).tolist():
+        others = trained[groups[trained] == groups[image]]
+        bits = np.bitwise_count(hashes_N[others] ^ hashes_N[image])
+        colour = np.abs(colors_NC[others].astype(np.int16) - colors_NC[image]).mean(axis=1)
         near = (bits <= distance_bits) & (colour <= color_distance)
-        found += [(names[n], names[look], b) for n, b in zip(others[near].tolist(), bits[near].tolist(), strict=True)]
-    return found
-
-
-def _arrays(looks: Mapping[str, tuple[int, str]]) -> tuple[list[str], NDArray[np.uint64], NDArray[np.uint8]]:
-    names = sorted(looks)
-    hashes = np.array([looks[name][0] for name in names], np.uint64)
-    colors = np.frombuffer(bytes.fromhex("".join(looks[name][1] for name in names)), np.uint8)
-    return names, hashes, colors.reshape(len(names), -1) if names else np.zeros((0, 1), np.uint8)
+        yield from ((a, image, b) for a, b in zip(others[near].tolist(), bits[near].tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

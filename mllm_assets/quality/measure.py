@@ -23,6 +23,7 @@ from mllm_assets.quality.verdicts import image_flags, image_reject_reason, odd_s
 COLUMNS = [field.name for field in fields(ImageMeasurement)]
 SCHEMA = pa.schema([*(arrow_schema("image_quality").field(name) for name in COLUMNS), pa.field("look", pa.string())])
 BATCH_IMAGES = 512
+BATCH_FILES = 8192
 # measurements that end at a limit of the spec are not complete, so they are not used again under other limits
 _CUT_SHORT = (
     "image_too_many_bytes",
@@ -128,6 +129,35 @@ def measure_files(paths: Sequence[Path], limits: DecodeLimits, store: QualitySto
         if rows:
             store.write({"image_quality": table_for("image_quality", rows)})
     return [known[name] if name in known else measured[name] for name in ids]
+
+
+@dataclass(frozen=True, slots=True)
+class FileLooks:
+    """What N files look like, by their places among those that were measured; zeros where one is defective."""
+
+    phash_N: NDArray[np.uint64]
+    colors_NC: NDArray[np.uint8]
+    defective: dict[int, ImageMeasurement]
+
+    @property
+    def whole_N(self) -> NDArray[np.bool_]:
+        whole = np.ones(len(self.phash_N), bool)
+        whole[list(self.defective)] = False
+        return whole
+
+
+def look_at_files(folder: Path, names: Sequence[str], limits: DecodeLimits, store: QualityStore | None) -> FileLooks:
+    """What files of a folder look like now; as `measure_files`, but of each only its look is kept in memory."""
+    looks = FileLooks(np.zeros(len(names), np.uint64), np.zeros((len(names), 48), np.uint8), {})
+    for first in range(0, len(names), BATCH_FILES):
+        paths = [folder / name for name in names[first : first + BATCH_FILES]]
+        for number, image in enumerate(measure_files(paths, limits, store), first):
+            if image.defect is not None or image.phash_64 is None or image.color_48 is None:
+                looks.defective[number] = image
+            else:
+                looks.phash_N[number] = image.phash_64
+                looks.colors_NC[number] = np.frombuffer(bytes.fromhex(image.color_48), np.uint8)
+    return looks
 
 
 def _known_measurements(store: QualityStore, ids: pa.StringArray) -> _Known:

@@ -41,7 +41,7 @@ def test_every_kind_of_image_can_be_changed(mode: str) -> None:
 def test_each_training_sample_has_its_copies_with_lineage_and_validation_has_none(layout: Layout) -> None:
     write_source(layout.root, [(png(n), f"picture {n}") for n in range(12)])
     *_, version = run_line(made_spec(8, 4, augment=OPERATIONS), layout)
-    rows = read_rows(version.directory / "train.json")
+    rows = list(read_rows(version.directory / "train.json"))
     originals, copies = rows[:8], rows[8:]
     assert version.augmentations == {"color": 8, "crop": 8, "crop_2": 8, "flip": 8}
     assert (version.num_train, version.num_augmented, len(copies)) == (8, 32, 32)
@@ -92,7 +92,7 @@ def test_copies_of_a_sample_of_several_images_change_all_of_them(layout: Layout)
     pq.write_table(pa.table({"image": images, "text": [f"pair {n}" for n in range(6)]}), layout.root / "source.parquet")
     spec = made_spec(4, 2, augment=("flip",), output=OutputSpec(image_prefix="pairs"))
     *_, version = run_line(spec, layout)
-    copies = read_rows(version.directory / "train.json")[4:]
+    copies = list(read_rows(version.directory / "train.json"))[4:]
     assert [row["images"] for row in copies] == [
         [f"images/pairs_train_{n:06d}_flip.png", f"images/pairs_train_{n:06d}_1_flip.png"] for n in range(4)
     ]

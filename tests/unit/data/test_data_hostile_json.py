@@ -1,16 +1,19 @@
 """ShareGPT files as strangers write them: read, or refused with the file and the row, never anything else."""
 
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from made_datasets import png
 from test_data_sharegpt import ENTRY, failing, row, write
 
+from mllm_assets.data import json_stream
+from mllm_assets.data.json_stream import list_items
 from mllm_assets.data.json_text import JsonLimits, decode, read_text, text_lines
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.errors import DataError
@@ -62,6 +65,52 @@ def test_any_bytes_are_read_or_refused_by_file(folder: Path, content: bytes | st
     (folder / "rows.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match="rows.json"):
         load_rows(folder, "rows")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(values=st.lists(VALUES, max_size=4), indent=st.sampled_from([None, 2]), chunk_chars=st.integers(1, 40))
+@example(values=[1.5, -1e-7, 10], indent=None, chunk_chars=1)
+def test_a_list_that_is_read_in_parts_holds_what_the_whole_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[Any], indent: int | None, chunk_chars: int
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(values, indent=indent), encoding="utf-8")
+    monkeypatch.setattr(json_stream, "CHUNK_CHARS", chunk_chars)
+    try:
+        whole = decode(path.read_text(encoding="utf-8"), path, 1)
+    except DataError as error:
+        with pytest.raises(DataError, match=re.escape(str(error))):
+            list(list_items(path))
+    else:
+        assert list(list_items(path)) == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{},]", "line 1, column 5: Expecting value"),
+        ("[{}] []", "line 1, column 6: Extra data"),
+        ("[{}\n{}]", "line 2, column 1: Expecting ',' delimiter"),
+        ("[1", "line 1, column 3: Expecting ',' delimiter"),
+        ('{"a": 1}', "expected a list of rows, got dict"),
+    ],
+)
+def test_a_list_that_breaks_off_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=re.escape(message)):
+        list(list_items(tmp_path / "rows.json"))
+
+
+def test_a_long_list_is_read_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row()] * 50_000, indent=2))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in list_items(path)) == 50_000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 2**20
 
 
 @pytest.mark.parametrize(

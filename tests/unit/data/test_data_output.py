@@ -44,7 +44,8 @@ def test_every_format_is_read_by_training_and_by_llamafactory(layout: Layout, fo
     write_source(layout.root, [(png(n), f"picture {n}\n<b> é 日本 ") for n in range(12)])
     spec = made_spec(8, 2, output=OutputSpec(format=format), augment=("flip",), system="Be brief.")
     *_, version = run_line(spec, layout)
-    assert {path.name for path in version.directory.iterdir()} == {f"train.{format}", f"val.{format}", "manifest.json"}
+    files = {f"train.{format}", f"val.{format}", "images.sha256", "manifest.json"}
+    assert {path.name for path in version.directory.iterdir()} == files
     for side in ("train", "val"):
         rows = load_rows(layout.data, f"made_{side}")
         expected = [(*((m.role, m.content) for m in row.messages), *row.images) for row in rows]
