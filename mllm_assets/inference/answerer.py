@@ -3,7 +3,6 @@
 Shape suffixes: B rows, T tokens, S supervised positions over all rows, V vocabulary.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
+from transformers.generation.streamers import BaseStreamer
 
 from mllm_assets.errors import MllmAssetsError
+from mllm_assets.inference.naming import is_checkpoint
 from mllm_assets.training.checkpoint_model import load_checkpoint, read_beginning
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.encode import EncodedRow, Encoder
@@ -120,9 +121,16 @@ class Answerer:
 
     @torch.inference_mode()
     def answers(
-        self, rows: Sequence[EncodedRow], *, max_new_tokens: int, sampling: Sampling | None = None
+        self,
+        rows: Sequence[EncodedRow],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> list[Answer]:
         """Continue prompts (`Encoder.encode_prompt`) until the model ends its turn or `max_new_tokens` are said.
+
+        A `streamer` is given the tokens of a single row as they come.
 
         Raises:
             DataError: An image is damaged. Names row and file.
@@ -139,7 +147,11 @@ class Answerer:
         else:
             options |= {"temperature": None, "top_p": None, "top_k": None}
         output_BT = self.model.generate(
-            **batch, **options, eos_token_id=self._stop_ids, pad_token_id=self._asked.pad_id
+            **batch,
+            **options,
+            eos_token_id=self._stop_ids,
+            pad_token_id=self._asked.pad_id,
+            streamer=streamer,
         )
         said = [self._until_stop(row) for row in output_BT[:, batch["input_ids"].shape[1] :].tolist()]
         latency_s = (time.perf_counter() - started) / len(rows)
@@ -177,11 +189,6 @@ class Answerer:
         if "pixel_values" in moved:
             moved["pixel_values"] = moved["pixel_values"].to(self.model.dtype)
         return moved
-
-
-def is_checkpoint(directory: Path) -> bool:
-    """Say whether a directory holds what a run has trained up to a step, and no whole model."""
-    return re.fullmatch(r"checkpoint-\d+", directory.name) is not None and not (directory / "config.json").is_file()
 
 
 def in_batches(

@@ -1,24 +1,38 @@
-"""One answer of a model to images and a prompt, in the turn format that it was trained on."""
+"""Answers of a model to images and a prompt, in the turn format that it was trained in."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import TextStreamer
+
 from mllm_assets.data.sharegpt import USER, Message, Row
-from mllm_assets.errors import DataError, ModelError
-from mllm_assets.inference.answerer import Answerer, Sampling, is_checkpoint
+from mllm_assets.errors import DataError
+from mllm_assets.inference.answerer import Answerer, Sampling
+from mllm_assets.inference.naming import NamedModel, find_model
 from mllm_assets.training.encode import IMAGE_PLACEHOLDER
 from mllm_assets.training.memory import pick_device
+
+__all__ = ["FileAnswer", "Generation", "answer_files", "ask", "find_model", "generate", "open_model", "prompt_row"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """An answer; `time_s` is the generation alone, without loading the model."""
+    """An answer; `time_s` is the generation alone, without loading the model. In a batch it is the image's share."""
 
     text: str
     time_s: float
     num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileAnswer:
+    """What a model says of one image file, or why it could not be asked."""
+
+    image: Path
+    answer: Generation | None = None
+    error: str | None = None
 
 
 def generate(
@@ -34,7 +48,7 @@ def generate(
     seed: int | None = None,
     template: str | None = None,
 ) -> Generation:
-    """Ask a model.
+    """Ask a model once.
 
     Args:
         model_dir: A Hugging Face model directory, a release, a training run's directory, or a checkpoint of one.
@@ -56,31 +70,110 @@ def generate(
     """
     sampling = Sampling(do_sample=do_sample, temperature=temperature, top_p=top_p, seed=seed)
     row = prompt_row(images, prompt)
-    answerer = Answerer(find_model(model_dir), device=pick_device(device).kind, system=system, template=template)
-    encoded = answerer.encoder.encode_prompt(row)
-    started = time.perf_counter()
-    (answer,) = answerer.answers([encoded], max_new_tokens=max_new_tokens, sampling=sampling)
-    return Generation(text=answer.text, time_s=time.perf_counter() - started, num_tokens=answer.num_tokens)
+    model = NamedModel(name=str(model_dir), directory=find_model(model_dir), template=template)
+    answerer = open_model(model, device=device, system=system)
+    return ask(answerer, row, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
-def find_model(directory: Path) -> Path:
-    """The model directory or checkpoint that a path stands for: itself, or `model/` of a training run.
+def open_model(model: NamedModel, *, device: str = "auto", system: str | None = None) -> Answerer:
+    """Load a model to be asked.
 
     Raises:
-        ModelError: There is none. Says what the path is and what to give in its place.
+        ModelError: Its directory holds no usable model.
+        MachineError: The device asked for is not there.
     """
-    if (directory / "config.json").is_file() or is_checkpoint(directory):
-        return directory
-    if (directory / "model" / "config.json").is_file():
-        return directory / "model"
-    if not directory.exists():
-        raise ModelError(
-            f"{directory} does not exist. Give a model directory, for example outputs/<recipe>/latest/model."
-        )
-    raise ModelError(
-        f"{directory} is no model directory: it has neither config.json nor model/config.json. "
-        "Give a Hugging Face model directory, a release or a finished training run."
+    return Answerer(
+        model.directory,
+        device=pick_device(device).kind,
+        system=system,
+        template=model.template,
+        enable_thinking=model.enable_thinking,
+        image_max_pixels=model.image_max_pixels,
     )
+
+
+def ask(
+    answerer: Answerer,
+    row: Row,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    tell: Callable[[str], None] | None = None,
+) -> Generation:
+    """Ask a loaded model about one row of `prompt_row`.
+
+    Args:
+        answerer: The model.
+        row: The question.
+        max_new_tokens: The answer is cut after so many tokens.
+        sampling: How tokens are drawn.
+        tell: Told each word as soon as it is whole. The reasoning of a model that reasons is not told: its answer
+            comes at once at the end.
+
+    Raises:
+        DataError: An image is damaged.
+    """
+    encoded = answerer.encoder.encode_prompt(row)
+    reasons = answerer.encoder.template.thought is not None
+    streamer = _Teller(answerer.tokenizer, tell) if tell and not reasons else None
+    started = time.perf_counter()
+    (answer,) = answerer.answers([encoded], max_new_tokens=max_new_tokens, sampling=sampling, streamer=streamer)
+    generation = Generation(text=answer.text, time_s=time.perf_counter() - started, num_tokens=answer.num_tokens)
+    if tell and reasons:
+        tell(generation.text)
+    return generation
+
+
+def answer_files(
+    answerer: Answerer,
+    images: Sequence[Path],
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    batch_size: int,
+) -> Iterator[FileAnswer]:
+    """Ask the same of each image, in batches, in the files' order. A file that is no image costs its own answer only.
+
+    Raises:
+        DataError: The prompt has more than one `<image>`, or holds control tokens.
+    """
+    prompt_row(images[:1], prompt)
+    for start in range(0, len(images), batch_size):
+        yield from _answer_batch(answerer, images[start : start + batch_size], prompt, max_new_tokens, sampling)
+
+
+def _answer_batch(
+    answerer: Answerer, images: Sequence[Path], prompt: str, max_new_tokens: int, sampling: Sampling
+) -> Iterator[FileAnswer]:
+    try:
+        rows = [answerer.encoder.encode_prompt(prompt_row([image], prompt)) for image in images]
+        answers = answerer.answers(rows, max_new_tokens=max_new_tokens, sampling=sampling)
+    except DataError as error:
+        if len(images) == 1:
+            yield FileAnswer(image=images[0], error=str(error))
+            return
+        for image in images:  # one of them is damaged, and the others are not
+            yield from _answer_batch(answerer, [image], prompt, max_new_tokens, sampling)
+        return
+    for image, answer in zip(images, answers, strict=True):
+        generation = Generation(text=answer.text, time_s=answer.latency_s, num_tokens=answer.num_tokens)
+        yield FileAnswer(image=image, answer=generation)
+
+
+class _Teller(TextStreamer):
+    """Hands over whole words as they come, without what surrounds the answer."""
+
+    def __init__(self, tokenizer: object, tell: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+        self._tell, self._begun = tell, False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self._begun else text.lstrip()
+        text = text.rstrip() if stream_end else text
+        self._begun = self._begun or bool(text)
+        if text:
+            self._tell(text)
 
 
 def prompt_row(images: Sequence[Path], prompt: str) -> Row:
