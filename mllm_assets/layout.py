@@ -57,6 +57,11 @@ class Layout:
     def hidden_states(self) -> Path:
         return self.root / "cache" / "hidden_states"
 
+    @property
+    def ray_jobs(self) -> Path:
+        """Requests and results of jobs that are on a Ray cluster; each job's folder goes with it."""
+        return self.root / "cache" / "ray_jobs"
+
     def predictions(self, recipe: str, digest: str) -> Path:
         return self.outputs / recipe / "predictions" / digest
 

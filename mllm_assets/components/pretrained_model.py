@@ -9,7 +9,8 @@ import dagster as dg
 from pydantic import Field
 
 from mllm_assets.artifacts import slug
-from mllm_assets.components.resources import OBSERVE_EVERY_S, AcceleratorResource, ProjectResource, failures_for_people
+from mllm_assets.components.progress import OBSERVE_EVERY_S
+from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.training.pretrained import PretrainedResult, describe_model, fetch_snapshot
 
 

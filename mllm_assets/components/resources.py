@@ -1,9 +1,7 @@
 """The two resources that the assets use: where things lie, and what runs the model."""
 
 import json
-import os
-import time
-import warnings
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +10,15 @@ from typing import Any, Literal
 import dagster as dg
 from pydantic import Field
 
+from mllm_assets.components.progress import ProgressRelay, local_session
+from mllm_assets.components.ray_launcher import run_on_ray
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
 from mllm_assets.quality.store import QualityStore, table_for, utc_now
 from mllm_assets.training.launch import WorkerCrashed, run_worker
+from mllm_assets.training.ray_jobs import DEFAULT_ADDRESS, Cluster
 
-OBSERVE_EVERY_S = 5.0  # an observation is a database row, so progress is throttled
+SHARED_TASKS = ("vision_features", "evaluate")  # those that take a `part` of the work, and put `parts` together
 
 
 @contextmanager
@@ -58,17 +59,38 @@ class ProjectResource(dg.ConfigurableResource):
         return result
 
 
+class RayCluster(dg.Config):
+    """The Ray cluster of `launcher: ray`. Its machines must see the project's folder under the same path."""
+
+    address: str = Field(
+        default=DEFAULT_ADDRESS, description="The cluster's dashboard. The variable RAY_ADDRESS wins over it."
+    )
+    num_cpus: float = Field(default=1.0, ge=0, description="CPUs that each job reserves.")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that each job reserves, and the only ones it sees.")
+    num_workers: int = Field(
+        default=1, ge=1, description="Jobs over which feature extraction and predictions are spread."
+    )
+    jobs_dir: str = Field(
+        default="cache/ray_jobs", description="Where requests and results are exchanged; seen by all machines."
+    )
+    python: str = Field(default=sys.executable, description="The Python of the cluster's machines.")
+
+
 class AcceleratorResource(dg.ConfigurableResource):
     """The device that models run on. Each call runs in a process tree of its own, which ends with the step."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         default="auto", description="auto takes CUDA, then MPS, then the CPU; a named device must be there."
     )
-    num_processes: int = Field(default=1, ge=1, description="Processes on this machine; above 1 torchrun starts them.")
+    num_processes: int = Field(default=1, ge=1, description="Processes on one machine; above 1 torchrun starts them.")
     num_threads: int | None = Field(default=None, description="CPU threads of each process; by default one per core.")
     grace_s: float = Field(
         default=10.0, description="Seconds between asking a cancelled worker to stop and killing it."
     )
+    launcher: Literal["local", "ray"] = Field(
+        default="local", description="Where workers run: on this machine, or as jobs of a Ray cluster."
+    )
+    ray: RayCluster = Field(default_factory=RayCluster, description="Used by the launcher ray only.")
 
     def run(self, context: dg.AssetExecutionContext, request: Mapping[str, Any]) -> dict[str, Any]:
         """Run one worker task, with its progress as observations of the step's assets.
@@ -77,64 +99,44 @@ class AcceleratorResource(dg.ConfigurableResource):
             dg.Failure: The task failed. A crash may be retried; a mistake in the input or a cancellation may not.
         """
         key = next(iter(context.selected_asset_keys))
-        with _pipes_session(context) as session:
-            progress = _ProgressRelay(context, key, session)
-            try:
-                with failures_for_people():
+        request = {**request, "accelerator": self.settings(request["task"])}
+        try:
+            with failures_for_people():
+                if self.launcher == "ray":
+                    return self._run_on_ray(context, key, request)
+                with local_session(context) as session:
                     return run_worker(
-                        {**request, "accelerator": self.settings(request["task"])},
+                        request,
                         env=session.get_bootstrap_env_vars(),
-                        on_poll=progress.relay,
+                        on_poll=ProgressRelay(context, key, session).relay,
                         grace_s=self.grace_s,
                     )
-            except dg.DagsterExecutionInterruptedError:
-                # a RetryPolicy would start a bare interrupt again
-                raise dg.Failure(
-                    description="Cancelled; every process of the step has ended.", allow_retries=False
-                ) from None
-            except WorkerCrashed as crash:
-                raise dg.Failure(description=str(crash), allow_retries=True) from None
+        except dg.DagsterExecutionInterruptedError:
+            # a RetryPolicy would start a bare interrupt again
+            raise dg.Failure(
+                description="Cancelled; every process of the step has ended.", allow_retries=False
+            ) from None
+        except WorkerCrashed as crash:
+            raise dg.Failure(description=str(crash), allow_retries=True) from None
 
     def settings(self, task: str) -> dict[str, Any]:
         """What the worker is told; only training is spread over processes."""
         num_processes = self.num_processes if task == "train" else 1
         return {"device": self.device, "num_processes": num_processes, "num_threads": self.num_threads}
 
-
-@contextmanager
-def _pipes_session(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSession]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dg.PreviewWarning)  # Dagster warns of a method that it calls itself
-        with dg.open_pipes_session(
-            context=context,
-            context_injector=dg.PipesTempFileContextInjector(),
-            message_reader=dg.PipesTempFileMessageReader(),
-        ) as session:
-            yield session
-
-
-class _ProgressRelay:
-    """Pass every warning on, and the newest progress as a line and an observation, at most one every few seconds."""
-
-    def __init__(self, context: dg.AssetExecutionContext, key: dg.AssetKey, session: dg.PipesSession):
-        self._context, self._key, self._session = context, key, session
-        self._num_seen, self._last_s, self._parent = 0, time.monotonic(), os.getppid()
-        self._newest: Mapping[str, Any] | None = None
-
-    def relay(self) -> None:
-        if os.getppid() != self._parent:  # kill -9 of the run worker leaves this step worker alive
-            raise dg.Failure(description="The run's process is gone, so this step ends too.", allow_retries=False)
-        messages = self._session.get_custom_messages()
-        for message in messages[self._num_seen :]:
-            if "warning" in message:  # each is said once, and would be lost among the progress
-                self._context.log.warning(message["warning"])
-            elif "stage" not in message:
-                self._context.log.info(message["text"])
-            else:
-                self._newest = message
-        self._num_seen = len(messages)
-        if self._newest is None or time.monotonic() - self._last_s < OBSERVE_EVERY_S:
-            return
-        facts, self._newest, self._last_s = dict(self._newest), None, time.monotonic()
-        self._context.log.info(facts.pop("text"))
-        self._context.log_event(dg.AssetObservation(asset_key=self._key, metadata=facts))
+    def _run_on_ray(
+        self, context: dg.AssetExecutionContext, key: dg.AssetKey, request: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        cluster = Cluster(
+            address=self.ray.address,
+            jobs_dir=Path(self.ray.jobs_dir),
+            num_cpus=self.ray.num_cpus,
+            num_gpus=self.ray.num_gpus,
+            python=self.ray.python,
+        )
+        num_workers = self.ray.num_workers if request["task"] in SHARED_TASKS else 1
+        if num_workers > 1:
+            parts = [{**request, "part": [index, num_workers]} for index in range(num_workers)]
+            request = {**request, "parts": run_on_ray(context, key, parts, cluster, grace_s=self.grace_s)}
+        [result] = run_on_ray(context, key, [request], cluster, grace_s=self.grace_s)
+        return result

@@ -47,6 +47,8 @@ class EvaluateRequest:
     image_max_pixels: int = 768 * 768
     template: str | None = None
     enable_thinking: bool | None = True
+    part: tuple[int, int] | None = None
+    parts: tuple[dict[str, dict[str, Any]], ...] = ()
     device: str = "auto"
     num_threads: int | None = None
 
@@ -61,6 +63,8 @@ class EvaluateRequest:
                 **known,
                 **paths,
                 "entries": tuple(known["entries"]),
+                "part": tuple(known["part"]) if known.get("part") else None,
+                "parts": tuple(known.get("parts") or ()),
                 "device": accelerator.get("device") or "auto",
                 "num_threads": accelerator.get("num_threads"),
             }
@@ -84,7 +88,9 @@ def evaluate_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
         request: `recipe_name`, `model_dir`, `base_model_dir`, `data_dir`, `entries`, `directory` (the target; a
             complete one is returned as it is) and optionally `max_samples` (per entry), `max_new_tokens`,
             `batch_size`, `system`, `cutoff_len`, `image_max_pixels`, `template`,
-            `enable_thinking`, `accelerator` (`device`, `num_threads`).
+            `enable_thinking`, `accelerator` (`device`, `num_threads`). With `part` (index, count) nothing is written:
+            the result is what that part of the batches gave, by model. The request without it, with those results as
+            `parts`, puts them together.
         reporter: Told after each batch.
 
     Raises:
@@ -101,10 +107,15 @@ def evaluate_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     started = time.perf_counter()
     samples = load_samples(spec)
     device = pick_device(spec.device)
-    rows: list[dict[str, Any]] = []
-    for model, directory in (("base", spec.base_model_dir), ("tuned", spec.model_dir)):
-        rows += predict(model, find_model(directory), samples, spec, device.kind, reporter)
-    table = to_table(rows)
+    models = {"base": spec.base_model_dir, "tuned": spec.model_dir}
+    if not spec.parts:
+        measured = {name: measure(name, find_model(path), samples, spec, device.kind, reporter)
+                    for name, path in models.items()}  # fmt: skip
+    else:
+        measured = {name: Measured.together([part[name] for part in spec.parts]) for name in models}
+    if spec.part:
+        return {name: asdict(some) for name, some in measured.items()}
+    table = to_table([row for name, some in measured.items() for row in rows_of(name, some, samples, spec.data_dir)])
     with staged_directory(spec.directory) as staging:
         pq.write_table(table, staging / PREDICTIONS_FILE)
         write_gallery(staging, table, data_dir=spec.data_dir, title=spec.recipe_name)
@@ -115,6 +126,7 @@ def evaluate_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
             "num_predictions": len(table),
             "max_new_tokens": spec.max_new_tokens,
             "device": asdict(device),
+            **({"num_answers_by_worker": _num_answers(spec.parts)} if spec.parts else {}),
             "wall_s": round(time.perf_counter() - started, 2),
         }
         return write_manifest(staging, payload)
@@ -133,15 +145,37 @@ def load_samples(spec: EvaluateRequest) -> list[Sample]:
     return samples
 
 
-def predict(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What one model gave, by the sample's position as text, so that it passes through JSON as it is.
+
+    Attributes:
+        losses: Loss in nats and number of supervised tokens.
+        shuffled_losses: The same with the partner's images, of samples that have one.
+        answers: Text, number of tokens, and seconds.
+    """
+
+    losses: dict[str, tuple[float, int]]
+    shuffled_losses: dict[str, tuple[float, int]]
+    answers: dict[str, tuple[str, int, float]]
+
+    @classmethod
+    def together(cls, parts: Sequence[dict[str, Any]]) -> "Measured":
+        """Join what the parts of one evaluation gave."""
+        return cls(
+            **{name: {key: value for part in parts for key, value in part[name].items()} for name in cls.__slots__}
+        )
+
+
+def measure(
     model: str,
     directory: Path,
     samples: Sequence[Sample],
     spec: EvaluateRequest,
     device: str,
     reporter: "Reporter",
-) -> list[dict[str, Any]]:
-    """Score and answer every sample with one model; the rows are in the samples' order."""
+) -> Measured:
+    """Score and answer every sample with one model, or those in the batches of `spec.part`."""
     answerer = Answerer(
         directory,
         device=device,
@@ -159,27 +193,46 @@ def predict(
     ]
     prompts = [answerer.encoder.encode_prompt(sample.row) for sample in samples]
 
-    progress = _Progress(reporter, f"evaluate {model} model", len(encoded) + len(swapped) + len(prompts))
-    losses = dict(progress.follow(in_batches(encoded, spec.batch_size, answerer.losses)))
-    shuffled = {paired[i]: v for i, v in progress.follow(in_batches(swapped, spec.batch_size, answerer.losses))}
+    part = spec.part or (0, 1)
+    num_rows = (len(encoded) + len(swapped) + len(prompts)) // part[1]
+    progress = _Progress(reporter, f"evaluate {model} model", num_rows)
 
     def answer(rows: Sequence[EncodedRow]) -> Sequence[Any]:
         return answerer.answers(rows, max_new_tokens=spec.max_new_tokens)
 
-    answers = dict(progress.follow(in_batches(prompts, spec.batch_size, answer)))
-    data_dir = spec.data_dir.resolve()
-    return [
-        {
-            **_question(model, sample, data_dir),
-            "answer": answers[index].text,
-            "loss_nats": losses[index][0],
-            "loss_shuffled_nats": shuffled[index][0] if index in shuffled else None,
-            "num_supervised_tokens": losses[index][1],
-            "num_answer_tokens": answers[index].num_tokens,
-            "latency_s": answers[index].latency_s,
-        }
-        for index, sample in enumerate(samples)
-    ]
+    losses = progress.follow(in_batches(encoded, spec.batch_size, answerer.losses, part=part))
+    shuffled = progress.follow(in_batches(swapped, spec.batch_size, answerer.losses, part=part))
+    answers = progress.follow(in_batches(prompts, spec.batch_size, answer, part=part))
+    return Measured(
+        losses={str(index): value for index, value in losses},
+        shuffled_losses={str(paired[i]): value for i, value in shuffled},
+        answers={str(index): (said.text, said.num_tokens, said.latency_s) for index, said in answers},
+    )
+
+
+def rows_of(model: str, measured: Measured, samples: Sequence[Sample], data_dir: Path) -> list[dict[str, Any]]:
+    """Return the table's rows of one model, in the samples' order."""
+    data_dir, rows = data_dir.resolve(), []
+    for index, sample in enumerate(samples):
+        loss_nats, num_supervised_tokens = measured.losses[str(index)]
+        text, num_answer_tokens, latency_s = measured.answers[str(index)]
+        shuffled = measured.shuffled_losses.get(str(index))
+        rows.append(
+            {
+                **_question(model, sample, data_dir),
+                "answer": text,
+                "loss_nats": loss_nats,
+                "loss_shuffled_nats": shuffled[0] if shuffled else None,
+                "num_supervised_tokens": num_supervised_tokens,
+                "num_answer_tokens": num_answer_tokens,
+                "latency_s": latency_s,
+            }
+        )
+    return rows
+
+
+def _num_answers(parts: Sequence[dict[str, dict[str, Any]]]) -> list[int]:
+    return [sum(len(measured["answers"]) for measured in part.values()) for part in parts]
 
 
 def _question(model: str, sample: Sample, data_dir: Path) -> dict[str, Any]:

@@ -192,14 +192,21 @@ class Answerer:
 
 
 def in_batches(
-    rows: Sequence[EncodedRow], batch_size: int, run: Callable[[Sequence[EncodedRow]], Sequence[T]]
+    rows: Sequence[EncodedRow],
+    batch_size: int,
+    run: Callable[[Sequence[EncodedRow]], Sequence[T]],
+    *,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[list[int], Sequence[T]]]:
     """Run batches of rows of like length, longest first, and yield each with the rows' positions.
+
+    With `part` (index, count) every count-th batch only: the batches are the same however many parts there are, and so
+    are the results, to the bit.
 
     Rows of like length need little padding; the longest first, so that a batch that does not fit in memory fails at
     once.
     """
     order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].input_ids), index))
-    for start in range(0, len(order), batch_size):
+    for start in range(part[0] * batch_size, len(order), part[1] * batch_size):
         positions = order[start : start + batch_size]
         yield positions, run([rows[index] for index in positions])

@@ -91,6 +91,7 @@ def compute_missing(
     *,
     num_workers: int = 0,
     part: tuple[int, int] = (0, 1),
+    wait: bool = True,
 ) -> int:
     """Compute the features of the images that are not in `directory` yet, shard by shard.
 
@@ -104,7 +105,9 @@ def compute_missing(
         precision: The training step's.
         reporter: Told after each pass.
         num_workers: Processes that decode images.
-        part: `(index, count)`: compute every count-th image only and wait for the processes that compute the others.
+        part: `(index, count)`: compute every count-th pass of the tower only. A pass holds the same images however
+            many parts there are, so that its features are the same bits.
+        wait: Whether to wait for the processes that compute the other parts.
 
     Returns:
         How many images were computed.
@@ -115,8 +118,9 @@ def compute_missing(
     store = ShardStore(directory)
     for damage in store.drop_damaged(images) if part[1] == 1 else ():
         reporter.warn(f"Cached vision features were damaged and are computed again: {damage}.")
-    names = store.missing(sorted(images)[part[0] :: part[1]])
     device = tower.device_of(model).type
+    passes = list(_chunks(sorted(images), NUM_IMAGES_PER_PASS[device]))
+    names = store.missing(name for some in passes[part[0] :: part[1]] for name in some)
     done = 0
     for shard_names in _chunks(names, NUM_IMAGES_PER_SHARD):
         pixels = DataLoader(
@@ -131,7 +135,8 @@ def compute_missing(
             reporter.progress("vision_features", done + len(computed), len(names))
         done += len(computed)
         store.add(dict(zip(shard_names, computed, strict=True)))
-    store.wait_for(images.keys())
+    if wait:
+        store.wait_for(images.keys())
     return len(names)
 
 
@@ -190,7 +195,8 @@ def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
 
     Reads `recipe`, `model_dir`, `data_dir`, `features_root` and `accelerator`; the result has `directory` (relative to
     `features_root`), `digest` (of tower and images), `tower_fingerprint`, `num_images`, `num_computed`, `num_bytes`
-    and `dtype`.
+    and `dtype`. With `part` (index, count) only that part is computed, and the result has `num_computed` alone; the
+    request without it, with those results as `parts`, computes what is still missing and counts them in.
 
     Raises:
         RecipeError: The recipe trains the tower.
@@ -219,17 +225,22 @@ def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     model = load_model(model_dir, dtype=precision.weights).eval()
     fingerprint = tower.tower_fingerprint(model, processor, spec, precision)
     tower.move(model, device.kind)
+    index, count = request.get("part") or (0, 1)
     num_computed = compute_missing(
         model, make_collator(spec, processor), images, root / fingerprint, precision, reporter,
-        num_workers=spec.dataloader_num_workers,
+        num_workers=spec.dataloader_num_workers, part=(index, count), wait=False,
     )  # fmt: skip
+    if request.get("part"):
+        return {"num_computed": num_computed}
+    by_worker = [part["num_computed"] for part in request.get("parts") or ()]
     store = ShardStore(root / fingerprint)
     return {
         "directory": fingerprint,
         "digest": digest_json([fingerprint, sorted(images)]),
         "tower_fingerprint": fingerprint,
         "num_images": len(images),
-        "num_computed": num_computed,
+        "num_computed": num_computed + sum(by_worker),
+        **({"num_computed_by_worker": by_worker} if by_worker else {}),
         "num_bytes": store.num_bytes(images),
         "dtype": str(store.get(min(images)).dtype).removeprefix("torch.") if images else None,
     }

@@ -66,11 +66,12 @@ def run_worker(
                 sys.executable,
                 supervisor.__file__,
                 str(grace_s),
+                "-",
                 *worker_command(accelerator, request_path, result_path),
             ],
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C reaches the launcher only, which then ends the tree in order
-            env={**os.environ, **_thread_variables(accelerator), **(env or {}), supervisor.MARK: mark},
+            env={**os.environ, **thread_variables(accelerator), **(env or {}), supervisor.MARK: mark},
         )
         try:
             while process.poll() is None:
@@ -79,10 +80,12 @@ def run_worker(
                 time.sleep(POLL_S)
         finally:
             _end(process, mark, grace_s)
-        return _outcome(request["task"], process.returncode, result_path)
+        return read_outcome(request["task"], process.returncode, result_path)
 
 
-def worker_command(accelerator: Mapping[str, Any], request_path: Path, result_path: Path) -> list[str]:
+def worker_command(
+    accelerator: Mapping[str, Any], request_path: Path, result_path: Path, *, python: str = sys.executable
+) -> list[str]:
     """The worker's command line: plain Python, or torchrun for more than one process.
 
     Source:
@@ -91,13 +94,14 @@ def worker_command(accelerator: Mapping[str, Any], request_path: Path, result_pa
         cover. transformers' Trainer takes its ranks from torchrun's variables.
     """
     num_processes = int(accelerator.get("num_processes") or 1)
-    python = [sys.executable]
+    command = [python]
     if num_processes > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    return [*python, "-m", "mllm_assets.worker", str(request_path), str(result_path)]
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    return [*command, "-m", "mllm_assets.worker", str(request_path), str(result_path)]
 
 
-def _thread_variables(accelerator: Mapping[str, Any]) -> dict[str, str]:
+def thread_variables(accelerator: Mapping[str, Any]) -> dict[str, str]:
+    """Environment variables for the CPU threads of a worker."""
     # Threads that spin long while they wait starve each other on a busy machine, and such that do not spin at all are
     # slow on a quiet one. 40 steps of the emoji recipe with 2 threads on 2 cores, quiet / beside two busy processes:
     # libgomp's default 3.9 s / above 50 s, OMP_WAIT_POLICY=PASSIVE 5.5 / 17.8 s, 1000 turns 3.7 / 19.1 s.
@@ -133,7 +137,13 @@ def _end(process: subprocess.Popen[bytes], mark: str, grace_s: float) -> None:
         raise interrupt
 
 
-def _outcome(task: str, code: int, result_path: Path) -> dict[str, Any]:
+def read_outcome(task: str, code: int, result_path: Path) -> dict[str, Any]:
+    """Return what a worker wrote before it ended with `code` (128 + number or below 0 for a signal).
+
+    Raises:
+        MllmAssetsError: What it found wrong.
+        WorkerCrashed: It wrote nothing.
+    """
     outcome = json.loads(result_path.read_text(encoding="utf-8")) if result_path.exists() else {}
     if "error" in outcome:
         raise error_from_payload(outcome["error"])

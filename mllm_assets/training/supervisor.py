@@ -1,9 +1,12 @@
-"""A process between launcher and worker that leaves no process behind: `supervisor.py GRACE_S COMMAND...`.
+"""A process between launcher and worker that leaves no process behind: `supervisor.py GRACE_S LAUNCHER COMMAND...`.
 
 Standard library only; it runs as a plain file, so that it starts in 30 ms. It ends the worker's whole tree when the
 launcher closes its stdin or dies (a pipe's other end closes however a process ends, kill -9 included), on SIGTERM,
 SIGINT or SIGHUP, and when the worker ends and leaves children. A tree is walked, not a process group killed: the
 ranks of torchrun start sessions of their own. As a child subreaper the supervisor adopts what the tree orphans.
+
+LAUNCHER is `-` for the stdin, or, for a launcher on another machine, `SECONDS:FILE`: a file that the launcher writes
+again and again, and whose content must not stay the same for so long.
 
 What is not covered: on other systems than Linux only the worker's process group is ended. Where launcher and
 supervisor are killed with -9 in the same instant, torchrun and its ranks die (PR_SET_PDEATHSIG), and PyTorch's loader
@@ -100,19 +103,37 @@ def _reap(child: subprocess.Popen[bytes]) -> None:
         pass
 
 
+def wait_for_launcher(launcher: str) -> None:
+    """Return when the launcher has gone or gives no sign of life."""
+    if launcher == "-":
+        os.read(0, 1)  # returns at end of file: nobody holds the other end any more
+        return
+    silence_s, _, path = launcher.partition(":")
+    seen, seen_at = b"", time.monotonic()
+    while time.monotonic() - seen_at < float(silence_s):
+        time.sleep(min(1.0, float(silence_s) / 4))
+        try:
+            with open(path, "rb") as file:  # opened anew: a network file system looks after changes only then
+                beat = file.read()
+        except OSError:
+            continue  # not there, or not for now
+        if beat != seen:
+            seen, seen_at = beat, time.monotonic()
+
+
 def main() -> None:
     """Run the command until it ends or must end; exit with its code (128 + number for a signal)."""
-    grace_s, stop, launcher = float(sys.argv[1]), threading.Event(), os.getppid()
+    grace_s, stop, parent = float(sys.argv[1]), threading.Event(), os.getppid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
-    child = _start(sys.argv[2:])
+    child = _start(sys.argv[3:])
 
-    def wait_for_launcher() -> None:
-        os.read(0, 1)  # returns at end of file: nobody holds the other end any more
+    def watch() -> None:
+        wait_for_launcher(sys.argv[2])
         stop.set()
 
-    threading.Thread(target=wait_for_launcher, daemon=True).start()
-    while child.poll() is None and not stop.wait(0.1) and os.getppid() == launcher:
+    threading.Thread(target=watch, daemon=True).start()
+    while child.poll() is None and not stop.wait(0.1) and os.getppid() == parent:
         pass
     if child.poll() is None:
         _signal_all(child, signal.SIGTERM)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from mllm_assets.errors import MachineError, RecipeError
+from mllm_assets.training import supervisor
 from mllm_assets.training.launch import WorkerCrashed, run_worker
 
 pytestmark = pytest.mark.integration
@@ -201,6 +202,25 @@ def test_ctrl_c_on_a_terminal_twice_leaves_nothing(world: World) -> None:
         time.sleep(0.15)
     launcher.wait(20)
     wait_until(lambda: world.alive() == [], timeout_s=20)
+
+
+def test_a_launcher_elsewhere_that_gives_no_sign_of_life_ends_the_task(world: World) -> None:
+    """On a cluster no pipe leads to the launcher, so that a killed one would leave its job training."""
+    heartbeat, request = world.folder / "heartbeat", world.folder / "request.json"
+    request.write_text(json.dumps(world.request("stubborn")))
+    worker = [sys.executable, "-m", "mllm_assets.worker", str(request), str(world.folder / "result.json")]
+    command = [sys.executable, supervisor.__file__, "0.3", f"2:{heartbeat}", *worker]
+    process = subprocess.Popen(command, env={**os.environ, **world.env}, stdin=subprocess.DEVNULL)
+    started_s = time.monotonic()
+
+    def is_up_for_long() -> bool:
+        heartbeat.write_text(str(time.monotonic()))
+        return world.is_up() and time.monotonic() - started_s > 4
+
+    wait_until(is_up_for_long, timeout_s=60)
+    assert process.poll() is None, "it ended while its launcher lived"
+    process.wait(30)
+    wait_until(lambda: world.alive() == [], timeout_s=5)
 
 
 def test_launcher_and_supervisor_killed_at_once_leave_no_rank(world: World) -> None:

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
-HEAVY = "torch transformers datasets accelerate peft sacrebleu cleanvision imagehash matplotlib tensorboard".split()
+HEAVY = [
+    *"torch transformers datasets accelerate peft sacrebleu cleanvision imagehash matplotlib tensorboard".split(),
+    *"ray dagster_ray".split(),
+]
 
 
 def test_the_graph_loads_without_torch_transformers_datasets() -> None:

@@ -1,0 +1,58 @@
+"""A worker's messages on their way to Dagster."""
+
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+
+OBSERVE_EVERY_S = 5.0  # an observation is a database row, so progress is throttled
+
+
+@contextmanager
+def open_session(
+    context: dg.AssetExecutionContext, injector: dg.PipesContextInjector, reader: dg.PipesMessageReader
+) -> Iterator[dg.PipesSession]:
+    """Open a Dagster Pipes session."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.PreviewWarning)  # Dagster warns of methods that it calls itself
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with dg.open_pipes_session(context=context, context_injector=injector, message_reader=reader) as session:
+            yield session
+
+
+@contextmanager
+def local_session(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSession]:
+    """Open a session with a worker on this machine."""
+    with open_session(context, dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()) as session:
+        yield session
+
+
+class ProgressRelay:
+    """Pass every warning on, and the newest progress as a line and an observation, at most one every few seconds."""
+
+    def __init__(self, context: dg.AssetExecutionContext, key: dg.AssetKey, session: dg.PipesSession):
+        self._context, self._key, self._session = context, key, session
+        self._num_seen, self._last_s, self._parent = 0, time.monotonic(), os.getppid()
+        self._newest: Mapping[str, Any] | None = None
+
+    def relay(self) -> None:
+        if os.getppid() != self._parent:  # kill -9 of the run worker leaves this step worker alive
+            raise dg.Failure(description="The run's process is gone, so this step ends too.", allow_retries=False)
+        messages = self._session.get_custom_messages()
+        for message in messages[self._num_seen :]:
+            if "warning" in message:  # each is said once, and would be lost among the progress
+                self._context.log.warning(message["warning"])
+            elif "stage" not in message:
+                self._context.log.info(message["text"])
+            else:
+                self._newest = message
+        self._num_seen = len(messages)
+        if self._newest is None or time.monotonic() - self._last_s < OBSERVE_EVERY_S:
+            return
+        facts, self._newest, self._last_s = dict(self._newest), None, time.monotonic()
+        self._context.log.info(facts.pop("text"))
+        self._context.log_event(dg.AssetObservation(asset_key=self._key, metadata=facts))

@@ -1,0 +1,189 @@
+"""The worker as a job of a real Ray cluster of this machine, which the tests start and stop."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow.parquet as pq
+import pytest
+
+from mllm_assets.components.resources import AcceleratorResource, RayCluster
+from mllm_assets.evaluation.predict import evaluate_task
+from mllm_assets.evaluation.table import PREDICTIONS_FILE
+from mllm_assets.training.features import FeatureReader, features_task
+from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.ray_jobs import Cluster, submitted
+from mllm_assets.training.spec import TrainSpec
+from tests.integration.conftest import Project, processes_of, wait_for
+
+ray_jobs = pytest.importorskip("ray.job_submission", reason="the extra ray is not installed")
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+
+SELECT = 'key:"twin/checkpoint"'
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A client of a cluster with its own ports and folder; `--block` ends its processes with the one started here."""
+    folder = tempfile.mkdtemp(prefix="ray_")  # short: a socket's path has at most 107 characters
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(6)]
+        for some in sockets:
+            some.bind(("127.0.0.1", 0))
+        port, dashboard, listen, grpc, client, metrics = (str(some.getsockname()[1]) for some in sockets)
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--temp-dir", folder,
+        "--node-ip-address", "127.0.0.1", "--port", port, "--dashboard-host", "127.0.0.1", "--dashboard-port",
+        dashboard, "--dashboard-agent-listen-port", listen, "--dashboard-agent-grpc-port", grpc,
+        "--ray-client-server-port", client, "--metrics-export-port", metrics, "--num-cpus", "2", "--num-gpus", "0",
+        "--object-store-memory", "200000000", "--disable-usage-stats",
+    ]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "OMP_NUM_THREADS")}
+    log = Path(folder, "start.log")
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+
+        def connected() -> Any:
+            assert process.poll() is None, log.read_text()
+            try:
+                return ray_jobs.JobSubmissionClient(f"http://127.0.0.1:{dashboard}")
+            except (ConnectionError, OSError, RuntimeError):
+                return None
+
+        yield wait_for(connected, "the cluster")
+    finally:
+        process.terminate()
+        process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def on_ray(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The deployment's variables say that workers run on the cluster."""
+    monkeypatch.setenv("MLLM_ASSETS_LAUNCHER", "ray")
+    monkeypatch.setenv("RAY_ADDRESS", cluster.get_address())
+    return cluster
+
+
+def status_of(client: Any, task: str) -> list[str]:
+    return [str(job.status) for job in client.list_jobs() if f"-{task}-" in (job.submission_id or "")]
+
+
+def test_trained_on_ray_the_weights_are_those_of_the_local_launcher_and_a_cancelled_job_is_stopped(
+    project: Project, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a job gets as many threads as it reserves CPUs
+    project.write_recipe("twin", max_steps=6)
+    project.made(SELECT)
+    local = project.run_manifest("twin")
+
+    client = request.getfixturevalue("on_ray")
+    output = project.made(SELECT, {"ops": {"twin__checkpoint": {"config": {"force": True}}}})
+    distant = project.run_manifest("twin")
+    assert distant["fingerprint"] == f"{local['fingerprint']}-2"
+    assert distant["weights_digest"] == local["weights_digest"]
+    assert status_of(client, "train") == ["SUCCEEDED"]
+    assert "memory: " in output, "what the worker says reaches Dagster"
+    assert "ASSET_OBSERVATION" in output, "and so does its progress"
+    assert not list(project.layout.ray_jobs.iterdir())
+
+    project.write_recipe("twin", max_steps=4000)
+    command = project.materialize(SELECT, executor="multiprocess")
+
+    def checkpoint() -> list[Path]:
+        assert command.poll() is None, command.communicate()[0]
+        return list((project.layout.outputs / "twin").glob("*/checkpoint-9"))
+
+    wait_for(checkpoint, "step 9")
+    assert any("mllm_assets.worker" in p.cmdline() for p in processes_of(project.root)), "the job's worker"
+    command.send_signal(signal.SIGINT)
+    output, _ = command.communicate(timeout=120)
+    assert command.returncode != 0
+    assert sorted(status_of(client, "train")) == ["STOPPED", "SUCCEEDED"], output
+    wait_for(lambda: not processes_of(project.root), "all processes to end", 30)
+    assert list((project.layout.outputs / "twin").glob("*/checkpoint-9")), "what was done is kept"
+    assert not list(project.layout.ray_jobs.iterdir())
+
+
+def run_task(gpu: AcceleratorResource, request: dict[str, Any]) -> dict[str, Any]:
+    """One worker task inside a Dagster run; returns what the asset's body got."""
+    results = []
+
+    @dg.asset(name="task")
+    def task(context: dg.AssetExecutionContext, gpu: AcceleratorResource) -> dg.MaterializeResult:
+        results.append(gpu.run(context, request))
+        return dg.MaterializeResult()
+
+    with dg.instance_for_test() as instance:
+        dg.materialize([task], resources={"gpu": gpu}, instance=instance)
+    return results[0]
+
+
+def test_features_and_predictions_are_spread_over_the_cluster_and_are_the_same_bits(
+    cluster: Any, parity_dir: Path, tmp_path: Path
+) -> None:
+    recipe = TrainSpec(
+        model_name_or_path="model", dataset="gemma3_vlm_train", eval_dataset="gemma3_vlm_val", template="gemma3",
+        do_train=True, finetuning_type="freeze",
+    )  # fmt: skip
+    model, data = str(parity_dir / "model"), str(parity_dir / "data")
+    settings = RayCluster(address=cluster.get_address(), num_workers=2, jobs_dir=str(tmp_path / "jobs"))
+    alone = {"accelerator": {"device": "cpu", "num_threads": 1}}
+    there = AcceleratorResource(device="cpu", num_threads=1, launcher="ray", ray=settings)
+
+    features = {"task": "vision_features", "recipe": recipe.to_dict(), "model_dir": model, "data_dir": data}
+    one = features_task({**features, **alone, "features_root": str(tmp_path / "one")}, Reporter())
+    spread = run_task(there, {**features, "features_root": str(tmp_path / "spread")})
+    num_parts = spread.pop("num_computed_by_worker")
+    assert len(num_parts) == 2 and all(num_parts) and sum(num_parts) == one["num_computed"] == one["num_images"]
+    assert {**spread, "num_bytes": 0} == {**one, "num_bytes": 0}
+    readers = [FeatureReader(tmp_path / name / one["directory"]) for name in ("one", "spread")]
+    images = sorted((parity_dir / "data" / "images").iterdir())[:20]
+    assert all(readers[0].batch([image]).equal(readers[1].batch([image])) for image in images)
+
+    predictions = {
+        "task": "evaluate", "recipe_name": "r", "model_dir": model, "base_model_dir": model, "data_dir": data,
+        "entries": ["gemma3_vlm_val"], "max_new_tokens": 4, "batch_size": 2,
+    }  # fmt: skip
+    folders = [tmp_path / "predictions" / name for name in ("one", "spread")]
+    one = evaluate_task({**predictions, **alone, "directory": str(folders[0])}, Reporter())
+    spread = run_task(there, {**predictions, "directory": str(folders[1])})
+    assert len(spread["num_answers_by_worker"]) == 2 and all(spread["num_answers_by_worker"])
+    assert sum(spread["num_answers_by_worker"]) == one["num_predictions"]
+    assert spread["digest"] == one["digest"]
+    tables = [pq.read_table(folder / PREDICTIONS_FILE) for folder in folders]
+    plain = [table.drop_columns(["latency_s"]) for table in tables]
+    assert plain[0].equals(plain[1])
+    assert status_of(cluster, "vision_features") == status_of(cluster, "evaluate") == ["SUCCEEDED"] * 3
+
+    trains_the_tower = {**recipe.to_dict(), "freeze_vision_tower": False}
+    with pytest.raises(dg.Failure, match="freeze_vision_tower is false, so the tower trains and its output cannot be"):
+        run_task(there, {**features, "recipe": trains_the_tower, "features_root": str(tmp_path / "none")})
+
+
+def test_a_job_without_room_is_left_at_once_and_does_nothing_when_it_gets_some(cluster: Any, tmp_path: Path) -> None:
+    """Ray cannot stop what has not started."""
+    too_much = Cluster(jobs_dir=tmp_path, num_cpus=64)
+    started_s = time.monotonic()
+    with submitted(cluster, too_much, {"task": "train"}, env={}, metadata={}, grace_s=5) as job:
+        assert not job.poll() and job.is_pending
+    assert time.monotonic() - started_s < 15
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_cluster_the_error_says_what_to_start(tmp_path: Path) -> None:
+    cluster = RayCluster(address="http://127.0.0.1:9", jobs_dir=str(tmp_path))
+    with pytest.raises(dg.Failure, match=r"No Ray cluster answers at http://127\.0\.0\.1:9: .* `ray start --head`"):
+        run_task(AcceleratorResource(launcher="ray", ray=cluster), {"task": "release"})
