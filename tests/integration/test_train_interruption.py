@@ -115,6 +115,51 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
     assert find_damage(victim) is None, "it was written again"
 
 
+def test_a_checkpoint_that_lacks_any_one_of_its_files_is_skipped(unpublished: Path) -> None:
+    """Without its scheduler or random state a resume goes on with others, and the library says nothing."""
+    newest = unpublished / "checkpoint-40"
+    names = sorted(read_manifest(newest)["files"])
+    assert {"trainable.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= {*names}
+    for name in names:
+        (newest / name).rename(unpublished / "aside")
+        resumable = find_resumable(unpublished)
+        assert (resumable.step, resumable.skipped) == (35, [{"name": newest.name, "reason": f"{name} is missing"}])
+        (unpublished / "aside").rename(newest / name)
+    assert find_resumable(unpublished).step == 40
+
+
+def test_resume_from_checkpoint_goes_on_with_weights_and_optimizer_of_the_named_one(
+    parity_dir: Path, tmp_path: Path, whole_run: Path, uninterrupted: dict[str, Any]
+) -> None:
+    """The library loads no trained weight of Gemma 3 from it, and only warns."""
+    request = {**make_request(parity_dir, tmp_path / "run"), "resume_from": str(whole_run / "checkpoint-35")}
+    result = train_task(request, Reporter())
+    assert result["resumed_from_step"] == 35
+    assert result["weights_digest"] == uninterrupted["weights_digest"]
+    last = "checkpoint-40/optimizer.pt"
+    assert (tmp_path / "run" / last).read_bytes() == (whole_run / last).read_bytes()
+
+
+def test_a_damaged_checkpoint_that_the_recipe_names_is_refused(
+    parity_dir: Path, tmp_path: Path, unpublished: Path
+) -> None:
+    named = unpublished / "checkpoint-35"
+    (named / "scheduler.pt").unlink()
+    request = {**make_request(parity_dir, tmp_path / "other"), "resume_from": str(named)}
+    with pytest.raises(IntegrityError, match=r"checkpoint-35 cannot be used: scheduler.pt is missing. Name another"):
+        train_task(request, Reporter())
+    assert not list((tmp_path / "other").glob("checkpoint-*"))
+
+
+def test_going_on_in_another_precision_is_refused_with_what_to_set(parity_dir: Path, unpublished: Path) -> None:
+    with pytest.raises(MachineError) as error:
+        train_task(make_request(parity_dir, unpublished, bf16=True), Reporter())
+    assert "checkpoint-40 cannot be resumed exactly here: precision was float32 weights, no autocast and is" in str(
+        error.value
+    )
+    assert "To go on from it, set bf16, fp16 and pure_bf16 as they were" in str(error.value)
+
+
 def test_the_run_keeps_its_number_of_threads(parity_dir: Path, unpublished: Path) -> None:
     """Sums in another order give other last bits."""
     request = make_request(parity_dir, unpublished)

@@ -290,3 +290,21 @@ def test_an_unknown_entry_is_refused_before_anything_starts(project: Path) -> No
     recipe = load_recipe(project / "configs" / "r.yaml", ["dataset=gemma3_vlm_trian"])
     with pytest.raises(RecipeError, match="gemma3_vlm_trian.*gemma3_vlm_train"):
         plan_run(recipe, root=project)
+
+
+def test_resume_from_checkpoint_names_a_checkpoint_of_a_run_and_makes_another_run(project: Path) -> None:
+    recipe = load_recipe(project / "configs" / "r.yaml", ["resume_from_checkpoint=outputs/r/0123/checkpoint-3"])
+    named = project / "outputs" / "r" / "0123" / "checkpoint-3"
+    with pytest.raises(
+        RecipeError, match=r"checkpoint-3, which is no complete checkpoint of a run here\. Name a check"
+    ):
+        plan_run(recipe, root=project)
+    named.mkdir(parents=True)
+    (named / "optimizer.pt").write_bytes(b"one")
+    write_manifest(named, {"conditions": {}})
+    plan = plan_run(recipe, root=project)
+    assert train_request(plan)["resume_from"] == str(named)
+    assert plan.fingerprint != plan_run(load_recipe(project / "configs" / "r.yaml"), root=project).fingerprint
+    (named / "optimizer.pt").write_bytes(b"two")
+    write_manifest(named, {"conditions": {}})
+    assert plan_run(recipe, root=project).fingerprint != plan.fingerprint, "another optimizer state, another run"
