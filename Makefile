@@ -40,6 +40,7 @@ bench: $(CORE)
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/ingest.py --memory
 	$(BIN)/python benchmarks/train_speed.py
+	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/grouping.py
 
 torture: $(CORE) ## twenty kills -9 of each kind of run at random moments; about half an hour

@@ -28,6 +28,12 @@ class Evaluation(dg.Model, dg.Resolvable):
     """How predictions are made."""
 
     max_new_tokens: int = 64
+    do_sample: bool = Field(default=False, description="Draw tokens in place of taking the likeliest.")
+    temperature: float = Field(default=1.0, description="Of the drawing.", gt=0)
+    top_p: float = Field(
+        default=1.0, description="Draw from the likeliest tokens that together have this share.", gt=0, le=1
+    )
+    seed: int = Field(default=42, description="Of the drawing.")
     batch_size: int = 16
     max_samples: int | None = Field(default=None, description="Validation samples to use; all by default.")
 

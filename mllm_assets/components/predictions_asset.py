@@ -22,12 +22,22 @@ class EvaluationSettings:
     """How predictions are made; see `components.fine_tuning.Evaluation`."""
 
     max_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_p: float
+    seed: int
     batch_size: int
     max_samples: int | None
 
 
-def predictions_asset(node: Node, settings: EvaluationSettings) -> dg.AssetsDefinition:
-    """What the base and the tuned model say for each validation sample."""
+def predictions_asset(node: Node, settings: EvaluationSettings, *, feature_cache: bool = True) -> dg.AssetsDefinition:
+    """What the base and the tuned model say for each validation sample.
+
+    Args:
+        node: The recipe in the graph.
+        settings: How they are asked.
+        feature_cache: Whether they may answer from the frozen vision tower's cached output.
+    """
 
     @dg.asset(
         key=node.key("predictions"),
@@ -43,7 +53,7 @@ def predictions_asset(node: Node, settings: EvaluationSettings) -> dg.AssetsDefi
     ) -> dg.MaterializeResult:
         layout = project.layout
         with failures_for_people():
-            request = _evaluation_request(context, node, settings, layout)
+            request = _evaluation_request(context, node, settings, layout, feature_cache=feature_cache)
         directory = Path(request["directory"])
         if is_complete(directory):
             context.log.info(f"{layout.relative(directory)} holds these predictions already.")
@@ -75,13 +85,18 @@ def predictions_asset(node: Node, settings: EvaluationSettings) -> dg.AssetsDefi
 
 
 def _evaluation_request(
-    context: dg.AssetExecutionContext, node: Node, settings: EvaluationSettings, layout: Layout
+    context: dg.AssetExecutionContext,
+    node: Node,
+    settings: EvaluationSettings,
+    layout: Layout,
+    *,
+    feature_cache: bool,
 ) -> dict[str, Any]:
     """What to ask of the worker; the directory is named by all that the answers depend on."""
     spec = node.recipe.spec
     data_dir = layout.root / spec.dataset_dir
     tuned = upstream(context, node.key("checkpoint"))
-    names = ("cutoff_len", "image_max_pixels", "template", "enable_thinking")
+    names = ("cutoff_len", "image_max_pixels", "image_min_pixels", "template", "enable_thinking")
     how = {**{name: getattr(spec, name) for name in names}, **asdict(settings)}
     identity = {
         "engine_version": __version__,
@@ -98,6 +113,8 @@ def _evaluation_request(
         "base_model_dir": str(model_directory(context, node, layout)),
         "data_dir": str(data_dir),
         "entries": list(spec.eval_entries),
+        "recipe": spec.to_dict(),
+        "features_root": str(layout.features) if feature_cache and spec.freeze_vision_tower else None,
         "directory": str(layout.predictions(node.name, digest_json(identity)[:16])),
         **how,
     }

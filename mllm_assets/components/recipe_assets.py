@@ -41,7 +41,7 @@ def build_recipe_assets(node: Node, settings: RecipeSettings) -> list[dg.AssetsD
         )
     )
     if node.eval_data:
-        assets.append(predictions_asset(node, settings.evaluation))
+        assets.append(predictions_asset(node, settings.evaluation, feature_cache=settings.feature_cache))
         assets.append(eval_metrics_asset(node, settings.gates))
         assets.append(released_model_asset(node, settings.gates, allow_leakage=settings.allow_leakage))
     return assets

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import torch
 
-from mllm_assets.artifacts import is_complete, read_manifest, staged_directory, write_manifest
+from mllm_assets.artifacts import digest_json, is_complete, read_manifest, staged_directory, write_manifest
 from mllm_assets.data.sharegpt import Row, load_rows
 from mllm_assets.evaluation.gallery import write_gallery
 from mllm_assets.evaluation.shuffling import shuffled_partners
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, predictions_digest, to_table
-from mllm_assets.inference.answerer import Answerer, in_batches
+from mllm_assets.inference.answerer import Answerer, Sampling, in_batches
+from mllm_assets.inference.cached_images import use_cached_images
 from mllm_assets.inference.generate import find_model
 from mllm_assets.training.encode import IMAGE_PLACEHOLDER, EncodedRow
-from mllm_assets.training.memory import pick_device
+from mllm_assets.training.memory import Device, pick_device
+from mllm_assets.training.spec import TrainSpec
 
 if TYPE_CHECKING:
     from mllm_assets.training.protocol import Reporter
@@ -41,10 +43,17 @@ class EvaluateRequest:
     directory: Path
     max_samples: int | None = None
     max_new_tokens: int = 64
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 42
     batch_size: int = 16
+    features_root: Path | None = None
+    recipe: TrainSpec | None = None
     system: str | None = None
     cutoff_len: int = 2048
     image_max_pixels: int = 768 * 768
+    image_min_pixels: int = 32 * 32
     template: str | None = None
     enable_thinking: bool | None = True
     part: tuple[int, int] | None = None
@@ -65,6 +74,8 @@ class EvaluateRequest:
                 "entries": tuple(known["entries"]),
                 "part": tuple(known["part"]) if known.get("part") else None,
                 "parts": tuple(known.get("parts") or ()),
+                "features_root": Path(root) if (root := known.get("features_root")) else None,
+                "recipe": TrainSpec.from_dict(recipe) if (recipe := known.get("recipe")) else None,
                 "device": accelerator.get("device") or "auto",
                 "num_threads": accelerator.get("num_threads"),
             }
@@ -87,10 +98,11 @@ def evaluate_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     Args:
         request: `recipe_name`, `model_dir`, `base_model_dir`, `data_dir`, `entries`, `directory` (the target; a
             complete one is returned as it is) and optionally `max_samples` (per entry), `max_new_tokens`,
-            `batch_size`, `system`, `cutoff_len`, `image_max_pixels`, `template`,
-            `enable_thinking`, `accelerator` (`device`, `num_threads`). With `part` (index, count) nothing is written:
-            the result is what that part of the batches gave, by model. The request without it, with those results as
-            `parts`, puts them together.
+            `do_sample`, `temperature`, `top_p`, `seed`, `batch_size`, `system`, `cutoff_len`, `image_max_pixels`,
+            `image_min_pixels`, `template`, `enable_thinking`, `features_root` and `recipe` (to answer from the vision
+            tower's cached output, which training shares), `accelerator` (`device`, `num_threads`). With `part` (index,
+            count) nothing is written: the result is what that part of the batches gave, by model. The request without
+            it, with those results as `parts`, puts them together.
         reporter: Told after each batch.
 
     Raises:
@@ -109,7 +121,7 @@ def evaluate_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     device = pick_device(spec.device)
     models = {"base": spec.base_model_dir, "tuned": spec.model_dir}
     if not spec.parts:
-        measured = {name: measure(name, find_model(path), samples, spec, device.kind, reporter)
+        measured = {name: measure(name, find_model(path), samples, spec, device, reporter)
                     for name, path in models.items()}  # fmt: skip
     else:
         measured = {name: Measured.together([part[name] for part in spec.parts]) for name in models}
@@ -125,6 +137,7 @@ def evaluate_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
             "entries": {entry: sum(s.entry == entry for s in samples) for entry in spec.entries},
             "num_predictions": len(table),
             "max_new_tokens": spec.max_new_tokens,
+            "batch_size": spec.batch_size,
             "device": asdict(device),
             **({"num_answers_by_worker": _num_answers(spec.parts)} if spec.parts else {}),
             "wall_s": round(time.perf_counter() - started, 2),
@@ -172,16 +185,17 @@ def measure(
     directory: Path,
     samples: Sequence[Sample],
     spec: EvaluateRequest,
-    device: str,
+    device: Device,
     reporter: "Reporter",
 ) -> Measured:
     """Score and answer every sample with one model, or those in the batches of `spec.part`."""
     answerer = Answerer(
         directory,
-        device=device,
+        device=device.kind,
         system=spec.system,
         cutoff_len=spec.cutoff_len,
         image_max_pixels=spec.image_max_pixels,
+        image_min_pixels=spec.image_min_pixels,
         template=spec.template,
         enable_thinking=spec.enable_thinking,
     )
@@ -193,12 +207,17 @@ def measure(
     ]
     prompts = [answerer.encoder.encode_prompt(sample.row) for sample in samples]
 
+    if spec.features_root is not None and spec.recipe is not None:
+        use_cached_images(answerer, prompts, spec.features_root, spec.recipe, device, reporter)
     part = spec.part or (0, 1)
     num_rows = (len(encoded) + len(swapped) + len(prompts)) // part[1]
     progress = _Progress(reporter, f"evaluate {model} model", num_rows)
 
     def answer(rows: Sequence[EncodedRow]) -> Sequence[Any]:
-        return answerer.answers(rows, max_new_tokens=spec.max_new_tokens)
+        # a seed of the batch's own: the same answers however many workers share the batches
+        seed = int(digest_json([spec.seed, [row.id for row in rows]])[:12], 16)
+        sampling = Sampling(do_sample=spec.do_sample, temperature=spec.temperature, top_p=spec.top_p, seed=seed)
+        return answerer.answers(rows, max_new_tokens=spec.max_new_tokens, sampling=sampling)
 
     losses = progress.follow(in_batches(encoded, spec.batch_size, answerer.losses, part=part))
     shuffled = progress.follow(in_batches(swapped, spec.batch_size, answerer.losses, part=part))

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.inference.naming import is_checkpoint
 from mllm_assets.training.checkpoint_model import load_checkpoint, read_beginning
-from mllm_assets.training.collate import Collator
+from mllm_assets.training.collate import Collator, ImageFeatures
 from mllm_assets.training.encode import EncodedRow, Encoder
 from mllm_assets.training.families import processor_family, require_template
 from mllm_assets.training.model import load_model, load_processor, quiet_libraries
@@ -60,6 +60,7 @@ class Answerer:
         system: System text for rows without one of their own.
         cutoff_len: Most tokens of a scored row, as in training.
         image_max_pixels: Larger images are first shrunk to this area, as in training.
+        image_min_pixels: Smaller ones are first enlarged to it.
         template: Turn format that the model was trained in; None for its family's usual one.
         enable_thinking: As in training. Reasoning is not part of an answer's text.
 
@@ -78,6 +79,7 @@ class Answerer:
         system: str | None = None,
         cutoff_len: int = 2048,
         image_max_pixels: int = 768 * 768,
+        image_min_pixels: int = 32 * 32,
         template: str | None = None,
         enable_thinking: bool | None = True,
     ) -> None:
@@ -89,19 +91,18 @@ class Answerer:
         self.device = torch.device(device)
         model = load_checkpoint(directory) if is_delta else load_model(directory, dtype=dtype)
         self.model: Any = model.to(device=self.device, dtype=dtype if is_delta else None).eval()
-        self.tokenizer = processor.tokenizer
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        limits = {"image_max_pixels": image_max_pixels, "image_min_pixels": image_min_pixels}
         self.encoder = Encoder(
             processor,
             cutoff_len=cutoff_len,
             system=system,
             template=template,
             enable_thinking=enable_thinking,
-            image_max_pixels=image_max_pixels,
+            **limits,
         )
-        self._scored = Collator(processor, image_max_pixels=image_max_pixels)
-        self._asked = Collator(
-            processor, image_max_pixels=image_max_pixels, padding_side="left", select_logits=False, pad_to_multiple_of=1
-        )
+        self.collator = Collator(processor, **limits)
+        self._asked = Collator(processor, padding_side="left", select_logits=False, pad_to_multiple_of=1, **limits)
         self._stop_ids = self._find_stop_ids()
 
     @torch.inference_mode()
@@ -111,7 +112,7 @@ class Answerer:
         Raises:
             DataError: An image is damaged. Names row and file.
         """
-        batch = self._to_device(self._scored(rows))
+        batch = self._to_device(self.collator(rows))
         keep_BT, labels_S = batch["logits_to_keep"], batch.pop("shift_labels")
         del batch["labels"]
         logits_SV = self.model(**batch, use_cache=False).logits.reshape(len(labels_S), -1)
@@ -163,6 +164,10 @@ class Answerer:
             )
             for ids in said
         ]
+
+    def answer_from(self, features: ImageFeatures) -> None:
+        """Take images from here on from a cache; the model must have been made ready for it (`tower.install`)."""
+        self.collator.features = self._asked.features = features
 
     def _find_stop_ids(self) -> list[int]:
         configured = self.model.generation_config.eos_token_id

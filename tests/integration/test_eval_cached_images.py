@@ -1,0 +1,125 @@
+"""Predictions from the vision tower's cached output: the same answers and losses, and the tower runs once an image."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from mllm_assets.data.sharegpt import load_rows
+from mllm_assets.evaluation.predict import evaluate_task
+from mllm_assets.evaluation.table import PREDICTIONS_FILE
+from mllm_assets.training import tower
+from mllm_assets.training.families import FAMILIES
+from mllm_assets.training.features import NUM_PROBES, features_task
+from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.spec import TrainSpec
+from tests import tiny_families
+
+pytestmark = pytest.mark.integration
+EACH = [name if name == "qwen3_vl" else pytest.param(name, marks=pytest.mark.slow) for name in tiny_families.FAMILIES]
+
+
+def recipe(model_type: str, **values: Any) -> dict[str, Any]:
+    keys = {
+        "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "eval_dataset": "gemma3_vlm_val",
+        "template": FAMILIES[model_type].templates[0], "do_train": True, "finetuning_type": "lora",
+    }  # fmt: skip
+    return TrainSpec(**{**keys, **values}).to_dict()
+
+
+def evaluated(model_dir: Path, data_dir: Path, directory: Path, **changes: Any) -> list[dict[str, Any]]:
+    request = {
+        "recipe_name": "r", "model_dir": str(model_dir), "base_model_dir": str(model_dir), "data_dir": str(data_dir),
+        "entries": ["gemma3_vlm_val"], "directory": str(directory), "max_new_tokens": 6, "batch_size": 3,
+        "accelerator": {"device": "cpu", "num_threads": 1},
+    }  # fmt: skip
+    evaluate_task(request | changes, Reporter())
+    return pq.read_table(directory / PREDICTIONS_FILE).to_pylist()
+
+
+def assert_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [row["answer"] for row in rows] == [row["answer"] for row in expected]
+    for loss in ("loss_nats", "loss_shuffled_nats"):
+        assert [row[loss] for row in rows] == pytest.approx([row[loss] for row in expected], abs=1e-5)
+
+
+@pytest.fixture
+def num_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images went through the tower in each pass."""
+    seen: list[int] = []
+    compute = tower.image_rows
+
+    def counting(*arguments: Any) -> list[torch.Tensor]:
+        rows = compute(*arguments)
+        seen.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(tower, "image_rows", counting)
+    return seen
+
+
+def test_base_and_tuned_model_share_the_features_that_training_made(
+    parity_dir: Path, tmp_path: Path, num_seen: list[int]
+) -> None:
+    model_dir, data_dir = parity_dir / "model", parity_dir / "data"
+    plain = evaluated(model_dir, data_dir, tmp_path / "plain")
+    assert num_seen == [], "without the cache nothing is kept"
+    features_root = tmp_path / "features"
+    request = {"model_dir": str(model_dir), "data_dir": str(data_dir), "features_root": str(features_root)}
+    features_task({**request, "recipe": recipe("gemma3"), "accelerator": {"device": "cpu"}}, Reporter())
+    num_seen.clear()
+    cached = {"features_root": str(features_root), "recipe": recipe("gemma3")}
+    assert_same(evaluated(model_dir, data_dir, tmp_path / "cached", **cached), plain)
+    assert sum(num_seen) <= 2 * (NUM_PROBES + 1), "each model compares a few images with what was kept, and no more"
+    assert len(list(features_root.iterdir())) == 1
+
+
+def test_features_that_are_not_there_are_computed_once_for_both_models(
+    parity_dir: Path, tmp_path: Path, num_seen: list[int]
+) -> None:
+    cached = {"features_root": str(tmp_path / "features"), "recipe": recipe("gemma3")}
+    evaluated(parity_dir / "model", parity_dir / "data", tmp_path / "p", **cached)
+    rows = load_rows(parity_dir / "data", "gemma3_vlm_val")
+    num_images = len({path.read_bytes() for row in rows for path in row.images})
+    assert num_images <= sum(num_seen) <= num_images + 2 * (NUM_PROBES + 1)
+
+
+def test_a_recipe_in_bf16_over_a_float32_model_is_evaluated_in_the_models_own_dtype(
+    parity_dir: Path, tmp_path: Path
+) -> None:
+    plain = evaluated(parity_dir / "model", parity_dir / "data", tmp_path / "plain")
+    cached = {"features_root": str(tmp_path / "features"), "recipe": recipe("gemma3", bf16=True)}
+    assert_same(evaluated(parity_dir / "model", parity_dir / "data", tmp_path / "p", **cached), plain)
+
+
+@pytest.fixture(scope="module")
+def mixed_dir(parity_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of several sizes, two in one row, and a row without any."""
+    data = tmp_path_factory.mktemp("mixed")
+    (data / "images").mkdir()
+    rows = json.loads((parity_dir / "data" / "val.json").read_text())
+    rows[3] = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}], "images": []}
+    for number, name in enumerate(sorted({name for row in rows for name in row["images"]})):
+        with Image.open(parity_dir / "data" / name) as image:
+            image.resize((40 + 9 * (number % 4), 60 - 7 * (number % 3))).save(data / name)
+    (data / "val.json").write_text(json.dumps(rows))
+    info = json.loads((parity_dir / "data" / "dataset_info.json").read_text())["gemma3_vlm_val"]
+    (data / "dataset_info.json").write_text(json.dumps({"gemma3_vlm_val": {**info, "file_name": "val.json"}}))
+    return data
+
+
+@pytest.mark.parametrize("model_type", EACH)
+def test_every_family_answers_from_cached_images_as_from_pictures(
+    mixed_dir: Path, tmp_path: Path, model_type: str, num_seen: list[int]
+) -> None:
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    tiny_families.build(model_type, model_dir)
+    plain = evaluated(model_dir, mixed_dir, tmp_path / "plain")
+    cached = {"features_root": str(tmp_path / "features"), "recipe": recipe(model_type)}
+    assert_same(evaluated(model_dir, mixed_dir, tmp_path / "cached", **cached), plain)
+    assert num_seen
