@@ -3,10 +3,10 @@
     python benchmarks/generation.py [--rounds 3] [--vocabulary 8k]
 
 Same model (that of `train_speed.py`), pictures and question, greedy, float32, one thread. "one by one": for each
-picture the processor, the chat template and `model.generate` of transformers. "batched": `Answerer` in left-padded batches from
-cached vision features; the features are there, as training leaves them, and the time to make them is stated beside. The
-two take turns on the same pictures; figures are medians over the rounds. The model's weights are random, so that it
-never ends its turn: both say as many tokens.
+picture the processor, the chat template and `model.generate` of transformers. "batched": `Answerer` in left-padded
+batches from cached vision features; the features are there, as training leaves them, and the time to load the model and
+make them is printed beside. The two take turns on the same pictures; figures are medians over the rounds. The model's
+weights are random, so that it never ends its turn: both say as many tokens.
 """
 
 import argparse

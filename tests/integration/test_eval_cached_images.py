@@ -123,3 +123,13 @@ def test_every_family_answers_from_cached_images_as_from_pictures(
     cached = {"features_root": str(tmp_path / "features"), "recipe": recipe(model_type)}
     assert_same(evaluated(model_dir, mixed_dir, tmp_path / "cached", **cached), plain)
     assert num_seen
+
+
+def test_sampled_answers_repeat_with_their_seed(parity_dir: Path, tmp_path: Path) -> None:
+    def ask(name: str, seed: int) -> list[str]:
+        sampled = {"do_sample": True, "temperature": 2.0, "seed": seed}
+        rows = evaluated(parity_dir / "model", parity_dir / "data", tmp_path / name, **sampled)
+        return [row["answer"] for row in rows]
+
+    first = ask("a", 1)
+    assert ask("b", 1) == first and ask("c", 2) != first
