@@ -92,7 +92,7 @@ class Answerer:
         model = load_checkpoint(directory) if is_delta else load_model(directory, dtype=dtype)
         self.model: Any = model.to(device=self.device, dtype=dtype if is_delta else None).eval()
         self.processor, self.tokenizer = processor, processor.tokenizer
-        limits = {"image_max_pixels": image_max_pixels, "image_min_pixels": image_min_pixels}
+        limits: dict[str, Any] = {"image_max_pixels": image_max_pixels, "image_min_pixels": image_min_pixels}
         self.encoder = Encoder(
             processor,
             cutoff_len=cutoff_len,
