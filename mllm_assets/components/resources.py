@@ -91,12 +91,20 @@ class AcceleratorResource(dg.ConfigurableResource):
         default="local", description="Where workers run: on this machine, or as jobs of a Ray cluster."
     )
     ray: RayCluster = Field(default_factory=RayCluster, description="Used by the launcher ray only.")
+    max_retries: int = Field(
+        default=2,
+        ge=0,
+        description="How often a step is started again whose worker was killed or whose machine was lost. It resumes. "
+        "A mistake in recipe, data or settings is never tried again.",
+    )
+    retry_delay_s: float = Field(default=10.0, ge=0, description="Seconds before it is started again.")
 
     def run(self, context: dg.AssetExecutionContext, request: Mapping[str, Any]) -> dict[str, Any]:
         """Run one worker task, with its progress as observations of the step's assets.
 
         Raises:
-            dg.Failure: The task failed. A crash may be retried; a mistake in the input or a cancellation may not.
+            dg.Failure: The task failed; a mistake in the input, a cancellation or a defect is not retried.
+            dg.RetryRequested: The worker was killed, or its machine is lost.
         """
         key = next(iter(context.selected_asset_keys))
         request = {**request, "accelerator": self.settings(request["task"])}
@@ -117,7 +125,11 @@ class AcceleratorResource(dg.ConfigurableResource):
                 description="Cancelled; every process of the step has ended.", allow_retries=False
             ) from None
         except WorkerCrashed as crash:
-            raise dg.Failure(description=str(crash), allow_retries=True) from None
+            failure = dg.Failure(description=str(crash), allow_retries=False)
+            if not crash.is_transient:
+                raise failure from None
+            context.log.warning(str(crash))  # of a retry's event Dagster's own log shows no cause
+            raise dg.RetryRequested(self.max_retries, self.retry_delay_s) from failure
 
     def settings(self, task: str) -> dict[str, Any]:
         """What the worker is told; only training is spread over processes."""

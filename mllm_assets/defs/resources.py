@@ -27,6 +27,7 @@ def resources() -> dg.Definitions:
                 num_processes=int(os.environ.get("MLLM_ASSETS_NUM_PROCESSES", "1")),
                 launcher=os.environ.get("MLLM_ASSETS_LAUNCHER", "local"),  # pyright: ignore[reportArgumentType]
                 ray=ray,
+                max_retries=int(os.environ.get("MLLM_ASSETS_MAX_RETRIES", "2")),
             ),
         }
     )

@@ -27,12 +27,17 @@ class WorkerCrashed(Exception):
     Attributes:
         exit_code: Of the worker, or None where a signal ended it.
         signal_number: Of the signal that ended it, or None.
+        is_transient: It was killed, or its machine was lost, so that another attempt may well succeed. An exception
+            that nobody foresaw would be raised again.
     """
 
-    def __init__(self, message: str, *, exit_code: int | None, signal_number: int | None) -> None:
+    def __init__(
+        self, message: str, *, exit_code: int | None, signal_number: int | None, is_transient: bool = True
+    ) -> None:
         super().__init__(message)
         self.exit_code = exit_code
         self.signal_number = signal_number
+        self.is_transient = is_transient
 
 
 def run_worker(
@@ -160,4 +165,6 @@ def read_outcome(task: str, code: int, result_path: Path) -> dict[str, Any]:
         f"The worker of task {task!r} {how} What was done is kept: run it again and it goes on.{trace}",
         exit_code=None if number is not None else code,
         signal_number=number,
+        # a rank of torchrun that is killed leaves an exit code, as an exception does, but no traceback of its own
+        is_transient="traceback" not in outcome,
     )

@@ -32,13 +32,24 @@ def find(victim: str, command: subprocess.Popen[str]) -> psutil.Process:
     return {"trainer": trainer, "step worker": step_worker, "run": psutil.Process(command.pid)}[victim]
 
 
+def find_trainer(command: subprocess.Popen[str]) -> psutil.Process:
+    """The process that trains below a command, as soon as it is there."""
+
+    def find() -> psutil.Process | None:
+        workers = [p for p in descendants(command.pid) if p.is_running() and "mllm_assets.worker" in p.cmdline()]
+        return next((p for p in workers if "supervisor" not in " ".join(p.cmdline())), None)
+
+    return wait_for(find, "the trainer")
+
+
 def test_kill_9_of_trainer_step_worker_or_run_changes_no_bit_of_the_weights(project: Project) -> None:
     """The library's own resume silently drops the weights of Gemma 3."""
     project.write_recipe("victim")
     rng = random.Random(20260801)
     for victim in ("trainer", "step worker", "run"):
         step = num_steps_logged(project) + rng.randint(2, 7)
-        command = project.materialize(SELECT, executor="multiprocess")
+        no_retry = {"resources": {"gpu": {"config": {"max_retries": 0}}}}
+        command = project.materialize(SELECT, no_retry, executor="multiprocess")
         wait_for(lambda step=step: num_steps_logged(project) >= step, f"step {step}")
         find(victim, command).send_signal(signal.SIGKILL)
         command.communicate(timeout=120)

@@ -246,6 +246,7 @@ def test_a_killed_worker_is_a_crash_that_names_the_signal_and_leaves_nothing(wor
     with pytest.raises(WorkerCrashed, match=r"was ended by signal 9 .* lower the batch size.* run it again") as caught:
         world.run("stubborn", on_poll=kill_worker)
     assert (caught.value.exit_code, caught.value.signal_number) == (None, 9)
+    assert caught.value.is_transient
     assert world.alive() == []
 
 
@@ -305,8 +306,11 @@ def test_a_users_error_in_a_rank_comes_back_too(world: World) -> None:
 
 
 def test_a_crash_shows_the_workers_traceback(world: World) -> None:
-    with pytest.raises(WorkerCrashed, match=r"(?s)exit code 1 and no result.*ZeroDivisionError: one over zero"):
+    with pytest.raises(
+        WorkerCrashed, match=r"(?s)exit code 1 and no result.*ZeroDivisionError: one over zero"
+    ) as caught:
         world.run("crash")
+    assert not caught.value.is_transient, "it would be raised again"
 
 
 def test_the_worker_gets_threads_and_variables_and_no_stdin(world: World) -> None:
