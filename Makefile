@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export DAGSTER_DISABLE_TELEMETRY := 1
+export NO_MKDOCS_2_WARNING := 1
 CORE := .venv/.core-installed
 EXTRAS := .venv/.extras-installed
 # Two test processes, each file in one of them; most tests wait for subprocesses
 PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo test collect test-all chromium check dev bench torture install constraints clean
+.PHONY: demo test collect test-all chromium check docs dev bench torture install constraints clean
 
 demo: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the whole line of emoji_sft, raw images to released model
 	@$(BIN)/mllm-assets slots free
@@ -31,6 +32,10 @@ check: $(EXTRAS) ## style, types, and that every definition and YAML file is sou
 	$(BIN)/dg check yaml
 	$(BIN)/dg check defs
 	$(BIN)/mllm-assets check-graph
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: $(EXTRAS) ## the documentation on http://127.0.0.1:8000
+	$(BIN)/mkdocs serve -a 127.0.0.1:8000
 
 dev: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the Dagster UI on http://127.0.0.1:3000
 	$(BIN)/dagster dev -h 127.0.0.1 -p 3000
@@ -55,7 +60,7 @@ $(CORE): pyproject.toml constraints.txt
 	@touch $@
 
 $(EXTRAS): $(CORE)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,mlflow,wandb,ray]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray]'
 	@touch $@
 
 chromium:

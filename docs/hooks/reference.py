@@ -1,0 +1,197 @@
+"""The reference pages: what the code itself says of its recipe keys, commands, YAML and assets."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal
+
+from mllm_assets.cli import _parser
+from mllm_assets.data.spec import OutputSpec, QualitySpec, SourceSpec, SplitSpec
+from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.training.keys import ALIASES, KEYS, Key
+
+SPECS = {"Source": SourceSpec, "Split": SplitSpec, "Quality": QualitySpec, "Output": OutputSpec, "Gates": GateSpec}
+
+
+def recipe_keys() -> str:
+    """Every key of LLaMA-Factory's SFT arguments, by what becomes of it."""
+    supported = {name: key for name, key in sorted(KEYS.items()) if key.status == "supported"}
+    lines = [
+        "# Recipe keys",
+        "",
+        f"All {len(KEYS)} keys of LLaMA-Factory's SFT arguments. A key that is not here is refused, with the nearest",
+        "known one; a recipe is checked whole before anything runs.",
+        "",
+        f"## Supported ({len(supported)})",
+        "",
+        *_table(
+            ("key", "type", "default"),
+            ((f"`{name}`", _type(key.annotation), _default(key)) for name, key in supported.items()),
+        ),
+        "",
+        "Older names: " + ", ".join(f"`{old}` is `{alias.name}`" for old, alias in sorted(ALIASES.items())) + ".",
+    ]
+    for status, title, text in (
+        ("no_effect", "Without effect", "Accepted, and named before the run starts where they ask for something."),
+        ("refused", "Refused", "Where they ask for more than the default."),
+    ):
+        keys = {name: key for name, key in KEYS.items() if key.status == status}
+        lines += ["", f"## {title} ({len(keys)})", "", text, ""]
+        lines += _table(("why", "keys"), ((note, ", ".join(names)) for note, names in _by_note(keys)))
+    return "\n".join(lines) + "\n"
+
+
+def commands() -> str:
+    """Every command's own help."""
+    os.environ["COLUMNS"] = "110"
+    lines = ["# Commands", "", "`mllm-assets`, beside `dg` and `dagster`; each command's own `--help`."]
+    for name, parser in _subcommands(_parser()):
+        lines += ["", f"## {name}", "", "```text", parser.format_help().rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def yaml_keys() -> str:
+    """The attributes of each component, from the model that Dagster validates the YAML with."""
+    from mllm_assets import components
+
+    lines = [
+        "# YAML of the components",
+        "",
+        "`attributes:` of a `defs.yaml`. `dg check yaml` names the line of a mistake.",
+    ]
+    for name in sorted(components.__all__):
+        component = getattr(components, name)
+        model = component.get_model_cls()
+        assert model is not None
+        schema = model.model_json_schema()
+        lines += ["", f"## mllm_assets.components.{name}", "", (component.__doc__ or "").strip().split("\n\n")[0]]
+        for title, properties, required in _objects(schema):
+            lines += ["", f"### {name}: `{title}`", ""] if title else [""]
+            rows = (
+                (
+                    f"`{key}`",
+                    _json_type(found),
+                    "required" if key in required else _yaml_default(title, key, found),
+                    _one_line(found.get("description") or _described(component, title, key)),
+                )
+                for key, found in properties.items()
+            )
+            lines += _table(("key", "type", "default", ""), rows)
+    return "\n".join(lines) + "\n"
+
+
+def assets() -> str:
+    """The assets of a dataset, a model and a recipe, with their checks, from the shipped graph."""
+    import dagster as dg
+
+    from mllm_assets.definitions import defs
+
+    shipped = defs()
+    graph = shipped.resolve_asset_graph()
+    specs = {spec.key: spec for spec in shipped.resolve_all_asset_specs()}
+    lines = ["# Assets and checks", "", "In the order in which they are made; `*` is a dataset's or a recipe's name."]
+    for prefix, title in (("emoji", "A dataset"), ("pretrained", "A model"), ("emoji_projector_sft", "A recipe")):
+        keys = [key for key in graph.toposorted_asset_keys if key.path[0] == prefix and key in specs]
+        keys = keys[:1] if prefix == "pretrained" else keys
+        rows = (
+            (
+                f"`{'pretrained/*' if prefix == 'pretrained' else '*/' + key.path[-1]}`",
+                ", ".join(sorted(specs[key].kinds)),
+                specs[key].group_name or "",
+                _one_line((specs[key].description or "").split("\n\nNote:")[0]),
+            )
+            for key in keys
+        )
+        lines += ["", f"## {title}", "", *_table(("asset", "kinds", "group", ""), rows)]
+        checks = sorted((key for key in graph.asset_check_keys if key.asset_key in keys), key=str)
+        found = ((f"`*/{k.asset_key.path[-1]}`", f"`{k.name}`", *_check(graph, k)) for k in checks)
+        if checks:
+            lines += ["", *_table(("asset", "check", "blocking", ""), found)]
+    assert isinstance(shipped, dg.Definitions)
+    return "\n".join(lines) + "\n"
+
+
+def _check(graph: Any, key: Any) -> tuple[str, str]:
+    node = graph.get(key)
+    return ("yes" if node.blocking else "no"), _one_line(node.description or "")
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                nested = list(_subcommands(sub))
+                yield from nested or [(sub.prog, sub)]
+
+
+def _objects(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], set[str]]]:
+    """The properties of a model and of the models within it, each once: title, properties, required keys."""
+    yield "", schema["properties"], set(schema.get("required", ()))
+    for name, found in schema.get("$defs", {}).items():
+        if "properties" in found:
+            yield name.removesuffix("Model"), found["properties"], set(found.get("required", ()))
+
+
+def _yaml_default(title: str, key: str, schema: Mapping[str, Any]) -> str:
+    """The default that counts: where the YAML's is null, the domain's."""
+    default = schema.get("default")
+    if default is None and title in SPECS:
+        default = {field.name: field.default for field in dataclasses.fields(SPECS[title])}.get(key)
+    return "" if default == "__DAGSTER_UNSET_DEFAULT__" else f"`{json.dumps(default, default=list)}`"
+
+
+def _described(component: type, title: str, key: str) -> str:
+    """The description in the component's own class; the schema that Dagster derives from it loses some."""
+    owner = getattr(sys.modules[component.__module__], title or component.__name__, None)
+    field = getattr(owner, "model_fields", {}).get(key)
+    return (field.description or "") if field else ""
+
+
+def _json_type(schema: Mapping[str, Any]) -> str:
+    """A type as YAML writers think of it; Dagster admits a template string everywhere, which says nothing."""
+    if "$ref" in schema:
+        return f"`{schema['$ref'].rsplit('/', 1)[-1].removesuffix('Model')}`"
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    if "anyOf" in schema:
+        options = [s for s in schema["anyOf"] if s.get("type") not in ("string", "null")] or schema["anyOf"][:1]
+        return " or ".join(dict.fromkeys(_json_type(option) for option in options))
+    if schema.get("type") == "array":
+        return f"list of {_json_type(schema.get('items', {}))}"
+    if schema.get("type") == "object":
+        values = schema.get("additionalProperties")
+        return f"by name: {_json_type(values)}" if isinstance(values, dict) else "mapping"
+    return schema.get("type", "any")
+
+
+def _type(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (UnionType, typing.Union):
+        return " or ".join(_type(option) for option in typing.get_args(annotation))
+    return "null" if annotation is NoneType else getattr(annotation, "__name__", str(annotation))
+
+
+def _default(key: Key) -> str:
+    if key.default is dataclasses.MISSING:
+        return "required"
+    return f"`{json.dumps(key.default, default=str)}`"
+
+
+def _by_note(keys: Mapping[str, Key]) -> Iterator[tuple[str, list[str]]]:
+    for note in dict.fromkeys(key.note for key in keys.values()):
+        yield note[:1].upper() + note[1:], [f"`{name}`" for name, key in keys.items() if key.note == note]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
