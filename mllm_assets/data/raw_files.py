@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from mllm_assets.errors import IntegrityError
 
 SAMPLES_FILE = "samples.parquet"
+PART_IMAGES = 8192
+_DIGEST = np.dtype("V32")
+_NO_TEXTS = pa.array([], pa.string())
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +67,34 @@ def open_raw(raw: Path) -> Iterator[pq.ParquetFile]:
 
 def index_images(raw: Path) -> ImageIndex:
     """Read the images' digests, and no image."""
-    counts, group_samples, ids = [], [0], []
+    counts, group_samples, digests = [], [0], [np.zeros(0, _DIGEST)]
     with open_raw(raw) as file:
         for group in range(file.num_row_groups):
             column = file.read_row_group(group, columns=["image_ids"]).column("image_ids").combine_chunks()
-            counts.append(np.diff(column.offsets.to_numpy()))
-            ids.append(column.flatten())
+            counts.append(np.diff(column.offsets.to_numpy()).astype(np.int32))
+            names = "".join(column.flatten().to_pylist())
+            digests.append(np.frombuffer(bytes.fromhex(names), _DIGEST))
             group_samples.append(group_samples[-1] + len(column))
-    encoded = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode()
-    uses = encoded.indices.to_numpy(zero_copy_only=False)
+    # in order of first use; as 32 bytes each, because as texts they would take three times the memory
+    different, first_uses, uses = np.unique(np.concatenate(digests), return_index=True, return_inverse=True)
+    order = np.argsort(first_uses)
+    numbers = np.empty(len(order), np.int32)
+    numbers[order] = np.arange(len(order), dtype=np.int32)
+    uses = numbers[uses]
+    ids = pa.concat_arrays([_as_texts(different[part]) for part in _parts(order)]) if len(order) else _NO_TEXTS
     offsets = np.concatenate([[0], *counts]).cumsum()
     highest = np.concatenate([[-1], np.maximum.accumulate(uses)]) if len(uses) else np.array([-1])
     group_images = [int(highest[offsets[sample]]) + 1 for sample in group_samples]
-    return ImageIndex(encoded.dictionary, uses, offsets, group_samples, group_images)
+    return ImageIndex(ids, uses, offsets, group_samples, group_images)
+
+
+def _parts(order: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    return (order[start : start + PART_IMAGES] for start in range(0, len(order), PART_IMAGES))
+
+
+def _as_texts(digests: NDArray[np.void]) -> pa.StringArray:
+    text = digests.tobytes().hex()
+    return pa.array([text[start : start + 64] for start in range(0, len(text), 64)], pa.string())
 
 
 def read_texts(raw: Path, columns: Sequence[str]) -> Iterator[dict]:

@@ -22,7 +22,7 @@ from mllm_assets.quality.verdicts import image_flags, image_reject_reason, odd_s
 
 COLUMNS = [field.name for field in fields(ImageMeasurement)]
 SCHEMA = pa.schema([*(arrow_schema("image_quality").field(name) for name in COLUMNS), pa.field("look", pa.string())])
-BATCH_IMAGES = 512
+BATCH_IMAGES = 2048
 BATCH_FILES = 8192
 # measurements that end at a limit of the spec are not complete, so they are not used again under other limits
 _CUT_SHORT = (
@@ -61,9 +61,7 @@ def measure_images(limits: QualitySpec, raw: Path, index: ImageIndex, store: Qua
         IntegrityError: A page of `raw` does not match its checksum.
         MachineError: No process that decodes can be started.
     """
-    known = _known_measurements(store, index.ids)
-    is_known = np.zeros(len(index.ids), bool)
-    is_known[known.numbers] = True
+    is_known = _are_known(store, index.ids)
     decode_limits = DecodeLimits(
         max_pixels=limits.max_pixels,
         max_bytes=limits.max_image_bytes,
@@ -75,7 +73,7 @@ def measure_images(limits: QualitySpec, raw: Path, index: ImageIndex, store: Qua
     with pq.ParquetWriter(target, SCHEMA) as writer:
         for first in range(0, len(index.ids), BATCH_IMAGES):
             last = min(first + BATCH_IMAGES, len(index.ids))
-            stored = iter(known.slice(*np.searchsorted(known.numbers, [first, last])))
+            stored = iter(_known_measurements(store, index.ids[first:last]) if is_known[first:last].any() else ())
             images = [next(stored if is_known[number] else measured) for number in range(first, last)]
             judge.add(first, images)
             looks = [None if image.phash_64 is None else look_of(image) for image in images]
@@ -97,17 +95,6 @@ def _unmeasured(raw: Path, index: ImageIndex, is_known: NDArray[np.bool_]) -> It
                     yield images[place].as_py() or b""
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """Measurements of earlier runs, by their number in the index."""
-
-    numbers: NDArray[np.int32]
-    table: pa.Table
-
-    def slice(self, start: int, stop: int) -> list[ImageMeasurement]:
-        return [ImageMeasurement(**row) for row in self.table.slice(start, stop - start).to_pylist()]
-
-
 def measure_files(paths: Sequence[Path], limits: DecodeLimits, store: QualityStore | None) -> list[ImageMeasurement]:
     """Measure files by what they hold now: each is read and hashed, and decoded where no such bytes were measured yet.
 
@@ -120,7 +107,7 @@ def measure_files(paths: Sequence[Path], limits: DecodeLimits, store: QualitySto
     known: dict[str | None, ImageMeasurement] = {}
     if store is not None:
         found = _known_measurements(store, pa.array(sorted({name for name in ids if name}), pa.string()))
-        known = {image.image_sha256: image for image in found.slice(0, len(found.numbers)) if image.defect is None}
+        known = {image.image_sha256: image for image in found if image.defect is None}
     missing = {name: path for name, path in zip(ids, paths, strict=True) if name not in known}
     contents = (path.read_bytes() if path.is_file() else b"" for path in missing.values())
     measured = dict(zip(missing, decoding.measure_images(contents, limits), strict=True))
@@ -160,15 +147,27 @@ def look_at_files(folder: Path, names: Sequence[str], limits: DecodeLimits, stor
     return looks
 
 
-def _known_measurements(store: QualityStore, ids: pa.StringArray) -> _Known:
-    wanted = pa.table({"number": pa.array(np.arange(len(ids), dtype=np.int32)), "image_sha256": ids})
-    found = store.query_arrow(
-        f"SELECT number, {', '.join(COLUMNS)} FROM image_quality JOIN wanted USING (image_sha256) "
+def _are_known(store: QualityStore, ids: pa.StringArray) -> NDArray[np.bool_]:
+    """Which images have measurements of earlier runs."""
+    known = np.zeros(len(ids), bool)
+    for first in range(0, len(ids), BATCH_FILES):
+        known[first + _known(store, ids[first : first + BATCH_FILES], ())["number"].to_numpy()] = True
+    return known
+
+
+def _known_measurements(store: QualityStore, ids: pa.StringArray) -> list[ImageMeasurement]:
+    """Measurements of earlier runs, in the order of the ids; those that are not known are left out."""
+    rows = _known(store, ids, COLUMNS).drop_columns(["number"]).to_pylist()
+    return [ImageMeasurement(**row) for row in rows]
+
+
+def _known(store: QualityStore, ids: pa.StringArray, columns: Sequence[str]) -> pa.Table:
+    return store.query_arrow(
+        f"SELECT {', '.join(['number', *columns])} FROM image_quality JOIN wanted USING (image_sha256) "
         "WHERE probe_version = ? AND coalesce(defect, '') NOT IN (SELECT unnest(?)) ORDER BY number",
         [PROBE_VERSION, list(_CUT_SHORT)],
-        given={"wanted": wanted},
+        given={"wanted": pa.table({"number": pa.array(np.arange(len(ids), dtype=np.int32)), "image_sha256": ids})},
     )
-    return _Known(found["number"].to_numpy(), found.drop_columns(["number"]))
 
 
 class _Judge:

@@ -17,6 +17,7 @@ from mllm_assets.artifacts import read_manifest, write_text_atomic
 from mllm_assets.data.raw_files import find_images
 from mllm_assets.quality.charts import Histogram, histograms_png, markdown_cell, png_uri, thumbnail
 from mllm_assets.quality.record import define_rows
+from mllm_assets.quality.store import CONFIG
 from mllm_assets.quality.views import VIEWS
 
 REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
@@ -62,7 +63,7 @@ def write_report(raw: Path, quality: Path) -> Report:
 
 
 def _collect(raw: Path, quality: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    with duckdb.connect() as connection:
+    with duckdb.connect(config=CONFIG) as connection:
         _define_views(connection, raw, quality, manifest)
 
         def rows(sql: str) -> list[dict[str, Any]]:
