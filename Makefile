@@ -49,7 +49,7 @@ bench: $(CORE)
 	$(BIN)/python benchmarks/grouping.py
 
 torture: $(CORE) ## twenty kills -9 of each kind of run at random moments; about half an hour
-	PYTHONPATH=$(CURDIR) $(BIN)/python -m benchmarks.torture
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m benchmarks.torture --jobs 2
 
 install: $(CORE)
 

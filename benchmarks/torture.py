@@ -4,11 +4,13 @@
 """
 
 import argparse
+import multiprocessing
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tests.interruption import CASES, SAVE_STEPS, KilledRun
@@ -24,25 +26,35 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="of each case")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the moments")
     parser.add_argument("--case", action="append", choices=CASES, help="all without this; may be given again")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     options = parser.parse_args()
     cases = options.case or list(CASES)
-    num_different = 0
-    with LOG.open("w", encoding="utf-8") as log:
-
-        def say(text: str) -> None:
-            print(text, flush=True)
-            print(text, file=log, flush=True)
-
-        say(f"{options.kills} kills -9 of each case, seed {options.seed}; made by: make torture")
-        for case in cases:
-            num_different += torture(case, options.kills, random.Random(f"{options.seed} {case}"), say)
-        say(f"{len(cases) * options.kills} kills, {num_different} differences")
+    started_s, num_different = time.monotonic(), 0
+    kills = [options.kills] * len(cases), [f"{options.seed} {case}" for case in cases]
+    with (
+        LOG.open("w", encoding="utf-8") as log,
+        ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        print(
+            f"{options.kills} kills -9 of each case, seed {options.seed}; made by: make torture", file=log, flush=True
+        )
+        for lines, number in pool.map(torture, cases, *kills):
+            print(*lines, sep="\n", file=log, flush=True)
+            num_different += number
+        took = f"{len(cases) * options.kills} kills, {num_different} differences, {time.monotonic() - started_s:.0f} s"
+        print(took, file=log)
+    print(f"{took}. See {LOG.name}.")
     sys.exit(num_different > 0)
 
 
-def torture(case: str, num_kills: int, rng: random.Random, say) -> int:
-    """Kill one run again and again, let it end, and return how often something was not the same."""
-    started_s, num_different, moments = time.monotonic(), 0, Counter()
+def torture(case: str, num_kills: int, seed: str) -> tuple[list[str], int]:
+    """Kill one run again and again and let it end; return what happened and how often something was not the same."""
+    rng, lines, num_different, moments = random.Random(seed), [], 0, Counter[str]()
+
+    def say(text: str) -> None:
+        lines.append(f"{case} {text}")
+        print(lines[-1], flush=True)
+
     with tempfile.TemporaryDirectory(prefix="torture_") as folder:
         # a kill costs at most the steps since the last checkpoint, so that this many are enough for all of them
         num_steps = (num_kills + 1) * (SAVE_STEPS + 3) // SAVE_STEPS * SAVE_STEPS
@@ -52,13 +64,12 @@ def torture(case: str, num_kills: int, rng: random.Random, say) -> int:
             num_different += not kill.is_exact
             moments["inside a save" if "inside" in kill.moment else kill.moment.split(":")[0]] += 1
             found = "no checkpoint yet" if not kill.kept_step else "same bits" if kill.is_exact else "DIFFERENT BITS"
-            say(f"{case} kill {number:2} {kill.moment}; newest whole checkpoint {kill.kept_step}: {found}")
+            say(f"kill {number:2} {kill.moment}; newest whole checkpoint {kill.kept_step}: {found}")
         for what, is_same in run.finish():
             num_different += not is_same
-            say(f"{case} end of {num_steps} steps, {what}: {'same' if is_same else 'DIFFERENT'}")
-    shown = ", ".join(f"{number} {kind}" for kind, number in sorted(moments.items()))
-    say(f"{case}: {shown}; {time.monotonic() - started_s:.0f} s")
-    return num_different
+            say(f"end of {num_steps} steps, {what}: {'same' if is_same else 'DIFFERENT'}")
+    say("kills: " + ", ".join(f"{number} {kind}" for kind, number in sorted(moments.items())))
+    return lines, num_different
 
 
 if __name__ == "__main__":

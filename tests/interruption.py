@@ -77,14 +77,22 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {line["current_steps"]: line["loss"] for line in lines if "loss" in line}
 
 
-def newest_logged_step(run_dir: Path) -> int:
+def newest_logged_step(run_dir: Path, since_ns: int) -> int:
+    """The last step that a process which started then has logged; what an earlier one left does not count."""
     path = run_dir / "trainer_log.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    if not path.is_file() or path.stat().st_mtime_ns < since_ns:
+        return 0
+    lines = path.read_text().splitlines()
     return max((json.loads(line)["current_steps"] for line in lines if line.endswith("}")), default=0)
 
 
-def is_saving(run_dir: Path) -> bool:
-    return any(run_dir.glob(".checkpoint-*.tmp"))
+def is_saving(run_dir: Path, since_ns: int) -> bool:
+    """Whether a process which started then is writing a checkpoint."""
+    for staging in run_dir.glob(".checkpoint-*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # published by now
+            if staging.stat().st_mtime_ns >= since_ns:
+                return True
+    return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,19 +139,22 @@ class KilledRun:
         begun = find_resumable(self.run_dir).step
         step = min(begun + rng.randint(1, SAVE_STEPS + 2), self._last_step - 2)
         delay_s = rng.uniform(0, 12 if kind == "start" else 0.05)
-        started_s = time.monotonic()
+        since_ns = time.time_ns()
 
         def reached(run_dir: Path) -> bool:
             if kind == "start":
-                return time.monotonic() - started_s > delay_s
-            if newest_logged_step(run_dir) < step and kind == "step" or not is_saving(run_dir) and kind == "save":
+                return time.time_ns() - since_ns > delay_s * 1e9
+            if kind == "save":
+                return is_saving(run_dir, since_ns)
+            if newest_logged_step(run_dir, since_ns) < step:
                 return False
-            time.sleep(delay_s if kind == "step" else 0)
+            time.sleep(delay_s)
             return True
 
         assert run_until(self._requests["killed"], self._folder, reached) == -signal.SIGKILL
         assert not (self.run_dir / "manifest.json").exists(), "it finished before the kill"
-        at = f"at step {newest_logged_step(self.run_dir)}" + (", inside a save" if is_saving(self.run_dir) else "")
+        logged, saving = newest_logged_step(self.run_dir, since_ns), is_saving(self.run_dir, since_ns)
+        at = (f"at step {logged}" if logged else "before the first step") + (", inside a save" if saving else "")
         kept = find_resumable(self.run_dir)
         is_exact = kept.path is None or self._same_files(kept.path.name)
         return Kill(moment=f"{kind}: {at}", kept_step=kept.step, is_exact=is_exact)
