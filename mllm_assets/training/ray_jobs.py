@@ -150,22 +150,25 @@ class RayJob:
         Raises:
             MachineError: It has not ended in time. It will: nothing writes its heartbeat any more.
         """
-        began_s, asked, interrupt, state = time.monotonic(), False, None, "unknown"
+        began_s, asked, interrupt, state = time.monotonic(), False, None, "out of reach"
         while time.monotonic() < began_s + timeout_s:
             try:
-                asked = asked or bool(self.client.stop_job(self.id)) or True
+                if not asked:
+                    self.client.stop_job(self.id)
+                    asked = True
                 status = self.client.get_job_status(self.id)
                 if status.is_terminal() or status == "PENDING" and time.monotonic() > began_s + PENDING_S:
                     break
                 state = str(status)
                 time.sleep(POLL_S)
             except (ConnectionError, OSError, RuntimeError):
+                state = "out of reach"
                 time.sleep(POLL_S)
             except BaseException as error:  # e.g. a second Ctrl-C or Dagster's interrupt
                 interrupt = error
         else:
             raise MachineError(
-                f"The Ray job {self.id} was told to stop and is still {state} after {timeout_s:g} s. It ends "
+                f"The Ray job {self.id} was told to stop and is {state} after {timeout_s:g} s. It ends "
                 f"{SILENCE_S:g} s after its last sign of life from here; `ray job status {self.id}` shows it."
             )
         if interrupt is not None:
