@@ -43,7 +43,8 @@ def histograms_png(charts: Sequence[Histogram], *, num_columns: int = 4) -> byte
         if low == high and chart.span is None:
             low, high = low - 1, high + 1
         bins: int | np.ndarray = NUM_BINS
-        if np.issubdtype(np.asarray(chart.values).dtype, np.integer):  # bins of whole numbers, or some stay empty
+        whole = np.issubdtype(np.asarray(chart.values).dtype, np.integer)
+        if whole:  # bins of whole numbers, or some stay empty
             step = -(-int(high - low + 1) // NUM_BINS)
             bins = np.arange(low - 0.5, high + step, step)
         counts, edges = np.histogram(values, bins=bins, range=(low, high))
@@ -56,7 +57,7 @@ def histograms_png(charts: Sequence[Histogram], *, num_columns: int = 4) -> byte
             title += f" ({int((values < chart.limit).sum())} flagged)"
         axis.set_title(title, fontsize=8, loc="left", color="#1c2733")
         axis.tick_params(labelsize=7, colors="#5d6b7a", length=2)
-        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
         axis.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("#c5ccd4")
