@@ -183,9 +183,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ) from None
 
 
-def find_damage(directory: Path, *, deep: bool = True) -> str | None:
-    """Say what does not match the manifest, or None. `deep` compares digests, otherwise sizes only."""
+def find_damage(directory: Path, *, deep: bool = True, only: Collection[str] = ()) -> str | None:
+    """Say what does not match the manifest, or None.
+
+    Args:
+        directory: A complete artefact.
+        deep: Compare digests, otherwise sizes only.
+        only: Names right below `directory` to look at; all by default.
+    """
     for name, expected in read_manifest(directory)["files"].items():
+        if only and name.split("/")[0] not in only:
+            continue
         path = directory / name
         if not path.is_file():
             return f"{name} is missing"

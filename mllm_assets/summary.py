@@ -12,7 +12,7 @@ from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.metrics import read_metrics
-from mllm_assets.evaluation.release import Release, newest_release
+from mllm_assets.evaluation.release_versions import Release, current_release
 from mllm_assets.layout import Layout
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -32,7 +32,7 @@ def summarise(layout: Layout, recipe: str) -> str:
             f"--select '+key:\"{recipe}/released_model\"'"
         )
     run = read_manifest(run_dir)
-    release = newest_release(layout, recipe)
+    release = current_release(layout, recipe)
     metrics = _metrics_of(layout, recipe, run["weights_digest"])
     parts = [
         f"\n{recipe}",

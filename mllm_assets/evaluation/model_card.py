@@ -47,7 +47,7 @@ class Lineage(TypedDict):
     recipe: Mapping[str, Any]  # the recipe's keys as written
     versions: Mapping[str, str]  # library -> version
     command: str
-    leaks: NotRequired[Sequence[str]]  # what it may have been trained on and is evaluated on; see data.leaks
+    leaks: Sequence[str]  # what it may have been trained on and is evaluated on; see data.leaks
 
 
 def write_model_card(

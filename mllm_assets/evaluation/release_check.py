@@ -1,89 +1,85 @@
-"""Loads a released model the way its users will, and compares it with the checkpoint that it was made from."""
+"""Compares a released model, loaded by a new process without this project, with the checkpoint that it was made from."""
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
 from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation import plain_round_trip
+from mllm_assets.evaluation.release_files import ADAPTER
 from mllm_assets.training.model import load_model, quiet_libraries
 
 if TYPE_CHECKING:
     from mllm_assets.training.protocol import Reporter
 
-_QUESTION = "What is in this picture?"
-_ANSWER = "A gradient."
-_REL_TOL = 1e-6  # both run in one process on one device; only the library's loader differs
+_REL_TOL = 1e-6  # the same device and libraries; only the loader differs
+_ADAPTER_TOL = 1e-5  # of logits in float32: merging adds the same products in another order
 
 
-def verify(directory: Path, checkpoint_dir: Path, reporter: "Reporter") -> dict[str, Any]:
-    """Load `directory` with `AutoModelForImageTextToText` and `AutoProcessor`, offline and without remote code.
+def verify(directory: Path, checkpoint_dir: Path, base_model_dir: Path, reporter: "Reporter") -> dict[str, Any]:
+    """Load `directory` in a new process with transformers alone, offline and without remote code.
+
+    An adapter in it is put on the base model with PEFT and must give the merged model's logits.
 
     Returns:
-        num_missing, num_unexpected (both 0), num_params, and loss (nats a token on a fixed picture and text).
+        num_missing, num_unexpected (both 0), num_params, loss (nats a token on a fixed picture and text), and with an
+        adapter adapter_loss and adapter_max_logit_difference.
 
     Raises:
         IntegrityError: It does not load, tensors are missing or unexpected, or the loss is not the checkpoint's.
     """
     quiet_libraries()
     reporter.progress("verify release", 0, 2)
-    model, info = _load(directory)
-    num_missing, num_unexpected = (len(info[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
-    if num_missing or num_unexpected or info["mismatched_keys"]:
+    found = _load_elsewhere(directory, base_model_dir if (directory / ADAPTER).is_dir() else None)
+    if found["num_missing"] or found["num_unexpected"] or found["num_mismatched"]:
         raise IntegrityError(
-            f"{directory} lacks {num_missing} tensors, has {num_unexpected} that the model does not know and "
-            f"{len(info['mismatched_keys'])} of another shape. Materialise the checkpoint again."
+            f"{directory} lacks {found['num_missing']} tensors, has {found['num_unexpected']} that the model does not "
+            f"know and {found['num_mismatched']} of another shape. Materialise the checkpoint again."
         )
-    batch = _fixed_batch(directory)
-    loss, num_params = _loss(model, batch), model.num_parameters()
-    del model
     reporter.progress("verify release", 1, 2)
-    expected = _loss(load_model(checkpoint_dir), batch)
+    model = load_model(checkpoint_dir)
+    expected, _ = plain_round_trip.loss_and_logits(model, plain_round_trip.fixed_batch(str(checkpoint_dir)))
     reporter.progress("verify release", 2, 2)
-    if not math.isclose(loss, expected, rel_tol=_REL_TOL):
+    if not math.isclose(found["loss"], expected, rel_tol=_REL_TOL):
         raise IntegrityError(
-            f"{directory} has the loss {loss:.8f} on a fixed picture, expected the checkpoint's {expected:.8f}. "
-            "Materialise the checkpoint again."
+            f"{directory} has the loss {found['loss']:.8f} on a fixed picture, expected the checkpoint's "
+            f"{expected:.8f}. Materialise the checkpoint again."
         )
-    return {"num_missing": num_missing, "num_unexpected": num_unexpected, "num_params": num_params, "loss": loss}
+    _require_same_adapter(directory, found)
+    names = ("num_missing", "num_unexpected", "num_params", "loss", "adapter_loss", "adapter_max_logit_difference")
+    return {name: found[name] for name in names if name in found}
 
 
-def _load(directory: Path) -> tuple[Any, dict[str, Any]]:
-    loader: Any = AutoModelForImageTextToText
-    try:
-        return loader.from_pretrained(
-            directory, dtype="auto", output_loading_info=True, local_files_only=True, trust_remote_code=False
+def _require_same_adapter(directory: Path, found: dict[str, Any]) -> None:
+    difference = found.get("adapter_max_logit_difference")
+    if difference is None:
+        return
+    # merging rounds to the precision of the weights, which is all that two models in bf16 can share
+    if found["dtype_eps"] < _ADAPTER_TOL:
+        agrees, what = difference <= _ADAPTER_TOL, f"logits up to {difference:.2e} apart, expected {_ADAPTER_TOL:g}"
+    else:
+        agrees = math.isclose(found["adapter_loss"], found["loss"], rel_tol=found["dtype_eps"])
+        what = f"the losses {found['adapter_loss']:.6f} and {found['loss']:.6f}"
+    if not agrees:
+        raise IntegrityError(
+            f"The adapter in {directory} on its base model and the merged model give {what}. Check that the base model "
+            "is what was trained on, and materialise the checkpoint again."
         )
-    except (OSError, ValueError, RuntimeError) as error:
+
+
+def _load_elsewhere(directory: Path, base_model_dir: Path | None) -> dict[str, Any]:
+    arguments = [str(path) for path in (directory, base_model_dir) if path is not None]
+    # -I: neither PYTHONPATH nor the current folder can bring this project in
+    command = [sys.executable, "-I", plain_round_trip.__file__, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        cause = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise IntegrityError(
-            f"{directory} cannot be loaded by AutoModelForImageTextToText ({error}). Materialise the checkpoint again."
-        ) from error
-
-
-def _fixed_batch(directory: Path) -> dict[str, Any]:
-    """A gradient with a question and an answer, through the released processor and chat template."""
-    picture = Image.merge(
-        "RGB", [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.new("L", (256, 256), 128)]
-    )
-    question = [{"type": "image", "image": picture}, {"type": "text", "text": _QUESTION}]
-    conversation = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]},
-    ]
-    try:
-        processor = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        batch = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
-    except (OSError, ValueError) as error:
-        raise IntegrityError(
-            f"{directory} has no usable processor ({error}). Materialise the checkpoint again."
-        ) from error
-    return {**batch, "labels": batch["input_ids"]}
-
-
-@torch.inference_mode()
-def _loss(model: Any, batch: dict[str, Any]) -> float:
-    pixels = batch["pixel_values"].to(model.dtype)
-    return float(model.eval()(**{**batch, "pixel_values": pixels}).loss)
+            f"{directory} cannot be loaded by transformers alone ({cause}). Materialise the checkpoint again."
+        )
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert not found["imported_mllm_assets"]
+    return found

@@ -1,0 +1,124 @@
+"""What `mllm-assets releases` shows: facts as JSON-able values, and the same as text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mllm_assets.artifacts import read_manifest
+from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation.metrics import read_metrics
+from mllm_assets.evaluation.release_versions import (
+    Release,
+    current_release,
+    find_release,
+    find_release_damage,
+    list_releases,
+    released_recipes,
+)
+from mllm_assets.layout import Layout
+
+_SHOWN = ("loss", "label_accuracy", "rouge_l", "bleu", "chrf")
+
+
+def list_facts(layout: Layout, recipe_name: str | None = None, *, deep: bool = True) -> list[dict[str, Any]]:
+    """Every release of a recipe, or of all, oldest first.
+
+    Args:
+        layout: Where releases lie.
+        recipe_name: All recipes if None.
+        deep: Read every file and compare its digest; otherwise compare sizes.
+
+    Raises:
+        ModelError: The recipe has no release.
+    """
+    if recipe_name is not None:
+        find_release(layout, recipe_name)
+    recipes = [recipe_name] if recipe_name is not None else released_recipes(layout)
+    return [
+        _facts(layout, name, release, deep=deep) for name in recipes for release in list_releases(layout, name)
+    ]  # fmt: skip
+
+
+def show_facts(layout: Layout, recipe_name: str, version: str | None = None) -> dict[str, Any]:
+    """One release: what it was made from, how it was judged, what it scored.
+
+    Raises:
+        ModelError: There is no such release.
+    """
+    release = find_release(layout, recipe_name, version)
+    manifest = read_manifest(release.directory)
+    names = ("digest", "weights_digest", "fingerprint", "gates", "lineage", "verification", "engine_version", "files")
+    facts = _facts(layout, recipe_name, release, deep=True)
+    metrics = None if facts["damage"] else read_metrics(release.directory)
+    return {**facts, **{name: manifest[name] for name in names}, "metrics": metrics}
+
+
+def _facts(layout: Layout, recipe_name: str, release: Release, *, deep: bool) -> dict[str, Any]:
+    try:
+        current = current_release(layout, recipe_name)
+        damage = find_release_damage(release.directory, deep=deep)
+    except IntegrityError as error:  # `current` points nowhere, or a manifest is no JSON: said, and the rest is shown
+        current, damage = None, str(error)
+    manifest = read_manifest(release.directory)
+    return {
+        "recipe": recipe_name,
+        "version": release.version,
+        "is_current": current == release,
+        "created_at": manifest["created_at"],
+        "num_bytes": sum(file["num_bytes"] for file in manifest["files"].values()),
+        "path": layout.relative(release.directory),
+        "damage": damage,
+    }
+
+
+def list_text(facts: Sequence[Mapping[str, Any]]) -> str:
+    """One line a release."""
+    if not facts:
+        return "Nothing is released yet. Materialise the released_model of a recipe."
+    width = max(len(release["recipe"]) for release in facts)
+    return "\n".join(
+        f"{release['recipe']:<{width}}  {release['version']:<4} {'current' if release['is_current'] else '':<7}  "
+        f"{release['created_at']}  {release['num_bytes'] / 2**20:>9.1f} MiB  "
+        f"{_state(release)}"
+        for release in facts
+    )
+
+
+def _state(release: Mapping[str, Any]) -> str:
+    return f"DAMAGED: {release['damage']}" if release["damage"] else release["path"]
+
+
+def show_text(facts: Mapping[str, Any]) -> str:
+    """A release on one screen; its README.md has the rest."""
+    lineage, base = facts["lineage"], facts["lineage"]["base_model"]
+    lines = [
+        f"{facts['recipe']} {facts['version']}{', the current release' if facts['is_current'] else ''}",
+        f"  released    {facts['created_at']}, {_state(facts)}",
+        f"  base model  {_name(base)}, fingerprint {base['fingerprint'][:16]}, licence {base.get('license') or '?'}",
+        *(
+            f"  {'trained on' if dataset['use'] == 'train' else 'judged on':<10}  {dataset['entry']}: {_name(dataset)}, "
+            f"digest {dataset['digest'][:16]}, licence {dataset.get('license') or '?'}"
+            for dataset in lineage["datasets"]
+        ),
+        f"  run         {facts['fingerprint']}, weights {facts['weights_digest'][:16]}",
+        f"  made with   {', '.join(f'{library} {version}' for library, version in lineage['versions'].items())}",
+        f"  made by     {lineage['command']}",
+    ]
+    for entry, scored in ((facts["metrics"] or {}).get("entries") or {}).items():
+        tuned, gains = scored["models"]["tuned"], scored["gains"]["tuned_over_base"]
+        figures = [f"{name} {tuned[name]:.4f}{_interval(gains.get(name))}" for name in _SHOWN if name in tuned]
+        lines.append(f"  {entry}, {scored['num_samples']} samples: {', '.join(figures)}")
+    width = max(len(gate["name"]) for gate in facts["gates"])
+    lines += [
+        f"  {'passed' if gate['passed'] else 'FAILED'}  {gate['name']:<{width}}  {gate['description']}"
+        for gate in facts["gates"]
+    ]
+    return "\n".join(lines)
+
+
+def _name(source: Mapping[str, Any]) -> str:
+    name = source.get("hub_id") or source.get("source") or source.get("name") or "written by hand"
+    return f"{name} at {source['revision']}" if source.get("revision") else name
+
+
+def _interval(gain: Mapping[str, Any] | None) -> str:
+    return f" (base {gain['mean']:+.4f}, 95 % {gain['low']:+.4f} to {gain['high']:+.4f})" if gain else ""
