@@ -9,38 +9,37 @@ import dagster as dg
 
 from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json
+from mllm_assets.components.gate_checks import OF_METRICS, find_leaks, gate_checks, gate_specs
 from mllm_assets.components.lineage import run_columns, upstream, upstream_path
 from mllm_assets.components.reporting import table
 from mllm_assets.components.resources import ProjectResource, failures_for_people
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt import load_rows
-from mllm_assets.evaluation.gates import GateResult, GateSpec, evaluate_gates
+from mllm_assets.evaluation.gates import GateSpec, evaluate_gates, leakage_gate
 from mllm_assets.evaluation.intervals import gain_text
 from mllm_assets.evaluation.metrics import compute_metrics, gains_over_release, metric_rows, write_metrics
-from mllm_assets.evaluation.release import newest_release, read_judged
+from mllm_assets.evaluation.release import read_judged
+from mllm_assets.evaluation.release_versions import current_release
 from mllm_assets.evaluation.table import read_predictions
 
-GATES = {
-    "beats_base_model": "Its loss is lower than that of the model it started from.",
-    "beats_most_common_answer": "It answers better than one who always gives the most common training answer.",
-    "the_model_uses_the_image": "Its loss is lower with a sample's own image than with another sample's.",
-    "no_regression_against_release": "Its loss is not above that of the newest release.",
-}
 
+def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = False) -> dg.AssetsDefinition:
+    """The tuned model's metrics against the base model's, the most common answer's and the released model's.
 
-def eval_metrics_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
-    """The tuned model's metrics against the base model's, the most common answer's and the released model's."""
+    Args:
+        node: The recipe in the graph.
+        gates: The checks' thresholds.
+        allow_leakage: Let `no_leakage` warn only.
+    """
     key = node.key("eval_metrics")
 
     @dg.asset(
         key=key,
         group_name="evaluate",
         kinds={"json"},
-        deps=[node.key("predictions"), *node.data],
+        deps=[node.key("predictions"), node.key("checkpoint"), *node.data],
         code_version=digest_json(asdict(gates))[:16],
-        check_specs=[
-            dg.AssetCheckSpec(name, asset=key, blocking=True, description=text) for name, text in GATES.items()
-        ],
+        check_specs=gate_specs(key, OF_METRICS),
         description="Loss, perplexity, BLEU, chrF, ROUGE, CIDEr-D and label accuracy, each with its gain over the base "
         "model and the release, and the gates of a release as checks.",
     )
@@ -50,7 +49,7 @@ def eval_metrics_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
             predictions_dir = upstream_path(context, node.key("predictions"), layout)
             rows = read_predictions(predictions_dir)
             answers = _train_answers(layout.root / spec.dataset_dir, spec.train_entries)
-            release = newest_release(layout, node.name)
+            release = current_release(layout, node.name)
             metrics = compute_metrics(rows, answers)
             metrics |= {
                 "release": release.version if release else None,
@@ -64,14 +63,15 @@ def eval_metrics_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
             }
             directory = layout.metrics(node.name, digest_json([__version__, inputs, metrics])[:16])
             manifest = write_metrics(directory, metrics, inputs)
-            results = evaluate_gates(metrics, gates, metrics["over_release"])
+            leakage = leakage_gate(find_leaks(context, node, project), allowed=allow_leakage)
+            results = [leakage, *evaluate_gates(metrics, gates, metrics["over_release"])]
             scores = metric_rows(metrics, **run_columns(context, node.name, predicted["weights_digest"]))
             project.quality_store.write({"eval_metrics": scores})
         return project.recorded(
             context,
             dg.MaterializeResult(
                 data_version=dg.DataVersion(manifest["digest"]),
-                check_results=_gate_checks(results),
+                check_results=gate_checks(results, OF_METRICS),
                 metadata={**_headline(metrics), "metrics": _metrics_table(metrics), "path": layout.relative(directory)},
             ),
         )
@@ -81,19 +81,6 @@ def eval_metrics_asset(node: Node, gates: GateSpec) -> dg.AssetsDefinition:
 
 def _train_answers(data_dir: Path, entries: Sequence[str]) -> list[str]:
     return [row.messages[-1].content for entry in entries for row in load_rows(data_dir, entry)]
-
-
-def _gate_checks(results: Sequence[GateResult]) -> list[dg.AssetCheckResult]:
-    judged = {result.name: result for result in results}
-    none_yet = "Nothing of this recipe is released yet."
-    checks = []
-    for name in GATES:
-        result = judged.get(name)
-        passed, text = (result.passed, result.description) if result else (True, none_yet)
-        figures = {"observed": result.observed, "threshold": result.threshold} if result else {}
-        figures = {figure: value for figure, value in figures.items() if value is not None}
-        checks.append(dg.AssetCheckResult(check_name=name, passed=passed, description=text, metadata=figures))
-    return checks
 
 
 def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -47,6 +47,9 @@ class Gates(dg.Model, dg.Resolvable):
     )
     min_image_gain_nats: float | None = Field(default=None, description="How far the true image lowers its loss.")
     max_regression_nats: float | None = Field(default=None, description="How far its loss may be above the release's.")
+    max_reload_difference: float | None = Field(
+        default=None, description="How far, relatively, the reloaded checkpoint's loss may be from the trained one's."
+    )
 
 
 class Settings(dg.Model, dg.Resolvable):

@@ -33,6 +33,7 @@ def build_recipe_assets(node: Node, settings: RecipeSettings) -> list[dg.AssetsD
     assets.append(
         checkpoint_asset(
             node,
+            settings.gates,
             with_features=with_features,
             feature_cache=settings.feature_cache,
             max_hidden_states_gib=settings.max_hidden_states_gib,
@@ -42,7 +43,7 @@ def build_recipe_assets(node: Node, settings: RecipeSettings) -> list[dg.AssetsD
     )
     if node.eval_data:
         assets.append(predictions_asset(node, settings.evaluation, feature_cache=settings.feature_cache))
-        assets.append(eval_metrics_asset(node, settings.gates))
+        assets.append(eval_metrics_asset(node, settings.gates, allow_leakage=settings.allow_leakage))
         assets.append(released_model_asset(node, settings.gates, allow_leakage=settings.allow_leakage))
     return assets
 

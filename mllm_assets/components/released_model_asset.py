@@ -1,22 +1,26 @@
 """`<recipe>/released_model`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from mllm_assets.artifacts import read_manifest
+from mllm_assets.components.gate_checks import find_leaks
 from mllm_assets.components.lineage import library_versions, materialize_command, upstream, upstream_path
+from mllm_assets.components.reporting import table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
+from mllm_assets.components.training_assets import model_directory
 from mllm_assets.components.wiring import Node
-from mllm_assets.data.leaks import release_leaks
-from mllm_assets.errors import GateError
+from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.evaluation.model_card import DatasetLineage, Lineage
 from mllm_assets.evaluation.release import publish
+from mllm_assets.evaluation.release_versions import current_release
 from mllm_assets.evaluation.table import read_predictions
+from mllm_assets.layout import Layout
 
 
 def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = False) -> dg.AssetsDefinition:
@@ -45,12 +49,21 @@ def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = F
             metrics_dir = upstream_path(context, node.key("eval_metrics"), layout)
             inputs = read_manifest(metrics_dir)["inputs"]
 
-            def verify(directory: Path) -> Mapping[str, Any]:
-                model = run_dir / "model"
-                return gpu.run(context, {"task": "release", "directory": str(directory), "checkpoint_dir": str(model)})
+            base_model_dir = model_directory(context, node, layout)
 
-            leaks = _leaks(context, node, project, read_manifest(run_dir), allow_leakage=allow_leakage)
-            lineage: Lineage = {**_lineage(context, node, read_manifest(run_dir)), "leaks": leaks}
+            def verify(directory: Path) -> Mapping[str, Any]:
+                request = {
+                    "task": "release",
+                    "directory": str(directory),
+                    "checkpoint_dir": str(run_dir / "model"),
+                    "base_model_dir": str(base_model_dir),
+                }
+                return gpu.run(context, request)
+
+            leaks = find_leaks(context, node, project)
+            for text in leaks:
+                context.log.warning(text)
+            lineage = _lineage(context, node, layout, read_manifest(run_dir), leaks)
             release = publish(
                 node.name,
                 run_dir,
@@ -60,14 +73,23 @@ def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = F
                 lineage,
                 layout,
                 scored_weights=inputs["weights_digest"],
+                allow_leakage=allow_leakage,
                 verify=verify,
             )
+            current = current_release(layout, node.name)
+            if current != release:
+                context.log.warning(
+                    f"{release.version} holds this model already, and was rolled back. It is the current release "
+                    f"again after: mllm-assets releases rollback {node.name} {release.version}"
+                )
         return project.recorded(
             context,
             dg.MaterializeResult(
                 data_version=dg.DataVersion(release.digest),
                 metadata={
                     "version": release.version,
+                    "current": current.version if current else "",
+                    "gates": _gates_table(read_manifest(release.directory)["gates"]),
                     "leaks": leaks,
                     "model_card": dg.MetadataValue.md((release.directory / "README.md").read_text(encoding="utf-8")),
                     "path": layout.relative(release.directory),
@@ -78,38 +100,14 @@ def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = F
     return released_model
 
 
-def _leaks(
-    context: dg.AssetExecutionContext,
-    node: Node,
-    project: ProjectResource,
-    run: Mapping[str, Any],
-    *,
-    allow_leakage: bool,
-) -> list[str]:
-    """What leaked from the evaluation into the training, looked for in the files on disk; empty is well.
-
-    Raises:
-        GateError: Something did, and is not allowed.
-    """
-    spec = node.recipe.spec
-    found = release_leaks(
-        project.layout.root / spec.dataset_dir,
-        spec.train_entries,
-        spec.eval_entries,
-        run["data_digests"],
-        store=project.quality_store,
-    )
-    if found and not allow_leakage:
-        raise GateError(
-            f"{node.name} is not released: {' '.join(found)} Mend the data, or set `allow_leakage: true` in the "
-            "recipe's settings; the model card will then say so."
-        )
-    for text in found:
-        context.log.warning(text)
-    return found
+def _gates_table(gates: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
+    columns = {"name": "string", "passed": "bool", "description": "string"}
+    return table(gates, columns)
 
 
-def _lineage(context: dg.AssetExecutionContext, node: Node, run: Mapping[str, Any]) -> Lineage:
+def _lineage(
+    context: dg.AssetExecutionContext, node: Node, layout: Layout, run: Mapping[str, Any], leaks: Sequence[str]
+) -> Lineage:
     """What the model was made from, for its card."""
     spec, base = node.recipe.spec, upstream(context, node.model)
     uses = {"train": node.train_data, "evaluate": node.eval_data}
@@ -122,18 +120,19 @@ def _lineage(context: dg.AssetExecutionContext, node: Node, run: Mapping[str, An
             "license": base.get("license") or None,
         },
         "datasets": [
-            _dataset_lineage(context, entry, use, key, run["data_digests"].get(entry, ""))
+            _dataset(context, entry, use, key, run["data_digests"].get(entry, ""), layout.root / spec.dataset_dir)
             for use, data in uses.items()
             for entry, key in data.items()
         ],
         "recipe": dict(node.recipe.values),
         "versions": library_versions(),
         "command": materialize_command(node.key("released_model")),
+        "leaks": leaks,
     }
 
 
-def _dataset_lineage(
-    context: dg.AssetExecutionContext, entry: str, use: str, dataset_info: dg.AssetKey, digest: str
+def _dataset(
+    context: dg.AssetExecutionContext, entry: str, use: str, dataset_info: dg.AssetKey, digest: str, data_dir: Path
 ) -> DatasetLineage:
     """What trained or judged the model, and where it came from; entries written by hand say no more than their name."""
     raw = dg.AssetKey([dataset_info.path[0], "raw"])
@@ -143,6 +142,7 @@ def _dataset_lineage(
         "entry": entry,
         "use": use,
         "digest": digest,
+        "num_rows": len(load_rows(data_dir, entry)),
         "hub_id": facts.get("hub_id") or None,
         "revision": facts.get("revision") or None,
         "license": facts.get("license") or None,

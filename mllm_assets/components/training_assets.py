@@ -1,13 +1,13 @@
 """`<recipe>/vision_features` and `<recipe>/checkpoint`."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from mllm_assets.artifacts import digest_json, read_manifest
+from mllm_assets.artifacts import digest_json, find_damage, read_manifest
+from mllm_assets.components.gate_checks import RELOADS, gate_checks, gate_specs
 from mllm_assets.components.lineage import upstream_path
 from mllm_assets.components.reporting import image_markdown, link, table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
@@ -15,14 +15,14 @@ from mllm_assets.components.wiring import Node
 from mllm_assets.data.checks import CheckOutcome
 from mllm_assets.data.leaks import datasets_share_no_image
 from mllm_assets.errors import DataError
+from mllm_assets.evaluation.gates import GateSpec, reload_gate
+from mllm_assets.evaluation.release_files import PARTS
 from mllm_assets.layout import Layout
 from mllm_assets.training.cache_settings import DEFAULT_MAX_HIDDEN_STATES_GIB, CacheSettings
 from mllm_assets.training.recipe import Recipe, load_recipe
 from mllm_assets.training.runs import RunPlan, plan_run, point_latest, train_request
 
-RELOADS = "checkpoint_reloads_strictly"
 APART = "datasets_share_no_image"
-RELOAD_TOLERANCE = 1e-3  # of a GPU, where sums differ from call to call; the engine demands equality on the CPU
 
 
 class CheckpointConfig(dg.Config):
@@ -85,6 +85,7 @@ def vision_features_asset(node: Node) -> dg.AssetsDefinition:
 
 def checkpoint_asset(
     node: Node,
+    gates: GateSpec,
     *,
     with_features: bool,
     feature_cache: bool = True,
@@ -96,6 +97,7 @@ def checkpoint_asset(
 
     Args:
         node: The recipe in the graph.
+        gates: How far the reloaded model's loss may be from the trained one's.
         with_features: Whether an asset upstream computes the vision features.
         feature_cache: Whether hidden states may be kept.
         max_hidden_states_gib: Most that they may take on disk.
@@ -111,7 +113,10 @@ def checkpoint_asset(
         deps=[*node.data, node.model, *features],
         pool="gpu",
         code_version=digest_json(node.recipe.spec.semantic_values())[:16],
-        check_specs=[dg.AssetCheckSpec(name, asset=node.key("checkpoint"), blocking=True) for name in (RELOADS, APART)],
+        check_specs=[
+            *gate_specs(node.key("checkpoint"), [RELOADS]),
+            dg.AssetCheckSpec(APART, asset=node.key("checkpoint"), blocking=True),
+        ],
         description=_describe(node.recipe),
     )
     def checkpoint(
@@ -149,7 +154,7 @@ def checkpoint_asset(
         else:
             result = gpu.run(context, train_request(plan, cache=cache))
         point_latest(plan)
-        return project.recorded(context, _checkpoint_result(plan, result, layout, apart))
+        return project.recorded(context, _checkpoint_result(plan, result, layout, apart, gates))
 
     return checkpoint
 
@@ -165,22 +170,17 @@ def _describe(recipe: Recipe) -> str:
 
 
 def _checkpoint_result(
-    plan: RunPlan, result: dict[str, Any], layout: Layout, apart: CheckOutcome
+    plan: RunPlan, result: dict[str, Any], layout: Layout, apart: CheckOutcome, gates: GateSpec
 ) -> dg.MaterializeResult:
-    reload = result["reload"]
     columns = {"module": "string", "num_tensors": "int", "num_params": "int", "share": "float"}
     plot = plan.directory / "training_loss.png"
-    check = dg.AssetCheckResult(
-        check_name=RELOADS,
-        passed=reload["num_missing"] == reload["num_unexpected"] == 0
-        and math.isclose(reload["loss_saved"], reload["loss_reloaded"], rel_tol=RELOAD_TOLERANCE),
-        description="The saved model was loaded again, key by key, and gave the same loss on one batch.",
-        metadata=reload,
-    )
+    # a run that was finished before may have been changed since
+    damage = find_damage(plan.directory, only=PARTS) if plan.state == "finished" else None
+    [check] = gate_checks([reload_gate(result["reload"], damage, gates)], [RELOADS])
     return dg.MaterializeResult(
         data_version=dg.DataVersion(result["weights_digest"]),
         check_results=[
-            check,
+            check._replace(metadata={**check.metadata, **result["reload"]}),
             dg.AssetCheckResult(
                 check_name=APART,
                 passed=apart.passed,

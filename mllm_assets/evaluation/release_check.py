@@ -1,4 +1,4 @@
-"""Compares a released model, loaded by a new process without this project, with the checkpoint that it was made from."""
+"""Compares a released model, loaded by a new process without this project, with the checkpoint it was made from."""
 
 import json
 import math

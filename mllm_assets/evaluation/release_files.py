@@ -91,7 +91,11 @@ def write_llamafactory(staging: Path, place: str, run: Mapping[str, Any], base_m
         base_model: The recipe's `model_name_or_path`.
     """
     spec = run["recipe"]
-    common = {"template": spec["template"], "image_max_pixels": spec["image_max_pixels"], "infer_backend": "huggingface"}
+    common = {
+        "template": spec["template"],
+        "image_max_pixels": spec["image_max_pixels"],
+        "infer_backend": "huggingface",
+    }
     if spec.get("enable_thinking") is not None:
         common["enable_thinking"] = spec["enable_thinking"]
     merged = {"model_name_or_path": place, **common}

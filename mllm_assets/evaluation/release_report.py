@@ -5,6 +5,7 @@ from typing import Any
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation.intervals import gain_text
 from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.evaluation.release_versions import (
     Release,
@@ -95,8 +96,8 @@ def show_text(facts: Mapping[str, Any]) -> str:
         f"  released    {facts['created_at']}, {_state(facts)}",
         f"  base model  {_name(base)}, fingerprint {base['fingerprint'][:16]}, licence {base.get('license') or '?'}",
         *(
-            f"  {'trained on' if dataset['use'] == 'train' else 'judged on':<10}  {dataset['entry']}: {_name(dataset)}, "
-            f"digest {dataset['digest'][:16]}, licence {dataset.get('license') or '?'}"
+            f"  {'trained on' if dataset['use'] == 'train' else 'judged on':<10}  {dataset['entry']}: "
+            f"{_name(dataset)}, digest {dataset['digest'][:16]}, licence {dataset.get('license') or '?'}"
             for dataset in lineage["datasets"]
         ),
         f"  run         {facts['fingerprint']}, weights {facts['weights_digest'][:16]}",
@@ -105,8 +106,10 @@ def show_text(facts: Mapping[str, Any]) -> str:
     ]
     for entry, scored in ((facts["metrics"] or {}).get("entries") or {}).items():
         tuned, gains = scored["models"]["tuned"], scored["gains"]["tuned_over_base"]
-        figures = [f"{name} {tuned[name]:.4f}{_interval(gains.get(name))}" for name in _SHOWN if name in tuned]
-        lines.append(f"  {entry}, {scored['num_samples']} samples: {', '.join(figures)}")
+        lines.append(f"  {entry}, {scored['num_samples']} samples; gain over the base model with its 95 % interval:")
+        lines += [
+            f"    {name:<16}{tuned[name]:>10.4f}  {gain_text(gains.get(name))}" for name in _SHOWN if name in tuned
+        ]
     width = max(len(gate["name"]) for gate in facts["gates"])
     lines += [
         f"  {'passed' if gate['passed'] else 'FAILED'}  {gate['name']:<{width}}  {gate['description']}"
@@ -118,7 +121,3 @@ def show_text(facts: Mapping[str, Any]) -> str:
 def _name(source: Mapping[str, Any]) -> str:
     name = source.get("hub_id") or source.get("source") or source.get("name") or "written by hand"
     return f"{name} at {source['revision']}" if source.get("revision") else name
-
-
-def _interval(gain: Mapping[str, Any] | None) -> str:
-    return f" (base {gain['mean']:+.4f}, 95 % {gain['low']:+.4f} to {gain['high']:+.4f})" if gain else ""

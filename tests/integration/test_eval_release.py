@@ -28,6 +28,13 @@ LINEAGE: Any = {
     "recipe": {"finetuning_type": "full"},
     "versions": {"torch": torch.__version__},
     "command": "make demo",
+    "leaks": [],
+}
+RUN = {
+    "fingerprint": "0123",
+    "weights_digest": "4567",
+    "recipe": {"template": "gemma3", "image_max_pixels": 589824, "enable_thinking": True},
+    "reload": {"num_missing": 0, "num_unexpected": 0, "loss_saved": 1.5, "loss_reloaded": 1.5},
 }
 
 
@@ -40,7 +47,7 @@ def one_thread() -> None:
 def run_dir(tmp_path: Path) -> Path:
     directory = tmp_path / "outputs" / "parity" / "0123"
     shutil.copytree(GOLDEN / "model", directory / "model")
-    write_manifest(directory, {"fingerprint": "0123", "weights_digest": "4567"})
+    write_manifest(directory, RUN)
     return directory
 
 
@@ -59,10 +66,17 @@ def passing_predictions() -> pa.Table:
     return to_table(rows)
 
 
+def request(directory: Path, run_dir: Path, base_model_dir: Path = GOLDEN / "model") -> dict[str, Any]:
+    return {
+        "directory": str(directory),
+        "checkpoint_dir": str(run_dir / "model"),
+        "base_model_dir": str(base_model_dir),
+    }
+
+
 def released(run_dir: Path, root: Path) -> Release:
     def verify(directory: Path) -> dict[str, Any]:
-        request = {"task": "release", "directory": str(directory), "checkpoint_dir": str(run_dir / "model")}
-        return verify_task(request, Reporter())
+        return verify_task(request(directory, run_dir), Reporter())
 
     said = passing_predictions()
     metrics = compute_metrics(said, ["other"])
@@ -103,9 +117,8 @@ def test_other_weights_than_the_checkpoints_are_found(run_dir: Path, tmp_path: P
     name = next(name for name in weights if name.endswith("mm_input_projection_weight"))
     weights[name] = weights[name] * 2
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    request = {"directory": str(other), "checkpoint_dir": str(run_dir / "model")}
     with pytest.raises(IntegrityError, match="on a fixed picture, expected the checkpoint's"):
-        verify_task(request, Reporter())
+        verify_task(request(other, run_dir), Reporter())
 
 
 def test_a_lost_tensor_is_counted(run_dir: Path, tmp_path: Path) -> None:
@@ -115,4 +128,4 @@ def test_a_lost_tensor_is_counted(run_dir: Path, tmp_path: Path) -> None:
     weights.pop(next(name for name in weights if name.endswith("mm_input_projection_weight")))
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IntegrityError, match="lacks 1 tensors, has 0 that the model does not know"):
-        verify_task({"directory": str(other), "checkpoint_dir": str(run_dir / "model")}, Reporter())
+        verify_task(request(other, run_dir), Reporter())

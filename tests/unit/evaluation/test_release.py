@@ -1,5 +1,6 @@
 """Releases and their cards."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from mllm_assets.errors import GateError, IntegrityError
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.metrics import compute_metrics, read_metrics
 from mllm_assets.evaluation.model_card import Lineage
-from mllm_assets.evaluation.release import Release, list_releases, newest_release, publish
+from mllm_assets.evaluation.release import publish
+from mllm_assets.evaluation.release_versions import Release, current_release, list_releases
 from mllm_assets.evaluation.table import to_table
 from mllm_assets.layout import Layout
 
@@ -34,6 +36,14 @@ LINEAGE: Lineage = {
     "recipe": {"finetuning_type": "full", "learning_rate": 0.001},
     "versions": {"mllm-assets": "0.1.0", "transformers": "5.23.0"},
     "command": "dagster asset materialize -m mllm_assets.definitions --select '+key:\"pets/released_model\"'",
+    "leaks": [],
+}
+RUN = {
+    "fingerprint": "0123456789abcdef",
+    "weights_digest": "c" * 64,
+    "num_steps": 4,
+    "recipe": {"template": "gemma3", "image_max_pixels": 589824, "enable_thinking": True},
+    "reload": {"num_missing": 0, "num_unexpected": 0, "loss_saved": 1.5, "loss_reloaded": 1.5},
 }
 
 
@@ -45,9 +55,11 @@ def make_run(directory: Path, weights: bytes = b"w" * (2 << 20)) -> Path:
     (directory / "model" / "README.md").write_text("left by a library")
     (directory / "adapter").mkdir()
     (directory / "adapter" / "adapter_model.safetensors").write_bytes(b"a")
+    config = {"base_model_name_or_path": "/a/folder/of/this/machine", "r": 8}
+    (directory / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     (directory / "checkpoint-4").mkdir()
     (directory / "checkpoint-4" / "optimizer.pt").write_bytes(b"o")
-    write_manifest(directory, {"fingerprint": "0123456789abcdef", "weights_digest": "c" * 64, "num_steps": 4})
+    write_manifest(directory, RUN)
     return directory
 
 
@@ -69,13 +81,17 @@ def test_a_release_is_a_model_directory_with_card_metrics_and_manifest(tmp_path:
     made = release(make_run(tmp_path / "run"), tmp_path)
     assert made.directory == tmp_path / "releases" / "pets" / "v1"
     assert sorted(p.relative_to(made.directory).as_posix() for p in made.directory.rglob("*")) == [
-        "README.md", "adapter", "adapter/adapter_model.safetensors", "config.json", "eval_metrics.json",
-        "manifest.json", "model.safetensors", "predictions.parquet",
+        "README.md", "adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "config.json",
+        "eval_metrics.json", "llamafactory_adapter.yaml", "llamafactory_inference.yaml", "manifest.json",
+        "model.safetensors", "predictions.parquet",
     ]  # fmt: skip
     assert find_damage(made.directory) is None
     manifest = read_manifest(made.directory)
     assert manifest["lineage"]["base_model"]["name"] == "gemma3_tiny"
-    assert [gate["passed"] for gate in manifest["gates"]] == [True, True, True]
+    assert [gate["name"] for gate in manifest["gates"] if gate["passed"]] == [
+        "checkpoint_reloads_strictly", "no_leakage", "beats_base_model", "beats_most_common_answer",
+        "the_model_uses_the_image",
+    ]  # fmt: skip
     assert read_metrics(made.directory)["entries"]["pets_val"]["num_samples"] == 6
 
 
@@ -93,7 +109,7 @@ def test_the_same_checkpoint_is_released_once_and_another_gets_the_next_version(
     second = release(make_run(tmp_path / "other", b"x" * 100), tmp_path)
     assert second.version == "v2" and second.digest != first.digest
     assert list_releases(Layout(tmp_path), "pets") == [first, second]
-    assert newest_release(Layout(tmp_path), "pets") == second
+    assert current_release(Layout(tmp_path), "pets") == second
 
 
 def test_two_releases_at_once_get_a_version_each(tmp_path: Path) -> None:
@@ -115,7 +131,7 @@ def test_a_model_that_fails_its_gates_is_not_released(tmp_path: Path) -> None:
         release(make_run(tmp_path / "run"), tmp_path, predictions(answer="cat"))
     message = str(caught.value)
     assert message.startswith(
-        "pets is not released: 1 of 3 gates did not pass.\n  beats_most_common_answer: pets_val: "
+        "pets is not released: 1 of 5 gates did not pass.\n  beats_most_common_answer: pets_val: "
     )
     assert message.endswith("change the gates in the component's YAML.")
     assert list_releases(Layout(tmp_path), "pets") == []
@@ -132,7 +148,7 @@ def test_a_model_worse_than_the_release_is_not_released(tmp_path: Path) -> None:
 def test_a_changed_file_of_the_checkpoint_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "model" / "model.safetensors").write_bytes(b"v" * (2 << 20))
-    with pytest.raises(IntegrityError, match="model.safetensors does not match its digest. Materialise the checkpoint"):
+    with pytest.raises(GateError, match="checkpoint_reloads_strictly: model/model.safetensors does not match its dig"):
         release(run, tmp_path)
     assert [p.name for p in (tmp_path / "releases" / "pets").iterdir() if p.is_dir()] == []
 
@@ -180,5 +196,9 @@ def test_the_hub_can_read_the_cards_front_matter(tmp_path: Path) -> None:
 def test_the_card_says_where_the_evaluation_leaked_into_the_training(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "outputs" / "pets" / "0123")
     leaked: Lineage = {**LINEAGE, "leaks": ["3 problems, the first: images/a.png = images/a.png."]}
-    card = (release(run_dir, tmp_path, lineage=leaked).directory / "README.md").read_text()
+    with pytest.raises(GateError, match="no_leakage: 3 problems, the first: .* set `allow_leakage: true`"):
+        release(run_dir, tmp_path, lineage=leaked)
+    made = release(run_dir, tmp_path, lineage=leaked, allow_leakage=True)
+    card = (made.directory / "README.md").read_text()
+    assert "| no_leakage | no, allowed | 3 problems, the first: images/a.png = images/a.png. |" in card
     assert "**These figures may say too much:** 3 problems, the first: images/a.png = images/a.png.\n" in card

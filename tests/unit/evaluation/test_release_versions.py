@@ -1,0 +1,178 @@
+"""Versions of a release, which of them is current, and what was done to their files."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from test_release import make_run, release
+
+from mllm_assets.cli import main
+from mllm_assets.errors import IntegrityError, ModelError
+from mllm_assets.evaluation.release_versions import (
+    Release,
+    current_release,
+    find_release,
+    list_releases,
+    require_intact,
+    roll_back,
+)
+from mllm_assets.layout import Layout
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Release]:
+    """Two releases of `pets` below the environment's root."""
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path))
+    return [release(make_run(tmp_path / f"run-{i}", bytes([i]) * 1000), tmp_path) for i in (1, 2)]
+
+
+def current(tmp_path: Path) -> str:
+    found = current_release(Layout(tmp_path), "pets")
+    assert found is not None
+    return found.version
+
+
+def contents(releases: list[Release]) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for r in releases for path in r.directory.rglob("*") if path.is_file()}
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+def test_the_newest_release_becomes_the_current_one(two: list[Release], tmp_path: Path) -> None:
+    assert current(tmp_path) == "v2"
+    assert (tmp_path / "releases" / "pets" / "current").resolve() == two[1].directory
+
+
+def test_a_rollback_makes_an_older_version_current_and_deletes_nothing(two: list[Release], tmp_path: Path) -> None:
+    before = contents(two)
+    assert roll_back(Layout(tmp_path), "pets") == (two[1], two[0])
+    assert current(tmp_path) == "v1"
+    assert contents(two) == before
+    assert list_releases(Layout(tmp_path), "pets") == two
+    assert roll_back(Layout(tmp_path), "pets", "v2") == (two[0], two[1])
+
+
+def test_a_rollback_stands_when_the_same_checkpoint_is_released_again(two: list[Release], tmp_path: Path) -> None:
+    """A schedule would otherwise undo what a person decided, with the very model that they decided against."""
+    roll_back(Layout(tmp_path), "pets")
+    assert release(make_run(tmp_path / "again", bytes([2]) * 1000), tmp_path) == two[1]
+    assert current(tmp_path) == "v1"
+
+
+def test_the_next_version_after_a_rollback_has_a_new_number_and_is_current(two: list[Release], tmp_path: Path) -> None:
+    roll_back(Layout(tmp_path), "pets")
+    assert release(make_run(tmp_path / "third", b"3"), tmp_path).version == "v3" == current(tmp_path)
+
+
+def test_there_is_nothing_before_the_oldest_release(two: list[Release], tmp_path: Path) -> None:
+    roll_back(Layout(tmp_path), "pets", "v1")
+    with pytest.raises(ModelError, match="v1 is the oldest release of pets, so there is none to go back to. Name"):
+        roll_back(Layout(tmp_path), "pets")
+
+
+def test_what_was_never_released_is_said_with_what_was(two: list[Release], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="pets has no release 'v7'. Name one of v1, v2."):
+        find_release(Layout(tmp_path), "pets", "v7")
+    with pytest.raises(ModelError, match="cats has no release .*; recipes that have one: pets. Make it: dagster asset"):
+        find_release(Layout(tmp_path), "cats")
+
+
+def test_no_one_rolls_back_to_a_damaged_release(two: list[Release], tmp_path: Path) -> None:
+    flip_a_bit(two[0].directory / "config.json")
+    with pytest.raises(IntegrityError, match="v1 is not what was released: config.json does not match its digest"):
+        roll_back(Layout(tmp_path), "pets")
+    assert current(tmp_path) == "v2"
+
+
+def test_a_current_that_points_nowhere_is_said_and_a_rollback_mends_it(two: list[Release], tmp_path: Path) -> None:
+    (two[1].directory / "manifest.json").unlink()
+    with pytest.raises(IntegrityError, match="current points to v2, which is no complete release. Point it to one"):
+        current_release(Layout(tmp_path), "pets")
+    roll_back(Layout(tmp_path), "pets", "v1")
+    assert current(tmp_path) == "v1"
+
+
+def test_without_a_link_the_newest_release_is_the_current_one(two: list[Release], tmp_path: Path) -> None:
+    (tmp_path / "releases" / "pets" / "current").unlink()
+    assert current(tmp_path) == "v2"
+
+
+def test_the_files_of_a_release_are_read_only(two: list[Release]) -> None:
+    modes = {path.name: path.stat().st_mode & 0o222 for path in two[0].directory.rglob("*") if path.is_file()}
+    assert "manifest.json" in modes and set(modes.values()) == {0}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json", "README.md", "adapter/adapter_config.json"])
+def test_a_changed_bit_is_named(two: list[Release], name: str) -> None:
+    path = two[0].directory / name
+    if name == "manifest.json":  # it is JSON still
+        path.chmod(0o644)
+        path.write_text(path.read_text().replace("v1", "v9"))
+    else:
+        flip_a_bit(path)
+    with pytest.raises(IntegrityError, match=f"{name} (does not match its digest|was changed). Use another release"):
+        require_intact(two[0].directory)
+
+
+def test_list_shows_each_version_which_is_current_and_which_was_changed(
+    two: list[Release], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["releases", "list"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "v1" in first and "current" not in first and "releases/pets/v1" in first
+    assert "v2" in second and "current" in second
+    flip_a_bit(two[0].directory / "model.safetensors")
+    assert main(["releases", "list", "pets"]) == 2
+    assert "DAMAGED: model.safetensors does not match its digest" in capsys.readouterr().out.splitlines()[0]
+    assert main(["releases", "list", "pets", "--sizes-only"]) == 0
+
+
+def test_list_as_json_is_for_programs(two: list[Release], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["releases", "list", "pets", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [(f["version"], f["is_current"], f["damage"]) for f in facts] == [("v1", False, None), ("v2", True, None)]
+    assert all(f["path"] == f"releases/pets/{f['version']}" and f["num_bytes"] > 1000 for f in facts)
+
+
+def test_show_says_what_a_release_was_made_from_and_how_it_was_judged(
+    two: list[Release], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["releases", "show", "pets", "v1"]) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "pets v1\n",
+        "base model  gemma3_tiny, fingerprint ffffffffffffffff, licence apache-2.0",
+        "trained on  pets_train: me/pets at 1ab, digest aaaaaaaaaaaaaaaa",
+        "made by     dagster asset materialize",
+        "pets_val, 6 samples; gain over the base model with its 95 % interval:\n    loss",
+        "    label_accuracy      0.8333  +0.6667 (",
+        "passed  beats_base_model             pets_val: the gain in loss over the base model is 2.0000",
+        "passed  checkpoint_reloads_strictly  The loss on one batch is 1.500000 reloaded",
+    ):
+        assert text in shown
+    assert main(["releases", "show", "pets", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["version"] == "v2" and facts["is_current"]
+    assert facts["metrics"]["entries"]["pets_val"]["num_samples"] == 6 and facts["lineage"]["datasets"]
+
+
+def test_rollback_says_what_was_and_what_is(two: list[Release], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["releases", "rollback", "pets"]) == 0
+    assert capsys.readouterr().out.startswith("pets: v1 is the current release, v2 was.\n")
+    assert main(["releases", "rollback", "pets", "v1"]) == 0
+    assert capsys.readouterr().out == "pets: v1 is the current release already.\n"
+
+
+def test_nothing_released_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path))
+    assert main(["releases", "list"]) == 0
+    assert capsys.readouterr().out.startswith("Nothing is released yet.")
+    assert os.listdir(tmp_path) == []
