@@ -149,7 +149,7 @@ def _current_or(target: Release, layout: Layout, recipe_name: str) -> Release:
 
 def is_release(directory: Path) -> bool:
     """Whether a directory is one of a recipe's releases, or a copy of one."""
-    return is_complete(directory) and {"version", "gates"} <= read_manifest(directory).keys()
+    return is_complete(directory) and {"version", "manifest_digest"} <= read_manifest(directory).keys()
 
 
 def find_release_damage(directory: Path, *, deep: bool = True) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mllm_assets.artifacts import is_complete, read_manifest
 from mllm_assets.errors import ModelError
-from mllm_assets.evaluation.release import list_releases, newest_release
+from mllm_assets.evaluation.release_versions import current_release, is_release, list_releases, require_intact
 from mllm_assets.inference import HOW_TO_NAME
 from mllm_assets.layout import Layout
 from mllm_assets.training.run_file import read_run_file
@@ -39,9 +39,12 @@ def find_named_model(name: str | Path, layout: Layout) -> NamedModel:
 
     Raises:
         ModelError: There is none. Says what was looked for and what there is.
+        IntegrityError: It is a release, and a file of it is not as it was released.
     """
     text = str(name)
     directory = _find(text, layout)
+    if is_release(directory):
+        require_intact(directory)
     recipe = _recipe_of(directory)
     return NamedModel(
         name=text,
@@ -91,7 +94,7 @@ def _find(text: str, layout: Layout) -> Path:
         return find_model(Path(text))
     if at:
         return _version(recipe, version, layout)
-    if release := newest_release(layout, recipe):
+    if release := current_release(layout, recipe):
         return release.directory
     latest = layout.outputs / recipe / "latest"
     if not latest.exists():

@@ -17,6 +17,7 @@ from mllm_assets.evaluation.release_versions import (
     require_intact,
     roll_back,
 )
+from mllm_assets.inference.naming import find_named_model
 from mllm_assets.layout import Layout
 
 
@@ -176,3 +177,15 @@ def test_nothing_released_is_no_error(
     assert main(["releases", "list"]) == 0
     assert capsys.readouterr().out.startswith("Nothing is released yet.")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_model_is_not_asked_through_a_release_that_was_changed(two: list[Release], tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    assert find_named_model("pets", layout).directory == two[1].directory
+    roll_back(layout, "pets")
+    assert find_named_model("pets", layout).directory == two[0].directory, "a recipe's name is its current release"
+    assert find_named_model("releases/pets/current", layout).directory.resolve() == two[0].directory
+    flip_a_bit(two[0].directory / "config.json")
+    for name in ("pets", "pets@v1", "releases/pets/v1", "releases/pets/current"):
+        with pytest.raises(IntegrityError, match="is not what was released: config.json does not match its digest"):
+            find_named_model(name, layout)
