@@ -19,6 +19,7 @@ from mllm_assets.components.retraining import weekly_retraining
 from mllm_assets.components.wiring import Node, Surroundings, hand_written_entries, lines_of, resolve, split_circles
 from mllm_assets.errors import MllmAssetsError, RecipeError
 from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.evaluation.hub_push import PushSpec
 from mllm_assets.layout import Layout
 from mllm_assets.training.cache_settings import DEFAULT_MAX_HIDDEN_STATES_GIB
 from mllm_assets.training.recipe import Recipe, load_recipe
@@ -52,6 +53,15 @@ class Gates(dg.Model, dg.Resolvable):
     )
 
 
+class PushToHub(dg.Model, dg.Resolvable):
+    """Where the release goes on the Hugging Face Hub. HF_TOKEN of the environment is the only credential."""
+
+    repo_id: str = Field(description="owner/name of a model repository; made where it is not there.")
+    private: bool = Field(default=True, description="The repository must be seen by its owner only.")
+    revision: str | None = Field(default=None, description="Branch; the default branch if null.")
+    dry_run: bool = Field(default=True, description="Only say what would be pushed.")
+
+
 class Settings(dg.Model, dg.Resolvable):
     """Settings of one recipe that LLaMA-Factory has no key for."""
 
@@ -75,6 +85,9 @@ class Settings(dg.Model, dg.Resolvable):
     )
     evaluation: Evaluation = Evaluation()
     gates: Gates = Gates()
+    push_to_hub: PushToHub | None = Field(
+        default=None, description="Makes <recipe>/hub_model, which pushes the current release."
+    )
 
     def to_domain(self) -> RecipeSettings:
         return RecipeSettings(
@@ -84,6 +97,7 @@ class Settings(dg.Model, dg.Resolvable):
             regroup_micro_batches=self.regroup_micro_batches,
             evaluation=EvaluationSettings(**self.evaluation.model_dump()),
             gates=GateSpec(**self.gates.model_dump(exclude_none=True)),
+            push_to_hub=PushSpec(**self.push_to_hub.model_dump()) if self.push_to_hub else None,
         )
 
 

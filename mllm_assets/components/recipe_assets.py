@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import dagster as dg
 
 from mllm_assets.components.eval_metrics_asset import eval_metrics_asset
+from mllm_assets.components.hub_model_asset import hub_model_asset
 from mllm_assets.components.predictions_asset import EvaluationSettings, predictions_asset
 from mllm_assets.components.released_model_asset import released_model_asset
 from mllm_assets.components.resources import ProjectResource, failures_for_people
@@ -12,6 +13,7 @@ from mllm_assets.components.training_assets import checkpoint_asset, vision_feat
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.evaluation.hub_push import PushSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +26,7 @@ class RecipeSettings:
     regroup_micro_batches: bool
     evaluation: EvaluationSettings
     gates: GateSpec
+    push_to_hub: PushSpec | None = None
 
 
 def build_recipe_assets(node: Node, settings: RecipeSettings) -> list[dg.AssetsDefinition]:
@@ -45,6 +48,8 @@ def build_recipe_assets(node: Node, settings: RecipeSettings) -> list[dg.AssetsD
         assets.append(predictions_asset(node, settings.evaluation, feature_cache=settings.feature_cache))
         assets.append(eval_metrics_asset(node, settings.gates, allow_leakage=settings.allow_leakage))
         assets.append(released_model_asset(node, settings.gates, allow_leakage=settings.allow_leakage))
+        if settings.push_to_hub is not None:
+            assets.append(hub_model_asset(node, settings.push_to_hub))
     return assets
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.integration.stand_in_uploads import take_upload
+
 SIGNATURE = "X-Amz-Signature=planted-signature"
 GOOD_TOKEN, OTHER_TOKEN = "hf_goodPlanted", "hf_otherPlanted"  # one account has access to gated repositories, one not
 LFS_BYTES = 4096
@@ -41,6 +43,7 @@ class Repo:
     refs: dict[str, str]
     card: dict[str, Any] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
     disabled: bool = False
     claimed_sizes: dict[str, int] = field(default_factory=dict)
 
@@ -87,6 +90,7 @@ class StandInHub:
         self.num_body_bytes = 0
         self.endpoint = self.cdn = ""
         self.blobs: dict[str, bytes] = {}
+        self.messages: list[str] = []  # of the commits that were taken
         self.stalled, self._gate = threading.Event(), threading.Event()
         self._stall: tuple[str, int] | None = None
 
@@ -144,27 +148,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Nothing on the terminal."""
 
     def handle_request(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlsplit(self.path)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+        may_write = token == GOOD_TOKEN if token in (GOOD_TOKEN, OTHER_TOKEN) else None
         path = unquote(url.path)
         self.hub.requests.append(Request(self.command, path, self.headers.get("Range"), token, self.on_cdn))
         self.hub.wait_if_stalled()
         self.fault = self._next_fault(path)
         if self.fault.status is not None:
             self.reply(self.fault.status, b"", **self.fault.headers)
+        elif take_upload(self.hub, self.command, path, body, may_write, self.reply):
+            return
         elif self.on_cdn:
             self.reply_file(self.hub.blobs[path.removeprefix("/blob/")], ETag='"cdn"')
         elif token is not None and token not in (GOOD_TOKEN, OTHER_TOKEN):
             self.reply(401, b"{}", X_Error_Message="Invalid credentials in Authorization header")
         elif match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(\w[\w-]*)/(.+))?", path):
-            self.api(f"{match[1]}/{match[2]}", match[3] or "revision", match[4] or "main", parse_qs(url.query), body)
+            self.api(
+                f"{match[1]}/{match[2]}", match[3] or "revision", match[4] or "main", parse_qs(url.query), body.decode()
+            )
         elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/(refs/[^/]+/[^/]+|[^/]+)/(.+)", path):
             self.resolve(f"{(match[1] or 'models/')}{match[2]}", match[3], match[4], token)
         else:
             self.reply(404, b"{}")
 
-    do_GET = do_HEAD = do_POST = handle_request
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
     def _next_fault(self, path: str) -> Fault:
         for fault in self.hub.faults:
@@ -203,6 +212,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     {"rfilename": i["path"], "size": i["size"], "blobId": i["oid"], "lfs": self._lfs(i)} for i in infos
                 ]
             answer = {"id": key.partition("/")[2], "sha": commit, "siblings": siblings, "cardData": repo.card}
+            answer["private"] = repo.private
             self.reply(200, json.dumps({**answer, "gated": "manual" if repo.gated else False}).encode())
             return
         if action == "paths-info":

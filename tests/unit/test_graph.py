@@ -8,13 +8,14 @@ import dagster as dg
 import pytest
 
 from mllm_assets.components.dataset_yaml import Output, Quality, Source, Split
-from mllm_assets.components.fine_tuning import Gates, read_recipes
+from mllm_assets.components.fine_tuning import Gates, PushToHub, read_recipes
 from mllm_assets.components.image_text_dataset import raw_code_version
 from mllm_assets.components.reporting import unreadable_assets
 from mllm_assets.components.training_assets import CheckpointConfig
 from mllm_assets.data.spec import DatasetSpec, OutputSpec, QualitySpec, SourceSpec, SplitSpec
 from mllm_assets.definitions import defs
 from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.evaluation.hub_push import PushSpec
 from mllm_assets.training.recipe import TrainSpec
 
 
@@ -56,7 +57,14 @@ def test_whatever_runs_a_model_waits_for_the_gpu(shipped: dg.Definitions) -> Non
 
 @pytest.mark.parametrize(
     ("component", "spec"),
-    [(Source, SourceSpec), (Split, SplitSpec), (Quality, QualitySpec), (Output, OutputSpec), (Gates, GateSpec)],
+    [
+        (Source, SourceSpec),
+        (Split, SplitSpec),
+        (Quality, QualitySpec),
+        (Output, OutputSpec),
+        (Gates, GateSpec),
+        (PushToHub, PushSpec),
+    ],
 )
 def test_the_yaml_offers_exactly_the_fields_of_the_spec(component: type[dg.Model], spec: type) -> None:
     assert set(component.model_fields) == set(spec.__dataclass_fields__)
