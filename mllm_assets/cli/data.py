@@ -4,13 +4,17 @@ import argparse
 from pathlib import Path
 
 from mllm_assets.cli.options import Verbs, at_least_one
+from mllm_assets.errors import RecipeError
 from mllm_assets.layout import Layout
 
 
 def add_commands(verbs: Verbs) -> None:
     quality = verbs.add_parser("quality", help="what the quality database says of a dataset's samples")
-    quality.add_argument("view", choices=("worst", "leaks", "duplicates", "captions", "rejects"))
-    quality.add_argument("--dataset", required=True)
+    views = ("worst", "leaks", "duplicates", "captions", "rejects", "hardest")
+    quality.add_argument("view", choices=views, help="hardest: what a recipe's model finds least likely; with --recipe")
+    of = quality.add_mutually_exclusive_group(required=True)
+    of.add_argument("--dataset")
+    of.add_argument("--recipe", help="for `hardest`")
     quality.add_argument("--limit", type=at_least_one, default=20, help="rows to show, 20 by default")
     quality.add_argument("--json", action="store_true", help="print a JSON list")
     quality.set_defaults(run=_quality)
@@ -29,8 +33,12 @@ def add_commands(verbs: Verbs) -> None:
 def _quality(arguments: argparse.Namespace) -> int:
     from mllm_assets.quality.queries import ask, print_rows
 
-    rows = ask(Layout.from_environment(), arguments.view, arguments.dataset, arguments.limit)
-    print_rows(rows, view=arguments.view, dataset=arguments.dataset, as_json=arguments.json)
+    name = arguments.recipe if arguments.view == "hardest" else arguments.dataset
+    if name is None:
+        wanted = "--recipe" if arguments.view == "hardest" else "--dataset"
+        raise RecipeError(f"quality {arguments.view} needs {wanted} NAME. Give it in place of the other one.")
+    rows = ask(Layout.from_environment(), arguments.view, name, arguments.limit)
+    print_rows(rows, view=arguments.view, name=name, as_json=arguments.json)
     return 0
 
 

@@ -13,6 +13,7 @@ from mllm_assets.components.resources import AcceleratorResource, ProjectResourc
 from mllm_assets.components.training_assets import model_directory
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt import entry_digest
+from mllm_assets.evaluation.metrics import sample_metrics
 from mllm_assets.evaluation.table import read_predictions, store_table
 from mllm_assets.layout import Layout
 
@@ -61,9 +62,9 @@ def predictions_asset(node: Node, settings: EvaluationSettings, *, feature_cache
         else:
             result = gpu.run(context, request)
         with failures_for_people():
-            rows = store_table(
-                read_predictions(directory), **run_columns(context, node.name, request["weights_digest"])
-            )
+            said = read_predictions(directory)
+            columns = run_columns(context, node.name, request["weights_digest"])
+            rows = store_table(said, sample_metrics(said), **columns)
             project.quality_store.write({"predictions": rows})
         return project.recorded(
             context,

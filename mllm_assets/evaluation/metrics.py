@@ -81,6 +81,24 @@ def _entry_metrics(entry: str, rows: list[dict[str, Any]], most_common: str) -> 
     return result
 
 
+def sample_metrics(predictions: pa.Table) -> list[dict[str, float]]:
+    """Each row's own metrics by name, in the table's order; corpus metrics (BLEU, chrF) have none."""
+    rows = predictions.to_pylist()
+    result: list[dict[str, float]] = [{} for _ in rows]
+    positions: dict[tuple[str, str], list[int]] = {}
+    for position, row in enumerate(rows):
+        positions.setdefault((row["entry"], row["model"]), []).append(position)
+    for group in positions.values():
+        some = [rows[position] for position in group]
+        labels = [row["label"] for row in some]
+        references = [row["reference"] for row in some]
+        scored = _text_samples([row["answer"] for row in some], references, None if None in labels else labels)
+        for metric, values in scored.items():
+            for position, value in zip(group, values, strict=True):
+                result[position][metric] = float(value)
+    return result
+
+
 def _rows_by_model(entry: str, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     by_model: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (row["model"], row["row_index"])):

@@ -1,6 +1,7 @@
 """The table of predictions: its columns, its digest and the rows that go into DuckDB."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ SCHEMA = pa.schema(
 )
 
 STORE_COLUMNS = (
-    "model entry sample_id row_index prompt reference answer loss_nats loss_shuffled_nats num_supervised_tokens "
-    "latency_s"
+    "model entry sample_id row_index prompt reference label answer loss_nats loss_shuffled_nats num_supervised_tokens "
+    "num_answer_tokens latency_s"
 ).split()
 
 
@@ -55,10 +56,16 @@ def predictions_digest(predictions: pa.Table) -> str:
     return digest_json(predictions.drop_columns(["latency_s"]).to_pylist())
 
 
-def store_table(predictions: pa.Table, *, run_id: str, recipe: str, checkpoint_digest: str) -> pa.Table:
-    """The rows as DuckDB's `predictions` holds them."""
+def store_table(
+    predictions: pa.Table, metrics: Sequence[Mapping[str, float]], *, run_id: str, recipe: str, checkpoint_digest: str
+) -> pa.Table:
+    """The rows as DuckDB's `predictions` holds them, with each sample's metrics."""
+    as_json = pa.array([json.dumps(row) for row in metrics], pa.string())
     return with_run(
-        predictions.select(STORE_COLUMNS), run_id=run_id, recipe=recipe, checkpoint_digest=checkpoint_digest
+        predictions.select(STORE_COLUMNS).append_column("metrics", as_json),
+        run_id=run_id,
+        recipe=recipe,
+        checkpoint_digest=checkpoint_digest,
     )
 
 

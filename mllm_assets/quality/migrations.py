@@ -45,7 +45,12 @@ _TO_2 = [
             AND runs.asset = found.dataset || '/sample_quality'""",
 ]
 _TO_3 = ["ALTER TABLE image_quality ADD COLUMN num_frames INTEGER"]
-STEPS: dict[int, list[str]] = {2: _TO_2, 3: _TO_3, 4: []}
+_TO_5 = [
+    "ALTER TABLE predictions ADD COLUMN label VARCHAR",
+    "ALTER TABLE predictions ADD COLUMN num_answer_tokens INTEGER",
+    "ALTER TABLE predictions ADD COLUMN metrics JSON",
+]
+STEPS: dict[int, list[str]] = {2: _TO_2, 3: _TO_3, 4: [], 5: _TO_5}
 
 
 def schema_version(connection: duckdb.DuckDBPyConnection) -> int | None:

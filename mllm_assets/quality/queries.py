@@ -1,4 +1,4 @@
-"""`mllm-assets quality`: the saved views of the DuckDB file, for one dataset."""
+"""`mllm-assets quality`: the saved views of the DuckDB file, for one dataset or one recipe."""
 
 import difflib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 from mllm_assets.errors import DataError, RecipeError
 from mllm_assets.layout import Layout
 from mllm_assets.quality.store import QualityStore
-from mllm_assets.quality.views import ASKED
+from mllm_assets.quality.views import ASKED, ASKED_OF_RECIPES
 
 NOTHING = {
     "worst": "No sample of {dataset} has a measured image; see: mllm-assets quality rejects --dataset {dataset}",
@@ -19,41 +19,42 @@ NOTHING = {
 }
 
 
-def ask(layout: Layout, view: str, dataset: str, limit: int | None) -> list[dict[str, Any]]:
-    """The first rows of a view for a dataset, without the dataset's name.
+def ask(layout: Layout, view: str, name: str, limit: int | None) -> list[dict[str, Any]]:
+    """The first rows of a view for a dataset, or for a recipe where the view is of recipes; without its name.
 
     Raises:
         DataError: No dataset was assessed yet below this root.
-        RecipeError: This one was not; names those that were.
+        RecipeError: This one was not, or this recipe was not evaluated; names those that were.
     """
-    assert view in ASKED
+    assert view in (*ASKED, *ASKED_OF_RECIPES)
     if not layout.quality_db.exists():
         raise DataError(
             f"There is no {layout.quality_db}. Materialise a dataset's sample_quality first, or set MLLM_ASSETS_ROOT "
             "to the folder that holds data/."
         )
     store = QualityStore(layout.quality_db)
-    known = [row["dataset"] for row in store.query("SELECT DISTINCT dataset FROM assessments ORDER BY dataset")]
-    if dataset not in known:
-        near = difflib.get_close_matches(dataset, known, n=1)
+    what, table = ("recipe", "latest_predictions") if view in ASKED_OF_RECIPES else ("dataset", "assessments")
+    known = [row["name"] for row in store.query(f"SELECT DISTINCT {what} AS name FROM {table} ORDER BY name")]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         listed = ", ".join(known) or "none"
+        asset = f"{name}/predictions" if what == "recipe" else f"{name}/sample_quality"
         raise RecipeError(
-            f"No dataset {dataset!r} in {layout.quality_db}; it has: {listed}. {hint}"
-            f"Otherwise materialise {dataset}/sample_quality."
+            f"No {what} {name!r} in {layout.quality_db}; it has: {listed}. {hint}Otherwise materialise {asset}."
         )
     return store.query(
-        f'SELECT * EXCLUDE (dataset, rank) FROM "{view}" WHERE dataset = ? ORDER BY rank LIMIT ?', [dataset, limit]
+        f'SELECT * EXCLUDE ({what}, rank) FROM "{view}" WHERE {what} = ? ORDER BY rank LIMIT ?', [name, limit]
     )
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], *, view: str, dataset: str, as_json: bool) -> None:
+def print_rows(rows: Sequence[Mapping[str, Any]], *, view: str, name: str, as_json: bool) -> None:
     """Print rows as JSON or as a table; where the output is no terminal nothing is cut to its width."""
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False, default=str))
         return
     if not rows:
-        print(NOTHING[view].format(dataset=dataset))
+        print(NOTHING[view].format(dataset=name))
         return
     from rich import box
     from rich.console import Console
@@ -64,10 +65,10 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, view: str, dataset: str, as
     if not console.is_terminal:
         console = Console(width=10_000, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in rows[0]:
-        is_number = any(isinstance(row[name], int | float) for row in rows)
-        is_prose = name.startswith("caption")
-        table.add_column(name, justify="right" if is_number else "left", overflow="ellipsis", no_wrap=not is_prose)
+    for column in rows[0]:
+        is_number = any(isinstance(row[column], int | float) for row in rows)
+        is_prose = column.startswith(("caption", "reference", "answer"))
+        table.add_column(column, justify="right" if is_number else "left", overflow="ellipsis", no_wrap=not is_prose)
     for row in rows:
         table.add_row(*(Text(_shown(value)) for value in row.values()))
     console.print(table)

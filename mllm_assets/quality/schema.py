@@ -1,4 +1,4 @@
-"""The DuckDB schema, version 4: tables, columns, the key that names a row, and what a second write of a key does.
+"""The DuckDB schema, version 5: tables, columns, the key that names a row, and what a second write of a key does.
 
 Content (what a sample, an image or a caption is) is keyed by what it is and never changes. History (which samples a
 source had, how a run judged them, where they went) is keyed by the digest of that version, so that nothing of an
@@ -7,7 +7,7 @@ earlier run is overwritten and writing a run twice adds nothing. `migrations` br
 
 from dataclasses import dataclass
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +182,15 @@ TABLES: dict[str, TableSchema] = {
             "row_index": "BIGINT",
             "prompt": "VARCHAR",
             "reference": "VARCHAR",
+            "label": "VARCHAR",
             "answer": "VARCHAR",
             "loss_nats": "DOUBLE",
             "loss_shuffled_nats": "DOUBLE",
             "num_supervised_tokens": "INTEGER",
+            "num_answer_tokens": "INTEGER",
             "latency_s": "DOUBLE",
+            # this sample's metrics by name, as in `eval_metrics`
+            "metrics": "JSON",
         },
         ("recipe", "checkpoint_digest", "model", "entry", "row_index"),
     ),

@@ -1,7 +1,8 @@
 """The saved views of the DuckDB file: questions about the newest assessment and split of every dataset.
 
-Every view of `ASKED` has `dataset` and `rank`, 1 for the row to look at first. Scores and default limits are
-cleanvision 0.3.7's (`issue_managers/image_property.py`); a dataset's own limits come from its assessment.
+Every view of `ASKED` has `dataset`, every one of `ASKED_OF_RECIPES` has `recipe`, and all have `rank`, 1 for the row to
+look at first. Scores and default limits are cleanvision 0.3.7's (`issue_managers/image_property.py`); a dataset's own
+limits come from its assessment.
 """
 
 _DEFAULT_LIMITS = {
@@ -113,5 +114,33 @@ VIEWS: dict[str, str] = {
             v.sample_id, v.row_index, v.reject_reason AS reason, s.caption, v.quality_digest, v.run_id
         FROM latest_verdicts v LEFT JOIN samples s USING (dataset, sample_id)
         WHERE v.reject_reason IS NOT NULL""",
+    # what a recipe's models said in its newest evaluation
+    "latest_predictions": """
+        WITH newest AS (
+            SELECT run_id, asset FROM runs WHERE asset LIKE '%/predictions'
+            QUALIFY row_number() OVER (PARTITION BY asset ORDER BY created_at DESC, run_id) = 1)
+        SELECT predictions.* FROM predictions JOIN newest
+            ON newest.run_id = predictions.run_id AND newest.asset = predictions.recipe || '/predictions'""",
+    # what the tuned model finds least likely: mislabelled samples are among the first. A sample that two datasets hold
+    # is shown once, with the quality of the one whose name comes first.
+    "hardest": """
+        WITH of_sample AS (
+            SELECT dataset, sample_id, flags, row_number() OVER (PARTITION BY sample_id ORDER BY dataset) AS number
+            FROM latest_verdicts),
+        said AS (
+            SELECT t.*, b.loss_nats AS base_loss_nats FROM latest_predictions t
+            LEFT JOIN latest_predictions b ON b.model = 'base' AND (b.recipe, b.entry, b.row_index, b.run_id) =
+                (t.recipe, t.entry, t.row_index, t.run_id)
+            WHERE t.model = 'tuned')
+        SELECT said.recipe,
+            row_number() OVER (PARTITION BY said.recipe ORDER BY said.loss_nats DESC, said.entry, said.row_index)
+                AS rank,
+            entry, row_index, said.sample_id, said.loss_nats, base_loss_nats - said.loss_nats AS gain_nats,
+            said.reference, said.answer, coalesce((metrics->>'label_accuracy')::DOUBLE,
+                (metrics->>'exact_match')::DOUBLE) = 1 AS is_right,
+            worst.issue AS worst_issue, worst.margin AS worst_margin, of_sample.flags, worst.image_sha256
+        FROM said LEFT JOIN of_sample ON of_sample.sample_id = said.sample_id AND of_sample.number = 1
+        LEFT JOIN worst ON (worst.dataset, worst.sample_id) = (of_sample.dataset, of_sample.sample_id)""",
 }
+ASKED_OF_RECIPES = ("hardest",)
 ASKED = ("worst", "leaks", "duplicates", "captions", "rejects")

@@ -11,7 +11,7 @@ from made_predictions import prediction, predictions
 from mllm_assets.artifacts import find_damage
 from mllm_assets.errors import DataError, IntegrityError, ModelError
 from mllm_assets.evaluation.intervals import paired_gain
-from mllm_assets.evaluation.metrics import compute_metrics, metric_rows, write_metrics
+from mllm_assets.evaluation.metrics import compute_metrics, metric_rows, sample_metrics, write_metrics
 from mllm_assets.evaluation.table import STORE_COLUMNS, predictions_digest, store_table, to_table
 from mllm_assets.quality.store import QualityStore
 
@@ -131,20 +131,38 @@ def test_rows_for_the_store_carry_run_recipe_and_checkpoint() -> None:
     rows = metric_rows(compute_metrics(predictions(), TRAIN), **names).to_pylist()
     assert {row["model"] for row in rows} == {"base", "tuned", "most_common_answer"}
     assert rows[0] | names == rows[0]
-    assert store_table(predictions(), **names).column_names == ["run_id", "recipe", "checkpoint_digest", *STORE_COLUMNS]
+    said = predictions()
+    assert store_table(said, sample_metrics(said), **names).column_names == [
+        "run_id", "recipe", "checkpoint_digest", *STORE_COLUMNS, "metrics"
+    ]  # fmt: skip
 
 
 def test_the_store_takes_predictions_and_metrics(tmp_path: Path) -> None:
     names = {"run_id": "r1", "recipe": "pets", "checkpoint_digest": "abc"}
     store = QualityStore(tmp_path / "quality.duckdb")
     metrics = metric_rows(compute_metrics(predictions(), TRAIN), **names)
-    store.write({"predictions": store_table(predictions(), **names), "eval_metrics": metrics})
+    said = predictions()
+    store.write({"predictions": store_table(said, sample_metrics(said), **names), "eval_metrics": metrics})
     (row,) = store.query("SELECT count(*) AS n, max(loss_nats) AS worst FROM predictions WHERE model = 'tuned'", [])
     assert row["n"] == 6 and row["worst"] == pytest.approx(1.05)
     (row,) = store.query(
         "SELECT value FROM eval_metrics WHERE model = 'most_common_answer' AND metric = 'exact_match'", []
     )
     assert row["value"] == pytest.approx(2 / 6)
+    sums = store.query(
+        "SELECT sum((metrics->>'label_accuracy')::DOUBLE) AS right, any_value(label) AS label FROM predictions "
+        "WHERE model = 'tuned' AND (metrics->>'exact_match')::DOUBLE = 1"
+    )
+    assert sums == [{"right": 5.0, "label": "cat"}]
+
+
+def test_the_mean_of_the_samples_metrics_is_the_metric() -> None:
+    table = predictions()
+    scored = compute_metrics(table, TRAIN)["entries"]["pets_val"]["models"]["tuned"]
+    rows = [row for row, said in zip(sample_metrics(table), table.to_pylist(), strict=True) if said["model"] == "tuned"]
+    assert {name: pytest.approx(sum(row[name] for row in rows) / 6) for name in rows[0]} == {
+        name: scored[name] for name in rows[0]
+    }
 
 
 def test_written_metrics_are_json_and_complete(tmp_path: Path) -> None:

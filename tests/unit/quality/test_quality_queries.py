@@ -1,6 +1,8 @@
 """`mllm-assets quality`: the answers, the table and the messages."""
 
 import json
+import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,14 @@ from mllm_assets.cli import main
 from mllm_assets.data.sources import ingest
 from mllm_assets.data.spec import DatasetSpec, QualitySpec, SourceSpec, SplitSpec
 from mllm_assets.data.splits import split
+from mllm_assets.evaluation.metrics import sample_metrics
+from mllm_assets.evaluation.table import store_table, to_table
 from mllm_assets.layout import Layout
 from mllm_assets.quality.assess import assess
 from mllm_assets.quality.store import QualityStore, table_for, utc_now
+
+sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
+from made_predictions import prediction  # noqa: E402
 
 
 def made(name: str = "made", **quality: float) -> DatasetSpec:
@@ -131,3 +138,38 @@ def test_a_new_threshold_is_a_new_version_and_the_old_one_stays(tmp_path: Path, 
     history = store.query("SELECT run_id, thresholds->>'max_dark_brightness' AS t FROM assessments ORDER BY run_id")
     assert history == [{"run_id": "run-1", "t": "0.32"}, {"run_id": "run-2", "t": "0.0"}]
     assert store.query("SELECT count(*) AS n FROM image_quality") == [{"n": 11}]
+
+
+def test_hardest_joins_the_newest_evaluation_with_the_quality_of_its_samples(root: Path, capsys, monkeypatch) -> None:
+    layout, names = Layout(root), ("old", "new")
+    store = QualityStore(layout.quality_db)
+    (dark,) = store.query("SELECT sample_id FROM samples WHERE dataset = 'made' AND caption = 'a dark one'")
+    ids = [dark["sample_id"], "by-hand"]
+    for created_at, run_id in zip((datetime(2026, 1, 1), datetime(2026, 1, 2)), names, strict=True):
+        rows = [
+            prediction(model, i, sample_id=ids[i], loss_nats=loss + i)
+            for model, loss in (("base", 5.0), ("tuned", 1.0 if run_id == "new" else 0.5))
+            for i in range(2)
+        ]
+        said = to_table(rows)
+        columns = {"run_id": run_id, "recipe": "pets", "checkpoint_digest": run_id}
+        run = {"run_id": run_id, "asset": "pets/predictions", "created_at": created_at}
+        store.write(
+            {"predictions": store_table(said, sample_metrics(said), **columns), "runs": table_for("runs", [run])}
+        )
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(root))
+    assert main(["quality", "hardest", "--recipe", "pets", "--json"]) == 0
+    by_hand, with_quality = json.loads(capsys.readouterr().out)
+    assert (by_hand["sample_id"], by_hand["loss_nats"], by_hand["gain_nats"]) == ("by-hand", 2.0, 4.0)
+    assert by_hand["flags"] is None and by_hand["is_right"]
+    assert (with_quality["loss_nats"], with_quality["worst_issue"]) == (1.0, "image_dark")
+    assert with_quality["flags"] == ["image_dark"]
+
+
+def test_hardest_is_asked_of_a_recipe_that_was_evaluated(root: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(root))
+    assert main(["quality", "hardest", "--dataset", "made"]) == 2
+    assert "quality hardest needs --recipe NAME. Give it in place of the other one." in capsys.readouterr().err
+    assert main(["quality", "hardest", "--recipe", "cats"]) == 2
+    assert "No recipe 'cats' in" in (error := capsys.readouterr().err)
+    assert "Otherwise materialise cats/predictions." in error
