@@ -59,8 +59,9 @@ $(CORE): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-$(EXTRAS): $(CORE)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray]'
+$(EXTRAS): $(CORE) requirements-ui.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray,serve]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-ui.txt
 	@touch $@
 
 chromium:

@@ -4,11 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mllm_assets.cli import data, models, operations, releases, results, training
+from mllm_assets.cli import data, models, operations, releases, results, servers, training
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.training.launch import WorkerCrashed
 
-GROUPS = (training, models, results, releases, data, operations)
+GROUPS = (training, models, servers, results, releases, data, operations)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -103,7 +103,7 @@ class Answerer:
         )
         self.collator = Collator(processor, **limits)
         self._asked = Collator(processor, padding_side="left", select_logits=False, pad_to_multiple_of=1, **limits)
-        self._stop_ids = self._find_stop_ids()
+        self.stop_ids = self._find_stop_ids()
 
     @torch.inference_mode()
     def losses(self, rows: Sequence[EncodedRow]) -> list[tuple[float, int]]:
@@ -150,7 +150,7 @@ class Answerer:
         output_BT = self.model.generate(
             **batch,
             **options,
-            eos_token_id=self._stop_ids,
+            eos_token_id=self.stop_ids,
             pad_token_id=self._asked.pad_id,
             streamer=streamer,
         )
@@ -186,7 +186,7 @@ class Answerer:
         return ids[ends[-1] :] if ends else ids
 
     def _until_stop(self, ids: list[int]) -> list[int]:
-        end = next((index for index, token in enumerate(ids) if token in self._stop_ids), len(ids))
+        end = next((index for index, token in enumerate(ids) if token in self.stop_ids), len(ids))
         return ids[:end]
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

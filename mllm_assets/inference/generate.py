@@ -89,6 +89,7 @@ def open_model(model: NamedModel, *, device: str = "auto", system: str | None = 
         template=model.template,
         enable_thinking=model.enable_thinking,
         image_max_pixels=model.image_max_pixels,
+        image_min_pixels=model.image_min_pixels,
     )
 
 

@@ -25,6 +25,7 @@ class NamedModel:
         template: Turn format that it was trained in; None where nothing says so: its family's usual one.
         enable_thinking: As in its training.
         image_max_pixels: Larger images are first shrunk to this area, as in its training.
+        image_min_pixels: Smaller images are first enlarged to this area.
     """
 
     name: str
@@ -32,6 +33,7 @@ class NamedModel:
     template: str | None = None
     enable_thinking: bool | None = True
     image_max_pixels: int = 768 * 768
+    image_min_pixels: int = 32 * 32
 
 
 def find_named_model(name: str | Path, layout: Layout) -> NamedModel:
@@ -52,6 +54,7 @@ def find_named_model(name: str | Path, layout: Layout) -> NamedModel:
         template=recipe.get("template"),
         enable_thinking=recipe.get("enable_thinking", True),
         image_max_pixels=recipe.get("image_max_pixels", NamedModel.image_max_pixels),
+        image_min_pixels=recipe.get("image_min_pixels", NamedModel.image_min_pixels),
     )
 
 

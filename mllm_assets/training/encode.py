@@ -344,11 +344,15 @@ def load_image(
     """
     with _opened(path, row_id) as opened:
         opened.load()
-        image: Image.Image = opened
-        for size in _sizes_in_area(*image.size, max_pixels, min_pixels):
-            image = image.resize(size)
-        image = image.convert("RGB")
+        image = fit_area(opened, max_pixels=max_pixels, min_pixels=min_pixels)
         return image if slots is None else fit(image, slots)
+
+
+def fit_area(image: Image.Image, *, max_pixels: int = 768 * 768, min_pixels: int = 32 * 32) -> Image.Image:
+    """Bring a decoded image to RGB and to an area within the limits, as `load_image` does."""
+    for size in _sizes_in_area(*image.size, max_pixels, min_pixels):
+        image = image.resize(size)
+    return image.convert("RGB")
 
 
 def image_size(path: Path, *, max_pixels: int, min_pixels: int, row_id: str = "") -> tuple[int, int]:

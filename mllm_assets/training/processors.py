@@ -33,7 +33,7 @@ class ImageTextProcessor:
         self.image_processor: Any = AutoImageProcessor.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-        self._directory = directory
+        self.directory = directory
         if family.model_type == "smolvlm":
             self.image_seq_len = int(self._config()["image_seq_len"])
             side = self.image_processor.max_image_size["longest_edge"] // vision_config.patch_size
@@ -42,11 +42,11 @@ class ImageTextProcessor:
     def save_pretrained(self, directory: Path | str) -> None:
         """Copy the processor's files as they are, those for video included."""
         for pattern in PROCESSOR_FILES:
-            for path in self._directory.glob(pattern):
+            for path in self.directory.glob(pattern):
                 shutil.copyfile(path, Path(directory) / path.name)
 
     def _config(self) -> dict[str, Any]:
-        return json.loads((self._directory / "processor_config.json").read_text(encoding="utf-8"))
+        return json.loads((self.directory / "processor_config.json").read_text(encoding="utf-8"))
 
 
 def load(directory: Path, family: Family, config: Any) -> Any:

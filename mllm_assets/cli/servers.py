@@ -1,0 +1,81 @@
+"""A model behind an address: `serve` for programs."""
+
+import argparse
+import importlib.util
+import os
+
+from mllm_assets.cli.options import DEVICES, Verbs, at_least_one, device_from_environment
+from mllm_assets.errors import MachineError
+from mllm_assets.inference import HOW_TO_NAME, LOOPBACK
+from mllm_assets.layout import Layout
+
+KEY_VARIABLE = "MLLM_ASSETS_API_KEY"
+MIN_KEY_LENGTH = 16
+
+
+def add_commands(verbs: Verbs) -> None:
+    serve = verbs.add_parser(
+        "serve", help="an OpenAI-compatible server with one model, on this machine only by default"
+    )
+    serve.add_argument("model", metavar="MODEL", help=HOW_TO_NAME)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on, 127.0.0.1 by default")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--no-auth", action="store_true", help=f"without {KEY_VARIABLE}; on 127.0.0.1 only")
+    serve.add_argument("--max-new-tokens", type=at_least_one, default=1024, help="most tokens of an answer")
+    serve.add_argument("--device", choices=DEVICES, default=device_from_environment())
+    serve.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from mllm_assets.inference.naming import find_named_model
+
+    api_key = None if arguments.no_auth else _api_key()
+    if arguments.no_auth and arguments.host not in LOOPBACK:
+        raise MachineError(
+            f"--no-auth on {arguments.host} would let everyone in the network use the model. Set {KEY_VARIABLE}, or "
+            "leave --host out."
+        )
+    _require("pip install -c constraints.txt -e '.[serve]'", "fastapi", "uvicorn", "openai")
+    model = find_named_model(arguments.model, Layout.from_environment())
+
+    from mllm_assets.inference.serving import serve
+
+    try:
+        serve(
+            model,
+            host=arguments.host,
+            port=arguments.port,
+            api_key=api_key,
+            device=arguments.device,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+    except KeyboardInterrupt:
+        print("stopped")
+    return 0
+
+
+def _api_key() -> str:
+    """The key that requests must bring, from the environment.
+
+    Raises:
+        MachineError: There is none, or one that can be guessed.
+    """
+    key = os.environ.get(KEY_VARIABLE, "")
+    if len(key) < MIN_KEY_LENGTH or not key.isascii() or any(character.isspace() for character in key):
+        state = "is not set" if not key else f"must be at least {MIN_KEY_LENGTH} ASCII characters without spaces"
+        raise MachineError(
+            f"{KEY_VARIABLE} {state}. Make a key with: export {KEY_VARIABLE}=$(openssl rand -hex 24); or give "
+            "--no-auth for a server that only this machine's programs can reach."
+        )
+    return key
+
+
+def _require(how: str, *modules: str) -> None:
+    """Say what to install before anything loads.
+
+    Raises:
+        MachineError: One of the modules is missing.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MachineError(f"This command needs {', '.join(missing)}. Install what it needs with: {how}")

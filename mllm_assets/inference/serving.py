@@ -1,0 +1,138 @@
+"""An OpenAI-compatible server for one model: transformers' own, behind a check of the key."""
+
+import hmac
+import socket
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+from transformers import AutoProcessor
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import GenerationState
+
+from mllm_assets.errors import MachineError, ModelError
+from mllm_assets.inference import LOOPBACK
+from mllm_assets.inference.answerer import Answerer
+from mllm_assets.inference.chat_handler import ChatHandler, OneModel
+from mllm_assets.inference.generate import open_model
+from mllm_assets.inference.naming import NamedModel
+from mllm_assets.inference.turn_format import require_same_format
+from mllm_assets.training.processors import ImageTextProcessor
+
+PATHS = {"/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}  # transformers has more, none is ours
+MAX_BODY_BYTES = 32 * 2**20
+
+
+def serve(
+    model: NamedModel, *, host: str, port: int, api_key: str | None, device: str = "auto", max_new_tokens: int = 1024
+) -> None:
+    """Serve a model until the process is told to stop.
+
+    Args:
+        model: What is served, under the name that it has here.
+        host: Address to listen on.
+        port: Port to listen on; 0 for a free one.
+        api_key: What each request must bring; None for no check.
+        device: auto, cuda, mps or cpu.
+        max_new_tokens: Most tokens of an answer.
+
+    Raises:
+        ModelError: The model cannot be loaded, or its chat template is another than what it was trained in.
+        MachineError: The port is taken, or the device is not there.
+    """
+    listening = _listen(host, port)  # before the model: it takes long to load
+    with listening:
+        app = build_app(model, open_model(model, device=device), api_key=api_key, max_new_tokens=max_new_tokens)
+        address = f"http://{host}:{listening.getsockname()[1]}"
+        print(f"{model.name} answers on {address}/v1 as model {model.name!r}; Ctrl-C ends it", flush=True)
+        config = uvicorn.Config(app, log_level="info", server_header=False, timeout_graceful_shutdown=2)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def build_app(model: NamedModel, answerer: Answerer, *, api_key: str | None, max_new_tokens: int = 1024) -> FastAPI:
+    """Build the application around a loaded model.
+
+    Raises:
+        ModelError: The model's chat template is another than what it was trained in.
+    """
+    processor = _whole_processor(answerer)
+    require_same_format(answerer.encoder, processor, str(model.directory))
+    manager, state = OneModel(model.name, answerer, processor), GenerationState()
+    limits = {"max_pixels": model.image_max_pixels, "min_pixels": model.image_min_pixels}
+    chat = ChatHandler(
+        manager, answerer, state, max_new_tokens=max_new_tokens, image_limits=limits
+    )  # fmt: skip
+    unreachable: Any = None  # see PATHS
+    app = build_server(manager, chat, unreachable, unreachable, unreachable, unreachable, state)
+    app.add_exception_handler(HTTPException, _error)  # pyright: ignore[reportArgumentType]
+    app.add_middleware(Guard, api_key=api_key)
+    if api_key is None:  # or a page that a browser shows could ask by a name that it points to this machine
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+    return app
+
+
+class Guard:
+    """Lets through what has the key, is not too long, and is one of `PATHS`."""
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
+        self._app = app
+        self._expected = f"Bearer {api_key}".encode() if api_key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or (refusal := self._refusal(scope)) is None:
+            await self._app(scope, receive, send)
+        else:
+            await refusal(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        if scope["type"] != "http" or PATHS.get(scope["path"]) != scope["method"]:
+            return _problem(404, f"Not here. This server has {', '.join(PATHS)}.")
+        headers = dict(scope["headers"])
+        if self._expected is not None and scope["path"] != "/health":
+            if not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
+                return _problem(401, "Wrong or missing API key. Send the server's MLLM_ASSETS_API_KEY as bearer token.")
+        if scope["method"] == "POST":
+            length = headers.get(b"content-length", b"")
+            if not length.isdigit():
+                return _problem(411, "The request must say its Content-Length.")
+            if int(length) > MAX_BODY_BYTES:
+                return _problem(
+                    413, f"The request is too long: at most {MAX_BODY_BYTES // 2**20} MiB. Shrink the images."
+                )
+        return None
+
+
+def _problem(status: int, message: str) -> JSONResponse:
+    """An error as OpenAI's clients read it."""
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
+
+
+async def _error(_: Request, error: HTTPException) -> JSONResponse:
+    return _problem(error.status_code, str(error.detail))
+
+
+def _whole_processor(answerer: Answerer) -> Any:
+    processor = answerer.processor
+    if not isinstance(processor, ImageTextProcessor):
+        return processor
+    try:
+        return AutoProcessor.from_pretrained(processor.directory, local_files_only=True, trust_remote_code=False)
+    except (ImportError, OSError, ValueError) as error:
+        raise ModelError(
+            f"The processor in {processor.directory} cannot be loaded whole, which serving needs ({error}). Install "
+            "torchvision, or ask the model with `mllm-assets generate`."
+        ) from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise MachineError(
+            f"Cannot listen on {host}:{port} ({error.strerror or error}). Choose another --port, 0 for a free one."
+        ) from None

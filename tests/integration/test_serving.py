@@ -1,0 +1,167 @@
+"""`mllm-assets serve` in a process of its own, asked by OpenAI's own client."""
+
+import base64
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from PIL import Image
+
+from mllm_assets.errors import ModelError
+from mllm_assets.inference.answerer import Answerer
+from mllm_assets.inference.generate import generate
+from mllm_assets.inference.turn_format import require_same_format
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+GOLDEN = Path(__file__).parents[1] / "golden" / "parity"
+MODEL = GOLDEN / "model"
+IMAGE = GOLDEN / "data" / "images" / "emoji_000.png"
+KEY = "a-key-that-is-long-enough"
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, *arguments: str, key: str | None = KEY) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"MLLM_ASSETS_API_KEY": key} if key else {})
+        command = [sys.executable, "-m", "mllm_assets.cli", "serve", str(MODEL), "--port", "0", "--device", "cpu"]
+        self.process = subprocess.Popen(
+            [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.match(r".* answers on (http://127\.0\.0\.1:\d+)/v1 as model '(.*)'; Ctrl-C ends it", line)
+        assert found, line
+        self.url, self.model = found.groups()
+
+    def client(self, key: str = KEY) -> Any:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def stop(self) -> str:
+        """Press Ctrl-C; returns what was printed since."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.communicate(timeout=60)[0]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server("--max-new-tokens", "12")
+    yield server
+    server.process.kill()
+    server.process.communicate()
+
+
+def data_url(image: Path | bytes) -> str:
+    data = image.read_bytes() if isinstance(image, Path) else image
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def question(text: str, *urls: str) -> list[Any]:
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def test_the_answer_is_the_one_that_generate_gives_streamed_or_not(server: Server, tmp_path: Path) -> None:
+    """The turn format, the shrinking of large images, the end of the turn and greedy decoding are the training's."""
+    buffer = io.BytesIO()
+    Image.open(IMAGE).resize((1500, 900)).save(buffer, "PNG")
+    for image in (IMAGE.read_bytes(), buffer.getvalue()):
+        file = tmp_path / "image.png"
+        file.write_bytes(image)
+        expected = generate(MODEL, [file], "What is this?", max_new_tokens=12, device="cpu").text
+        asked = {"model": server.model, "messages": question("What is this?", data_url(image)), "temperature": 0}
+        whole = server.client().chat.completions.create(**asked)
+        assert whole.choices[0].message.content.strip() == expected and whole.model == server.model
+        chunks = list(server.client().chat.completions.create(**asked, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip() == expected
+        assert chunks[-1].choices[0].finish_reason in ("stop", "length") and chunks[-1].usage.completion_tokens <= 12
+
+
+def test_sampling_and_a_system_text_count(server: Server) -> None:
+    def said(messages: list[Any], **options: Any) -> str:
+        answer = server.client().chat.completions.create(model=server.model, messages=messages, **options)
+        return answer.choices[0].message.content
+
+    plain = question("What is this?", data_url(IMAGE))
+    assert said(plain, temperature=5.0, seed=1) == said(plain, temperature=5.0, seed=1) != said(plain, temperature=0)
+    assert said([{"role": "system", "content": "Be brief."}, *plain], temperature=0) != said(plain, temperature=0)
+
+
+def test_without_the_key_nothing_is_told(server: Server) -> None:
+    for key in ("another-key-of-some-length", ""):
+        answer = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {})
+        assert answer.status_code == 401 and KEY not in answer.text
+    with pytest.raises(openai.AuthenticationError, match="Wrong or missing API key"):
+        server.client("another-key-of-some-length").chat.completions.create(model="m", messages=question("What?"))
+
+
+def test_there_is_one_model_and_no_other_address(server: Server) -> None:
+    assert [model.id for model in server.client().models.list()] == [server.model]
+    with pytest.raises(openai.BadRequestError, match="Server is pinned to"):
+        server.client().chat.completions.create(model="google/gemma-3-4b-it", messages=question("What?"))
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for path in ("/load_model", "/reset", "/v1/responses", "/v1/systemone", "/docs", "/openapi.json"):
+        for method in ("GET", "POST"):
+            assert httpx.request(method, server.url + path, headers=headers, json={}).status_code == 404, path
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (question("What?", "http://127.0.0.1:1/picture.png"), "This server fetches no address and opens no file"),
+        (question("What?", str(IMAGE)), "This server fetches no address and opens no file"),
+        (question("What?", f"file://{IMAGE}"), "This server fetches no address and opens no file"),
+        (question("What?", "data:image/png;base64,aGVsbG8="), "the image cannot be read (UnidentifiedImageError)"),
+        (question("What<start_of_image>?"), "the text holds '<start_of_image>', which steers the model"),
+        ([], "messages must be a list of at least one message"),
+        ([{"role": "tool", "content": "x"}], "messages[0]: role must be one of system, user, assistant"),
+        ([{"role": "assistant", "content": "x"}], "The messages do not fit the model's turn format"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_by_name(server: Server, messages: list[Any], message: str) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        server.client().chat.completions.create(model=server.model, messages=messages)
+    assert message in str(raised.value)
+
+
+def test_a_client_cannot_bring_its_own_template(server: Server) -> None:
+    extra = {"chat_template_kwargs": {"chat_template": "{{ messages }}"}}
+    with pytest.raises(openai.BadRequestError, match="chat_template_kwargs is not supported by this server"):
+        server.client().chat.completions.create(model=server.model, messages=question("?"), extra_body=extra)
+
+
+def test_ctrl_c_in_the_middle_of_an_answer_leaves_no_process() -> None:
+    """Without a key, as on one's own machine; then a page in a browser must not reach it under another name."""
+    server = Server("--max-new-tokens", "100000", "--no-auth", key=None)
+    assert httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}).status_code == 400
+    asked = {"model": server.model, "messages": question("What?", data_url(IMAGE))}
+    stream = server.client("x").chat.completions.create(**asked, stream=True, temperature=20.0)
+    next(iter(stream))
+    tree = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    assert server.stop().strip().endswith("stopped") and server.process.returncode == 0
+    assert not [process for process in tree if process.is_running()]
+
+
+def test_a_chat_template_of_another_format_is_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(MODEL, directory)
+    template = directory / "chat_template.jinja"
+    answerer = Answerer(directory)
+    require_same_format(answerer.encoder, answerer.processor, str(directory))
+    template.write_text(template.read_text().replace("<end_of_turn>", ""))
+    answerer = Answerer(directory)
+    with pytest.raises(ModelError, match=r"in a question, from token 35 on, expected 'e\?<end_of_turn>"):
+        require_same_format(answerer.encoder, answerer.processor, str(directory))
