@@ -79,6 +79,7 @@ def _change(models: Mapping[str, Mapping[str, Any]]) -> str:
 def render_html(samples: Sequence[Mapping[str, Any]], *, data_dir: Path, title: str) -> str:
     """One self-contained page; of more than `MAX_HTML_SAMPLES` samples, evenly spaced ones."""
     shown = _evenly_spaced(samples, MAX_HTML_SAMPLES)
+    has_gain = any(_gain(sample) is not None for sample in samples)
     environment = Environment(
         loader=PackageLoader("mllm_assets.evaluation"),
         undefined=StrictUndefined,
@@ -92,14 +93,25 @@ def render_html(samples: Sequence[Mapping[str, Any]], *, data_dir: Path, title: 
         num_samples=len(samples),
         changes={name: sum(sample["change"] == name for sample in shown) for name in _CHANGES},
         change_titles=_CHANGES,
+        has_gain=has_gain,
         samples=[
-            {**sample, "thumbnails": [thumbnail(data_dir / path, HTML_THUMBNAIL_PX) for path in sample["images"]]}
+            {
+                **sample,
+                "gain_nats": _gain(sample),
+                "thumbnails": [thumbnail(data_dir / path, HTML_THUMBNAIL_PX) for path in sample["images"]],
+            }
             for sample in shown
         ],
     )
 
 
 _CHANGES = {"fixed": "fixed by tuning", "broken": "broken by tuning", "right": "both right", "wrong": "both wrong"}
+
+
+def _gain(sample: Mapping[str, Any]) -> float | None:
+    """How much lower the tuned model's loss is than the base model's; None where one of them was not asked."""
+    models = sample["models"]
+    return models["base"]["loss_nats"] - models["tuned"]["loss_nats"] if {"base", "tuned"} <= models.keys() else None
 
 
 def _summary(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -126,19 +138,45 @@ def _token_mean(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
 
 
 def render_markdown(samples: Sequence[Mapping[str, Any]], *, data_dir: Path) -> str:
-    """A table of a few evenly spaced samples, below `MAX_MARKDOWN_BYTES`."""
-    lines = ["| image | asked | right answer | base model | tuned model |", "| --- | --- | --- | --- | --- |"]
+    """A table of a few samples, the hardest first, then where tuning gained most, below `MAX_MARKDOWN_BYTES`."""
+    header = "| | image | asked | right answer | base model | tuned model | loss |"
+    lines = [header, "|" + " --- |" * (header.count("|") - 1)]
     size = sum(map(len, lines))
-    for sample in _evenly_spaced(samples, MAX_MARKDOWN_SAMPLES):
+    for why, sample in _telling(samples):
         pictures = " ".join(f"![]({thumbnail(data_dir / p, MARKDOWN_THUMBNAIL_PX)})" for p in sample["images"])
-        answers = [sample["models"][model]["answer"] for model in ("base", "tuned") if model in sample["models"]]
-        cells = [pictures, *(_cell(text) for text in (sample["prompt"], sample["reference"], *answers))]
+        said = [sample["models"][model] for model in ("base", "tuned") if model in sample["models"]]
+        answers, losses = [row["answer"] for row in said], [f"{row['loss_nats']:.2f}" for row in said]
+        cells = [
+            why,
+            pictures,
+            *(_cell(text) for text in (sample["prompt"], sample["reference"], *answers)),
+            " → ".join(losses),
+        ]
         line = "| " + " | ".join(cells) + " |"
         size += len(line.encode()) + 1
         if size > MAX_MARKDOWN_BYTES:
             break
         lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+def _telling(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Samples worth a look, each once: those of the highest loss, of the most gain, of the least, and a few others."""
+
+    def loss(sample: Mapping[str, Any]) -> float:
+        return sample["models"].get("tuned", sample)["loss_nats"]
+
+    orders = {"hardest": sorted(samples, key=loss, reverse=True)}
+    if all(_gain(sample) is not None for sample in samples):
+        by_gain = sorted(samples, key=lambda sample: _gain(sample) or 0.0)
+        orders |= {"gained most": by_gain[::-1], "gained least": by_gain}
+    picked: dict[tuple[str, int], tuple[str, Mapping[str, Any]]] = {}
+    each = MAX_MARKDOWN_SAMPLES // (len(orders) + 1)
+    for why, ordered in (*orders.items(), ("", _evenly_spaced(samples, MAX_MARKDOWN_SAMPLES))):
+        most = each if why else MAX_MARKDOWN_SAMPLES - len(picked)
+        fresh = [sample for sample in ordered if (sample["entry"], sample["row_index"]) not in picked]
+        picked |= {(sample["entry"], sample["row_index"]): (why, sample) for sample in fresh[:most]}
+    return list(picked.values())
 
 
 def _evenly_spaced(samples: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:

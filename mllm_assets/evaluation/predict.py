@@ -41,6 +41,7 @@ class EvaluateRequest:
     data_dir: Path
     entries: tuple[str, ...]
     directory: Path
+    models: tuple[str, ...] = ("base", "tuned")
     max_samples: int | None = None
     max_new_tokens: int = 64
     do_sample: bool = False
@@ -72,6 +73,7 @@ class EvaluateRequest:
                 **known,
                 **paths,
                 "entries": tuple(known["entries"]),
+                "models": tuple(known.get("models") or ("base", "tuned")),
                 "part": tuple(known["part"]) if known.get("part") else None,
                 "parts": tuple(known.get("parts") or ()),
                 "features_root": Path(root) if (root := known.get("features_root")) else None,
@@ -97,8 +99,9 @@ def evaluate_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
 
     Args:
         request: `recipe_name`, `model_dir`, `base_model_dir`, `data_dir`, `entries`, `directory` (the target; a
-            complete one is returned as it is) and optionally `max_samples` (per entry), `max_new_tokens`,
-            `do_sample`, `temperature`, `top_p`, `seed`, `batch_size`, `system`, `cutoff_len`, `image_max_pixels`,
+            complete one is returned as it is) and optionally `models` (of "base" and "tuned", by default both),
+            `max_samples` (per entry), `max_new_tokens`, `do_sample`, `temperature`, `top_p`,
+            `seed`, `batch_size`, `system`, `cutoff_len`, `image_max_pixels`,
             `image_min_pixels`, `template`, `enable_thinking`, `features_root` and `recipe` (to answer from the vision
             tower's cached output, which training shares), `accelerator` (`device`, `num_threads`). With `part` (index,
             count) nothing is written: the result is what that part of the batches gave, by model. The request without
@@ -119,7 +122,8 @@ def evaluate_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     started = time.perf_counter()
     samples = load_samples(spec)
     device = pick_device(spec.device)
-    models = {"base": spec.base_model_dir, "tuned": spec.model_dir}
+    directories = {"base": spec.base_model_dir, "tuned": spec.model_dir}
+    models = {name: directories[name] for name in spec.models}
     if not spec.parts:
         measured = {name: measure(name, find_model(path), samples, spec, device, reporter)
                     for name, path in models.items()}  # fmt: skip

@@ -53,7 +53,7 @@ def test_what_a_model_says_cannot_become_markup(data_dir: Path) -> None:
     html = html_of(table, data_dir, title="<i>")
     assert "<script>alert" not in html and '"><u>' not in html and "<i>" not in html
     line = render_markdown(collect_samples(table), data_dir=data_dir).splitlines()[2]
-    assert "<script>" not in line and "[x]" not in line and line.count("|") == 6
+    assert "<script>" not in line and "[x]" not in line and line.count("|") == 8
 
 
 def test_captions_without_labels_are_shown_without_a_verdict(data_dir: Path) -> None:
@@ -75,7 +75,7 @@ def test_markdown_stays_small_enough_for_metadata(data_dir: Path) -> None:
         ]
     text = render_markdown(collect_samples(to_table(rows)), data_dir=data_dir)
     assert len(text.encode()) <= MAX_MARKDOWN_BYTES
-    assert text.splitlines()[0] == "| image | asked | right answer | base model | tuned model |"
+    assert text.splitlines()[0] == "| | image | asked | right answer | base model | tuned model | loss |"
     assert len(text.splitlines()) > 4
 
 
@@ -90,3 +90,27 @@ def test_both_galleries_are_written(data_dir: Path, tmp_path: Path) -> None:
     write_gallery(tmp_path, predictions(), data_dir=data_dir, title="pets")
     assert (tmp_path / "gallery.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert (tmp_path / "gallery.md").read_text(encoding="utf-8").count("data:image/webp") == 6
+
+
+def test_markdown_shows_first_what_is_hard_and_what_tuning_changed_most(data_dir: Path) -> None:
+    """Twelve of thirty, each once: four of each kind."""
+    losses = {"tuned": lambda i: 1.0 + (i == 17) * 5, "base": lambda i: 2.0 + (i == 3) * 5 - (i == 20) * 1.5}
+    rows = [
+        prediction(model, 0, row_index=i, images=[f"images/{i % 6}.png"], sample_id=str(i), prompt=f"number {i}?",
+                   loss_nats=loss(i))
+        for model, loss in losses.items() for i in range(30)
+    ]  # fmt: skip
+    lines = render_markdown(collect_samples(to_table(rows)), data_dir=data_dir).splitlines()[2:]
+    assert len(lines) == len({line.split(" | ")[2] for line in lines}) == 12
+    firsts = {line.split(" | ")[0]: line for line in reversed(lines)}
+    assert "number 17?" in firsts["| hardest"] and "2.00 → 6.00" in firsts["| hardest"]
+    assert "number 3?" in firsts["| gained most"] and "number 20?" in firsts["| gained least"]
+
+
+def test_the_page_can_be_sorted_by_gain_and_by_loss_and_by_use_of_the_image(data_dir: Path) -> None:
+    html = html_of(predictions(), data_dir)
+    assert re.findall(r'<option value="(.*?)">', html) == ["index", "-loss", "loss", "-gain", "gain", "image"]
+    gains = [float(gain) for gain in re.findall(r'data-gain="(.*?)"', html)]
+    assert gains == pytest.approx([2.0] * 6)
+    tuned = [prediction("tuned", index) for index in range(3)]
+    assert "gained" not in html_of(to_table(tuned), data_dir)

@@ -1,0 +1,157 @@
+"""One page on two runs: loss curves, metrics side by side, and what both models say of the same samples."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mllm_assets.artifacts import read_manifest, write_text_atomic
+from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation.gallery import HTML_THUMBNAIL_PX, MAX_HTML_SAMPLES, thumbnail
+from mllm_assets.evaluation.intervals import gain_text
+from mllm_assets.evaluation.metrics import gains_over_release, read_metrics
+from mllm_assets.evaluation.over_steps import find_run
+from mllm_assets.evaluation.table import read_predictions
+from mllm_assets.layout import Layout
+
+SHOWN_LAST = ("rouge_1", "rouge_2", "exact_match")
+
+
+def compare(layout: Layout, names: Sequence[str], output: Path) -> Path:
+    """Write the page.
+
+    Args:
+        layout: The project.
+        names: Two runs, each a directory or a recipe's name.
+        output: The page; it needs no other file.
+
+    Raises:
+        IntegrityError: One of them is no run or was not evaluated, or they were asked nothing in common.
+    """
+    runs = [_read(layout, name) for name in names]
+    if runs[0]["title"] == runs[1]["title"]:
+        for run in runs:
+            run["title"] += f", {run['directory'].name[:8]}"
+    first, second = (run["predictions"] for run in runs)
+    gains = gains_over_release(second, first)
+    if not gains:
+        raise IntegrityError(
+            f"{names[0]} and {names[1]} were asked nothing in common, so they cannot be compared. Evaluate both on the "
+            "same entries."
+        )
+    samples = _samples(first, second, set(gains))
+    shown = [samples[index * len(samples) // MAX_HTML_SAMPLES] for index in range(MAX_HTML_SAMPLES)]
+    shown = samples if len(samples) <= MAX_HTML_SAMPLES else shown
+    environment = Environment(
+        loader=PackageLoader("mllm_assets.evaluation"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("comparison.html.jinja").render(
+        titles=[run["title"] for run in runs],
+        facts=[_facts(layout, run) for run in runs],
+        curves=_curves(runs),
+        metrics=_metric_rows([run["metrics"] for run in runs], gains),
+        num_samples=len(samples),
+        samples=[
+            {**sample, "thumbnails": [thumbnail(layout.data / path, HTML_THUMBNAIL_PX) for path in sample["images"]]}
+            for sample in shown
+        ],
+    )
+    write_text_atomic(output, page)
+    return output
+
+
+def _read(layout: Layout, name: str) -> dict[str, Any]:
+    run_dir = find_run(layout, name)
+    manifest = read_manifest(run_dir)
+    found = (layout.outputs / run_dir.parent.name / "eval_metrics").glob("*/manifest.json")
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        inputs = read_manifest(path.parent)["inputs"]
+        if inputs["weights_digest"] == manifest["weights_digest"]:
+            return {
+                "title": run_dir.parent.name, "directory": run_dir, "manifest": manifest,
+                "metrics": read_metrics(path.parent),
+                "predictions": read_predictions(layout.root / inputs["predictions_path"]),
+            }  # fmt: skip
+    raise IntegrityError(
+        f"{name} was not evaluated: there are no metrics of {layout.relative(run_dir)}. Materialise its eval_metrics."
+    )
+
+
+def _facts(layout: Layout, run: Mapping[str, Any]) -> dict[str, Any]:
+    manifest = run["manifest"]
+    recipe = manifest["recipe"]
+    return {
+        "run": layout.relative(run["directory"]),
+        "steps": manifest["num_steps"],
+        "trains": f"{recipe['finetuning_type']}, {manifest['num_trainable_params']:,} parameters",
+        "learning rate": recipe["learning_rate"],
+        "training": f"{manifest['train_wall_s']:.0f} s, {manifest['samples_per_s']:.1f} samples/s",
+    }
+
+
+def _metric_rows(metrics: Sequence[Mapping[str, Any]], gains: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for entry, gained in gains.items():
+        models = [some["entries"][entry]["models"]["tuned"] for some in metrics]
+        names = [name for name in models[0] if name in models[1]]
+        for name in sorted(names, key=lambda name: (name in SHOWN_LAST, names.index(name))):
+            gain = gained.get(name)
+            sure = gain is not None and gain["low"] is not None
+            rows.append(
+                {
+                    "entry": entry,
+                    "metric": name,
+                    "values": [model[name] for model in models],
+                    "gain": gain_text(gain),
+                    "verdict": "better" if sure and gain["low"] > 0 else "worse" if sure and gain["high"] < 0 else "",
+                }
+            )
+    return rows
+
+
+def _samples(first: pa.Table, second: pa.Table, entries: set[str]) -> list[dict[str, Any]]:
+    """Both tuned rows of each sample; `gain_nats` is how much lower the second one's loss is."""
+    by_place = {(row["entry"], row["row_index"]): row for row in first.to_pylist() if row["model"] == "tuned"}
+    samples = []
+    for row in second.to_pylist():
+        if row["model"] == "tuned" and row["entry"] in entries:
+            other = by_place[row["entry"], row["row_index"]]
+            gain_nats = other["loss_nats"] - row["loss_nats"]
+            samples.append({**row, "rows": [other, row], "gain_nats": gain_nats})
+    return sorted(samples, key=lambda sample: -abs(sample["gain_nats"]))
+
+
+def _curves(runs: Sequence[Mapping[str, Any]]) -> str | None:
+    """Training and evaluation losses of both runs in one picture, as a `data:` URI."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for run, color in zip(runs, ("#4f43dd", "#d9730d"), strict=True):
+        path = run["directory"] / "trainer_log.jsonl"
+        log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        for key, style in (("loss", {"alpha": 0.7}), ("eval_loss", {"linestyle": "--", "marker": "o"})):
+            points = [(line["current_steps"], line[key]) for line in log if key in line]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), color=color, label=f"{run['title']}, {key}", markersize=3, **style
+                )
+    if not axes.lines:
+        return None
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
