@@ -19,7 +19,7 @@ from mllm_assets.evaluation.over_steps import find_run
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
 
-SHOWN_LAST = ("rouge_1", "rouge_2", "exact_match")
+SHOWN_FIRST = ("loss", "loss_shuffled", "perplexity", "label_accuracy")
 
 
 def compare(layout: Layout, names: Sequence[str], output: Path) -> Path:
@@ -103,16 +103,20 @@ def _metric_rows(metrics: Sequence[Mapping[str, Any]], gains: Mapping[str, Any])
     for entry, gained in gains.items():
         models = [some["entries"][entry]["models"]["tuned"] for some in metrics]
         names = [name for name in models[0] if name in models[1]]
-        for name in sorted(names, key=lambda name: (name in SHOWN_LAST, names.index(name))):
+        for name in [*(n for n in SHOWN_FIRST if n in names), *(n for n in names if n not in SHOWN_FIRST)]:
             gain = gained.get(name)
-            sure = gain is not None and gain["low"] is not None
+            low, high = (gain or {}).get("low"), (gain or {}).get("high")
             rows.append(
                 {
                     "entry": entry,
                     "metric": name,
                     "values": [model[name] for model in models],
                     "gain": gain_text(gain),
-                    "verdict": "better" if sure and gain["low"] > 0 else "worse" if sure and gain["high"] < 0 else "",
+                    "verdict": "better"
+                    if low is not None and low > 0
+                    else "worse"
+                    if high is not None and high < 0
+                    else "",
                 }
             )
     return rows
@@ -141,15 +145,15 @@ def _curves(runs: Sequence[Mapping[str, Any]]) -> str | None:
     for run, color in zip(runs, ("#4f43dd", "#d9730d"), strict=True):
         path = run["directory"] / "trainer_log.jsonl"
         log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-        for key, style in (("loss", {"alpha": 0.7}), ("eval_loss", {"linestyle": "--", "marker": "o"})):
+        for key, style in (("loss", "-"), ("eval_loss", "o--")):
             points = [(line["current_steps"], line[key]) for line in log if key in line]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True), color=color, label=f"{run['title']}, {key}", markersize=3, **style
-                )
+                steps, losses = zip(*points, strict=True)
+                axes.plot(steps, losses, style, color=color, label=f"{run['title']}, {key}", markersize=3)
     if not axes.lines:
         return None
     axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     buffer = io.BytesIO()

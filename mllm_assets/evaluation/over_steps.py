@@ -170,6 +170,7 @@ def plot(result: OverSteps, path: Path) -> None:
 def _draw(axes: Any, steps: Sequence[int], values: Sequence[float], best: int) -> None:
     axes.plot(steps, values, color="#4f43dd", marker="o", markersize=3)
     axes.plot([best], [values[steps.index(best)]], color="#1a7f4b", marker="*", markersize=13, linestyle="none")
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
 
 
