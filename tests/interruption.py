@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mllm_assets import worker
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.training.checkpoints import find_resumable
 from mllm_assets.training.engine import train_task
@@ -104,6 +107,20 @@ class Kill:
     is_exact: bool
 
 
+# What a worker spends most of its start on; it is loaded once and forked for every kill
+PRELOAD = ["mllm_assets.worker", "mllm_assets.training.engine", "transformers.trainer", "peft", "matplotlib.pyplot",
+           "transformers.models.gemma3.modeling_gemma3", "transformers.models.gemma3.processing_gemma3",
+           "transformers.models.siglip.modeling_siglip", "torch._dynamo"]  # fmt: skip
+
+
+def work(request: dict[str, Any], folder: Path) -> None:
+    """The body of a worker's process."""
+    errors = os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(errors, 1)
+    os.dup2(errors, 2)
+    sys.exit(worker.run(request, folder / "result.json"))
+
+
 class KilledRun:
     """A run of one case that is killed again and again, beside one that never was.
 
@@ -125,6 +142,8 @@ class KilledRun:
             for name in ("whole", "killed")
         }
         self._last_step = num_steps
+        self._fork = multiprocessing.get_context("forkserver")
+        self._fork.set_forkserver_preload(PRELOAD)
         self.whole_dir, self.run_dir = (Path(request["run_dir"]) for request in self._requests.values())
         self.whole = train_task(self._requests["whole"], Reporter())
 
@@ -138,7 +157,7 @@ class KilledRun:
         """
         begun = find_resumable(self.run_dir).step
         step = min(begun + rng.randint(1, SAVE_STEPS + 2), self._last_step - 2)
-        delay_s = rng.uniform(0, 12 if kind == "start" else 0.05)
+        delay_s = rng.uniform(0, 2 if kind == "start" else 0.05)
         since_ns = time.time_ns()
 
         def reached(run_dir: Path) -> bool:
@@ -151,13 +170,24 @@ class KilledRun:
             time.sleep(delay_s)
             return True
 
-        assert run_until(self._requests["killed"], self._folder, reached) == -signal.SIGKILL
+        self._run_until(reached)
         assert not (self.run_dir / "manifest.json").exists(), "it finished before the kill"
         logged, saving = newest_logged_step(self.run_dir, since_ns), is_saving(self.run_dir, since_ns)
         at = (f"at step {logged}" if logged else "before the first step") + (", inside a save" if saving else "")
         kept = find_resumable(self.run_dir)
         is_exact = kept.path is None or self._same_files(kept.path.name)
         return Kill(moment=f"{kind}: {at}", kept_step=kept.step, is_exact=is_exact)
+
+    def _run_until(self, reached: Callable[[Path], bool]) -> None:
+        process = self._fork.Process(target=work, args=(self._requests["killed"], self._folder))
+        process.start()
+        deadline = time.monotonic() + 240
+        while not reached(self.run_dir):
+            process.join(0.002)
+            assert process.exitcode is None and time.monotonic() < deadline, (self._folder / "stderr.txt").read_text()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
 
     def finish(self) -> Iterator[tuple[str, bool]]:
         """Run to the end; yield what was compared with the run that was never killed, and whether it is the same."""
