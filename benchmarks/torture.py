@@ -49,6 +49,7 @@ def main() -> None:
 
 def torture(case: str, num_kills: int, seed: str) -> tuple[list[str], int]:
     """Kill one run again and again and let it end; return what happened and how often something was not the same."""
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in a worker that nobody spawned
     rng, lines, num_different, moments = random.Random(seed), [], 0, Counter[str]()
 
     def say(text: str) -> None:
@@ -56,8 +57,7 @@ def torture(case: str, num_kills: int, seed: str) -> tuple[list[str], int]:
         print(lines[-1], flush=True)
 
     with tempfile.TemporaryDirectory(prefix="torture_") as folder:
-        # a kill costs at most the steps since the last checkpoint, so that this many are enough for all of them
-        num_steps = (num_kills + 1) * (SAVE_STEPS + 3) // SAVE_STEPS * SAVE_STEPS
+        num_steps = (num_kills + 4) * SAVE_STEPS  # on the average a kill leaves fewer new steps than one save's
         run = KilledRun(case, REPOSITORY / "tests" / "golden" / "parity", Path(folder), num_steps=num_steps)
         for number in range(1, num_kills + 1):
             kill = run.kill(rng.choices(list(KINDS), list(KINDS.values()))[0], rng)

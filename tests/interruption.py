@@ -90,11 +90,11 @@ def newest_logged_step(run_dir: Path, since_ns: int) -> int:
 
 
 def is_saving(run_dir: Path, since_ns: int) -> bool:
-    """Whether a process which started then is writing a checkpoint."""
+    """Whether a process which started then is writing a checkpoint; before its first step it deletes an older one."""
     for staging in run_dir.glob(".checkpoint-*.tmp"):
         with contextlib.suppress(FileNotFoundError):  # published by now
             if staging.stat().st_mtime_ns >= since_ns:
-                return True
+                return newest_logged_step(run_dir, since_ns) > 0
     return False
 
 
@@ -115,6 +115,7 @@ PRELOAD = ["mllm_assets.worker", "mllm_assets.training.engine", "transformers.tr
 
 def work(request: dict[str, Any], folder: Path) -> None:
     """The body of a worker's process."""
+    multiprocessing.set_start_method("fork", force=True)  # as it is in a worker that nobody forked
     errors = os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(errors, 1)
     os.dup2(errors, 2)
@@ -156,7 +157,7 @@ class KilledRun:
             rng: What chooses the moment.
         """
         begun = find_resumable(self.run_dir).step
-        step = min(begun + rng.randint(1, SAVE_STEPS + 2), self._last_step - 2)
+        step = min(begun + rng.randint(1, 2 * SAVE_STEPS), self._last_step - 2)
         delay_s = rng.uniform(0, 2 if kind == "start" else 0.05)
         since_ns = time.time_ns()
 
