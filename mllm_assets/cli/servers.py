@@ -1,4 +1,4 @@
-"""A model behind an address: `serve` for programs."""
+"""A model behind an address: `serve` for programs, `chat` for people."""
 
 import argparse
 import importlib.util
@@ -25,6 +25,14 @@ def add_commands(verbs: Verbs) -> None:
     serve.add_argument("--device", choices=DEVICES, default=device_from_environment())
     serve.set_defaults(run=_serve)
 
+    chat = verbs.add_parser("chat", help="a local page where an image and a question go to one or two models")
+    chat.add_argument("models", nargs="+", metavar="MODEL", help=f"one, or two to compare: {HOW_TO_NAME}")
+    chat.add_argument("--samples", metavar="ENTRY", help="entry of dataset_info.json to pick samples from: emoji_val")
+    chat.add_argument("--host", default="127.0.0.1", help=f"elsewhere {KEY_VARIABLE} is the password of `user`")
+    chat.add_argument("--port", type=int, default=7860)
+    chat.add_argument("--device", choices=DEVICES, default=device_from_environment())
+    chat.set_defaults(run=_chat)
+
 
 def _serve(arguments: argparse.Namespace) -> int:
     from mllm_assets.inference.naming import find_named_model
@@ -48,6 +56,33 @@ def _serve(arguments: argparse.Namespace) -> int:
             api_key=api_key,
             device=arguments.device,
             max_new_tokens=arguments.max_new_tokens,
+        )
+    except KeyboardInterrupt:
+        print("stopped")
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from mllm_assets.inference.naming import find_named_model
+
+    password = None if arguments.host in LOOPBACK else _api_key()
+    _require("pip install --no-deps -r requirements-ui.txt", "gradio")
+    if len(arguments.models) > 2:
+        raise MachineError(f"{len(arguments.models)} models do not fit side by side. Name one or two.")
+    layout = Layout.from_environment()
+    models = [find_named_model(name, layout) for name in arguments.models]
+
+    from mllm_assets.inference.chat_page import chat
+
+    try:
+        chat(
+            models,
+            data_dir=layout.data,
+            entry=arguments.samples,
+            host=arguments.host,
+            port=arguments.port,
+            password=password,
+            device=arguments.device,
         )
     except KeyboardInterrupt:
         print("stopped")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import TextStreamer
 
-from mllm_assets.data.sharegpt import USER, Message, Row
+from mllm_assets.data.sharegpt import SYSTEM, USER, Message, Row
 from mllm_assets.errors import DataError
 from mllm_assets.inference.answerer import Answerer, Sampling
 from mllm_assets.inference.naming import NamedModel, find_model
@@ -177,7 +177,7 @@ class _Teller(TextStreamer):
             self._tell(text)
 
 
-def prompt_row(images: Sequence[Path], prompt: str) -> Row:
+def prompt_row(images: Sequence[Path], prompt: str, system: str | None = None) -> Row:
     """A question as a row without an answer.
 
     Raises:
@@ -194,4 +194,5 @@ def prompt_row(images: Sequence[Path], prompt: str) -> Row:
             f"The prompt has {num_placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images. "
             "Give one each, or none to put the images before the prompt."
         )
-    return Row("prompt", (Message(USER, prompt),), tuple(images))
+    before = (Message(SYSTEM, system),) if system else ()
+    return Row("prompt", (*before, Message(USER, prompt)), tuple(images))

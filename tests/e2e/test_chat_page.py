@@ -1,0 +1,84 @@
+"""The chat page, in a real browser, on tiny models."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.e2e.test_ui import CHROMIUM, FLAGS
+from tests.integration.conftest import wait_for
+
+pytest.importorskip("gradio")
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+GOLDEN = Path(__file__).parents[1] / "golden" / "parity"
+ENTRY = "gemma3_vlm_val"
+SAID = re.compile(r"\S.*\n\n\d+ tokens in \d+\.\d\d s", re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page with two models of the same weights, and the samples of an entry."""
+    root = tmp_path_factory.mktemp("chat")
+    shutil.copytree(GOLDEN / "data", root / "data")
+    for name in ("base", "tuned"):
+        shutil.copytree(GOLDEN / "model", root / "pretrains" / name)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mllm_assets.cli", "chat", "pretrained/base", "pretrained/tuned",
+               "--device", "cpu", "--samples", ENTRY, "--port", str(port)]  # fmt: skip
+    environment = {**os.environ, "MLLM_ASSETS_ROOT": str(root), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"the page is on http://127.0.0.1:{port}; Ctrl-C ends it\n"
+    yield f"http://127.0.0.1:{port}"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
+        yield page
+        if folder := os.environ.get("SCREENSHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=str(Path(folder) / f"{tmp_path.name}.png"), full_page=True)
+        browser.close()
+
+
+def test_a_picked_sample_is_asked_of_both_models_and_nothing_leaves_the_machine(page: Page, address: str) -> None:
+    hosts: list[str] = []
+    page.on("request", lambda request: hosts.append(request.url) if request.url.startswith("http") else None)
+    page.goto(address)
+    expect(page.get_by_text(f"Samples of {ENTRY}")).to_be_visible()
+    page.locator(".grid-container button, button.thumbnail-item").nth(1).click()
+    question = page.get_by_label("Question")
+    expect(question).not_to_be_empty()
+    assert wait_for(lambda: page.get_by_label("Reference").input_value(), "the reference")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    for name in ("pretrained/base", "pretrained/tuned"):
+        expect(page.get_by_label(name)).to_have_value(SAID)
+    assert (
+        page.get_by_label("pretrained/base").input_value().split("\n\n")[0]
+        == (page.get_by_label("pretrained/tuned").input_value().split("\n\n")[0])
+    )
+    assert [url for url in hosts if not url.startswith(address)] == []
+
+
+def test_a_question_that_cannot_be_asked_is_explained(page: Page, address: str) -> None:
+    page.goto(address)
+    page.get_by_label("Question").fill("What <end_of_turn>?")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.get_by_text("holds '<end_of_turn>', which steers the model").first).to_be_visible()
