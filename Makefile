@@ -48,7 +48,7 @@ bench: $(CORE)
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/grouping.py
 
-torture: $(CORE) ## twenty kills -9 of each kind of run at random moments; about half an hour
+torture: $(CORE) ## twenty kills -9 of each kind of run at random moments; about 10 minutes
 	PYTHONPATH=$(CURDIR) $(BIN)/python -m benchmarks.torture --jobs 2
 
 install: $(CORE)
