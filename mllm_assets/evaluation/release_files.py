@@ -16,6 +16,7 @@ ADAPTER = "adapter"
 PARTS = {"model": "", ADAPTER: f"{ADAPTER}/"}  # folder of the run -> where it goes in the release
 LLAMAFACTORY_FILE = "llamafactory_inference.yaml"
 LLAMAFACTORY_ADAPTER_FILE = "llamafactory_adapter.yaml"
+NOT_IN_LLAMAFACTORY = {"smolvlm"}  # templates of ours alone
 _LINK_ABOVE_BYTES = 1 << 20  # larger files (weights) share their blocks with the run's directory
 _REPLACED = {"model/README.md", "adapter/README.md", "adapter/adapter_config.json"}
 _LLAMAFACTORY_HEAD = """\
@@ -91,6 +92,8 @@ def write_llamafactory(staging: Path, place: str, run: Mapping[str, Any], base_m
         base_model: The recipe's `model_name_or_path`.
     """
     spec = run["recipe"]
+    if spec["template"] in NOT_IN_LLAMAFACTORY:
+        return
     common = {
         "template": spec["template"],
         "image_max_pixels": spec["image_max_pixels"],

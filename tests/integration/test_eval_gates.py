@@ -1,0 +1,164 @@
+"""The gates on the emoji data, as Dagster runs them: they pass for the shipped recipe, and fail on five broken ones.
+
+Each broken one fails for a reason of its own.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+
+from mllm_assets.evaluation.gates import GATES
+from mllm_assets.evaluation.release_versions import current_release, list_releases, require_intact
+from tests.integration.conftest import REPOSITORY, Project, copied_project, line_of
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+SHORT = {"per_device_train_batch_size": 16, "learning_rate": 6.0e-4, "max_steps": 60}
+
+
+@pytest.fixture(scope="module")
+def gated(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """One project for the file: what is made for one recipe is there for the next."""
+    with copied_project(emoji_ready, tmp_path_factory.mktemp("gates") / "project") as project:
+        yield project
+
+
+def run(project: Project, selection: str) -> tuple[int, str]:
+    process = project.materialize(selection)
+    output, _ = process.communicate(timeout=1200)
+    return process.returncode, output
+
+
+def judged(project: Project, recipe: str) -> dict[str, tuple[bool, str]]:
+    """Whether each gate passed when it was last checked, and why."""
+    found: dict[str, tuple[bool, str]] = {}
+    with dg.DagsterInstance.from_config(str(project.home)) as instance:
+        for name in GATES:
+            asset = "checkpoint" if name == "checkpoint_reloads_strictly" else "eval_metrics"
+            key = dg.AssetCheckKey(dg.AssetKey([recipe, asset]), name)
+            [record] = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)
+            assert record.event is not None and record.event.dagster_event is not None
+            evaluation: Any = record.event.dagster_event.event_specific_data
+            found[name] = (evaluation.passed, evaluation.description)
+    return found
+
+
+def fails(project: Project, recipe: str) -> dict[str, str]:
+    """The line of a recipe, which must end without a release: its failed gates and their reasons."""
+    code, output = run(project, line_of(recipe))
+    outcome = judged(project, recipe)
+    assert code == 1, output
+    assert list_releases(project.layout, recipe) == []
+    return {name: reason for name, (passed, reason) in outcome.items() if not passed}
+
+
+def write_entry(project: Project, name: str, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """An entry made by hand from the training entry of the emoji dataset."""
+    info_path = project.layout.dataset_info
+    info = json.loads(info_path.read_text())
+    entry = info["emoji_train"]
+    rows = json.loads((project.layout.data / entry["file_name"]).read_text())
+    change(rows)
+    (project.layout.data / f"{name}.json").write_text(json.dumps(rows))
+    info_path.write_text(json.dumps({**info, name: {**entry, "file_name": f"{name}.json"}}))
+
+
+def test_the_shipped_recipe_passes_every_gate_and_is_released(gated: Project) -> None:
+    shutil.copy(REPOSITORY / "configs" / "emoji_sft.yaml", gated.root / "configs")
+    code, output = run(gated, line_of("emoji_sft"))
+    assert code == 0, output
+    outcome = judged(gated, "emoji_sft")
+    assert all(passed for passed, _ in outcome.values()), outcome
+    release = current_release(gated.layout, "emoji_sft")
+    assert release is not None and release.version == "v1"
+    require_intact(release.directory)
+
+
+def test_a_dry_push_lists_what_would_go_to_the_hub(gated: Project) -> None:
+    if not list_releases(gated.layout, "emoji_sft"):
+        pytest.skip("needs the release of the test above")
+    path = gated.root / gated.package / "defs" / "recipes" / "defs.yaml"
+    component = yaml.safe_load(path.read_text())
+    component["attributes"]["settings"] = [{"recipe": "emoji_sft", "push_to_hub": {"repo_id": "me/emoji"}}]
+    path.write_text(yaml.safe_dump(component))
+    code, output = run(gated, 'key:"emoji_sft/hub_model"')
+    assert code == 0 and "Dry run: nothing was sent. push_to_hub.dry_run: false pushes to me/emoji." in output
+    facts = gated.metadata("emoji_sft", "hub_model")
+    assert facts["dry_run"] and facts["private"] and (facts["repo_id"], facts["version"]) == ("me/emoji", "v1")
+    names = {record.data["file"] for record in facts["files"]}
+    assert {"README.md", "config.json", "model.safetensors"} <= names and "predictions.parquet" not in names
+
+
+def test_a_corrupted_checkpoint_fails_its_reload_and_is_not_released(gated: Project) -> None:
+    """It was finished once, so nothing trains again; its files are looked at all the same."""
+    weights = gated.layout.outputs / "emoji_sft" / "latest" / "model" / "model.safetensors"
+    if not weights.is_file():
+        pytest.skip("needs the model of the test above")
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.unlink()  # the release shares its blocks
+    weights.write_bytes(data)
+    code, output = run(gated, 'key:"emoji_sft/checkpoint"')
+    assert code == 1, output
+    passed, reason = judged(gated, "emoji_sft")["checkpoint_reloads_strictly"]
+    assert not passed and reason.startswith("model/model.safetensors does not match its digest: the checkpoint was")
+    code, output = run(gated, 'key:"emoji_sft/released_model"')
+    assert code == 1 and "checkpoint_reloads_strictly: model/model.safetensors does not match its digest" in output
+    [release] = list_releases(gated.layout, "emoji_sft")
+    require_intact(release.directory)
+
+
+def test_an_untrained_model_does_not_beat_its_base_model(gated: Project) -> None:
+    gated.write_recipe("untrained", max_steps=1, learning_rate=1.0e-12)
+    failed = fails(gated, "untrained")
+    assert "the gain in loss over the base model is 0.0000 (95 % interval" in failed["beats_base_model"]
+    assert "checkpoint_reloads_strictly" not in failed and "no_leakage" not in failed
+
+
+def test_a_model_trained_on_shuffled_images_does_not_use_the_image(gated: Project) -> None:
+    def shuffle(rows: list[dict[str, Any]]) -> None:
+        images = [row["images"] for row in rows]
+        random.Random(0).shuffle(images)
+        for row, others in zip(rows, images, strict=True):
+            row["images"] = others
+
+    write_entry(gated, "shuffled_train", shuffle)
+    gated.write_recipe("shuffled", dataset="shuffled_train", **SHORT)
+    failed = fails(gated, "shuffled")
+    assert "gain in loss of the sample's own image over another's is" in failed["the_model_uses_the_image"]
+    assert not {"beats_base_model", "checkpoint_reloads_strictly", "no_leakage"} & failed.keys()
+
+
+def test_a_model_with_one_constant_answer_does_not_beat_it(gated: Project) -> None:
+    def repeat(rows: list[dict[str, Any]]) -> None:
+        answers = [row["messages"][-1]["content"] for row in rows]
+        most_common = max(sorted(set(answers)), key=answers.count)
+        for row in rows:
+            row["messages"][-1]["content"] = most_common
+
+    write_entry(gated, "constant_train", repeat)
+    gated.write_recipe("constant", dataset="constant_train", **SHORT)
+    failed = fails(gated, "constant")
+    reason = failed["beats_most_common_answer"]
+    assert "gain in label_accuracy over always answering" in reason and "is 0.0000 (95 % interval 0.0000" in reason
+    assert not {"checkpoint_reloads_strictly", "no_leakage"} & failed.keys()
+
+
+def test_a_model_that_trained_on_validation_images_is_not_released(project: Project) -> None:
+    """Its dataset's own file was changed after the split was checked."""
+    folder = (project.layout.data / "emoji").resolve()
+    rows, held = (json.loads((folder / name).read_text()) for name in ("train.json", "val.json"))
+    (folder / "train.json").write_text(json.dumps(rows + held[:20]))
+    project.write_recipe("leaked", max_steps=1)
+    failed = fails(project, "leaked")
+    assert failed["no_leakage"].startswith("20 ") and "set `allow_leakage: true`" in failed["no_leakage"]
+    assert "checkpoint_reloads_strictly" not in failed
+    code, output = run(project, 'key:"leaked/released_model"')
+    assert code == 1 and "leaked is not released:" in output and "no_leakage: 20 " in output
