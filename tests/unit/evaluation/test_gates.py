@@ -50,6 +50,14 @@ def test_a_gain_within_its_noise_does_not_pass() -> None:
     assert not gate.passed and gate.observed == 0 and "is 0.0500 (95 % interval 0.0000 to" in gate.description
 
 
+def test_the_dust_of_another_order_of_sums_is_no_gain() -> None:
+    """An untrained model beat its base model by 1e-8 on every sample, with a narrow interval."""
+    rows = [prediction("base", i, loss_nats=1.0 + i) for i in range(6)]
+    rows += [prediction("tuned", i, loss_nats=1.0 + i - 1e-8) for i in range(6)]
+    gate = evaluate_gates(compute_metrics(to_table(rows), TRAIN), GateSpec())[0]
+    assert not gate.passed and gate.observed is not None and gate.observed > 0
+
+
 def test_the_worst_of_several_entries_counts() -> None:
     rows = [prediction(m, i) for m in ("base", "tuned") for i in range(6)]
     worse = [row | {"entry": "zoo_val", "answer": "cat"} for row in rows]
