@@ -92,7 +92,7 @@ def test_a_dry_push_lists_what_would_go_to_the_hub(gated: Project) -> None:
     assert code == 0 and "Dry run: nothing was sent. push_to_hub.dry_run: false pushes to me/emoji." in output
     facts = gated.metadata("emoji_sft", "hub_model")
     assert facts["dry_run"] and facts["private"] and (facts["repo_id"], facts["version"]) == ("me/emoji", "v1")
-    names = {record.data["file"] for record in facts["files"]}
+    names = {record.data["file"] for record in facts["files"].records}
     assert {"README.md", "config.json", "model.safetensors"} <= names and "predictions.parquet" not in names
 
 
