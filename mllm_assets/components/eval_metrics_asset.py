@@ -22,6 +22,9 @@ from mllm_assets.evaluation.release import read_judged
 from mllm_assets.evaluation.release_versions import current_release
 from mllm_assets.evaluation.table import read_predictions
 
+MAX_CONFUSION_LABELS = 20  # a table with more columns cannot be read
+MAX_MISTAKES = 100
+
 
 def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = False) -> dg.AssetsDefinition:
     """The tuned model's metrics against the base model's, the most common answer's and the released model's.
@@ -72,7 +75,14 @@ def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = Fal
             dg.MaterializeResult(
                 data_version=dg.DataVersion(manifest["digest"]),
                 check_results=gate_checks(results, OF_METRICS),
-                metadata={**_headline(metrics), "metrics": _metrics_table(metrics), "path": layout.relative(directory)},
+                metadata={
+                    **_headline(metrics),
+                    "num_samples": sum(scored["num_samples"] for scored in metrics["entries"].values()),
+                    "metrics": _metrics_table(metrics),
+                    **_confusion_tables(metrics),
+                    "definitions": dg.MetadataValue.json(metrics["definitions"]),
+                    "path": layout.relative(directory),
+                },
             ),
         )
 
@@ -91,6 +101,33 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:
         for entry, scored in entries.items()
         for metric, value in scored["models"]["tuned"].items()
     }
+
+
+def _confusion_tables(metrics: Mapping[str, Any]) -> dict[str, dg.TableMetadataValue]:
+    """What the tuned model named for each label: a column a label, or of many labels the most frequent mistakes."""
+    tables = {}
+    for entry, scored in metrics["entries"].items():
+        if "confusion" not in scored:
+            continue
+        confusion = scored["confusion"]["tuned"]
+        labels, named = confusion["labels"], confusion["named"]
+        if len(labels) <= MAX_CONFUSION_LABELS:
+            rows = [
+                {"label": label, **{f"as {name}": count for name, count in zip(named, counts, strict=True)}}
+                for label, counts in zip(labels, confusion["counts"], strict=True)
+            ]
+            columns = {"label": "string", **{f"as {name}": "int" for name in named}}
+        else:
+            mistakes = [
+                {"label": label, "named": name, "count": count}
+                for label, counts in zip(labels, confusion["counts"], strict=True)
+                for name, count in zip(named, counts, strict=True)
+                if count and name != label
+            ]
+            rows = sorted(mistakes, key=lambda row: -row["count"])[:MAX_MISTAKES]
+            columns = {"label": "string", "named": "string", "count": "int"}
+        tables[f"confusion_{entry}" if len(metrics["entries"]) > 1 else "confusion"] = table(rows, columns)
+    return tables
 
 
 def _metrics_table(metrics: Mapping[str, Any]) -> dg.TableMetadataValue:

@@ -27,6 +27,10 @@ def test_a_recipe_dropped_into_configs_becomes_a_release_and_is_not_trained_twic
     assert made["num_steps"] == 24 and not made["already_finished"]
 
     [release] = list_releases(project.layout, "mine")
+    scored = project.metadata("mine", "eval_metrics")
+    assert scored["num_samples"] == 24 and "sacrebleu" in scored["definitions"]["bleu"]
+    rows = [record.data for record in scored["confusion"].records]
+    assert sum(count for row in rows for name, count in row.items() if name != "label") == 24
     assert {"config.json", "model.safetensors", "README.md", "manifest.json"} <= {
         p.name for p in release.directory.iterdir()
     }
