@@ -6,6 +6,8 @@ import dagster as dg
 from pydantic import Field
 
 from mllm_assets.artifacts import slug
+from mllm_assets.components.alerting import failure_alert
+from mllm_assets.components.automation_yaml import Freshness, ReleaseWatch, Retraining
 from mllm_assets.components.image_text_dataset import ImageTextDataset
 from mllm_assets.components.pretrained_model import Model, PretrainedModels
 from mllm_assets.components.recipe_assets import (
@@ -14,8 +16,9 @@ from mllm_assets.components.recipe_assets import (
     build_recipe_assets,
     hand_written_asset,
 )
+from mllm_assets.components.release_watch import released_model_regression
 from mllm_assets.components.reporting import failing_asset
-from mllm_assets.components.retraining import weekly_retraining
+from mllm_assets.components.retraining import retraining_job, weekly_retraining
 from mllm_assets.components.wiring import Node, Surroundings, hand_written_entries, lines_of, resolve, split_circles
 from mllm_assets.errors import MllmAssetsError, RecipeError
 from mllm_assets.evaluation.gates import GateSpec
@@ -107,13 +110,6 @@ class RecipeOverride(Settings):
     recipe: str = Field(description="Name of the recipe: its file's stem.")
 
 
-class Retraining(dg.Model, dg.Resolvable):
-    """The schedule that retrains what changed."""
-
-    enabled: bool = False
-    cron_schedule: str = "0 3 * * 1"
-
-
 class FineTuning(dg.Component, dg.Model, dg.Resolvable):
     """LLaMA-Factory recipes as assets; a new file matching `recipes` becomes a new line of the graph.
 
@@ -124,6 +120,8 @@ class FineTuning(dg.Component, dg.Model, dg.Resolvable):
     defaults: Settings = Field(default=Settings(), description="Settings of every recipe.")
     settings: list[RecipeOverride] = Field(default=[], description="Settings of single recipes.")
     weekly_retraining: Retraining = Retraining()
+    watch_releases: ReleaseWatch = ReleaseWatch()
+    freshness: Freshness = Freshness()
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         layout = Layout.from_environment()
@@ -146,12 +144,24 @@ class FineTuning(dg.Component, dg.Model, dg.Resolvable):
         for node, error in circular:
             assets.append(failing_asset(node.key("checkpoint"), "train", error))
         for node in nodes:
-            assets.extend(build_recipe_assets(node, settings.get(node.name, self.defaults).to_domain()))
+            built = build_recipe_assets(node, settings.get(node.name, self.defaults).to_domain())
+            assets.extend(self._with_freshness(asset) for asset in built)
         used = {key for node in nodes for key in node.data}
         by_hand_assets = [hand_written_asset(entry, key) for entry, key in by_hand.items() if key in used]
-        retraining = self.weekly_retraining
-        schedule = weekly_retraining(lines_of(nodes), retraining.cron_schedule, retraining.enabled)
-        return dg.Definitions(assets=[*assets, *by_hand_assets], schedules=[schedule])
+        lines, retraining = lines_of(nodes), self.weekly_retraining
+        job = retraining_job(lines, retraining.max_runtime_h)
+        return dg.Definitions(
+            assets=[*assets, *by_hand_assets],
+            schedules=[weekly_retraining(lines, job, retraining.cron_schedule, retraining.enabled)],
+            sensors=[
+                released_model_regression(lines, job.name, layout, self.watch_releases.to_domain()),
+                failure_alert([node.name for node in nodes]),
+            ],
+        )
+
+    def _with_freshness(self, asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
+        policy = self.freshness.policy_of(asset.key)
+        return asset.map_asset_specs(lambda spec: spec.replace_attributes(freshness_policy=policy)) if policy else asset
 
 
 def read_recipes(project_root: Path, pattern: str) -> tuple[list[Recipe], list[dg.AssetsDefinition]]:

@@ -6,16 +6,21 @@ import dagster as dg
 from pydantic import Field
 
 from mllm_assets.artifacts import digest_json, slug
+from mllm_assets.components.automation_yaml import Watch
+from mllm_assets.components.data_automation import automation_sensor, made_when_inputs_changed
 from mllm_assets.components.dataset_yaml import Entries, Output, Quality, Source, Split
 from mllm_assets.components.lineage import upstream_path
 from mllm_assets.components.reporting import check_results, counts_table, failing_asset
 from mllm_assets.components.resources import ProjectResource, failures_for_people
+from mllm_assets.components.source_watch import LISTING, source_sensors
 from mllm_assets.data.checks import counts_add_up, every_image_has_a_placeholder, splits_share_no_image
 from mllm_assets.data.dataset_info import register
+from mllm_assets.data.listing import is_watchable, list_source
 from mllm_assets.data.sources import ingest
 from mllm_assets.data.spec import DatasetSpec, OutputSpec, QualitySpec, SourceSpec, SplitSpec, as_json
 from mllm_assets.data.splits import split
 from mllm_assets.errors import MllmAssetsError
+from mllm_assets.layout import Layout
 from mllm_assets.quality.assess import assess
 from mllm_assets.quality.report import write_report
 
@@ -48,6 +53,12 @@ class ImageTextDataset(dg.Component, dg.Model, dg.Resolvable):
     quality: Quality = Quality()
     output: Output = Output()
     entries: Entries = Entries()
+    watch: Watch = Watch()
+    automatic: bool = Field(
+        default=False,
+        description="Whether quality, splits and entries are made again by themselves when what is above them changed. "
+        "The source itself is only read again by hand, by `watch`, or by a run that names it.",
+    )
 
     def spec(self) -> DatasetSpec:
         """Return the domain's description of this dataset.
@@ -80,14 +91,13 @@ class ImageTextDataset(dg.Component, dg.Model, dg.Resolvable):
             return dg.Definitions(
                 assets=[failing_asset(dg.AssetKey([slug(self.name), "dataset_info"]), "curate", error)]
             )
-        return dg.Definitions(
-            assets=[
-                _raw_asset(spec, self.description, self.license),
-                _sample_quality_asset(spec),
-                _splits_asset(spec),
-                _dataset_info_asset(spec),
-            ]
-        )
+        raw = _raw_asset(spec, self.description, self.license)
+        derived = [_sample_quality_asset(spec), _splits_asset(spec), _dataset_info_asset(spec)]
+        sensors = source_sensors(spec, self.watch.to_domain(), Layout.from_environment())
+        if self.automatic:
+            derived = [made_when_inputs_changed(asset) for asset in derived]
+            sensors.append(automation_sensor(spec.name, derived))
+        return dg.Definitions(assets=[raw, *derived], sensors=sensors)
 
 
 def raw_code_version(spec: DatasetSpec) -> str:
@@ -108,6 +118,8 @@ def _raw_asset(spec: DatasetSpec, description: str, license: str) -> dg.AssetsDe
     )
     def raw(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         with failures_for_people():
+            # before it is read: a file that changes meanwhile makes it outdated
+            seen = list_source(spec.source, project.layout.root) if is_watchable(spec.source) else None
             result = ingest(spec, project.layout)
         return project.recorded(
             context,
@@ -119,6 +131,7 @@ def _raw_asset(spec: DatasetSpec, description: str, license: str) -> dg.AssetsDe
                     "revision": result.revision or "",
                     "hub_id": spec.source.repo,
                     "license": license,
+                    **({LISTING: seen.digest} if seen else {}),
                     "path": project.layout.relative(result.directory),
                 },
             ),

@@ -1,10 +1,14 @@
 """The schedule that retrains each recipe whose inputs changed since its last checkpoint."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import dagster as dg
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
+RETRAINING_TAG = "mllm_assets/retraining"  # the first recipe of the line
+REASON_TAG = "mllm_assets/reason"
+MAX_REASON_CHARS = 500
 IN_PROGRESS = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
@@ -72,47 +76,75 @@ def _failed_blocking_checks(
     }
 
 
+def retrain_line(
+    repository: dg.RepositoryDefinition, instance: dg.DagsterInstance, first: str, members: Sequence[str]
+) -> dg.RunRequest | str:
+    """Ask for one run of all that is outdated of a line of recipes, or say why there is none."""
+    graph = repository.asset_graph
+    trained = [m for m in members if instance.get_latest_materialization_event(dg.AssetKey([m, "checkpoint"]))]
+    if not trained:
+        return "never trained, so there is nothing to retrain"
+    own = {key for key in graph.toposorted_asset_keys if key.path[0] in trained}
+    keys = dg.AssetSelection.assets(*own).upstream().resolve(graph) & graph.materializable_asset_keys
+    if run_in_progress(instance, keys):
+        return "a run of it is in progress"
+    outdated = find_outdated(repository, instance, keys)
+    if not any(key in own for key in outdated.reasons):
+        return next(iter(outdated.blocked.values()), "nothing changed")
+    why = "; ".join(f"{key.to_user_string()}: {reason}" for key, reason in outdated.reasons.items())
+    return dg.RunRequest(
+        asset_selection=sorted(outdated.reasons), tags={RETRAINING_TAG: first, REASON_TAG: why[:MAX_REASON_CHARS]}
+    )
+
+
+def run_in_progress(instance: dg.DagsterInstance, keys: Collection[dg.AssetKey]) -> bool:
+    """Whether a run that is queued or runs makes one of the assets; one that names none may make any."""
+    runs = instance.get_runs(dg.RunsFilter(statuses=IN_PROGRESS))
+    return any(run.asset_selection is None or run.asset_selection & set(keys) for run in runs)
+
+
 def _tick(lines: Mapping[str, Sequence[str]], context: dg.ScheduleEvaluationContext):
     """Yield one run request for each line of recipes with something outdated, or one skip reason for all."""
-    repository, instance = context.repository_def, context.instance
-    graph = repository.asset_graph
-    running = [run.asset_selection for run in instance.get_runs(dg.RunsFilter(statuses=IN_PROGRESS))]
     skipped = []
     for first, members in lines.items():
-        trained = [m for m in members if instance.get_latest_materialization_event(dg.AssetKey([m, "checkpoint"]))]
-        if not trained:
-            skipped.append(f"{first}: never trained, so there is nothing to retrain")
-            continue
-        own = {key for key in graph.toposorted_asset_keys if key.path[0] in trained}
-        keys = dg.AssetSelection.assets(*own).upstream().resolve(graph) & graph.materializable_asset_keys
-        if any(selection is None or selection & keys for selection in running):
-            skipped.append(f"{first}: a run of it is in progress")
-            continue
-        outdated = find_outdated(repository, instance, keys)
-        if any(key in own for key in outdated.reasons):
-            why = "; ".join(f"{key.to_user_string()}: {reason}" for key, reason in outdated.reasons.items())
-            context.log.info(f"{first} is retrained. {why}")
-            yield dg.RunRequest(asset_selection=sorted(outdated.reasons), tags={"mllm_assets/retraining": first})
+        asked = retrain_line(context.repository_def, context.instance, first, members)
+        if isinstance(asked, str):
+            skipped.append(f"{first}: {asked}")
         else:
-            skipped.append(f"{first}: {next(iter(outdated.blocked.values()), 'nothing changed')}")
+            context.log.info(f"{first} is retrained. {asked.tags[REASON_TAG]}")
+            yield asked
     if len(skipped) == len(lines):
         yield dg.SkipReason("; ".join(skipped) or "there is no recipe")
 
 
-def weekly_retraining(lines: Mapping[str, Sequence[str]], cron_schedule: str, enabled: bool) -> dg.ScheduleDefinition:
+def retraining_job(lines: Mapping[str, Sequence[str]], max_runtime_h: float | None) -> UnresolvedAssetJobDefinition:
+    """The job that whatever retrains launches a part of; a run that takes longer is ended by the daemon."""
+    members = [member for line in lines.values() for member in line]
+    return dg.define_asset_job(
+        "retraining",
+        selection=dg.AssetSelection.key_prefixes(*([member] for member in members)).upstream(),
+        tags=max_runtime_tags(max_runtime_h),
+        description="What `weekly_retraining` and `released_model_regression` launch a part of.",
+    )
+
+
+def max_runtime_tags(hours: float | None) -> dict[str, str]:
+    """Dagster's tag for the longest that a run may take, which its run monitoring enforces."""
+    return {} if hours is None else {"dagster/max_runtime": str(round(hours * 3600))}
+
+
+def weekly_retraining(
+    lines: Mapping[str, Sequence[str]], job: UnresolvedAssetJobDefinition, cron_schedule: str, enabled: bool
+) -> dg.ScheduleDefinition:
     """Build the schedule.
 
     Args:
         lines: First recipe of a line -> the recipes that start from one another, itself included. A line is one run:
             the second trains on what the first has just made.
+        job: What it launches a part of.
         cron_schedule: When, as cron writes it.
         enabled: Whether it runs without being switched on in the UI.
     """
-    members = [member for line in lines.values() for member in line]
-    selection = dg.AssetSelection.key_prefixes(*([member] for member in members)).upstream()
-    job = dg.define_asset_job(
-        "retraining", selection=selection, description="What `weekly_retraining` launches a part of."
-    )
 
     @dg.schedule(
         name="weekly_retraining",

@@ -35,6 +35,32 @@ def paired_gain(differences: np.ndarray) -> dict[str, Any]:
     return result
 
 
+def unpaired_rise(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    """How much the mean rose from one set of samples, N values, to another, M, with the bootstrap's 95 % interval.
+
+    Returns:
+        `mean`, `low`, `high`, and `num_before`, `num_after`; `low` and `high` are None where one set has one sample.
+    """
+    from scipy.stats import bootstrap
+
+    result = {
+        "mean": float(after.mean() - before.mean()), "low": None, "high": None,
+        "num_before": len(before), "num_after": len(after),
+    }  # fmt: skip
+    if min(len(before), len(after)) > 1:
+        interval = bootstrap(
+            (before, after),
+            lambda first, second, axis: second.mean(axis=axis) - first.mean(axis=axis),
+            n_resamples=NUM_RESAMPLES,
+            batch=max(1, 2**22 // max(len(before), len(after))),
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(SEED),
+        ).confidence_interval
+        result |= {"low": float(interval.low), "high": float(interval.high)}
+    return result
+
+
 def gain_text(gain: Mapping[str, Any] | None) -> str:
     """`+0.35 (0.27 to 0.43)`; a corpus metric's gain has a p-value in place of an interval."""
     if gain is None:
