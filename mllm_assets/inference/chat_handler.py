@@ -18,7 +18,8 @@ from transformers.cli.serving.model_manager import ModelManager
 
 from mllm_assets.data.images import open_image
 from mllm_assets.inference.answerer import Answerer
-from mllm_assets.training.encode import control_token_pattern, fit_area
+from mllm_assets.training.encode import control_token_pattern
+from mllm_assets.training.image_files import fit_area
 
 ROLES = ("system", "user", "assistant")
 # with these a client would choose the template, and every option of the generation

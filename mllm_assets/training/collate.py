@@ -12,8 +12,9 @@ from PIL import Image
 from torch.nn import functional
 
 from mllm_assets.errors import DataError
-from mllm_assets.training.encode import IGNORE_INDEX, EncodedRow, image_token_id, load_image
+from mllm_assets.training.encode import IGNORE_INDEX, EncodedRow, image_token_id
 from mllm_assets.training.families import processor_family
+from mllm_assets.training.image_files import load_image
 from mllm_assets.training.image_slots import TileSlots, image_slots
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from mllm_assets.data.sharegpt import Row, load_rows
 from mllm_assets.errors import DataError, RecipeError
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.cutting import smallest_cutoff_len
-from mllm_assets.training.encode import EncodedRow, Encoder, ImageCutError, check_image_headers
+from mllm_assets.training.encode import EncodedRow, Encoder, ImageCutError
 from mllm_assets.training.families import processor_family, require_template
+from mllm_assets.training.image_files import check_image_headers
 from mllm_assets.training.mixing import mixed, split
 from mllm_assets.training.model import load_processor
 from mllm_assets.training.packing import pack

@@ -13,7 +13,8 @@ from mllm_assets.training import caching, freezing, memory
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.describing import trainable_lines
-from mllm_assets.training.encode import EncodedRow, image_token_id, load_image
+from mllm_assets.training.encode import EncodedRow, image_token_id
+from mllm_assets.training.image_files import load_image
 from mllm_assets.training.inputs import make_collator, read_inputs
 from mllm_assets.training.model import load_config, model_on_meta, quiet_libraries
 from mllm_assets.training.recipe import Recipe

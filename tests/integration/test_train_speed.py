@@ -14,7 +14,7 @@ from torch import nn
 
 from mllm_assets.artifacts import sha256_file
 from mllm_assets.data.sharegpt import Row, load_rows
-from mllm_assets.training import encode
+from mllm_assets.training import encode, image_files
 from mllm_assets.training.engine import NUM_RELOAD_ROWS, train_task
 from mllm_assets.training.features import probes
 from mllm_assets.training.model import load_processor
@@ -38,7 +38,7 @@ class Counts:
         self.logit_rows: set[int] = set()
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
-        step, load_image, tokens = FineTuner.training_step, encode.load_image, encode.Encoder._tokens
+        step, load_image, tokens = FineTuner.training_step, image_files.load_image, encode.Encoder._tokens
 
         def counted_step(trainer: FineTuner, *args: Any, **kwargs: Any) -> torch.Tensor:
             hook = nn.modules.module.register_module_forward_pre_hook(self._count)

@@ -13,7 +13,8 @@ from PIL import Image
 from mllm_assets.data.sharegpt import Message, Row, load_rows
 from mllm_assets.errors import DataError
 from mllm_assets.training.collate import Collator
-from mllm_assets.training.encode import IGNORE_INDEX, Encoder, check_image_headers, load_image
+from mllm_assets.training.encode import IGNORE_INDEX, Encoder
+from mllm_assets.training.image_files import check_image_headers, load_image
 from mllm_assets.training.inputs import encode_rows, make_encoder
 from mllm_assets.training.model import batch_loss, load_model, load_processor
 from mllm_assets.training.spec import TrainSpec

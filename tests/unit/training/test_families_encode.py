@@ -12,8 +12,9 @@ from mllm_assets.data.sharegpt import Message, Row
 from mllm_assets.errors import ModelError, RecipeError
 from mllm_assets.training import freezing
 from mllm_assets.training.collate import Collator
-from mllm_assets.training.encode import EncodedRow, Encoder, load_image
+from mllm_assets.training.encode import EncodedRow, Encoder
 from mllm_assets.training.families import FAMILIES, processor_family, require_template
+from mllm_assets.training.image_files import load_image
 from mllm_assets.training.model import batch_loss, load_config, load_model, load_processor, model_on_meta
 from mllm_assets.training.spec import TrainSpec
 from tests import tiny_families
