@@ -141,3 +141,26 @@ def test_the_daemon_retrains_what_changed_ingests_new_files_skips_with_reasons_a
         if path.is_file() and "planted-secret" in path.read_text(errors="ignore")
     ]
     assert written == [], "the webhook's address is a secret"
+
+
+def test_a_scheduled_run_that_takes_too_long_is_ended_and_leaves_no_trainer(project: Project) -> None:
+    settings = yaml.safe_load((project.home / "dagster.yaml").read_text())
+    settings["run_monitoring"]["poll_interval_seconds"] = 1  # in place of two minutes
+    (project.home / "dagster.yaml").write_text(yaml.safe_dump(settings))
+    defs = project.root / project.package / "defs"
+    project.write_recipe("mine", max_steps=1, max_samples=8, eval_dataset=None)
+    project.made('key:"mine/checkpoint"')
+    project.write_recipe("mine", max_steps=9000, max_samples=8, eval_dataset=None)
+    (defs / "executor.py").write_text(IN_PROCESS)
+    schedule = {"enabled": True, "cron_schedule": "* * * * *", "max_runtime_h": 10 / 3600}
+    change_defs(defs / "recipes" / "defs.yaml", weekly_retraining=schedule)
+    daemon = start_daemon(project)
+    with dg.DagsterInstance.from_config(str(project.home)) as instance:
+        seen = Headless(project, instance)
+        run = wait_for(lambda: seen.finished("weekly_retraining"), "the run's end", 240)
+        assert run.status is dg.DagsterRunStatus.FAILURE
+        told = [str(record.dagster_event and record.dagster_event.message) for record in instance.all_logs(run.run_id)]
+        assert any("exceeding maximum runtime of 10 seconds" in text for text in told)
+    daemon.send_signal(signal.SIGINT)
+    daemon.wait(60)
+    wait_for(lambda: not processes_of(project.root), "all processes to end", 30)
