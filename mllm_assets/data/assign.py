@@ -9,7 +9,7 @@ Samples are places in arrays: S samples in the order of the source, rejected one
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,10 +109,10 @@ def assign(
     return Assignments(splits, reasons, positions, all_groups)
 
 
-def _hashes(seed: int, purpose: str, keys: Iterable[bytes]) -> NDArray[np.bytes_]:
+def _hashes(seed: int, purpose: str, keys: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
     """What to sort by: as good as random, the same for a key whatever others there are."""
-    digests = [hashlib.sha256(f"{seed} {purpose} ".encode() + key).digest() for key in keys]
-    return np.array(digests, "S32")
+    prefix = f"{seed} {purpose} ".encode()
+    return np.fromiter((hashlib.sha256(prefix + key).digest() for key in keys), "S32", count=len(keys))
 
 
 def _bridging(

@@ -27,7 +27,7 @@ __all__ = ["QualityStore", "table_for", "utc_now"]
 T = TypeVar("T")
 Params = Sequence[Any] | Mapping[str, Any] | None
 # What does not fit is written to a folder beside the file. One thread: each has row groups of its own in memory.
-CONFIG: dict[str, str | bool | int | float | list[str]] = {"memory_limit": "128MB", "threads": 1}
+CONFIG: dict[str, str | bool | int | float | list[str]] = {"memory_limit": "64MB", "threads": 1}
 ARROW_TYPES = {
     "VARCHAR": pa.string(),
     "VARCHAR[]": pa.list_(pa.string()),

@@ -23,7 +23,9 @@ def test_the_guides_split_warns_trains_and_is_released_only_where_leakage_is_all
 
     project.set_defaults(gates={"min_loss_gain_nats": -100.0, "min_answer_gain": -2.0, "min_image_gain_nats": -100.0})
     project.write_recipe("given", max_steps=1, max_samples=8)
-    project.made(line_of("given", "eval_metrics"))
+    run = project.materialize(line_of("given", "eval_metrics"))
+    output, _ = run.communicate(timeout=200)
+    assert run.returncode == 1 and "given/eval_metrics: no_leakage" in output, output
     run = project.materialize('key:"given/released_model"')
     output, _ = run.communicate(timeout=200)
     assert run.returncode == 1, output
@@ -35,7 +37,7 @@ def test_the_guides_split_warns_trains_and_is_released_only_where_leakage_is_all
         {"recipe": "given", **recipes["attributes"]["defaults"], "allow_leakage": True}
     ]
     (defs / "recipes" / "defs.yaml").write_text(yaml.safe_dump(recipes))
-    project.made('key:"given/released_model"')
+    project.made('key:"given/eval_metrics"+')
     card = (project.layout.releases("given") / "v1" / "README.md").read_text()
     assert "**These figures may say too much:**" in card
     assert project.metadata("given", "released_model")["leaks"]
