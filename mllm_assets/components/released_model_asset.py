@@ -143,6 +143,7 @@ def _dataset(
         "use": use,
         "digest": digest,
         "num_rows": len(load_rows(data_dir, entry)),
+        "source": f"the dataset {raw.path[0]}" if known else None,
         "hub_id": facts.get("hub_id") or None,
         "revision": facts.get("revision") or None,
         "license": facts.get("license") or None,

@@ -120,6 +120,7 @@ def roll_back(layout: Layout, recipe_name: str, version: str | None = None) -> t
         ModelError: There is no such release, or none before the current one.
         IntegrityError: It is damaged. Names the file.
     """
+    find_release(layout, recipe_name, version)  # before the lock makes a folder for a name that is none
     with releases_lock(layout, recipe_name):
         releases = list_releases(layout, recipe_name)
         if version is not None:
@@ -157,6 +158,11 @@ def find_release_damage(directory: Path, *, deep: bool = True) -> str | None:
     manifest = read_manifest(directory)
     if manifest.pop("manifest_digest", None) != digest_json(manifest):
         return f"{MANIFEST} was changed"
+    # a file more, such as an adapter or a chat template, changes what is loaded
+    known = {MANIFEST, *manifest["files"]}
+    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    if added := sorted(name for name in found - known if not Path(name).name.startswith(".")):
+        return f"{added[0]} was added"
     return find_damage(directory, deep=deep)
 
 

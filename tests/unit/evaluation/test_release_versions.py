@@ -189,3 +189,19 @@ def test_a_model_is_not_asked_through_a_release_that_was_changed(two: list[Relea
     for name in ("pets", "pets@v1", "releases/pets/v1", "releases/pets/current"):
         with pytest.raises(IntegrityError, match="is not what was released: config.json does not match its digest"):
             find_named_model(name, layout)
+
+
+def test_a_file_that_was_added_is_named(two: list[Release], tmp_path: Path) -> None:
+    """A PEFT adapter beside the model is loaded with it, and the model answers otherwise."""
+    (two[1].directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(IntegrityError, match="adapter_config.json was added"):
+        require_intact(two[1].directory)
+    with pytest.raises(IntegrityError, match="adapter_config.json was added"):
+        roll_back(Layout(tmp_path), "pets", "v2")
+
+
+@pytest.mark.parametrize("name", ["nope", "../../elsewhere"])
+def test_a_rollback_of_what_does_not_exist_makes_nothing(two: list[Release], tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelError, match="has no release"):
+        roll_back(Layout(tmp_path), name)
+    assert not (Layout(tmp_path).releases(name)).exists()
