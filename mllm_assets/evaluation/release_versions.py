@@ -199,7 +199,8 @@ def seal(directory: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def releases_lock(layout: Layout, recipe_name: str) -> Iterator[None]:
     """Hold off others that release or roll back the same recipe."""
-    path = layout.releases(recipe_name) / ".lock"
+    folder = layout.releases(recipe_name)  # not the lock's: what is refused leaves no folder that looks like a release
+    path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path):
         yield
