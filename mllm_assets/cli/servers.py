@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import os
-from typing import NoReturn
 
 from mllm_assets.cli.options import DEVICES, Verbs, at_least_one, device_from_environment
 from mllm_assets.errors import MachineError
@@ -59,7 +58,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             max_new_tokens=arguments.max_new_tokens,
         )
     except KeyboardInterrupt:
-        _stop_now()
+        print("stopped")
     return 0
 
 
@@ -86,14 +85,8 @@ def _chat(arguments: argparse.Namespace) -> int:
             device=arguments.device,
         )
     except KeyboardInterrupt:
-        _stop_now()
+        print("stopped")
     return 0
-
-
-def _stop_now() -> NoReturn:
-    """End although a thread may still compute an answer: Python would wait for it, or crash under it."""
-    print("stopped", flush=True)
-    os._exit(0)
 
 
 def _api_key() -> str:
