@@ -70,48 +70,50 @@ def write_entry(project: Project, name: str, change: Callable[[list[dict[str, An
     info_path.write_text(json.dumps({**info, name: {**entry, "file_name": f"{name}.json"}}))
 
 
-def test_the_shipped_recipe_passes_every_gate_and_is_released(gated: Project) -> None:
+@pytest.fixture(scope="module")
+def shipped(gated: Project) -> Project:
+    """The same project, in which the shipped recipe was released."""
     shutil.copy(REPOSITORY / "configs" / "emoji_sft.yaml", gated.root / "configs")
     code, output = run(gated, line_of("emoji_sft"))
     assert code == 0, output
-    outcome = judged(gated, "emoji_sft")
+    return gated
+
+
+def test_the_shipped_recipe_passes_every_gate_and_is_released(shipped: Project) -> None:
+    outcome = judged(shipped, "emoji_sft")
     assert all(passed for passed, _ in outcome.values()), outcome
-    release = current_release(gated.layout, "emoji_sft")
+    release = current_release(shipped.layout, "emoji_sft")
     assert release is not None and release.version == "v1"
     require_intact(release.directory)
 
 
-def test_a_dry_push_lists_what_would_go_to_the_hub(gated: Project) -> None:
-    if not list_releases(gated.layout, "emoji_sft"):
-        pytest.skip("needs the release of the test above")
-    path = gated.root / gated.package / "defs" / "recipes" / "defs.yaml"
+def test_a_dry_push_lists_what_would_go_to_the_hub(shipped: Project) -> None:
+    path = shipped.root / shipped.package / "defs" / "recipes" / "defs.yaml"
     component = yaml.safe_load(path.read_text())
     component["attributes"]["settings"] = [{"recipe": "emoji_sft", "push_to_hub": {"repo_id": "me/emoji"}}]
     path.write_text(yaml.safe_dump(component))
-    code, output = run(gated, 'key:"emoji_sft/hub_model"')
+    code, output = run(shipped, 'key:"emoji_sft/hub_model"')
     assert code == 0 and "Dry run: nothing was sent. push_to_hub.dry_run: false pushes to me/emoji." in output
-    facts = gated.metadata("emoji_sft", "hub_model")
+    facts = shipped.metadata("emoji_sft", "hub_model")
     assert facts["dry_run"] and facts["private"] and (facts["repo_id"], facts["version"]) == ("me/emoji", "v1")
     names = {record.data["file"] for record in facts["files"].records}
     assert {"README.md", "config.json", "model.safetensors"} <= names and "predictions.parquet" not in names
 
 
-def test_a_corrupted_checkpoint_fails_its_reload_and_is_not_released(gated: Project) -> None:
+def test_a_corrupted_checkpoint_fails_its_reload_and_is_not_released(shipped: Project) -> None:
     """It was finished once, so nothing trains again; its files are looked at all the same."""
-    weights = gated.layout.outputs / "emoji_sft" / "latest" / "model" / "model.safetensors"
-    if not weights.is_file():
-        pytest.skip("needs the model of the test above")
+    weights = shipped.layout.outputs / "emoji_sft" / "latest" / "model" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.unlink()  # the release shares its blocks
     weights.write_bytes(data)
-    code, output = run(gated, 'key:"emoji_sft/checkpoint"')
+    code, output = run(shipped, 'key:"emoji_sft/checkpoint"')
     assert code == 1, output
-    passed, reason = judged(gated, "emoji_sft")["checkpoint_reloads_strictly"]
+    passed, reason = judged(shipped, "emoji_sft")["checkpoint_reloads_strictly"]
     assert not passed and reason.startswith("model/model.safetensors does not match its digest: the checkpoint was")
-    code, output = run(gated, 'key:"emoji_sft/released_model"')
+    code, output = run(shipped, 'key:"emoji_sft/released_model"')
     assert code == 1 and "checkpoint_reloads_strictly: model/model.safetensors does not match its digest" in output
-    [release] = list_releases(gated.layout, "emoji_sft")
+    [release] = list_releases(shipped.layout, "emoji_sft")
     require_intact(release.directory)
 
 
