@@ -155,7 +155,7 @@ def _in_order(fetch: Callable[[tuple[int, int]], bytes], ranges: Sequence[tuple[
             pending.append(pool.submit(fetch, span))
         while pending:
             yield pending.popleft().result()
-    except Exception:
+    except Exception:  # of any request: the others must not write on when the caller hears of it
         pool.shutdown(wait=True, cancel_futures=True)
         raise
     finally:  # who cancels does not wait for the requests under way

@@ -83,7 +83,7 @@ def main() -> None:
     request_path, result_path = (Path(argument) for argument in sys.argv[1:3])
     try:
         code = run(json.loads(request_path.read_text(encoding="utf-8")), result_path)
-    except BaseException:
+    except BaseException:  # Ctrl-C and sys.exit within the libraries too: the launcher must hear of them
         if not result_path.exists():  # what a person can mend in one rank counts for more than the others' fall
             write_json_atomic(result_path, {"traceback": traceback.format_exc()})
         raise

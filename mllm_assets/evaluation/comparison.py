@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mllm_assets.artifacts import read_manifest, write_text_atomic
 from mllm_assets.errors import IntegrityError
-from mllm_assets.evaluation.gallery import HTML_THUMBNAIL_PX, MAX_HTML_SAMPLES, thumbnail
+from mllm_assets.evaluation.gallery import HTML_THUMBNAIL_PX, MAX_HTML_SAMPLES, evenly_spaced, thumbnail
 from mllm_assets.evaluation.intervals import gain_text
 from mllm_assets.evaluation.metrics import gains_over_release, read_metrics
 from mllm_assets.evaluation.over_steps import find_run
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
+from mllm_assets.pages import page_template
 
 SHOWN_FIRST = ("loss", "loss_shuffled", "perplexity", "label_accuracy")
 
@@ -45,16 +45,7 @@ def compare(layout: Layout, names: Sequence[str], output: Path) -> Path:
             "same entries."
         )
     samples = _samples(first, second, set(gains))
-    shown = [samples[index * len(samples) // MAX_HTML_SAMPLES] for index in range(MAX_HTML_SAMPLES)]
-    shown = samples if len(samples) <= MAX_HTML_SAMPLES else shown
-    environment = Environment(
-        loader=PackageLoader("mllm_assets.evaluation"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("comparison.html.jinja").render(
+    page = page_template("mllm_assets.evaluation", "comparison.html.jinja").render(
         titles=[run["title"] for run in runs],
         facts=[_facts(layout, run) for run in runs],
         curves=_curves(runs),
@@ -62,7 +53,7 @@ def compare(layout: Layout, names: Sequence[str], output: Path) -> Path:
         num_samples=len(samples),
         samples=[
             {**sample, "thumbnails": [thumbnail(layout.data / path, HTML_THUMBNAIL_PX) for path in sample["images"]]}
-            for sample in shown
+            for sample in evenly_spaced(samples, MAX_HTML_SAMPLES)
         ],
     )
     write_text_atomic(output, page)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageOps
 
 from mllm_assets.artifacts import write_text_atomic
 from mllm_assets.evaluation.scores import find_label
+from mllm_assets.pages import page_template
 
 MAX_HTML_SAMPLES = 500  # about 5 KB each
 MAX_MARKDOWN_SAMPLES = 12
@@ -78,16 +78,9 @@ def _change(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 def render_html(samples: Sequence[Mapping[str, Any]], *, data_dir: Path, title: str) -> str:
     """One self-contained page; of more than `MAX_HTML_SAMPLES` samples, evenly spaced ones."""
-    shown = _evenly_spaced(samples, MAX_HTML_SAMPLES)
+    shown = evenly_spaced(samples, MAX_HTML_SAMPLES)
     has_gain = any(_gain(sample) is not None for sample in samples)
-    environment = Environment(
-        loader=PackageLoader("mllm_assets.evaluation"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("gallery.html.jinja").render(
+    return page_template("mllm_assets.evaluation", "gallery.html.jinja").render(
         title=title,
         summary=_summary(samples),
         num_samples=len(samples),
@@ -172,14 +165,15 @@ def _telling(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[st
         orders |= {"gained most": by_gain[::-1], "gained least": by_gain}
     picked: dict[tuple[str, int], tuple[str, Mapping[str, Any]]] = {}
     each = MAX_MARKDOWN_SAMPLES // (len(orders) + 1)
-    for why, ordered in (*orders.items(), ("", _evenly_spaced(samples, MAX_MARKDOWN_SAMPLES))):
+    for why, ordered in (*orders.items(), ("", evenly_spaced(samples, MAX_MARKDOWN_SAMPLES))):
         most = each if why else MAX_MARKDOWN_SAMPLES - len(picked)
         fresh = [sample for sample in ordered if (sample["entry"], sample["row_index"]) not in picked]
         picked |= {(sample["entry"], sample["row_index"]): (why, sample) for sample in fresh[:most]}
     return list(picked.values())
 
 
-def _evenly_spaced(samples: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+def evenly_spaced(samples: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """At most so many of them, first and last parts of their order alike."""
     if len(samples) <= most:
         return list(samples)
     return [samples[index * len(samples) // most] for index in range(most)]

@@ -90,7 +90,7 @@ def migrate(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
             connection.execute(f'CREATE OR REPLACE VIEW "{name}" AS {sql}')
         connection.execute("INSERT INTO schema_version VALUES (?, ?)", [SCHEMA_VERSION, utc_now()])
         connection.commit()
-    except BaseException:
+    except BaseException:  # Ctrl-C too: half a migration must not stay open on the connection
         connection.rollback()
         raise
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mllm_assets.artifacts import read_manifest, write_text_atomic
 from mllm_assets.data.raw_files import find_images
+from mllm_assets.pages import page_template
 from mllm_assets.quality.charts import Histogram, histograms_png, markdown_cell, png_uri, thumbnail
 from mllm_assets.quality.record import define_rows
 from mllm_assets.quality.store import CONFIG
@@ -144,15 +144,8 @@ def _charts(connection: duckdb.DuckDBPyConnection) -> list[Histogram]:
 
 
 def _render_html(facts: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=PackageLoader("mllm_assets.quality"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pictures = {key: thumbnail(data, HTML_THUMBNAIL_PX) for key, data in facts["images"].items()}
-    return environment.get_template("report.html.jinja").render(**{**facts, "images": pictures})
+    return page_template("mllm_assets.quality", "report.html.jinja").render(**{**facts, "images": pictures})
 
 
 def _render_markdown(facts: Mapping[str, Any]) -> str:
