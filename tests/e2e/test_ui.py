@@ -1,23 +1,17 @@
 """The journeys that matter, in a real browser against a real `dagster dev`."""
 
-import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from tests.integration.conftest import copied_project, emoji_ready, line_of, wait_for
 from tests.integration.dagster_dev import Server, loaded_location, serve
 
 __all__ = ["emoji_ready"]  # a fixture
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or "chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +26,6 @@ def server(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield server
         server.process.send_signal(signal.SIGINT)
         server.process.communicate(timeout=60)
-
-
-@pytest.fixture
-def page(tmp_path: Path) -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1500, "height": 1000})
-        page.set_default_timeout(30_000)
-        expect.set_options(timeout=30_000)
-        yield page
-        if folder := os.environ.get("SCREENSHOTS"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            page.screenshot(path=str(Path(folder) / f"{tmp_path.name}.png"))
-        browser.close()
 
 
 def test_the_graph_renders_with_its_groups(server: Server, page: Page) -> None:
