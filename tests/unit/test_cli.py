@@ -1,11 +1,13 @@
 """The command line, before it starts any work."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from mllm_assets.cli import _parser, main
+from mllm_assets.cli import EXIT_READER_GONE, _parser, main, parse
 
 
 def test_the_device_of_the_environment_counts_unless_an_option_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +33,38 @@ def test_help_loads_neither_torch_nor_dagster() -> None:
     code = "import sys; from mllm_assets.cli import _parser; _parser().format_help(); "
     code += f"print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train r.yaml max_steps=3 seed=1 --num-processes 2 --force",
+        "train r.yaml --num-processes 2 max_steps=3 seed=1 --force",
+        "train r.yaml max_steps=3 --num-processes 2 --force seed=1",
+        "train --num-processes 2 r.yaml --force max_steps=3 seed=1",
+    ],
+)
+def test_overrides_stand_before_between_and_behind_the_options(line: str) -> None:
+    """`train x.yaml --num-processes 2 key=value` ended in "unrecognized arguments"."""
+    arguments = parse(line.split())
+    assert arguments.overrides == ["max_steps=3", "seed=1"]
+    assert (arguments.num_processes, arguments.force) == (2, True)
+
+
+@pytest.mark.parametrize("line", ["train r.yaml --num-processes 2 --seed=1", "summary emoji_sft extra=1"])
+def test_an_option_that_does_not_exist_is_no_override(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(line.split())
+    assert f"unrecognized arguments: {line.split()[-1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("line", "unbuffered"), [("--help", ""), ("releases list", ""), ("releases list", "1")])
+def test_a_command_ends_quietly_when_its_reader_goes_away(line: str, unbuffered: str, tmp_path: Path) -> None:
+    """`mllm-assets inspect RECIPE | head` ended in the traceback of a BrokenPipeError."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "mllm_assets.cli", *line.split()]
+    env = {**os.environ, "MLLM_ASSETS_ROOT": str(tmp_path), "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (EXIT_READER_GONE, "")
