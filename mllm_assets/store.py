@@ -1,0 +1,204 @@
+"""The artefact store: a bucket or folder that mirrors artefacts, so that another machine can go on from them.
+
+    <store>/objects/<two digits>/<sha256>       content, once, whatever names it
+    <store>/artifacts/<path below the root>.json    the files of an artefact with their digests, written last
+    <store>/pointers/<name>.json                what changes: which release is current, which run is the latest
+
+An artefact's path names it by digest (`outputs/mine/<fingerprint>`) or by version (`releases/mine/v1`), and never
+changes. Its manifest goes up after its objects, so a half upload is seen by nobody; the next one sends what is missing.
+What comes down is compared with its digest and renamed into place.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mllm_assets.artifacts import MANIFEST, is_complete, read_manifest, sha256_file, staged_directory
+from mllm_assets.errors import IntegrityError, SourceError
+from mllm_assets.store_errors import NotThere, connect, explained
+
+NUM_TRANSFERS = 8  # at the same time
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What one push had to upload; the rest was there."""
+
+    num_objects: int = 0
+    num_bytes: int = 0
+
+
+class Store:
+    """One store, as seen from one project's root."""
+
+    def __init__(self, url: str, root: Path) -> None:
+        self.url = url.rstrip("/")
+        self.root = root
+
+    @cached_property
+    def _connection(self) -> tuple[Any, str]:
+        return connect(self.url)
+
+    def push(self, directory: Path) -> Sent:
+        """Mirror a complete artefact: what its manifest names, and the manifest.
+
+        Raises:
+            IntegrityError: A file is not what the manifest says, or the store holds another artefact of this name.
+            SourceError: The store cannot be reached, or refuses. What was sent stays, and is not sent again.
+        """
+        name = self._name(directory)
+        files = {**read_manifest(directory)["files"], MANIFEST: _describe(directory / MANIFEST)}
+        is_read_only = not (directory / MANIFEST).stat().st_mode & 0o200
+        wanted = {"files": files, "read_only": is_read_only}
+        there = self._read_json(f"artifacts/{name}.json")
+        if there is not None:
+            if there["files"] != files:
+                raise IntegrityError(
+                    f"{self.url} holds another {name} than this machine, made elsewhere, and an artefact never "
+                    f"changes. Move {directory} away and materialise its asset again: what is in the store is used."
+                )
+            return Sent()
+        sent = self.push_files({entry["sha256"]: directory / file for file, entry in files.items()})
+        self._write_json(f"artifacts/{name}.json", wanted)
+        return sent
+
+    def push_files(self, paths: Mapping[str, Path]) -> Sent:
+        """Upload files by their sha256; those that are there are not sent again. Raises as `push`."""
+        there = self._sizes(paths)
+        missing = {digest: path for digest, path in paths.items() if there.get(digest) != path.stat().st_size}
+
+        def send(item: tuple[str, Path]) -> int:
+            digest, path = item
+            if sha256_file(path) != digest:
+                raise IntegrityError(f"{path} does not match its digest, so it is not mirrored. Make it again.")
+            self._ask(lambda fs, base: fs.put_file(str(path), f"{base}/{_object(digest)}"))
+            return path.stat().st_size
+
+        return Sent(len(missing), sum(_all(send, missing.items())))
+
+    def fetch(self, directory: Path) -> bool:
+        """Bring an artefact to where it lies below the root; a complete one is left alone.
+
+        Returns:
+            Whether it is there now; False where the store has none of this name.
+
+        Raises:
+            IntegrityError: What came does not match its digest.
+            SourceError: The store cannot be reached, or refuses.
+        """
+        if is_complete(directory):
+            return True
+        manifest = self._read_json(f"artifacts/{self._name(directory)}.json")
+        if manifest is None:
+            return False
+        with staged_directory(directory) as staging:
+            self.fetch_files({staging / name: entry["sha256"] for name, entry in manifest["files"].items()})
+            if manifest["read_only"]:
+                for path in staging.rglob("*"):
+                    if path.is_file():
+                        path.chmod(path.stat().st_mode & ~0o222)
+        return True
+
+    def fetch_files(self, digests: Mapping[Path, str]) -> None:
+        """Download files by their sha256; each appears only when it is whole. Raises as `fetch`."""
+
+        def bring(item: tuple[Path, str]) -> None:
+            path, digest = item
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{digest[:8]}.tmp")
+            try:
+                self._ask(lambda fs, base: fs.get_file(f"{base}/{_object(digest)}", str(temporary)), what=path.name)
+                if sha256_file(temporary) != digest:
+                    raise IntegrityError(
+                        f"{path.name} came from {self.url} with other bytes than were sent: {_object(digest)} is "
+                        "damaged. Delete that object, and materialise the asset again on the machine that made it."
+                    )
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+        _all(bring, digests.items())
+
+    def names(self, folder: str) -> list[str]:
+        """The artefacts right below a folder, by their paths below the root."""
+        try:
+            found = self._ask(lambda fs, base: fs.ls(f"{base}/artifacts/{folder}", detail=False))
+        except NotThere:
+            return []
+        stems = sorted(path.rsplit("/", 1)[-1] for path in found)
+        return [f"{folder}/{stem.removesuffix('.json')}" for stem in stems if stem.endswith(".json")]
+
+    def point(self, name: str, value: Mapping[str, Any]) -> None:
+        """Let a pointer say something else; of two that write at once the last wins."""
+        self._write_json(f"pointers/{name}.json", dict(value))
+
+    def pointer(self, name: str) -> dict[str, Any] | None:
+        """What a pointer says, or None."""
+        return self._read_json(f"pointers/{name}.json")
+
+    def _name(self, directory: Path) -> str:
+        if not directory.is_relative_to(self.root):
+            raise SourceError(
+                f"{directory} lies outside of {self.root}, so no other machine would find it in the store. "
+                "Set a relative output_dir in the recipe."
+            )
+        return directory.relative_to(self.root).as_posix()
+
+    def _sizes(self, digests: Iterable[str]) -> dict[str, int]:
+        """Sizes of the objects that share their first digits with one of these."""
+
+        def sizes(prefix: str) -> list[tuple[str, int]]:
+            try:
+                found = self._ask(lambda fs, base: fs.ls(f"{base}/objects/{prefix}", detail=True))
+            except NotThere:
+                return []
+            return [(entry["name"].rsplit("/", 1)[-1], entry["size"]) for entry in found]
+
+        return dict(size for part in _all(sizes, sorted({digest[:2] for digest in digests})) for size in part)
+
+    def _read_json(self, path: str) -> Any:
+        try:
+            text = self._ask(lambda fs, base: fs.cat_file(f"{base}/{path}"))
+        except NotThere:
+            return None
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise IntegrityError(
+                f"{self.url}/{path} is not JSON. Delete it, and materialise its asset again where it was made."
+            ) from None
+
+    def _write_json(self, path: str, value: Any) -> None:
+        text = json.dumps(value, indent=1, sort_keys=True).encode()
+
+        def write(fs: Any, base: str) -> None:
+            with fs.transaction, fs.open(f"{base}/{path}", "wb") as file:  # a folder's file is renamed into place
+                file.write(text)
+
+        self._ask(write)
+
+    def _ask(self, action: Callable[[Any, str], Any], *, what: str = "") -> Any:
+        return explained(self.url, lambda: action(*self._connection), what=what)
+
+
+def _object(digest: str) -> str:
+    return f"objects/{digest[:2]}/{digest}"
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _all(action: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """Run an action on each item, several at a time; the first error is raised, and nothing more is begun."""
+    with ThreadPoolExecutor(NUM_TRANSFERS) as threads:
+        futures = [threads.submit(action, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
