@@ -6,7 +6,8 @@ import os
 
 from mllm_assets.cli.options import DEVICES, Verbs, at_least_one, device_from_environment
 from mllm_assets.errors import MachineError
-from mllm_assets.inference import HOW_TO_NAME, LOOPBACK
+from mllm_assets.inference import HOW_TO_NAME
+from mllm_assets.inference.addresses import is_loopback
 from mllm_assets.layout import Layout
 
 KEY_VARIABLE = "MLLM_ASSETS_API_KEY"
@@ -37,8 +38,12 @@ def add_commands(verbs: Verbs) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from mllm_assets.inference.naming import find_named_model
 
-    api_key = None if arguments.no_auth else _api_key()
-    if arguments.no_auth and arguments.host not in LOOPBACK:
+    api_key = (
+        None
+        if arguments.no_auth
+        else _api_key("give --no-auth for a server that only this machine's programs can reach")
+    )
+    if arguments.no_auth and not is_loopback(arguments.host):
         raise MachineError(
             f"--no-auth on {arguments.host} would let everyone in the network use the model. Set {KEY_VARIABLE}, or "
             "leave --host out."
@@ -65,7 +70,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     from mllm_assets.inference.naming import find_named_model
 
-    password = None if arguments.host in LOOPBACK else _api_key()
+    password = None if is_loopback(arguments.host) else _api_key("leave --host out: then only this machine asks")
     _require("pip install --no-deps -r requirements-ui.txt", "gradio")
     if len(arguments.models) > 2:
         raise MachineError(f"{len(arguments.models)} models do not fit side by side. Name one or two.")
@@ -89,8 +94,8 @@ def _chat(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _api_key() -> str:
-    """The key that requests must bring, from the environment.
+def _api_key(otherwise: str) -> str:
+    """The key that requests must bring, from the environment. `otherwise` is what else a person can do.
 
     Raises:
         MachineError: There is none, or one that can be guessed.
@@ -99,8 +104,7 @@ def _api_key() -> str:
     if len(key) < MIN_KEY_LENGTH or not key.isascii() or any(character.isspace() for character in key):
         state = "is not set" if not key else f"must be at least {MIN_KEY_LENGTH} ASCII characters without spaces"
         raise MachineError(
-            f"{KEY_VARIABLE} {state}. Make a key with: export {KEY_VARIABLE}=$(openssl rand -hex 24); or give "
-            "--no-auth for a server that only this machine's programs can reach."
+            f"{KEY_VARIABLE} {state}. Make a key with: export {KEY_VARIABLE}=$(openssl rand -hex 24); or {otherwise}."
         )
     return key
 

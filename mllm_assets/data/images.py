@@ -3,9 +3,13 @@
 import hashlib
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from mllm_assets.data.spec import MAX_IMAGE_BYTES, MAX_PIXELS
+from mllm_assets.errors import DataError
 
 # Pillow also opens formats that run other programs (EPS calls ghostscript); a dataset gets none of those. JPEG covers
 # the multi-picture files of phones, which then call themselves MPO.
@@ -15,6 +19,7 @@ EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 PLAIN_MODES = ("RGB", "L")
 # no image file is larger, whatever a dataset's own `max_image_bytes` is: it would not fit into a column of Arrow
 MAX_SOURCE_BYTES = 2**30
+_AT_MOST = f"at most {MAX_PIXELS:,} are decoded. Shrink it."
 # an EXIF chunk, the texts in which ImageMagick and XMP writers keep an orientation
 _PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
@@ -35,6 +40,33 @@ def open_image(data: bytes) -> Image.Image:
         # the caller compares the size with the dataset's own limit
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(data), formats=SAFE_FORMATS)
+
+
+def require_decodable(file: bytes | Path, name: str) -> None:
+    """Refuse an image that is too large before anything of it is decoded.
+
+    Args:
+        file: Its bytes, or where it is.
+        name: What the error calls it.
+
+    Raises:
+        DataError: It has more than `MAX_IMAGE_BYTES` or `MAX_PIXELS`.
+        OSError: Not an image.
+    """
+    num_bytes = len(file) if isinstance(file, bytes) else file.stat().st_size
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise DataError(
+            f"{name} has {num_bytes / 2**20:.1f} MiB, at most {MAX_IMAGE_BYTES // 2**20} are read. Shrink it."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with open_image(file) if isinstance(file, bytes) else Image.open(file) as image:
+                width_px, height_px = image.size
+    except Image.DecompressionBombError:
+        raise DataError(f"{name} has more than {2 * MAX_PIXELS:,} pixels, {_AT_MOST}") from None
+    if width_px * height_px > MAX_PIXELS:
+        raise DataError(f"{name} has {width_px} x {height_px} pixels, {_AT_MOST}")
 
 
 def orientation(image: Image.Image, data: bytes | None = None) -> int:

@@ -11,6 +11,9 @@ from mllm_assets.errors import RecipeError
 SOURCE_KINDS = ("huggingface", "parquet", "arrow", "image_folder", "webdataset", "llamafactory")
 STRATEGIES = ("grouped", "guide")
 OUTPUT_FORMATS = ("json", "jsonl", "parquet")
+# larger images are not decoded, neither of a dataset (unless its YAML says otherwise) nor of a question to a model
+MAX_IMAGE_BYTES = 50 * 2**20
+MAX_PIXELS = 89_478_485  # Pillow's own decompression-bomb limit (Image.MAX_IMAGE_PIXELS)
 AUGMENTATIONS = ("flip", "crop", "color")
 FLAGS = (
     "image_dark",
@@ -139,8 +142,8 @@ class QualitySpec:
     """
 
     min_edge_px: int = 16  # below SigLIP's patch of 14 px there is nothing to see
-    max_pixels: int = 89_478_485  # Pillow's own decompression-bomb limit (Image.MAX_IMAGE_PIXELS)
-    max_image_bytes: int = 50 * 2**20
+    max_pixels: int = MAX_PIXELS
+    max_image_bytes: int = MAX_IMAGE_BYTES
     max_frames: int = 1000  # of an animation, of which the first is used; counting them walks the whole file
     max_decode_s: float = 10.0  # CPU time for one image; 89 million pixels of PNG take about 2 s
     max_caption_chars: int = 8192  # the default cutoff_len of 2048 tokens at about 4 characters a token

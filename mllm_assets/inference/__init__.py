@@ -4,4 +4,3 @@ HOW_TO_NAME = (
     "a model or run directory, checkpoint-<step> of a run, a release (emoji_sft@v1), a recipe (emoji_sft: its newest "
     "release, else its latest run) or pretrained/<model>"
 )
-LOOPBACK = ("127.0.0.1", "localhost", "::1")

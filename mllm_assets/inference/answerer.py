@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T tokens, S supervised positions over all rows, V vocabulary.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers.generation.streamers import BaseStreamer
 
-from mllm_assets.errors import MllmAssetsError
+from mllm_assets.errors import DataError, MllmAssetsError
 from mllm_assets.inference.naming import is_checkpoint
 from mllm_assets.training.checkpoint_model import load_checkpoint, read_beginning
 from mllm_assets.training.collate import Collator, ImageFeatures
@@ -104,6 +105,23 @@ class Answerer:
         self.collator = Collator(processor, **limits)
         self._asked = Collator(processor, padding_side="left", select_logits=False, pad_to_multiple_of=1, **limits)
         self.stop_ids = self._find_stop_ids()
+        # text models that count on no length, such as those without attention, do not have it
+        self.context_len: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def room_for_answer(self, num_prompt_tokens: int) -> int:
+        """Return how many tokens an answer may have, so that it and the prompt are within the model's context.
+
+        Raises:
+            DataError: None. Says how long the prompt is and how long it may be.
+        """
+        if self.context_len is None:
+            return sys.maxsize
+        if num_prompt_tokens >= self.context_len:
+            raise DataError(
+                f"The prompt has {num_prompt_tokens:,} tokens, its images included, and the model's context holds "
+                f"{self.context_len:,} with the answer. Shorten the prompt, or give fewer images."
+            )
+        return self.context_len - num_prompt_tokens
 
     @torch.inference_mode()
     def losses(self, rows: Sequence[EncodedRow]) -> list[tuple[float, int]]:

@@ -1,29 +1,22 @@
-"""transformers' own chat completions for one loaded model: what of a request is passed on, and what is refused.
+"""transformers' own chat completions for one loaded model, in the turn format that it was trained in."""
 
-A request brings its images itself, as `data:` URLs. Nothing in it makes the server open a file, fetch an address, load
-another model or render a template of the client's.
-"""
-
-import base64
-import binascii
-from collections.abc import Mapping
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
-from fastapi import HTTPException
+from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
-from PIL import Image
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerateManager, GenerationState
 
-from mllm_assets.data.images import open_image
+from mllm_assets.errors import DataError
 from mllm_assets.inference.answerer import Answerer
+from mllm_assets.inference.chat_request import RequestError, checked, parts_of, picture
+from mllm_assets.inference.stop_texts import StoppingQueue, before_stop
 from mllm_assets.training.encode import control_token_pattern
-from mllm_assets.training.image_files import fit_area
-
-ROLES = ("system", "user", "assistant")
-# with these a client would choose the template, and every option of the generation
-REFUSED_FIELDS = ("chat_template_kwargs", "generation_config", "tools")
 
 
 class OneModel(ModelManager):
@@ -43,6 +36,47 @@ class OneModel(ModelManager):
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return [{"id": self.force_model, "object": "model", "owned_by": "mllm-assets", "created": 0}]
+
+
+class OneThread(GenerationState):
+    """Hands out the one manager that knows where the model's context ends."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        super().__init__()
+        self._manager = AnswerManager(answerer)
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
+        return self._manager
+
+
+class AnswerManager(GenerateManager):
+    """transformers' own generation, within the model's context and up to the request's stop texts.
+
+    transformers passes the processor on where its search for stop texts needs the tokenizer.
+    """
+
+    def __init__(self, answerer: Answerer) -> None:
+        super().__init__()
+        self._answerer = answerer
+
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> Any:
+        self._fit(inputs, gen_config)
+        tokenizer = self._answerer.tokenizer
+        queue, streamer = super().generate_streaming(model, tokenizer, inputs, gen_config, *args, **kwargs)
+        return StoppingQueue(queue, gen_config.stop_strings or ()), streamer
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> Any:
+        self._fit(inputs, gen_config)
+        tokenizer = self._answerer.tokenizer
+        return await super().generate_non_streaming(model, tokenizer, inputs, gen_config, *args, **kwargs)
+
+    def _fit(self, inputs: Any, config: GenerationConfig) -> None:
+        room = self._answerer.room_for_answer(inputs["input_ids"].shape[-1])
+        config.max_new_tokens = min(config.max_new_tokens or room, room)
 
 
 class ChatHandler(ChatCompletionHandler):
@@ -67,31 +101,30 @@ class ChatHandler(ChatCompletionHandler):
     ) -> None:
         super().__init__(manager, generation_state)
         self._stop_ids = answerer.stop_ids
+        self._vocab_size = len(answerer.tokenizer)
         self._control_token = control_token_pattern(answerer.tokenizer)
         self._max_new_tokens = max_new_tokens
         self._image_limits = image_limits
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        asked = checked(body, vocab_size=self._vocab_size)
         try:
-            return await super().handle_request(body, request_id)
+            response = await super().handle_request(asked, request_id)
         except TemplateError as error:  # such as roles that do not alternate
-            raise HTTPException(400, f"The messages do not fit the model's turn format: {error}.") from None
-
-    def _validate_request(self, body: dict[str, Any]) -> None:
-        for field in REFUSED_FIELDS:
-            if body.get(field) is not None:
-                raise HTTPException(400, f"{field} is not supported by this server. Leave it out.")
-        super()._validate_request(body)
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise HTTPException(400, "messages must be a list of at least one message.")
+            raise RequestError("messages", f"The messages do not fit the model's turn format: {error}.") from None
+        except DataError as error:
+            raise RequestError("messages", str(error)) from None
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = _with_end(response.body_iterator)  # pyright: ignore[reportArgumentType]
+            return response
+        return _stopped(response, asked["stop"]) if "stop" in asked else response
 
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
     ) -> GenerationConfig:
         config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
         asked_for = body.get("max_completion_tokens") or body.get("max_tokens") or self._max_new_tokens
-        config.max_new_tokens = min(int(asked_for), self._max_new_tokens)
+        config.max_new_tokens = min(asked_for, self._max_new_tokens)
         if body.get("temperature"):
             config.do_sample = True
         elif not config.do_sample:
@@ -103,48 +136,38 @@ class ChatHandler(ChatCompletionHandler):
         """Return messages as processors take them, with images as pictures.
 
         Raises:
-            HTTPException: 400: a message cannot be used. Says which and why.
+            RequestError: A message cannot be used. Says which and why.
         """
-        return [self._message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-    def _message(self, message: Any, where: str) -> dict[str, Any]:
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            raise HTTPException(400, f"{where}: role must be one of {', '.join(ROLES)}.")
-        content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or not parts:
-            raise HTTPException(400, f"{where}: content must be a text or a list of parts.")
-        return {"role": message["role"], "content": [self._part(part, where) for part in parts]}
+        result = []
+        for index, message in enumerate(messages):
+            where = f"messages[{index}]"
+            parts = [self._part(part, where) for part in parts_of(message, where)]
+            result.append({"role": message["role"], "content": parts})
+        return result
 
     def _part(self, part: Any, where: str) -> dict[str, Any]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             if self._control_token is not None and (found := self._control_token.search(part["text"])):
-                raise HTTPException(400, f"{where}: the text holds {found.group()!r}, which steers the model.")
+                raise RequestError(where, f"{where}: the text holds {found.group()!r}, which steers the model.")
             return {"type": "text", "text": part["text"]}
         if kind == "image_url":
             address = part.get("image_url")
             url = address.get("url") if isinstance(address, Mapping) else address
             return {"type": "image", "image": picture(url, where, **self._image_limits)}
-        raise HTTPException(400, f"{where}: parts must be of type text or image_url, got {str(kind)[:40]!r}.")
+        raise RequestError(where, f"{where}: parts must be of type text or image_url, got {str(kind)[:40]!r}.")
 
 
-def picture(url: Any, where: str, **image_limits: int) -> Image.Image:
-    """Decode a `data:` URL into an RGB image of an area within the limits, as in training.
+async def _with_end(parts: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The end of a stream that OpenAI's own servers send, and some clients wait for."""
+    async with aclosing(parts) as open_parts:  # pyright: ignore[reportArgumentType]
+        async for part in open_parts:
+            yield part
+    yield "data: [DONE]\n\n"
 
-    Raises:
-        HTTPException: 400: it is another kind of URL, or no image.
-    """
-    header, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
-    if not header.startswith("data:image/") or not header.endswith(";base64") or not comma:
-        raise HTTPException(
-            400,
-            f"{where}: image_url must be a data: URL (data:image/png;base64,...). This server fetches no address and "
-            "opens no file.",
-        )
-    try:
-        opened = open_image(base64.b64decode(data, validate=True))
-        opened.load()
-    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise HTTPException(400, f"{where}: the image cannot be read ({type(error).__name__}).") from None
-    return fit_area(opened, **image_limits)
+
+def _stopped(response: JSONResponse, stops: Sequence[str]) -> JSONResponse:
+    completion = json.loads(bytes(response.body))
+    for choice in completion["choices"]:
+        choice["message"]["content"] = before_stop(choice["message"].get("content") or "", stops)
+    return JSONResponse(completion)

@@ -1,22 +1,23 @@
 """An OpenAI-compatible server for one model: transformers' own, behind a check of the key."""
 
 import hmac
-import socket
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException  # FastAPI's own is one
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import AutoProcessor
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerationState
 
-from mllm_assets.errors import MachineError, ModelError
-from mllm_assets.inference import LOOPBACK
+from mllm_assets.errors import ModelError
+from mllm_assets.inference.addresses import is_loopback, listen, names_of, url
 from mllm_assets.inference.answerer import Answerer
-from mllm_assets.inference.chat_handler import ChatHandler, OneModel
+from mllm_assets.inference.chat_handler import ChatHandler, OneModel, OneThread
+from mllm_assets.inference.chat_request import RequestError
 from mllm_assets.inference.generate import open_model
 from mllm_assets.inference.naming import NamedModel
 from mllm_assets.inference.turn_format import require_same_format
@@ -43,16 +44,19 @@ def serve(
         ModelError: The model cannot be loaded, or its chat template is another than what it was trained in.
         MachineError: The port is taken, or the device is not there.
     """
-    listening = _listen(host, port)  # before the model: it takes long to load
+    listening = listen(host, port)  # before the model: it takes long to load
     with listening:
-        app = build_app(model, open_model(model, device=device), api_key=api_key, max_new_tokens=max_new_tokens)
-        address = f"http://{host}:{listening.getsockname()[1]}"
+        answerer = open_model(model, device=device)
+        app = build_app(model, answerer, host=host, api_key=api_key, max_new_tokens=max_new_tokens)
+        address = url(host, listening.getsockname()[1])
         print(f"{model.name} answers on {address}/v1 as model {model.name!r}; Ctrl-C ends it", flush=True)
         config = uvicorn.Config(app, log_level="info", server_header=False, timeout_graceful_shutdown=2)
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def build_app(model: NamedModel, answerer: Answerer, *, api_key: str | None, max_new_tokens: int = 1024) -> FastAPI:
+def build_app(
+    model: NamedModel, answerer: Answerer, *, host: str, api_key: str | None, max_new_tokens: int = 1024
+) -> FastAPI:
     """Build the application around a loaded model.
 
     Raises:
@@ -60,17 +64,19 @@ def build_app(model: NamedModel, answerer: Answerer, *, api_key: str | None, max
     """
     processor = _whole_processor(answerer)
     require_same_format(answerer.encoder, processor, str(model.directory))
-    manager, state = OneModel(model.name, answerer, processor), GenerationState()
+    manager, state = OneModel(model.name, answerer, processor), OneThread(answerer)
     limits = {"max_pixels": model.image_max_pixels, "min_pixels": model.image_min_pixels}
     chat = ChatHandler(
         manager, answerer, state, max_new_tokens=max_new_tokens, image_limits=limits
     )  # fmt: skip
     unreachable: Any = None  # see PATHS
     app = build_server(manager, chat, unreachable, unreachable, unreachable, unreachable, state)
-    app.add_exception_handler(HTTPException, _error)  # pyright: ignore[reportArgumentType]
+    app.add_exception_handler(HTTPException, _refused)  # pyright: ignore[reportArgumentType]
+    app.add_exception_handler(RequestValidationError, _not_an_object)
+    app.add_exception_handler(Exception, _failed)
     app.add_middleware(Guard, api_key=api_key)
-    if api_key is None:  # or a page that a browser shows could ask by a name that it points to this machine
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+    if is_loopback(host):  # or a page that a browser shows could ask by a name that it points to this machine
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=names_of(host))
     return app
 
 
@@ -105,14 +111,24 @@ class Guard:
         return None
 
 
-def _problem(status: int, message: str) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
-    kind = "authentication_error" if status == 401 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
+def _problem(status: int, message: str, param: str | None = None) -> JSONResponse:
+    """An error as OpenAI's clients read it; `param` is the field that must change."""
+    kinds = {401: "authentication_error", 500: "server_error"}
+    error = {"message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": status}
+    return JSONResponse({"error": error}, status_code=status)
 
 
-async def _error(_: Request, error: HTTPException) -> JSONResponse:
-    return _problem(error.status_code, str(error.detail))
+async def _refused(_: Request, error: HTTPException) -> JSONResponse:
+    param = error.param if isinstance(error, RequestError) else None
+    return _problem(error.status_code, str(error.detail), param)
+
+
+async def _not_an_object(_: Request, __: Exception) -> JSONResponse:
+    return _problem(400, "The request's body must be a JSON object, sent with Content-Type: application/json.")
+
+
+async def _failed(_: Request, __: Exception) -> JSONResponse:
+    return _problem(500, "The server failed; its log says why.")
 
 
 def _whole_processor(answerer: Answerer) -> Any:
@@ -126,13 +142,3 @@ def _whole_processor(answerer: Answerer) -> Any:
             f"The processor in {processor.directory} cannot be loaded whole, which serving needs ({error}). Install "
             "torchvision, or ask the model with `mllm-assets generate`."
         ) from error
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise MachineError(
-            f"Cannot listen on {host}:{port} ({error.strerror or error}). Choose another --port, 0 for a free one."
-        ) from None

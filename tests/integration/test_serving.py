@@ -143,6 +143,95 @@ def test_a_client_cannot_bring_its_own_template(server: Server) -> None:
         server.client().chat.completions.create(model=server.model, messages=question("?"), extra_body=extra)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("stop", 5, "stop: Input should be a valid string or Input should be a valid list."),
+        ("stop", [""], "stop: Input should be a valid string or String should have at least 1 character."),
+        ("temperature", "warm", "temperature: Input should be a valid number."),
+        ("temperature", -1, "temperature: Input should be greater than or equal to 0."),
+        ("top_p", 0, "top_p: Input should be greater than 0."),
+        ("max_tokens", -5, "max_tokens: Input should be greater than or equal to 1."),
+        ("max_completion_tokens", "many", "max_completion_tokens: Input should be a valid integer."),
+        ("seed", 10**30, "seed: Input should be"),
+        ("seed", "x", "seed: Input should be a valid integer."),
+        ("frequency_penalty", -2, "frequency_penalty: Input should be greater than or equal to 0."),
+        ("logit_bias", {"one": 1}, "logit_bias: String should match pattern"),
+        ("logit_bias", {"99999999": 1}, "logit_bias: the model has"),
+        ("n", 2, "n: Input should be 1."),
+        ("stream", "yes", "stream: Input should be a valid boolean."),
+        ("model", 7, "model: Input should be a valid string."),
+        ("response_format", {"type": "json_object"}, "response_format: Input should be 'text'."),
+        ("tools", [], "tools is not supported by this server. Leave it out."),
+        ("colour", "red", "colour is not supported by this server. Leave it out."),
+    ],
+)
+def test_a_field_that_cannot_be_used_is_named(server: Server, field: str, value: Any, message: str) -> None:
+    """Each was answered with 500, or did something else than what was asked."""
+    asked = {"model": server.model, "messages": question("What?"), "extra_body": {field: value}}
+    with pytest.raises(openai.BadRequestError) as raised:
+        server.client().chat.completions.create(**asked)
+    assert raised.value.param == field and message in raised.value.body["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"null", b"7", b"\xff\xfe", b"[" * 100_000])
+def test_a_body_that_is_no_object_is_refused_as_json(server: Server, body: bytes) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", headers=headers, content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error" and answer.json()["error"]["message"]
+
+
+def test_fields_that_change_no_answer_are_accepted(server: Server) -> None:
+    harmless = {"n": 1, "user": "me", "presence_penalty": 0.0, "response_format": {"type": "text"}, "tools": None}
+    asked = {"model": server.model, "messages": question("What?"), "max_tokens": 2, "logit_bias": {"300": -100}}
+    assert server.client().chat.completions.create(**asked, extra_body=harmless).usage.completion_tokens <= 2
+
+
+def test_an_answer_ends_before_a_stop_text_streamed_or_not(server: Server) -> None:
+    asked = {"model": server.model, "messages": question("What is this?", data_url(IMAGE)), "temperature": 0}
+    create = server.client().chat.completions.create
+    whole = create(**asked)
+    text = whole.choices[0].message.content
+    for stop in (text[4:7], ["never said", text[len(text) // 2 :][:4]]):
+        expected = text[: text.index(stop if isinstance(stop, str) else stop[-1])]
+        stopped = create(**asked, stop=stop)
+        assert stopped.choices[0].message.content == expected and stopped.choices[0].finish_reason == "stop"
+        assert stopped.usage.completion_tokens < whole.usage.completion_tokens
+        chunks = list(create(**asked, stop=stop, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+        assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_stream_ends_as_openai_ends_it(server: Server) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"messages": question("What?"), "stream": True, "max_tokens": 2}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", headers=headers, json=body, timeout=60)
+    assert answer.text.endswith("}\n\ndata: [DONE]\n\n") and answer.text.count("[DONE]") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_beyond_the_context_is_refused_with_both_lengths(server: Server, stream: bool) -> None:
+    asked = {"model": server.model, "messages": question("word " * 9000, data_url(IMAGE)), "stream": stream}
+    with pytest.raises(openai.BadRequestError, match=r"The prompt has [\d,]+ tokens.* context holds 8,192 with the"):
+        server.client().chat.completions.create(**asked)
+
+
+def test_an_image_too_large_to_decode_is_refused(server: Server) -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (10_000, 9_000)).save(buffer, "PNG")
+    with pytest.raises(openai.BadRequestError, match="the image has 10000 x 9000 pixels, at most 89,478,485 are"):
+        server.client().chat.completions.create(model=server.model, messages=question("?", data_url(buffer.getvalue())))
+
+
+def test_a_name_that_points_to_this_machine_reaches_nothing_with_the_key_either(server: Server) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    assert httpx.get(f"{server.url}/v1/models", headers={**headers, "Host": "evil.example"}).status_code == 400
+    port = server.url.rpartition(":")[2]
+    for name in (f"localhost:{port}", f"[::1]:{port}"):
+        assert httpx.get(f"{server.url}/v1/models", headers={**headers, "Host": name}).status_code == 200
+
+
 def test_ctrl_c_in_the_middle_of_an_answer_leaves_no_process() -> None:
     """Without a key, as on one's own machine; then a page in a browser must not reach it under another name."""
     server = Server("--max-new-tokens", "100000", "--no-auth", key=None)

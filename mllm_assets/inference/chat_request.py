@@ -1,0 +1,140 @@
+"""What a request for a chat completion may say, and what is refused, by the name of the field.
+
+A request brings its images itself, as `data:` URLs. Nothing in it makes the server open a file, fetch an address, load
+another model or render a template of the client's. A field that would change the answer, and cannot here, is refused.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import HTTPException
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mllm_assets.data.images import open_image, require_decodable
+from mllm_assets.errors import DataError
+from mllm_assets.training.image_files import fit_area
+
+ROLES = ("system", "user", "assistant")
+MIN_TEMPERATURE = 0.01  # logits divided by less overflow; below it the likeliest token is taken, as in vLLM
+
+Stop = Annotated[str, Field(min_length=1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class RequestError(HTTPException):
+    """A request that cannot be answered; `param` is the field that must change, as OpenAI's clients read it."""
+
+    def __init__(self, param: str | None, message: str) -> None:
+        super().__init__(400, message)
+        self.param = param
+
+
+class ChatRequest(BaseModel):
+    """The fields that count, and below those that change no answer and are accepted without effect."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    messages: list[Any] = Field(min_length=1)
+    model: str | None = None
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    frequency_penalty: float | None = Field(default=None, ge=0, le=2)  # transformers knows a penalty, no reward
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias] | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=4)] | None = None
+    stream: bool | None = None
+
+    n: Literal[1] | None = None
+    presence_penalty: float | None = Field(default=None, ge=0, le=0)
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    modalities: list[Literal["text"]] | None = None
+    response_format: Mapping[Literal["type"], Literal["text"]] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+
+
+def checked(body: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:
+    """Return the fields of a request that count.
+
+    Raises:
+        RequestError: One cannot be used. Names it.
+    """
+    try:
+        request = ChatRequest.model_validate({name: value for name, value in body.items() if value is not None})
+    except ValidationError as error:
+        raise _refusal(error) from None
+    if beyond := [token for token in request.logit_bias or () if int(token) >= vocab_size]:
+        raise RequestError("logit_bias", f"logit_bias: the model has {vocab_size} tokens, so none has id {beyond[0]}.")
+    said = request.model_dump(exclude_none=True)
+    if request.stop is not None:
+        said["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
+    if request.temperature is not None and request.temperature < MIN_TEMPERATURE:
+        said["temperature"] = 0.0
+    return said
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    """All that is wrong with the first field that is."""
+    errors = error.errors(include_url=False, include_input=False)
+    name = str(errors[0]["loc"][0])
+    if errors[0]["type"] == "extra_forbidden":
+        shown = re.sub(r"[^\w.-]", "?", name)[:64]
+        return RequestError(name[:64], f"{shown} is not supported by this server. Leave it out.")
+    if name == "messages":
+        return RequestError(name, "messages must be a list of at least one message.")
+    wrong = " or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][0] == name))
+    return RequestError(name, f"{name}: {wrong}.")
+
+
+def parts_of(message: Any, where: str) -> list[Any]:
+    """The parts of a message's content.
+
+    Raises:
+        RequestError: The message cannot be used. Says which and why.
+    """
+    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        raise RequestError(where, f"{where}: role must be one of {', '.join(ROLES)}.")
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not parts:
+        raise RequestError(where, f"{where}: content must be a text or a list of parts.")
+    return parts
+
+
+def picture(url: Any, where: str, **image_limits: int) -> Image.Image:
+    """Decode a `data:` URL into an RGB image of an area within the limits, as in training.
+
+    Raises:
+        RequestError: It is another kind of URL, no image, or too large a one.
+    """
+    header, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
+    if not header.startswith("data:image/") or not header.endswith(";base64") or not comma:
+        raise RequestError(
+            where,
+            f"{where}: image_url must be a data: URL (data:image/png;base64,...). This server fetches no address and "
+            "opens no file.",
+        )
+    try:
+        content = base64.b64decode(data, validate=True)
+        require_decodable(content, "the image")
+        opened = open_image(content)
+        opened.load()
+    except DataError as error:
+        raise RequestError(where, f"{where}: {error}") from None
+    except (binascii.Error, OSError, SyntaxError, ValueError) as error:
+        raise RequestError(where, f"{where}: the image cannot be read ({type(error).__name__}).") from None
+    return fit_area(opened, **image_limits)
