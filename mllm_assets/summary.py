@@ -14,6 +14,7 @@ from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.evaluation.release_versions import Release, current_release
 from mllm_assets.layout import Layout
+from mllm_assets.project.read import materialize_command
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SHOWN = ("loss", "loss_shuffled", "perplexity", "label_accuracy", "bleu", "chrf", "rouge_l")
@@ -28,8 +29,7 @@ def summarise(layout: Layout, recipe: str) -> str:
     run_dir = (layout.outputs / recipe / "latest").resolve()
     if not run_dir.is_dir():
         raise IntegrityError(
-            f"{recipe} was not trained below {layout.root}. Run: dagster asset materialize -m mllm_assets.definitions "
-            f"--select '+key:\"{recipe}/released_model\"'"
+            f"{recipe} was not trained below {layout.root}. Run: {materialize_command(f'{recipe}/released_model')}"
         )
     run = read_manifest(run_dir)
     release = current_release(layout, recipe)

@@ -44,13 +44,14 @@ def _quality(arguments: argparse.Namespace) -> int:
 
 def _add_dataset(arguments: argparse.Namespace) -> int:
     from mllm_assets.data.scaffold import add_dataset
+    from mllm_assets.project.read import materialize_command
 
     made = add_dataset(arguments.folder, Path.cwd(), Layout.from_environment().root, name=arguments.name)
     print(f"{made.num_samples} samples; wrote {made.path}")
     for reason, count in made.defects.items():
         print(f"  {count} will be rejected: {reason}")
     print("Read it (prompts, answer, split), then: dg check yaml")
-    print(f"dagster asset materialize -m {made.definitions} --select '+key:\"{made.name}/dataset_info\"'")
+    print(materialize_command(f"{made.name}/dataset_info"))
     return 0
 
 

@@ -1,20 +1,35 @@
-"""The state of a deployment: `slots`, `check-graph`."""
+"""A deployment and its state: `init`, `slots`, `check-graph`."""
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from mllm_assets.cli.options import Verbs
 from mllm_assets.errors import MachineError
 
 
 def add_commands(verbs: Verbs) -> None:
+    init = verbs.add_parser("init", help="make a project that runs the emoji line in an empty folder")
+    init.add_argument("folder", type=Path, metavar="DIR")
+    init.add_argument("--name", help="of the project's Python package; by default the folder's")
+    init.set_defaults(run=_init)
+
     slots = verbs.add_parser("slots", help="pool slots that killed runs still hold")
     slots.add_argument("action", choices=("free",))
     slots.set_defaults(run=_free_slots)
 
     check = verbs.add_parser("check-graph", help="name every recipe and dataset that cannot be built (exit code 2)")
     check.set_defaults(run=_check_graph)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from mllm_assets.project.create import create_project
+
+    written = create_project(arguments.folder, name=arguments.name)
+    print(f"wrote {', '.join(written)} into {arguments.folder}")
+    print(f"Next: cd {arguments.folder} && make demo")
+    return 0
 
 
 def _free_slots(arguments: argparse.Namespace) -> int:
@@ -35,10 +50,9 @@ def _free_slots(arguments: argparse.Namespace) -> int:
 
 
 def _check_graph(arguments: argparse.Namespace) -> int:
-    from mllm_assets.components.reporting import unreadable_assets
-    from mllm_assets.definitions import defs
+    from mllm_assets.components.reporting import load_project, unreadable_assets
 
-    unreadable = unreadable_assets(defs())
+    unreadable = unreadable_assets(load_project(Path.cwd()))
     for key, message in unreadable.items():
         print(f"{key}: {message}", file=sys.stderr)
     return 2 if unreadable else 0

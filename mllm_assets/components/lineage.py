@@ -8,6 +8,7 @@ import dagster as dg
 
 from mllm_assets.errors import IntegrityError
 from mllm_assets.layout import Layout
+from mllm_assets.project.read import materialize_command
 
 
 def upstream(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, Any]:
@@ -18,7 +19,9 @@ def upstream(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, A
     """
     event = context.instance.get_latest_materialization_event(key)
     if event is None or event.asset_materialization is None:
-        raise IntegrityError(f"{key.to_user_string()} was never materialised. Run: {materialize_command(key)}")
+        raise IntegrityError(
+            f"{key.to_user_string()} was never materialised. Run: {materialize_command(key.to_user_string())}"
+        )
     materialization = event.asset_materialization
     values = {name: value.value for name, value in materialization.metadata.items()}
     return {**values, "data_version": (materialization.tags or {}).get("dagster/data_version")}
@@ -38,11 +41,6 @@ def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what a model computes."""
     names = ("mllm-assets", "torch", "transformers", "accelerate", "peft", "dagster")
     return {name: version(name) for name in names}
-
-
-def materialize_command(key: dg.AssetKey) -> str:
-    """The command that makes an asset and all it needs. Without `key:` the `+` would go up one layer only."""
-    return f"dagster asset materialize -m mllm_assets.definitions --select '+key:\"{key.to_user_string()}\"'"
 
 
 def run_columns(context: dg.AssetExecutionContext, recipe: str, weights_digest: str) -> dict[str, str]:

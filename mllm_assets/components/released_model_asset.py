@@ -8,7 +8,7 @@ import dagster as dg
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.components.gate_checks import find_leaks
-from mllm_assets.components.lineage import library_versions, materialize_command, upstream, upstream_path
+from mllm_assets.components.lineage import library_versions, upstream, upstream_path
 from mllm_assets.components.reporting import table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.components.training_assets import model_directory
@@ -21,6 +21,7 @@ from mllm_assets.evaluation.release import publish
 from mllm_assets.evaluation.release_versions import current_release
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
+from mllm_assets.project.read import materialize_command
 
 
 def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = False) -> dg.AssetsDefinition:
@@ -126,7 +127,7 @@ def _lineage(
         ],
         "recipe": dict(node.recipe.values),
         "versions": library_versions(),
-        "command": materialize_command(node.key("released_model")),
+        "command": materialize_command(f"{node.name}/released_model"),
         "leaks": leaks,
     }
 

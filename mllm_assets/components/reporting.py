@@ -1,6 +1,7 @@
 """Turn domain results into what the Dagster UI shows."""
 
 import base64
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import dagster as dg
 
 from mllm_assets.data.checks import CheckOutcome
 from mllm_assets.errors import MllmAssetsError
+from mllm_assets.project.read import root_module
 
 UNREADABLE = "mllm_assets/unreadable"
 
@@ -57,6 +59,17 @@ def failing_asset(key: dg.AssetKey, group: str, error: MllmAssetsError) -> dg.As
 def image_markdown(path: Path) -> dg.MarkdownMetadataValue:
     """A PNG inside the metadata; the UI shows it behind "Show Markdown"."""
     return dg.MetadataValue.md(f"![{path.stem}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})")
+
+
+def load_project(folder: Path) -> dg.Definitions:
+    """The definitions of the project in a folder.
+
+    Raises:
+        RecipeError: There is no project.
+    """
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # a project need not be installed; dg and dagster do the same
+    return dg.load_from_defs_folder(path_within_project=folder / root_module(folder))
 
 
 def unreadable_assets(definitions: dg.Definitions) -> dict[str, str]:

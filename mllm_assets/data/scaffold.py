@@ -1,6 +1,5 @@
 """Write a dataset's `defs.yaml` for a folder: what it holds is found by reading it once, as an ingest would."""
 
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from mllm_assets.data.image_folder import FILE_COLUMNS, METADATA_FILES, images_b
 from mllm_assets.data.sources import READERS
 from mllm_assets.data.spec import DatasetSpec, SourceSpec, SplitSpec
 from mllm_assets.errors import DataError, RecipeError
+from mllm_assets.project.read import root_module
 
 COMPONENT = "mllm_assets.components.ImageTextDataset"
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "validation", "valid", "dev", "test")
@@ -32,14 +32,10 @@ VAL_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaffold:
-    """A written `defs.yaml`; `defects` counts the rows that will be rejected, by reason, before any is decoded.
-
-    `definitions` is the module that the project's commands are given.
-    """
+    """A written `defs.yaml`; `defects` counts the rows that will be rejected, by reason, before any is decoded."""
 
     name: str
     path: Path
-    definitions: str
     num_samples: int
     defects: dict[str, int]
 
@@ -62,7 +58,7 @@ def add_dataset(folder: Path, project: Path, root: Path, *, name: str | None = N
         raise DataError(f"There is no folder {folder}. Name the folder that holds the images.")
     folder = folder.resolve()
     name = slug(name or folder.name)
-    package = _package(project)
+    package = root_module(project)
     path = project / package.replace(".", "/") / "defs" / "datasets" / name / "defs.yaml"
     if path.exists():
         raise RecipeError(f"{path} exists already. Edit it, or give another name with --name.")
@@ -94,7 +90,6 @@ def add_dataset(folder: Path, project: Path, root: Path, *, name: str | None = N
     return Scaffold(
         name=name,
         path=path,
-        definitions=f"{package}.definitions",
         num_samples=num_samples,
         defects=dict(sorted(defects.items())),
     )
@@ -127,18 +122,6 @@ def _as_spec(attributes: Mapping[str, Any]) -> DatasetSpec:
     values["source"] = SourceSpec(**values["source"])
     values["split"] = SplitSpec(**values.get("split", {}))
     return DatasetSpec(**values)
-
-
-def _package(project: Path) -> str:
-    path = project / "pyproject.toml"
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        return settings["tool"]["dg"]["project"]["root_module"]
-    except (FileNotFoundError, KeyError):
-        raise RecipeError(
-            f"{path} names no Dagster project (`root_module` in [tool.dg.project]). Run the command in the folder of "
-            "the project that the dataset is for."
-        ) from None
 
 
 def _source(folder: Path, root: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from mllm_assets.artifacts import (
 )
 from mllm_assets.errors import IntegrityError, ModelError
 from mllm_assets.layout import Layout
+from mllm_assets.project.read import materialize_command
 
 CURRENT = "current"
 
@@ -88,8 +89,8 @@ def find_release(layout: Layout, recipe_name: str, version: str | None = None) -
     if not releases:
         known = ", ".join(released_recipes(layout)) or "none"
         raise ModelError(
-            f"{recipe_name} has no release below {layout.root}; recipes that have one: {known}. Make it: dagster asset "
-            f"materialize -m mllm_assets.definitions --select '+key:\"{recipe_name}/released_model\"'"
+            f"{recipe_name} has no release below {layout.root}; recipes that have one: {known}. Make it: "
+            f"{materialize_command(f'{recipe_name}/released_model')}"
         )
     if version in (None, CURRENT):
         current = current_release(layout, recipe_name)

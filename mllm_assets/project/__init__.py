@@ -1,0 +1,1 @@
+"""A user's own project around the installed package: made by `mllm-assets init`, read by the commands."""
