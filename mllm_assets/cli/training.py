@@ -52,9 +52,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from mllm_assets.training.inspecting import inspect
+    from mllm_assets.training.model_directory import find_model_dir
     from mllm_assets.training.protocol import Reporter
     from mllm_assets.training.recipe import load_recipe
-    from mllm_assets.training.runs import find_model_dir
 
     root = Layout.from_environment().root
     recipe = load_recipe(arguments.recipe, arguments.overrides)

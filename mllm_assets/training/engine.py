@@ -8,7 +8,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,6 @@ import torch
 from transformers import set_seed
 
 from mllm_assets.artifacts import is_complete, read_manifest, write_manifest
-from mllm_assets.data.sharegpt import entry_digest
-from mllm_assets.errors import IntegrityError
 from mllm_assets.training import caching, freezing, loss, memory, reporting, trackers
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.checkpoint_model import remember_beginning
@@ -36,6 +34,7 @@ from mllm_assets.training.model import (
 from mllm_assets.training.run_file import keep_for_life
 from mllm_assets.training.spec import TrainSpec
 from mllm_assets.training.trainer import make_trainer, require_distribution, run_training, training_facts
+from mllm_assets.training.unchanged import require_same_data, require_same_model
 
 if TYPE_CHECKING:
     from mllm_assets.training.protocol import Reporter
@@ -69,6 +68,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     require_distribution(spec, reporter)
     model_dir = Path(request["model_dir"])
     require_same_data(Path(request["data_dir"]), request.get("data_digests") or {})
+    require_same_model(model_dir, request.get("pretrained_fingerprint"))
     inputs = read_inputs(spec, model_dir, Path(request["data_dir"]), reporter)
     settings = CacheSettings.parse(request)
     shape = freezing.apply(spec, model_on_meta(load_config(model_dir), dtype=precision.weights))
@@ -184,21 +184,6 @@ def fit_micro_batch(
 
 def _grouping(spec: TrainSpec) -> str:
     return f"micro-batches of {spec.per_device_train_batch_size} x {spec.gradient_accumulation_steps}"
-
-
-def require_same_data(data_dir: Path, digests: Mapping[str, str]) -> None:
-    """Refuse data that changed since the run was named by it.
-
-    Raises:
-        IntegrityError: Names the entry.
-    """
-    for entry, expected in digests.items():
-        found = entry_digest(data_dir, entry)
-        if found != expected:
-            raise IntegrityError(
-                f"The entry {entry} in {data_dir} changed after this run was named by its content: expected digest "
-                f"{expected[:12]}, found {found[:12]}. Start the run again: it gets a name of its own."
-            )
 
 
 def clean_and_find_resumable(

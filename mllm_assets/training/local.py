@@ -11,6 +11,7 @@ from mllm_assets.layout import Layout
 from mllm_assets.quality.store import QualityStore
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.launch import run_worker
+from mllm_assets.training.model_directory import require_published
 from mllm_assets.training.recipe import load_recipe
 from mllm_assets.training.runs import plan_run, point_latest, train_request
 
@@ -48,7 +49,7 @@ def train(
     `regroup` a step's samples are regrouped into the largest micro-batch that fits.
 
     Raises:
-        MllmAssetsError: Recipe, data, model or machine must change.
+        MllmAssetsError: Recipe, data, model or machine must change, or a finished run's model was changed.
         WorkerCrashed: The trainer ended otherwise; the same call resumes.
     """
     recipe = load_recipe(recipe_path, overrides)
@@ -63,7 +64,9 @@ def train(
     plan = plan_run(
         recipe, root=layout.root, force=force, num_processes=int(accelerator["num_processes"]), regroup=regroup
     )
-    if plan.state != "finished":
+    if plan.state == "finished":
+        require_published(plan.directory)
+    else:
         cache = CacheSettings(features_root=layout.features, hidden_states_root=layout.hidden_states)
         run_worker(train_request(plan, cache=cache if feature_cache else None, accelerator=accelerator))
     point_latest(plan)

@@ -11,7 +11,7 @@ from mllm_assets.artifacts import fsync_path, is_complete, read_manifest, write_
 from mllm_assets.errors import ModelError
 from mllm_assets.hub_errors import HubRepo
 from mllm_assets.hub_snapshot import download, find_snapshot
-from mllm_assets.training.runs import model_fingerprint
+from mllm_assets.training.model_directory import model_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

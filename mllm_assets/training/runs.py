@@ -9,17 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm_assets.artifacts import (
-    MANIFEST,
-    digest_json,
-    is_complete,
-    point_symlink,
-    read_manifest,
-    sha256_file,
-)
+from mllm_assets.artifacts import digest_json, is_complete, point_symlink, read_manifest
 from mllm_assets.data.sharegpt import entry_digest
-from mllm_assets.errors import IntegrityError, ModelError, RecipeError
+from mllm_assets.errors import RecipeError
 from mllm_assets.training.cache_settings import CacheSettings
+from mllm_assets.training.model_directory import find_model_dir, model_fingerprint
 from mllm_assets.training.recipe import Recipe, with_config_files
 from mllm_assets.training.spec import TrainSpec
 
@@ -87,70 +81,6 @@ def fingerprint(
             **({"regroup": True} if regroup else {}),
         }
     )[:16]
-
-
-def model_fingerprint(directory: Path) -> str:
-    """Name a model directory's content: 16 hex digits over the names and digests of its files.
-
-    The digests come from a manifest where there is one (its own, or that of the run which the directory is part of),
-    otherwise the files are read. README, LICENSE and hidden files do not count: the same weights, the same name.
-
-    Raises:
-        ModelError: There is no such directory, or no config.json in it.
-        IntegrityError: A file no longer has the size that the manifest says.
-    """
-    if not (directory / "config.json").is_file():
-        raise ModelError(
-            f"{directory} holds no model: it has no config.json. Materialise the model's asset, or put a Hugging Face "
-            "model directory there."
-        )
-    digests = _manifest_digests(directory)
-    if digests is None:
-        paths = (path for path in directory.rglob("*") if path.is_file())
-        names = {path.relative_to(directory).as_posix(): path for path in paths}
-        digests = {name: sha256_file(path) for name, path in names.items() if _counts(name)}
-    return digest_json(digests)[:16]
-
-
-def _manifest_digests(directory: Path) -> dict[str, str] | None:
-    for owner, prefix in ((directory, ""), (directory.parent, f"{directory.name}/")):
-        if not is_complete(owner):
-            continue
-        files = read_manifest(owner)["files"]
-        names = [name for name in files if name.startswith(prefix) and _counts(name.removeprefix(prefix))]
-        if f"{prefix}config.json" not in names:
-            continue
-        for name in names:
-            path, expected = owner / name, files[name]["num_bytes"]
-            found = path.stat().st_size if path.is_file() else 0
-            if found != expected:
-                raise IntegrityError(
-                    f"{path} has {found} bytes, but {MANIFEST} says {expected}. "
-                    f"Delete {owner} and materialise its asset again."
-                )
-        return {name.removeprefix(prefix): files[name]["sha256"] for name in names}
-    return None
-
-
-def _counts(name: str) -> bool:
-    parts = name.split("/")
-    hidden = any(part.startswith(".") for part in parts)
-    return not hidden and parts[-1] != MANIFEST and not parts[-1].startswith(("README", "LICENSE"))
-
-
-def find_model_dir(recipe: Recipe, root: Path) -> Path:
-    """The directory that `model_name_or_path` names, relative to the root, links followed.
-
-    Raises:
-        ModelError: It is not there. Says how to get it.
-    """
-    directory = (root / recipe.model_name_or_path).resolve()
-    if not directory.is_dir():
-        raise ModelError(
-            f"{recipe.path}: model_name_or_path is {recipe.model_name_or_path}, and {directory} is no directory. "
-            f"Download the model there, for example: hf download google/gemma-3-4b-it --local-dir {directory}"
-        )
-    return directory
 
 
 def find_named_checkpoint(recipe: Recipe, root: Path) -> Path | None:

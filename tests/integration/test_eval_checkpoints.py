@@ -15,8 +15,8 @@ from mllm_assets.inference.answerer import Answerer
 from mllm_assets.training.checkpoint_model import load_checkpoint
 from mllm_assets.training.engine import train_task
 from mllm_assets.training.model import load_model
+from mllm_assets.training.model_directory import model_fingerprint
 from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.runs import model_fingerprint
 from mllm_assets.training.spec import TrainSpec
 
 pytestmark = pytest.mark.integration

@@ -15,8 +15,8 @@ from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
 from mllm_assets.training.engine import train_task
+from mllm_assets.training.model_directory import model_fingerprint
 from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.runs import model_fingerprint
 from mllm_assets.training.spec import TrainSpec
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

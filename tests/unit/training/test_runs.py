@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 
 from mllm_assets.artifacts import write_manifest
-from mllm_assets.errors import IntegrityError, ModelError, RecipeError
+from mllm_assets.errors import RecipeError
 from mllm_assets.training.recipe import Recipe, TrainSpec, load_recipe
 from mllm_assets.training.runs import (
     RunPlan,
-    find_model_dir,
     fingerprint,
-    model_fingerprint,
     plan_run,
     point_latest,
     train_request,
@@ -235,55 +233,6 @@ def test_the_request_is_json_and_carries_the_plan(recipe: Recipe, project: Path)
     assert request["run_dir"] == str(project / "elsewhere" / plan.fingerprint)
     assert TrainSpec.from_dict(request["recipe"]) == recipe.spec
     assert request["accelerator"] == {"device": "cpu"} and request["features_dir"] is None
-
-
-def test_a_model_has_one_name_with_or_without_a_manifest(project: Path) -> None:
-    """A copy of a downloaded model has no manifest; training from it is the same run."""
-    model = project / "pretrains" / "tiny"
-    plain = model_fingerprint(model)
-    (model / "README.md").write_text("about")
-    write_manifest(model, {})
-    assert model_fingerprint(model) == plain
-    run = project / "outputs" / "run"
-    shutil.copytree(model, run / "model")
-    (run / "model" / "manifest.json").unlink()
-    write_manifest(run, {})
-    assert model_fingerprint(run / "model") == plain
-
-
-def test_other_weights_are_another_model(project: Path) -> None:
-    model = project / "pretrains" / "tiny"
-    before = model_fingerprint(model)
-    (model / "model.safetensors").write_bytes(b"Weights")
-    assert model_fingerprint(model) != before
-
-
-def test_a_model_that_no_longer_fits_its_manifest_is_named(project: Path) -> None:
-    model = project / "pretrains" / "tiny"
-    write_manifest(model, {})
-    (model / "model.safetensors").write_bytes(b"cut")
-    with pytest.raises(IntegrityError) as caught:
-        model_fingerprint(model)
-    assert str(caught.value) == (
-        f"{model / 'model.safetensors'} has 3 bytes, but manifest.json says 7. "
-        f"Delete {model} and materialise its asset again."
-    )
-
-
-def test_a_missing_model_says_how_to_get_it(recipe: Recipe, project: Path) -> None:
-    shutil.rmtree(project / "pretrains")
-    with pytest.raises(ModelError) as caught:
-        find_model_dir(recipe, project)
-    where = (project / "pretrains" / "tiny").resolve()
-    assert str(caught.value) == (
-        f"{recipe.path}: model_name_or_path is pretrains/tiny, and {where} is no directory. "
-        f"Download the model there, for example: hf download google/gemma-3-4b-it --local-dir {where}"
-    )
-
-
-def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds no model: it has no config.json. Materialise the model's asset"):
-        model_fingerprint(tmp_path)
 
 
 def test_an_unknown_entry_is_refused_before_anything_starts(project: Path) -> None:
