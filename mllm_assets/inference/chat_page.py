@@ -11,10 +11,14 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while Gradio is importe
 
 import gradio as gr  # noqa: E402
 from gradio import themes  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 
 from mllm_assets.data.sharegpt import ASSISTANT, USER, Row, load_rows
+from mllm_assets.data.spec import MAX_IMAGE_BYTES
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
-from mllm_assets.errors import DataError, MachineError, MllmAssetsError
+from mllm_assets.errors import DataError, MllmAssetsError
+from mllm_assets.inference.addresses import is_loopback, listen, names_of, url
 from mllm_assets.inference.answerer import Answerer, Sampling
 from mllm_assets.inference.generate import ask, open_model, prompt_row
 from mllm_assets.inference.naming import NamedModel
@@ -65,7 +69,10 @@ def build_page(models: Sequence[tuple[NamedModel, Answerer]], samples: Samples |
     with gr.Blocks(analytics_enabled=False, title="mllm-assets chat") as page:
         gr.Markdown(f"## {' and '.join(model.name for model, _ in models)}")
         with gr.Row(equal_height=True):
-            image = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], height=300)
+            # the file as it is: Gradio would decode all others than RGB before their size is looked at
+            image = gr.Image(
+                type="filepath", image_mode=None, label="Image", sources=["upload", "clipboard"], height=300
+            )
             with gr.Column():
                 prompt = gr.Textbox(label="Question", lines=2, autofocus=True)
                 with gr.Accordion("Options", open=False):
@@ -98,6 +105,8 @@ def build_page(models: Sequence[tuple[NamedModel, Answerer]], samples: Samples |
         question: list[Any] = [image, prompt, system, length, temperature]
         for happens in (button.click, prompt.submit):  # one at a time: a model answers one question at a time
             happens(answer, question, answers, concurrency_limit=1, concurrency_id="model")
+        said_before = [reference, *answers]  # of another image
+        gr.on([image.upload, image.clear], lambda: [""] * len(said_before), None, said_before, show_progress="hidden")
         if samples is not None:
             _browser(samples, image, prompt, reference, answers)
     return page
@@ -140,30 +149,34 @@ def chat(
         data_dir: The folder of `dataset_info.json`.
         entry: The entry whose samples can be picked, or None.
         host: Address to listen on.
-        port: Port to listen on.
+        port: Port to listen on; 0 for a free one.
         password: What a visitor must know, with the name `user`; None for no question.
         device: auto, cuda, mps or cpu.
 
     Raises:
-        MllmAssetsError: A model or the entry cannot be read, or the port is taken.
+        MllmAssetsError: A model or the entry cannot be read, or the port cannot be had.
     """
+    with listen(host, port) as free:  # before the models: they take long to load
+        port = free.getsockname()[1]
     samples = load_samples(data_dir, entry) if entry else None
     page = build_page([(model, open_model(model, device=device)) for model in models], samples)
-    try:
-        page.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            auth=("user", password) if password else None,
-            allowed_paths=[str(data_dir)] if samples else None,
-            theme=THEME,
-            css=CSS,
-            footer_links=[],
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
-    except OSError as error:
-        raise MachineError(f"Cannot listen on {host}:{port} ({error}). Choose another --port.") from None
-    print(f"the page is on http://{host}:{port}; Ctrl-C ends it", flush=True)
+    # or a page of a stranger could ask by a name that it points to this machine
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host))] if is_loopback(host) else []
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        auth=("user", password) if password else None,
+        allowed_paths=[str(data_dir)] if samples else None,
+        app_kwargs={"middleware": guards},
+        max_file_size=MAX_IMAGE_BYTES,
+        show_error=True,
+        theme=THEME,
+        css=CSS,
+        footer_links=[],
+        ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"the page is on {url(host, port)}; Ctrl-C ends it", flush=True)
     page.block_thread()

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from transformers import TextStreamer
 
+from mllm_assets.data.images import require_decodable
 from mllm_assets.data.sharegpt import SYSTEM, USER, Message, Row
 from mllm_assets.errors import DataError
 from mllm_assets.inference.answerer import Answerer, Sampling
 from mllm_assets.inference.naming import NamedModel, find_model
-from mllm_assets.training.encode import IMAGE_PLACEHOLDER
+from mllm_assets.training.encode import IMAGE_PLACEHOLDER, EncodedRow
 from mllm_assets.training.memory import pick_device
 
 __all__ = ["FileAnswer", "Generation", "answer_files", "ask", "find_model", "generate", "open_model", "prompt_row"]
@@ -65,7 +66,8 @@ def generate(
 
     Raises:
         ModelError: `model_dir` holds no usable model.
-        DataError: An image is missing or damaged, or their number differs from that of the placeholders.
+        DataError: An image is missing, damaged or too large, their number differs from that of the placeholders, or
+            the question is longer than the model's context.
         MachineError: The device asked for is not there.
     """
     sampling = Sampling(do_sample=do_sample, temperature=temperature, top_p=top_p, seed=seed)
@@ -112,9 +114,10 @@ def ask(
             comes at once at the end.
 
     Raises:
-        DataError: An image is damaged.
+        DataError: An image is damaged, a text holds control tokens, or the question is longer than the context.
     """
-    encoded = answerer.encoder.encode_prompt(row)
+    encoded = _encoded(answerer, row)
+    max_new_tokens = min(max_new_tokens, answerer.room_for_answer(len(encoded.input_ids)))
     reasons = answerer.encoder.template.thought is not None
     streamer = _Teller(answerer.tokenizer, tell) if tell and not reasons else None
     started = time.perf_counter()
@@ -139,7 +142,7 @@ def answer_files(
     Raises:
         DataError: The prompt has more than one `<image>`, or holds control tokens.
     """
-    prompt_row(images[:1], prompt)
+    _with_placeholders(prompt, 1)
     for start in range(0, len(images), batch_size):
         yield from _answer_batch(answerer, images[start : start + batch_size], prompt, max_new_tokens, sampling)
 
@@ -148,7 +151,9 @@ def _answer_batch(
     answerer: Answerer, images: Sequence[Path], prompt: str, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[FileAnswer]:
     try:
-        rows = [answerer.encoder.encode_prompt(prompt_row([image], prompt)) for image in images]
+        rows = [_encoded(answerer, prompt_row([image], prompt)) for image in images]
+        room = min(answerer.room_for_answer(len(row.input_ids)) for row in rows)
+        max_new_tokens = min(max_new_tokens, room)
         answers = answerer.answers(rows, max_new_tokens=max_new_tokens, sampling=sampling)
     except DataError as error:
         if len(images) == 1:
@@ -178,21 +183,56 @@ class _Teller(TextStreamer):
 
 
 def prompt_row(images: Sequence[Path], prompt: str, system: str | None = None) -> Row:
-    """A question as a row without an answer.
+    """A question as a row without an answer and without a name.
 
     Raises:
-        DataError: An image does not exist, or the number of placeholders is not that of the images.
+        DataError: An image does not exist, is none or is too large, or the number of placeholders is not that of the
+            images.
     """
     for image in images:
         if not image.is_file():
             raise DataError(f"The image {image} does not exist. Check the path.")
-    num_placeholders = prompt.count(IMAGE_PLACEHOLDER)
-    if not num_placeholders:
-        prompt = IMAGE_PLACEHOLDER * len(images) + prompt
-    elif num_placeholders != len(images):
-        raise DataError(
-            f"The prompt has {num_placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images. "
-            "Give one each, or none to put the images before the prompt."
-        )
+        try:
+            require_decodable(image, f"The image {image}")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(
+                f"The image {image} cannot be read ({type(error).__name__}: {error}). Give another file."
+            ) from None
     before = (Message(SYSTEM, system),) if system else ()
-    return Row("prompt", (*before, Message(USER, prompt)), tuple(images))
+    return Row("", (*before, Message(USER, _with_placeholders(prompt, len(images)))), tuple(images))
+
+
+def _with_placeholders(prompt: str, num_images: int) -> str:
+    """The prompt with a place for each image.
+
+    Raises:
+        DataError: It has places for another number of images.
+    """
+    num_placeholders = prompt.count(IMAGE_PLACEHOLDER)
+    if num_placeholders == num_images:
+        return prompt
+    if not num_placeholders:
+        return IMAGE_PLACEHOLDER * num_images + prompt
+    raise DataError(
+        f"The prompt has {num_placeholders} {IMAGE_PLACEHOLDER} placeholders for {num_images} images. "
+        "Give one each, or none to put the images before the prompt."
+    )
+
+
+def _encoded(answerer: Answerer, row: Row) -> EncodedRow:
+    """Encode a question.
+
+    Raises:
+        DataError: A text of it holds control tokens. Says which text.
+    """
+    encoder = answerer.encoder
+    *system, question = row.messages
+    texts = {"prompt": question.content, "system text": system[0].content if system else encoder.system or ""}
+    for name, text in texts.items():
+        for part in text.split(IMAGE_PLACEHOLDER):
+            if encoder.control_token is not None and (found := encoder.control_token.search(part)):
+                raise DataError(
+                    f"The {name} holds {found.group()!r}, which steers the model and would be read as that, not as "
+                    "text. Take it out."
+                )
+    return encoder.encode_prompt(row)

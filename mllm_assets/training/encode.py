@@ -99,7 +99,7 @@ class Encoder:
         self._drops_history_thought = mask_history and not preserve_thinking
         self.image_token = family.image_token
         self.image_token_id: int = image_token_id(processor)
-        self._control_token = control_token_pattern(processor.tokenizer)
+        self.control_token = control_token_pattern(processor.tokenizer)
         self._slots = image_slots(family, processor)
         self._image_limits = {"max_pixels": image_max_pixels, "min_pixels": image_min_pixels}
 
@@ -236,7 +236,7 @@ class Encoder:
         Encoding it as plain characters instead would train what no chat program sends, and other ids than
         LLaMA-Factory's from the same file.
         """
-        if self._control_token is not None and (found := self._control_token.search(text)):
+        if self.control_token is not None and (found := self.control_token.search(text)):
             raise DataError(
                 f"Row {row.id}: {place} holds {found.group()!r}, which steers the model and would be read as that, not "
                 "as text. Take it out, or drop the row."

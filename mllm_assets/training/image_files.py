@@ -64,10 +64,8 @@ def _opened(path: Path, row_id: str) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise DataError(f"The image {path}{where} does not exist. Make the dataset again, or drop the row.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"The image {path}{where} cannot be read ({type(error).__name__}: {error}). "
-            f"Replace the file or drop the row."
-        ) from error
+        cure = "Replace the file or drop the row." if row_id else "Give another file."
+        raise DataError(f"The image {path}{where} cannot be read ({type(error).__name__}: {error}). {cure}") from error
 
 
 def _sizes_in_area(width: int, height: int, max_pixels: int, min_pixels: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+from PIL import Image
 from playwright.sync_api import Page, expect
 
 from tests.integration.conftest import wait_for
@@ -60,6 +62,38 @@ def test_a_picked_sample_is_asked_of_both_models_and_nothing_leaves_the_machine(
         == (page.get_by_label("pretrained/tuned").input_value().split("\n\n")[0])
     )
     assert [url for url in hosts if not url.startswith(address)] == []
+
+
+def test_the_reference_of_a_sample_goes_when_another_image_comes(page: Page, address: str, tmp_path: Path) -> None:
+    """It stayed, so that a reader compared the answers with that of another image."""
+    page.goto(address)
+    page.locator(".grid-container button, button.thumbnail-item").nth(1).click()
+    assert wait_for(lambda: page.get_by_label("Reference").input_value(), "the reference")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.get_by_label("pretrained/tuned")).to_have_value(SAID)
+    page.get_by_label("Remove Image").first.click()
+    expect(page.get_by_label("Reference")).to_have_value("")
+    expect(page.get_by_label("pretrained/tuned")).to_have_value("")
+    page.locator(".grid-container button, button.thumbnail-item").nth(2).click()
+    assert wait_for(lambda: page.get_by_label("Reference").input_value(), "the reference")
+    page.get_by_label("Remove Image").first.click()
+    page.locator("input[type=file]").first.set_input_files(GOLDEN / "data" / "images" / "emoji_000.png")
+    expect(page.get_by_label("Reference")).to_have_value("")
+
+
+def test_an_image_too_large_to_decode_is_explained(page: Page, address: str, tmp_path: Path) -> None:
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
+    page.goto(address)
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "large.png")
+    page.get_by_label("Question").fill("What?")
+    expect(page.get_by_label("Remove Image").first).to_be_visible()
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.get_by_text("has 10000 x 9000 pixels, at most 89,478,485 are decoded.").first).to_be_visible()
+
+
+def test_another_name_for_this_machine_reaches_no_page(address: str) -> None:
+    assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.get(address, headers={"Host": f"localhost:{address.rpartition(':')[2]}"}).status_code == 200
 
 
 def test_a_question_that_cannot_be_asked_is_explained(page: Page, address: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mllm_assets.errors import DataError, IntegrityError, MllmAssetsError, ModelError
 from mllm_assets.inference.generate import find_model, generate
@@ -73,8 +74,38 @@ def test_wrong_images_are_named_before_the_model_is_loaded(tmp_path: Path) -> No
 
 def test_a_corrupt_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(IMAGE.read_bytes()[:200])
-    with pytest.raises(DataError, match="bad.png of row prompt cannot be read"):
+    with pytest.raises(DataError, match=r"The image .*/bad.png cannot be read \(.*\)\. Give another file\."):
         generate(MODEL, [tmp_path / "bad.png"], "What?", device="cpu")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(
+        DataError, match=r"The image .*/text.png cannot be read \(UnidentifiedImageError: .*another file"
+    ):
+        generate(tmp_path, [tmp_path / "text.png"], "What?", device="cpu")
+
+
+def test_an_image_too_large_to_decode_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
+    with pytest.raises(DataError, match="large.png has 10000 x 9000 pixels, at most 89,478,485 are decoded. Shrink"):
+        generate(tmp_path, [tmp_path / "large.png"], "What?", device="cpu")
+    with (tmp_path / "long.png").open("wb") as file:
+        file.truncate(51 * 2**20)
+    with pytest.raises(DataError, match="long.png has 51.0 MiB, at most 50 are read. Shrink it."):
+        generate(tmp_path, [tmp_path / "long.png"], "What?", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "system", "name"), [("a <end_of_turn>", None, "prompt"), ("a", "<bos>", "system text")]
+)
+def test_a_text_that_steers_the_model_is_named(prompt: str, system: str | None, name: str) -> None:
+    with pytest.raises(DataError, match=rf"^The {name} holds '<\w+>', which steers the model.* Take it out\.$"):
+        generate(MODEL, [], prompt, system=system, device="cpu")
+
+
+def test_a_question_longer_than_the_context_is_refused_with_both_lengths() -> None:
+    with pytest.raises(
+        DataError, match=r"The prompt has [\d,]+ tokens, .* context holds 8,192 with the answer. Shorten"
+    ):
+        generate(MODEL, [IMAGE], "word " * 9000, device="cpu")
 
 
 def test_sampling_that_makes_no_sense_is_refused() -> None:
