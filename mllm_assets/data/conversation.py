@@ -24,7 +24,7 @@ def as_conversation(value: Any, *, system: str | None = None) -> str:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON, or nested by the thousand
             value = [value]
     turns = [_turn(turn) for turn in value] if isinstance(value, list) else [value]
     if system and not (turns and isinstance(turns[0], dict) and turns[0].get("role") == SYSTEM):

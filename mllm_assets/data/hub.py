@@ -38,6 +38,7 @@ class _RowGroup:
     file: HubParquet
     index: int
     first_row: int
+    first_row_of_file: int
     num_rows: int
     num_bytes: int
 
@@ -116,10 +117,13 @@ def _open_files(hub: HubRepo, commit: str, files: dict[str, int], needed: int | 
 def _row_groups(readers: Sequence[HubParquet], source: SourceSpec) -> Iterator[_RowGroup]:
     first_row = 0
     for reader in readers:
+        first_row_of_file = first_row
         columns = needed_columns(source, reader.schema, f"{reader.name} of {source.repo}")
         for index in range(reader.metadata.num_row_groups):
             num_rows = reader.metadata.row_group(index).num_rows
-            yield _RowGroup(reader, index, first_row, num_rows, reader.num_group_bytes(index, columns))
+            yield _RowGroup(
+                reader, index, first_row, first_row_of_file, num_rows, reader.num_group_bytes(index, columns)
+            )
             first_row += num_rows
 
 
@@ -151,7 +155,8 @@ def _rows_of_group(group: _RowGroup, kept: Collection[int], source: SourceSpec) 
     for batch in group.file.batches(group.index, columns):
         rows = wanted[bisect_left(wanted, start) : bisect_left(wanted, start + batch.num_rows)]
         chosen = batch.take([row - start for row in rows])
-        yield from rows_of_batch(chosen, source, names, rows, f"{group.file.name} of {source.repo}")
+        locations = [f"{group.file.name}:row {row - group.first_row_of_file}" for row in rows]
+        yield from rows_of_batch(chosen, source, names, rows, locations)
         start += batch.num_rows
         if start > wanted[-1]:
             return

@@ -1,28 +1,18 @@
 """Read a folder of images: `metadata.jsonl` as Hugging Face's imagefolder has it, or a text file beside each image."""
 
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mllm_assets.artifacts import path_inside
-from mllm_assets.data.arrow_values import rows_of
 from mllm_assets.data.images import MAX_SOURCE_BYTES
-from mllm_assets.data.json_text import decode, read_text, text_lines
-from mllm_assets.data.paths import find_folder
-from mllm_assets.data.rows import SourceRow, loose_row
+from mllm_assets.data.metadata_file import METADATA_FILES, Problems, file_names, read_metadata, unnamed_images
+from mllm_assets.data.paths import find_folder, location_of
+from mllm_assets.data.rows import Images, SourceRow, loose_row, unreadable_row
 from mllm_assets.data.spec import SourceSpec
 from mllm_assets.errors import DataError
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# the columns that name a row's image or images, as `datasets` knows them
-FILE_COLUMNS = ("file_name", "file_names", "images_file_names", "image_file_name")
 CAPTION_SUFFIXES = (".txt", ".caption")
 # of a caption nothing above this is read: it is not gigabytes long
 MAX_TEXT_BYTES = 16 * 2**20
@@ -35,14 +25,15 @@ def read_image_folder(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
     folder that the image is in.
 
     Raises:
-        DataError: The folder is missing or holds no images, or its metadata file cannot be read; names the line.
+        DataError: The folder is missing or holds no images, or its metadata file cannot be read, or no row of it;
+            names the first of them.
     """
     folder = find_folder(source, root)
     start = 0
     for side, part in _parts(source, folder):
         metadata = [part / name for name in METADATA_FILES if (part / name).is_file()]
-        rows = _rows_of_metadata(metadata[0], source, start) if metadata else _rows_of_files(part, source, start)
-        for row in rows:
+        rows = _rows_of_metadata(metadata[0], folder, source, start) if metadata else None
+        for row in rows or _rows_of_files(part, folder, source, start):
             start += 1
             yield replace(row, source_split=side)
 
@@ -53,46 +44,6 @@ def images_below(folder: Path) -> Iterator[Path]:
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file():
             yield path
-
-
-def read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a metadata file with their line (of a Parquet file: row) numbers.
-
-    Raises:
-        DataError: It cannot be read; names the line.
-    """
-    if path.suffix == ".parquet":
-        try:
-            yield from enumerate((row for batch in pq.read_table(path).to_batches() for row in rows_of(batch)), 1)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}). Write it again.") from error
-        return
-    if path.suffix == ".csv":
-        yield from enumerate(csv.DictReader(io.StringIO(read_text(path), newline="")), 2)
-        return
-    for number, line in text_lines(path):
-        value = decode(line, path, number)
-        if not isinstance(value, dict):
-            raise DataError(f"{path}, line {number}: expected an object, got {type(value).__name__}. Correct it.")
-        yield number, value
-
-
-def file_names(values: dict[str, Any], place: str) -> list[str]:
-    """The images that a row of a metadata file names.
-
-    Raises:
-        DataError: It names none.
-    """
-    for column in FILE_COLUMNS:
-        found = values.get(column)
-        if isinstance(found, str) and found:
-            return [found]
-        if isinstance(found, list) and all(isinstance(name, str) for name in found):
-            return found
-    raise DataError(
-        f"{place}: expected `file_name` with the image's path, or `file_names` with a list of them, got the columns "
-        f"{', '.join(map(str, values)) or 'none'}. Add it."
-    )
 
 
 def _parts(source: SourceSpec, folder: Path) -> list[tuple[str | None, Path]]:
@@ -108,36 +59,58 @@ def _parts(source: SourceSpec, folder: Path) -> list[tuple[str | None, Path]]:
     return parts
 
 
-def _rows_of_metadata(path: Path, source: SourceSpec, start: int) -> Iterator[SourceRow]:
-    folder = path.parent
-    for index, (number, values) in enumerate(read_metadata(path), start):
-        place = f"{path}, line {number}"
-        if not values.keys() & {source.caption_column, source.messages_column}:
-            names = file_names(values, place)
-            if len(names) == 1 and (text := _caption_beside(folder, names[0])) is not None:
-                values = {**values, source.caption_column or "text": text}
-        images, defect = read_images(folder, file_names(values, place))
-        yield loose_row(values, images, source, index, defect)
-
-
-def read_images(folder: Path, names: list[str]) -> tuple[tuple[bytes, ...], str | None]:
-    """The bytes of named files, b"" for one that is not there, and the reason where one is not to be read."""
-    images, defect = [], None
-    for name in names:
-        try:
-            path = path_inside(folder, name, what=name)
-        except DataError:
-            images.append(b"")
-            defect = defect or "image_outside_root"
+def _rows_of_metadata(path: Path, top: Path, source: SourceSpec, start: int) -> Iterator[SourceRow]:
+    """A row that names no image, or cannot be read, is a row with a defect; where all are, something else is wrong."""
+    folder, num_rows = path.parent, 0
+    problems = Problems()
+    for index, row in enumerate(read_metadata(path), start):
+        num_rows += 1
+        values, location = row.values, location_of(path, top, row.part)
+        if row.problem is not None:
+            problems.add(row.problem)
+            yield unreadable_row(index, location)
             continue
-        is_file = path.is_file()
-        if is_file and path.stat().st_size > MAX_SOURCE_BYTES:
-            is_file, defect = False, defect or "image_too_many_bytes"
-        images.append(path.read_bytes() if is_file else b"")
+        names = file_names(values)
+        if names is None:
+            problems.add(f"{path}, {row.place}: {unnamed_images(values)}")
+            yield unreadable_row(index, location, "image_unnamed")
+            continue
+        if not values.keys() & {source.caption_column, source.messages_column} and len(names) == 1:
+            text = _caption_beside(folder, names[0])
+            values = values if text is None else {**values, source.caption_column or "text": text}
+        images, defect = read_images(folder, names)
+        yield loose_row(values, images, source, index, location, defect)
+    if problems.count == num_rows > 0:
+        raise DataError(problems.text())
+
+
+def read_images(folder: Path, names: list[str]) -> tuple[Images, str | None]:
+    """The bytes of named files, None for one that is not there, and the reason where one is not to be read."""
+    images: list[bytes | None] = []
+    defect = None
+    for name in names:
+        data, reason = _read_image(folder, name)
+        images.append(data)
+        defect = defect or reason
     return tuple(images), defect
 
 
-def _rows_of_files(folder: Path, source: SourceSpec, start: int) -> Iterator[SourceRow]:
+def _read_image(folder: Path, name: str) -> tuple[bytes | None, str | None]:
+    try:
+        path = path_inside(folder, name, what=name)
+    except DataError:
+        return None, "image_outside_root"
+    if not path.is_file():
+        return None, None
+    try:
+        if path.stat().st_size > MAX_SOURCE_BYTES:
+            return None, "image_too_many_bytes"
+        return path.read_bytes(), None
+    except OSError:  # no permission, a bad block, or gone meanwhile
+        return None, "image_file_unreadable"
+
+
+def _rows_of_files(folder: Path, top: Path, source: SourceSpec, start: int) -> Iterator[SourceRow]:
     num_rows = 0
     for index, path in enumerate(images_below(folder), start):
         num_rows += 1
@@ -145,7 +118,7 @@ def _rows_of_files(folder: Path, source: SourceSpec, start: int) -> Iterator[Sou
         label = path.parent.name if path.parent != folder else None
         values = {source.caption_column or "text": _caption_beside(folder, name), source.label_column or "label": label}
         images, defect = read_images(folder, [name])
-        yield loose_row(values, images, source, index, defect)
+        yield loose_row(values, images, source, index, location_of(path, top), defect)
     if not num_rows:
         raise DataError(
             f"{folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}) and none of "
@@ -161,6 +134,9 @@ def _caption_beside(folder: Path, image: str) -> str | None:
         except (DataError, ValueError):  # outside the folder, or no file's name: the image says so itself
             continue
         if path.is_file():
-            with path.open("rb") as file:
-                return file.read(MAX_TEXT_BYTES).decode("utf-8-sig", "replace").strip()
+            try:
+                with path.open("rb") as file:
+                    return file.read(MAX_TEXT_BYTES).decode("utf-8-sig", "replace").strip()
+            except OSError:  # no permission: as good as not there
+                continue
     return None

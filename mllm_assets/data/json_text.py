@@ -48,24 +48,42 @@ def check_size(path: Path, limits: JsonLimits) -> None:
         )
 
 
-def text_lines(path: Path, limits: JsonLimits = LIMITS) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank; one line is in memory at a time.
+@dataclass(frozen=True, slots=True)
+class JsonLine:
+    """A line's number, from 1, and its value; `problem` says why it has none."""
+
+    number: int
+    value: Any
+    problem: str | None = None
+
+
+def json_lines(path: Path, limits: JsonLimits = LIMITS) -> Iterator[JsonLine]:
+    """Each line that is not blank, parsed, or what is wrong with it; one line is in memory at a time.
 
     Raises:
-        DataError: A line is too long, or not UTF-8.
         OSError: Missing, or not a file.
     """
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(limits.max_line_bytes + 1), b""), 1):
-            if len(line) > limits.max_line_bytes:
-                raise DataError(
-                    f"{path}, line {number}: longer than {limits.max_line_bytes:,} bytes, which no row is. Write one "
-                    "row a line, and images as files of their own."
-                )
-            if text := _as_text(line, path, start).strip():
-                yield number, text
+            try:
+                _check_length(line, path, number, limits)
+                if text := _as_text(line, path, start).strip():
+                    yield JsonLine(number, decode(text, path, number))
+            except DataError as error:
+                yield JsonLine(number, None, str(error))
             start += len(line)
+            while len(line) > limits.max_line_bytes and not line.endswith(b"\n"):  # what is left of it
+                line = file.readline(limits.max_line_bytes + 1)
+                start += len(line)
+
+
+def _check_length(line: bytes, path: Path, number: int, limits: JsonLimits) -> None:
+    if len(line) > limits.max_line_bytes:
+        raise DataError(
+            f"{path}, line {number}: longer than {limits.max_line_bytes:,} bytes, which no row is. Write one row a "
+            "line, and images as files of their own."
+        )
 
 
 def decode(text: str, path: Path, first_line: int) -> Any:

@@ -8,8 +8,8 @@ from mllm_assets.data.conversation import as_conversation
 from mllm_assets.data.dataset_info import Entry, entry_file, load_entries, load_entry
 from mllm_assets.data.image_folder import read_images
 from mllm_assets.data.paths import find_folder
-from mllm_assets.data.row_files import file_rows
-from mllm_assets.data.rows import SourceRow, conversation_row
+from mllm_assets.data.row_files import FileRow, file_rows
+from mllm_assets.data.rows import Images, SourceRow, conversation_row, unreadable_row
 from mllm_assets.data.sharegpt import ASSISTANT, SYSTEM, USER, entry_problems, turns_of
 from mllm_assets.data.spec import SourceSpec
 from mllm_assets.errors import DataError
@@ -33,9 +33,9 @@ def read_llamafactory(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
             raise DataError(f"{folder}: {problem}")
         for row in file_rows(entry_file(folder, entry)):
             if row.problem is not None or not isinstance(row.value, dict):
-                yield SourceRow(row_index=index, images=(), source_split=side, defect="row_unreadable")
+                yield unreadable_row(index, row.location(folder), source_split=side)
             else:
-                yield _read_row(row.value, entry, folder, index, side)
+                yield _read_row(row, entry, folder, index, side)
             index += 1
 
 
@@ -48,7 +48,8 @@ def _entries(source: SourceSpec, folder: Path) -> list[tuple[str | None, Entry]]
     return [(None, load_entry(folder, source.split))]
 
 
-def _read_row(value: Mapping[str, Any], entry: Entry, folder: Path, index: int, side: str | None) -> SourceRow:
+def _read_row(row: FileRow, entry: Entry, folder: Path, index: int, side: str | None) -> SourceRow:
+    value: Mapping[str, Any] = row.value
     turns, tags = turns_of(value, entry)
     roles = {tags[tag]: role for tag, role in _ROLE_TAGS.items() if tag in tags}
     role_tag, content_tag = tags.get("role_tag", "from"), tags.get("content_tag", "value")
@@ -63,21 +64,27 @@ def _read_row(value: Mapping[str, Any], entry: Entry, folder: Path, index: int, 
     messages = as_conversation(turns, system=value.get(entry.columns.get("system", "")))
     label = value.get("label")
     return conversation_row(
-        messages, images, index, label if isinstance(label, str) else None, source_split=side, defect=defect
+        messages,
+        row_index=index,
+        location=row.location(folder),
+        images=images,
+        label=label if isinstance(label, str) else None,
+        source_split=side,
+        defect=defect,
     )
 
 
-def _images(value: Any, folder: Path) -> tuple[tuple[bytes, ...], str | None]:
+def _images(value: Any, folder: Path) -> tuple[Images, str | None]:
     """Images of a row: paths below the folder, or bytes that a Parquet file embeds."""
     values = value if isinstance(value, list) else [] if value is None else [value]
-    images: list[bytes] = []
+    images: list[bytes | None] = []
     for item in values:
         data = item.get("bytes") if isinstance(item, dict) else item
         if isinstance(data, str):
             [data], defect = read_images(folder, [data])
             if defect is not None:
                 return (), defect
-        if not isinstance(data, bytes):
+        elif not isinstance(data, bytes):
             return (), "image_unreadable"
         images.append(data)
     return tuple(images), None

@@ -1,5 +1,7 @@
 """Where the files of a local source are: names and patterns below the project's root, absolute, or embedded."""
 
+import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -45,6 +47,23 @@ def find_folder(source: SourceSpec, root: Path) -> Path:
             f"source.path {source.path!r}: there is no folder {base / name}. Correct the path in the dataset's YAML."
         )
     return folder
+
+
+def common_folder(files: Sequence[Path]) -> Path:
+    """The innermost folder that holds all of some files."""
+    return Path(os.path.commonpath([file.parent for file in files]))
+
+
+def location_of(file: Path, folder: Path, part: str | int = "") -> str:
+    """Where in a source something is, for people: `a.png`, `metadata.jsonl:17` (a line), `a.parquet:row 12` (from 0).
+
+    Args:
+        file: A file of the source.
+        folder: The source's folder; the file's path is shown relative to it.
+        part: What of the file is meant: a line's number, a row, a tar's member.
+    """
+    name = file.relative_to(folder).as_posix()
+    return f"{name}:{part}" if part != "" else name
 
 
 def _base(name: str, root: Path) -> tuple[Path, str]:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from mllm_assets.data.arrow_values import rows_of
 from mllm_assets.data.dataset_info import DATASET_INFO
 from mllm_assets.data.json_stream import list_items
-from mllm_assets.data.json_text import decode, text_lines
+from mllm_assets.data.json_text import json_lines
+from mllm_assets.data.paths import location_of
 from mllm_assets.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -22,18 +23,28 @@ PARQUET_GROUP_ROWS = 8192  # so many rows are in memory at once
 
 @dataclass(frozen=True, slots=True)
 class FileRow:
-    """A row with its place for people; `problem` says why it has no value."""
+    """A row of a file: `part` is "line 17" or, from 0, "row 12"; `problem` says why it has no value."""
 
-    place: str
+    file: Path
+    part: str
     value: Any
     problem: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is, as errors say it."""
+        return f"{self.file}, {self.part}"
+
+    def location(self, folder: Path) -> str:
+        """Where it is below a folder; see `paths.location_of`."""
+        return location_of(self.file, folder, self.part.removeprefix("line "))
 
 
 def file_rows(path: Path) -> Iterator[FileRow]:
     """The rows of a file, or of all files in a folder by name; a line that is not JSON is a row with a problem.
 
     Raises:
-        DataError: Missing, of another kind, not UTF-8, not JSON as a whole (names the line), not a list.
+        DataError: Missing, of another kind, or a .json file that is no list in UTF-8 (names the line).
     """
     files = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else [path]
     for file in files:
@@ -45,7 +56,7 @@ def file_rows(path: Path) -> Iterator[FileRow]:
             yield from _json_lines(file)
         else:
             for index, value in enumerate(_json_list(file)):
-                yield FileRow(f"{file}, row {index}", value)
+                yield FileRow(file, f"row {index}", value)
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -107,7 +118,7 @@ def _parquet_rows(path: Path) -> Iterator[FileRow]:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for value in rows_of(batch):
-                    yield FileRow(f"{path}, row {index}", {key: v for key, v in value.items() if v is not None})
+                    yield FileRow(path, f"row {index}", {key: v for key, v in value.items() if v is not None})
                     index += 1
     except FileNotFoundError:
         raise _missing(path) from None
@@ -117,12 +128,8 @@ def _parquet_rows(path: Path) -> Iterator[FileRow]:
 
 def _json_lines(path: Path) -> Iterator[FileRow]:
     try:
-        for number, line in text_lines(path):
-            place = f"{path}, line {number}"
-            try:
-                yield FileRow(place, decode(line, path, number))
-            except DataError as error:
-                yield FileRow(place, None, str(error))
+        for line in json_lines(path):
+            yield FileRow(path, f"line {line.number}", line.value, line.problem)
     except (FileNotFoundError, IsADirectoryError):
         raise _missing(path) from None
 

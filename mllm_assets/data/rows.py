@@ -13,18 +13,21 @@ from mllm_assets.data.conversation import answers_of, as_conversation
 from mllm_assets.data.spec import SourceSpec
 from mllm_assets.errors import DataError
 
+Images = tuple[bytes | None, ...]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRow:
-    """One sample of a source: undecoded images (b"" where one is missing) and its texts.
+    """One sample of a source: undecoded images (None where one is missing) and its texts.
 
-    `row_index` is the row's place in the source; `messages` is a whole conversation as JSON (see `conversation`),
-    where the source has one; `source_split` is "train" or "val" where the source is split already; `defect` is a
-    reason slug for a row that the source itself cannot give whole.
+    `row_index` is the row's place in the source, `location` the same for people (see `paths.location_of`); `messages`
+    is a whole conversation as JSON (see `conversation`), where the source has one; `source_split` is "train" or "val"
+    where the source is split already; `defect` is a reason slug for a row that the source itself cannot give whole.
     """
 
     row_index: int
-    images: tuple[bytes, ...]
+    location: str
+    images: Images
     caption: str | None = None
     label: str | None = None
     messages: str | None = None
@@ -62,25 +65,28 @@ def class_names(schema: pa.Schema, column: str | None) -> Sequence[str] | None:
 
 
 def rows_of_batch(
-    batch: pa.RecordBatch, source: SourceSpec, names: Sequence[str] | None, row_indices: Sequence[int], where: str
+    batch: pa.RecordBatch,
+    source: SourceSpec,
+    names: Sequence[str] | None,
+    row_indices: Sequence[int],
+    locations: Sequence[str],
 ) -> Iterator[SourceRow]:
     """The rows of one Arrow batch, in order.
 
     Raises:
         DataError: A value has a type that is no image, caption or label; names the row and column.
     """
-    for row_index, row in zip(row_indices, rows_of(batch), strict=True):
-        place = f"Row {row_index} of {where}"
-        images = _images(row[source.image_column], f"{place}, column {source.image_column!r}")
-        yield row_of_values(row, images, source, row_index, place, names=names)
+    for row_index, location, row in zip(row_indices, locations, rows_of(batch), strict=True):
+        images = _images(row[source.image_column], f"{location}, column {source.image_column!r}")
+        yield row_of_values(row, images, source, row_index, location, names=names)
 
 
 def row_of_values(
     values: Mapping[str, Any],
-    images: tuple[bytes, ...],
+    images: Images,
     source: SourceSpec,
     row_index: int,
-    place: str,
+    location: str,
     *,
     names: Sequence[str] | None = None,
     **fields: Any,
@@ -90,34 +96,37 @@ def row_of_values(
     Raises:
         DataError: A value has a type that is no caption or label; names the row and column.
     """
-    label = _label(values, source.label_column, names, place)
+    label = _label(values, source.label_column, names, location)
+    fields |= {"row_index": row_index, "location": location, "images": images, "label": label}
     if source.messages_column is not None:
-        return conversation_row(as_conversation(values.get(source.messages_column)), images, row_index, label, **fields)
-    caption = _text(values, source.caption_column, place)
-    return SourceRow(row_index=row_index, images=images, caption=caption, label=label, **fields)
+        return conversation_row(as_conversation(values.get(source.messages_column)), **fields)
+    return SourceRow(caption=_text(values, source.caption_column, location), **fields)
 
 
 def loose_row(
-    values: Mapping[str, Any], images: tuple[bytes, ...], source: SourceSpec, row_index: int, defect: str | None
+    values: Mapping[str, Any], images: Images, source: SourceSpec, row_index: int, location: str, defect: str | None
 ) -> SourceRow:
     """A row of values that no schema holds together: a caption or label of a wrong type is a defect of this row."""
     try:
-        return row_of_values(values, images, source, row_index, "", defect=defect)
+        return row_of_values(values, images, source, row_index, location, defect=defect)
     except DataError:
-        return SourceRow(row_index=row_index, images=images, defect=defect or "caption_unreadable")
+        defect = defect or "caption_unreadable"
+        return SourceRow(row_index=row_index, location=location, images=images, defect=defect)
 
 
-def conversation_row(
-    messages: str, images: tuple[bytes, ...], row_index: int, label: str | None = None, **fields: Any
-) -> SourceRow:
+def unreadable_row(row_index: int, location: str, defect: str = "row_unreadable", **fields: Any) -> SourceRow:
+    """A row of which nothing is known but where it is."""
+    return SourceRow(row_index=row_index, location=location, images=(), defect=defect, **fields)
+
+
+def conversation_row(messages: str, **fields: Any) -> SourceRow:
     """A row that holds a whole conversation; its answers stand as the caption, which is what statistics are about."""
-    caption = _encodable(answers_of(messages))
-    return SourceRow(row_index=row_index, images=images, caption=caption, label=label, messages=messages, **fields)
+    return SourceRow(caption=encodable(answers_of(messages)), messages=messages, **fields)
 
 
-def _images(value: Any, place: str) -> tuple[bytes, ...]:
+def _images(value: Any, place: str) -> Images:
     values = value if isinstance(value, list) else [value]
-    images = []
+    images: list[bytes | None] = []
     for item in values:
         if isinstance(item, dict) and "bytes" in item:
             item = item["bytes"]
@@ -126,14 +135,14 @@ def _images(value: Any, place: str) -> tuple[bytes, ...]:
                 f"{place}: expected image bytes, got {type(item).__name__}. Store the image files' bytes in the "
                 "column (the `Image` feature of `datasets` does)."
             )
-        images.append(item or b"")
+        images.append(item)
     return tuple(images)
 
 
 def _text(row: Mapping[str, Any], column: str | None, place: str) -> str | None:
     value = None if column is None else row.get(column)
     if value is None or isinstance(value, str):
-        return _encodable(value)
+        return None if value is None else encodable(value)
     raise DataError(
         f"{place}, column {column!r}: expected a text, got {type(value).__name__}. Name a column of texts as "
         "caption_column (a class goes into label_column)."
@@ -143,7 +152,7 @@ def _text(row: Mapping[str, Any], column: str | None, place: str) -> str | None:
 def _label(row: Mapping[str, Any], column: str | None, names: Sequence[str] | None, place: str) -> str | None:
     value = None if column is None else row.get(column)
     if value is None or isinstance(value, str):
-        return _encodable(value)
+        return None if value is None else encodable(value)
     if isinstance(value, int) and names is not None:
         # datasets writes -1 where a row has no label
         return names[value] if 0 <= value < len(names) else None
@@ -155,6 +164,6 @@ def _label(row: Mapping[str, Any], column: str | None, names: Sequence[str] | No
     )
 
 
-def _encodable(text: str | None) -> str | None:
-    """JSON can hold half of a character, which no file can: it becomes U+FFFD, and `tokens.text_defect` finds it."""
-    return None if text is None else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+def encodable(text: str) -> str:
+    """JSON and file names can hold what is no character: it becomes U+FFFD, and `tokens.text_defect` finds it."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

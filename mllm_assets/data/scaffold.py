@@ -12,7 +12,9 @@ import yaml
 
 from mllm_assets.artifacts import slug, write_text_atomic
 from mllm_assets.data.dataset_info import DATASET_INFO, load_entries
-from mllm_assets.data.image_folder import FILE_COLUMNS, METADATA_FILES, images_below, read_metadata
+from mllm_assets.data.image_folder import images_below
+from mllm_assets.data.metadata_file import FILE_COLUMNS, METADATA_FILES, read_metadata
+from mllm_assets.data.rows import Images
 from mllm_assets.data.sources import READERS
 from mllm_assets.data.spec import DatasetSpec, SourceSpec, SplitSpec
 from mllm_assets.errors import DataError, RecipeError
@@ -95,10 +97,10 @@ def add_dataset(folder: Path, project: Path, root: Path, *, name: str | None = N
     )
 
 
-def _defects(images: tuple[bytes, ...], defect: str | None) -> list[str]:
+def _defects(images: Images, defect: str | None) -> list[str]:
     if defect is not None:
         return [defect]
-    return [] if images and all(images) else ["image_missing"]
+    return [] if images and None not in images else ["image_missing"]
 
 
 def _attributes(
@@ -132,7 +134,7 @@ def _source(folder: Path, root: Path) -> dict[str, Any]:
     tables = {"parquet": "parquet", "arrow": "arrow", "tar": "webdataset"}
     metadata = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
     if metadata is not None:
-        _, first = next(iter(read_metadata(metadata)), (0, {}))
+        first = next((row.values for row in read_metadata(metadata) if row.problem is None), {})
         columns = [column for column in first if column not in FILE_COLUMNS]
         return {"kind": "image_folder", "path": shown, **_columns(columns)}
     for suffix, kind in tables.items():

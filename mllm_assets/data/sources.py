@@ -17,7 +17,7 @@ from mllm_assets.data.hub import read_hub
 from mllm_assets.data.image_folder import read_image_folder
 from mllm_assets.data.images import sha256
 from mllm_assets.data.llamafactory import read_llamafactory
-from mllm_assets.data.rows import SourceRow
+from mllm_assets.data.rows import SourceRow, encodable
 from mllm_assets.data.spec import DatasetSpec, SplitSpec, as_json
 from mllm_assets.data.tables import read_tables
 from mllm_assets.data.webdataset import read_webdataset
@@ -37,6 +37,7 @@ RAW_SCHEMA = pa.schema(
         pa.field("messages", pa.string()),
         pa.field("source_split", pa.string()),
         pa.field("source_defect", pa.string()),
+        pa.field("source_location", pa.string(), nullable=False),
     ]
 )
 READERS = {
@@ -73,9 +74,9 @@ class RawDataset:
 def ingest(spec: DatasetSpec, layout: Layout, *, hub_endpoint: str | None = None) -> RawDataset:
     """Copy a source's samples, images undecoded, into `data/.raw/<dataset>/<digest>/`.
 
-    The digest covers ids, order, images and texts: the same input gives the same bytes, digest and directory.
-    A commit of the Hub that was read before for the same splits is not read again. `hub_endpoint` names another Hub
-    than the default one.
+    The digest covers ids, order, images, texts and where they were found: the same input gives the same bytes, digest
+    and directory. A commit of the Hub that was read before for the same splits is not read again. `hub_endpoint` names
+    another Hub than the default one.
 
     Raises:
         SourceError: The Hub cannot be reached or refuses; says what to do.
@@ -192,27 +193,30 @@ def _write_samples(rows: Iterator[SourceRow], path: Path) -> tuple[int, str]:
     num_pending_bytes = 0
     with pq.ParquetWriter(path, RAW_SCHEMA, **_WRITER_OPTIONS) as writer:
         for row in rows:
-            image_ids = [sha256(data) for data in row.images]
+            images = [data or b"" for data in row.images]
+            image_ids = [sha256(data) for data in images]
+            defect = row.defect or ("image_missing" if None in row.images else None)
+            location = encodable(row.location)
             content_id = sample_content_id(row, image_ids)
             seen[content_id] += 1
             repeat = seen[content_id]
             sample_id = content_id if repeat == 1 else f"{content_id}-{repeat}"
-            facts = [fact for fact in (row.source_split, row.defect) if fact is not None]
-            digest.update((" ".join([sample_id, str(row.row_index), *facts]) + "\n").encode())
+            digest.update(f"{sample_id} {row.row_index} {row.source_split} {defect} {location}\n".encode())
             pending.append(
                 {
                     "sample_id": sample_id,
                     "row_index": row.row_index,
-                    "images": list(row.images),
+                    "images": images,
                     "image_ids": image_ids,
                     "caption": row.caption,
                     "label": row.label,
                     "messages": row.messages,
                     "source_split": row.source_split,
-                    "source_defect": row.defect,
+                    "source_defect": defect,
+                    "source_location": location,
                 }
             )
-            num_pending_bytes += sum(len(data) for data in row.images)
+            num_pending_bytes += sum(map(len, images))
             if num_pending_bytes >= ROW_GROUP_BYTES or len(pending) >= ROW_GROUP_ROWS:
                 writer.write_table(pa.Table.from_pylist(pending, schema=RAW_SCHEMA))
                 pending, num_pending_bytes = [], 0

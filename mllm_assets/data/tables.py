@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mllm_assets.data.paths import find_files
+from mllm_assets.data.paths import common_folder, find_files, location_of
 from mllm_assets.data.rows import SourceRow, class_names, needed_columns, rows_of_batch
 from mllm_assets.data.spec import SourceSpec
 from mllm_assets.errors import DataError
@@ -23,14 +23,18 @@ def read_tables(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
         DataError: A file is missing, damaged or of another format, or lacks a column.
     """
     start = 0
-    for path in find_files(source, root):
-        where = path.name
+    files = find_files(source, root)
+    folder = common_folder(files)
+    for path in files:
+        first = start
         try:
             with _open(path, source.kind) as (schema, batches_of):
                 names = class_names(schema, source.label_column)
-                for batch in batches_of(needed_columns(source, schema, where)):
+                for batch in batches_of(needed_columns(source, schema, path.name)):
                     for part in (batch.slice(at, BATCH_ROWS) for at in range(0, batch.num_rows, BATCH_ROWS)):
-                        yield from rows_of_batch(part, source, names, range(start, start + part.num_rows), where)
+                        indices = range(start, start + part.num_rows)
+                        locations = [location_of(path, folder, f"row {index - first}") for index in indices]
+                        yield from rows_of_batch(part, source, names, indices, locations)
                         start += part.num_rows
         except (pa.ArrowException, OSError) as error:
             shown = "Parquet" if source.kind == "parquet" else "Arrow"

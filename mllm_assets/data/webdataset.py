@@ -8,10 +8,13 @@ from typing import Any
 from mllm_assets.data.image_folder import IMAGE_SUFFIXES, MAX_TEXT_BYTES
 from mllm_assets.data.images import MAX_SOURCE_BYTES
 from mllm_assets.data.json_text import decode
-from mllm_assets.data.paths import find_files
-from mllm_assets.data.rows import SourceRow, loose_row
+from mllm_assets.data.paths import common_folder, find_files, location_of
+from mllm_assets.data.rows import Images, SourceRow, loose_row
 from mllm_assets.data.spec import SourceSpec
 from mllm_assets.errors import DataError
+
+# extension and bytes, None of an image that is too large
+Members = list[tuple[str, bytes | None]]
 
 
 def read_webdataset(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
@@ -24,17 +27,19 @@ def read_webdataset(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
         DataError: A file is missing, damaged or no tar; names it and, where there is one, the member.
     """
     index = 0
-    for path in find_files(source, root):
-        for members in _samples(path):
+    files = find_files(source, root)
+    folder = common_folder(files)
+    for path in files:
+        for key, members in _samples(path):
             values, images, defect = _read_sample(members, source)
-            yield loose_row(values, images, source, index, defect)
+            yield loose_row(values, images, source, index, location_of(path, folder, key), defect)
             index += 1
 
 
-def _samples(path: Path) -> Iterator[list[tuple[str, bytes]]]:
-    """Extension and bytes of each member of a sample; a key's members stand next to each other."""
+def _samples(path: Path) -> Iterator[tuple[str, Members]]:
+    """Each sample's key, with extension and bytes of its members; they stand next to each other."""
     key: str | None = None
-    members: list[tuple[str, bytes]] = []
+    members: Members = []
     place = "before the first member"
     try:
         with tarfile.open(path, "r|*") as archive:
@@ -47,7 +52,7 @@ def _samples(path: Path) -> Iterator[list[tuple[str, bytes]]]:
                     continue
                 own_key = f"{folder}/{stem}" if folder else stem
                 if key is not None and own_key != key:
-                    yield members
+                    yield key, members
                     members = []
                 key = own_key
                 members.append((extension.lower(), _content(archive, member)))
@@ -56,32 +61,34 @@ def _samples(path: Path) -> Iterator[list[tuple[str, bytes]]]:
             f"source.path: {path} cannot be read as a tar file ({error}, {place}). Copy it anew from where it came."
         ) from error
     if key is not None:
-        yield members
+        yield key, members
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
+    """A member's bytes, None of an image that is larger than any."""
     file = archive.extractfile(member)
     assert file is not None  # a regular member
     is_image = f".{member.name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
     if is_image and member.size > MAX_SOURCE_BYTES:
-        raise tarfile.ReadError(f"an image of {member.size:,} bytes, expected at most {MAX_SOURCE_BYTES:,}")
+        return None
     data = file.read(MAX_SOURCE_BYTES if is_image else MAX_TEXT_BYTES)
     if is_image and len(data) != member.size:
         raise tarfile.ReadError("it is cut off")
     return data
 
 
-def _read_sample(
-    members: list[tuple[str, bytes]], source: SourceSpec
-) -> tuple[dict[str, Any], tuple[bytes, ...], str | None]:
+def _read_sample(members: Members, source: SourceSpec) -> tuple[dict[str, Any], Images, str | None]:
     columns = {"txt": source.caption_column or "text", "cls": source.label_column or "label"}
     values: dict[str, Any] = {}
-    images: list[bytes] = []
+    images: list[bytes | None] = []
     defect = None
     for extension, data in members:
         kind = extension.rpartition(".")[2]
         try:
-            if f".{kind}" in IMAGE_SUFFIXES:
+            if data is None:
+                images.append(None)
+                defect = "image_too_many_bytes"
+            elif f".{kind}" in IMAGE_SUFFIXES:
                 images.append(data)
             elif kind == "json":
                 values |= dict(decode(data.decode("utf-8-sig"), Path(extension), 1))

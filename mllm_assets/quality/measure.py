@@ -16,7 +16,7 @@ from mllm_assets.data.raw_files import ImageIndex, open_raw, read_group_images
 from mllm_assets.data.spec import FLAGS, QualitySpec
 from mllm_assets.quality import decoding
 from mllm_assets.quality.duplicates import look_of
-from mllm_assets.quality.probes import PROBE_VERSION, DecodeLimits, ImageMeasurement
+from mllm_assets.quality.probes import PROBE_VERSION, DecodeLimits, ImageMeasurement, measure_image
 from mllm_assets.quality.store import QualityStore, arrow_schema, table_for
 from mllm_assets.quality.verdicts import image_flags, image_reject_reason, odd_size_limits
 
@@ -108,14 +108,15 @@ def measure_files(paths: Sequence[Path], limits: DecodeLimits, store: QualitySto
     if store is not None:
         found = _known_measurements(store, pa.array(sorted({name for name in ids if name}), pa.string()))
         known = {image.image_sha256: image for image in found if image.defect is None}
-    missing = {name: path for name, path in zip(ids, paths, strict=True) if name not in known}
-    contents = (path.read_bytes() if path.is_file() else b"" for path in missing.values())
-    measured = dict(zip(missing, decoding.measure_images(contents, limits), strict=True))
+    unknown = {name: path for name, path in zip(ids, paths, strict=True) if name is not None and name not in known}
+    contents = (path.read_bytes() for path in unknown.values())
+    measured = dict(zip(unknown, decoding.measure_images(contents, limits), strict=True))
     if store is not None:
         rows = [{**image.as_row(), "probe_version": PROBE_VERSION} for image in measured.values() if not image.defect]
         if rows:
             store.write({"image_quality": table_for("image_quality", rows)})
-    return [known[name] if name in known else measured[name] for name in ids]
+    known |= {**measured, None: measure_image(None, limits)}
+    return [known[name] for name in ids]
 
 
 @dataclass(frozen=True, slots=True)

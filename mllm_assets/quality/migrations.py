@@ -50,7 +50,12 @@ _TO_5 = [
     "ALTER TABLE predictions ADD COLUMN num_answer_tokens INTEGER",
     "ALTER TABLE predictions ADD COLUMN metrics JSON",
 ]
-STEPS: dict[int, list[str]] = {2: _TO_2, 3: _TO_3, 4: [], 5: _TO_5}
+# an empty file was called a missing one, and what is known of its bytes is not measured again
+_TO_6 = [
+    "ALTER TABLE sample_versions ADD COLUMN source_location VARCHAR",
+    "UPDATE image_quality SET defect = 'image_empty' WHERE num_bytes = 0",
+]
+STEPS: dict[int, list[str]] = {2: _TO_2, 3: _TO_3, 4: [], 5: _TO_5, 6: _TO_6}
 
 
 def schema_version(connection: duckdb.DuckDBPyConnection) -> int | None:

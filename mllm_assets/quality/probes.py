@@ -74,15 +74,15 @@ def measure_image(data: bytes | None, limits: DecodeLimits) -> ImageMeasurement:
     """Decode an image once and measure it, of an animation its first frame. Never raises for what the bytes hold.
 
     Args:
-        data: The file's bytes, None or empty where the source has none.
+        data: The file's bytes, None where there is no file.
         limits: A larger file is not opened, and of a header that declares more nothing is decoded (decompression
             bombs). The seconds are for `decoding.measure_images` to keep.
     """
-    data = data or b""
-    digest = sha256(data)
-    known: dict[str, Any] = {"image_sha256": digest, "num_bytes": len(data)}
+    if data is None:
+        return ImageMeasurement(image_sha256=sha256(b""), num_bytes=0, defect="image_missing")
+    known: dict[str, Any] = {"image_sha256": sha256(data), "num_bytes": len(data)}
     if not data:
-        return ImageMeasurement(**known, defect="image_missing")
+        return ImageMeasurement(**known, defect="image_empty")
     if len(data) > limits.max_bytes:
         return ImageMeasurement(**known, defect="image_too_many_bytes")
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.data.raw_files import SAMPLES_FILE
@@ -17,8 +18,9 @@ from mllm_assets.quality.store import CONFIG, QualityStore, arrow_schema, table_
 BATCH_ROWS = 16_384
 # what each table takes from the files; the other columns are the same in every row
 _SOURCES = {
-    "samples": "SELECT *, len(image_ids) AS num_images FROM sample_rows JOIN texts USING (sample_id)",
-    "sample_versions": "SELECT * FROM sample_rows",
+    "samples": "SELECT sample_rows.*, caption, label, len(image_ids) AS num_images FROM sample_rows "
+    "JOIN texts USING (sample_id)",
+    "sample_versions": "SELECT * FROM texts",
     "images": "SELECT sample_id, unnest(image_ids) AS image_sha256, "
     "generate_subscripts(image_ids, 1) - 1 AS image_index FROM sample_rows",
     "image_quality": "SELECT * FROM image_rows",
@@ -36,8 +38,12 @@ def define_rows(connection: duckdb.DuckDBPyConnection, raw: Path, quality: Path)
         "image_rows": quality / IMAGES_FILE,
         "pair_rows": quality / DUPLICATES_FILE,
     }
+    texts = "sample_id, row_index, caption, label, "
+    # a source that was ingested by an earlier version does not say where its samples were found
+    is_located = "source_location" in pq.read_schema(files["texts"]).names
+    texts += "source_location" if is_located else "NULL::VARCHAR AS source_location"
     for name, path in files.items():
-        columns = "sample_id, caption, label" if name == "texts" else "*"
+        columns = texts if name == "texts" else "*"
         quoted = str(path).replace("'", "''")
         connection.execute(f"CREATE VIEW {name} AS SELECT {columns} FROM read_parquet('{quoted}')")
 

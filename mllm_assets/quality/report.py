@@ -24,6 +24,7 @@ REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
 MAX_MARKDOWN_BYTES = 190_000  # Dagster+ answers 413 above about 1 MB, and several assets share a page
 NUM_WORST, NUM_PAIRS, NUM_CAPTIONS, NUM_REJECTS = 24, 12, 8, 8
 NUM_MARKDOWN_WORST, NUM_MARKDOWN_PAIRS = 8, 4
+WORST_COLUMNS = ("issue", "score", "score_limit", "source_location", "caption")
 HTML_THUMBNAIL_PX, MARKDOWN_THUMBNAIL_PX = 224, 96
 # title, SQL over the measured images, unit
 IMAGE_HISTOGRAMS = (
@@ -81,8 +82,13 @@ def _collect(raw: Path, quality: Path, manifest: Mapping[str, Any]) -> dict[str,
                 "SELECT unnest(flags) AS name, count(*) AS count FROM verdicts GROUP BY 1 ORDER BY 2 DESC, 1"
             ),
             "reasons": rows(
-                "SELECT reject_reason AS name, count(*) AS count, min_by(sample_id, row_index) AS example "
-                "FROM verdicts WHERE reject_reason IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1"
+                "SELECT reject_reason AS name, count(*) AS count, "
+                "min_by(coalesce(source_location, sample_id), row_index) AS example "
+                "FROM latest_verdicts WHERE reject_reason IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1"
+            ),
+            "rejects": rows(
+                "SELECT coalesce(source_location, sample_id) AS name, reject_reason AS count "
+                f"FROM latest_verdicts WHERE reject_reason IS NOT NULL ORDER BY row_index LIMIT {NUM_REJECTS}"
             ),
             "worst": rows(
                 f"SELECT w.*, caption FROM worst w JOIN texts USING (sample_id) ORDER BY rank LIMIT {NUM_WORST}"
@@ -90,7 +96,8 @@ def _collect(raw: Path, quality: Path, manifest: Mapping[str, Any]) -> dict[str,
             "num_pairs": rows("SELECT kind AS name, count(*) AS count FROM pair_rows GROUP BY 1 ORDER BY 1"),
             # the near pairs that differ most are the ones to doubt
             "pairs": rows(
-                "SELECT p.*, a.caption AS caption_a, b.caption AS caption_b FROM pair_rows p "
+                "SELECT p.*, a.caption AS caption_a, b.caption AS caption_b, a.source_location AS location_a, "
+                "b.source_location AS location_b FROM pair_rows p "
                 "JOIN texts a ON a.sample_id = p.sample_a JOIN texts b ON b.sample_id = p.sample_b ORDER BY "
                 f"kind DESC, distance_bits DESC, color_distance DESC, sample_a, sample_b LIMIT {NUM_PAIRS}"
             ),
@@ -116,8 +123,9 @@ def _define_views(connection: duckdb.DuckDBPyConnection, raw: Path, quality: Pat
     define_rows(connection, raw, quality)
     thresholds = json.dumps(manifest["spec"]).replace("'", "''")
     tables = {
-        "assessments": f"SELECT 'd' AS dataset, 'r' AS run_id, 'q' AS quality_digest, '{thresholds}'::JSON "
-        "AS thresholds, now() AS written_at",
+        "assessments": "SELECT 'd' AS dataset, 'r' AS run_id, 'q' AS quality_digest, 's' AS raw_digest, "
+        f"'{thresholds}'::JSON AS thresholds, now() AS written_at",
+        "sample_versions": "SELECT 'd' AS dataset, 's' AS raw_digest, sample_id, source_location FROM texts",
         "verdicts": "SELECT 'd' AS dataset, 'q' AS quality_digest, * FROM sample_rows",
         "images": "SELECT dataset, sample_id, unnest(image_ids) AS image_sha256 FROM verdicts",
         "image_quality": "SELECT *, 1 AS probe_version FROM image_rows",
@@ -154,24 +162,28 @@ def _render_markdown(facts: Mapping[str, Any]) -> str:
     sections = [
         f"{counts['num_samples']} samples, {counts['num_rejected']} rejected, {counts['num_flagged']} flagged, "
         f"{counts['num_duplicates']} duplicates.",
-        _counts_markdown("rejected for", facts["reasons"]),
+        _table(
+            ("rejected for", "samples", "the first of them"),
+            ((row["name"], row["count"], row["example"]) for row in facts["reasons"]),
+        ),
         _counts_markdown("flagged as", facts["flags"]),
         f"![histograms]({facts['histograms']})" if facts["histograms"] else "",
         _table(
-            ("worst samples", "issue", "score", "limit", "caption"),
+            ("worst samples", "issue", "score", "limit", "where", "caption"),
             (
-                (_picture(facts, row["image_sha256"]), row["issue"], row["score"], row["score_limit"], row["caption"])
+                (_picture(facts, row["image_sha256"]), *(row[key] for key in WORST_COLUMNS))
                 for row in facts["worst"][:NUM_MARKDOWN_WORST]
             ),
         ),
         _table(
-            ("duplicates", "", "kind", "bits apart", "captions"),
+            ("duplicates", "", "kind", "bits apart", "where", "captions"),
             (
                 (
                     _picture(facts, row["image_a"]),
                     _picture(facts, row["image_b"]),
                     row["kind"],
                     row["distance_bits"],
+                    f"{row['location_a'] or row['sample_a']} / {row['location_b'] or row['sample_b']}",
                     f"{row['caption_a'] or ''} / {row['caption_b'] or ''}",
                 )
                 for row in facts["pairs"][:NUM_MARKDOWN_PAIRS]

@@ -1,4 +1,4 @@
-"""The DuckDB schema, version 5: tables, columns, the key that names a row, and what a second write of a key does.
+"""The DuckDB schema, version 6: tables, columns, the key that names a row, and what a second write of a key does.
 
 Content (what a sample, an image or a caption is) is keyed by what it is and never changes. History (which samples a
 source had, how a run judged them, where they went) is keyed by the digest of that version, so that nothing of an
@@ -7,7 +7,7 @@ earlier run is overwritten and writing a run twice adds nothing. `migrations` br
 
 from dataclasses import dataclass
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,14 @@ TABLES: dict[str, TableSchema] = {
         ("dataset", "sample_id"),
         keeps_first=True,
     ),
-    # which samples each version of the source held, in its order
+    # which samples each version of the source held, in its order, and where they were found
     "sample_versions": TableSchema(
         {
             "dataset": "VARCHAR",
             "raw_digest": "VARCHAR",
             "sample_id": "VARCHAR",
             "row_index": "BIGINT",
+            "source_location": "VARCHAR",
             "run_id": "VARCHAR",
         },
         ("dataset", "raw_digest", "sample_id"),

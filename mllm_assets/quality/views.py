@@ -18,12 +18,18 @@ _LIMITS = " UNION ALL ".join(
     for issue, (key, default) in _DEFAULT_LIMITS.items()
 )
 
+MAX_REPEATED_SHARE = 0.2
+MAX_LENGTH_RATIO = 4
+
 VIEWS: dict[str, str] = {
     "latest_assessments": """
         SELECT * FROM assessments
         QUALIFY row_number() OVER (PARTITION BY dataset ORDER BY written_at DESC, run_id) = 1""",
     "latest_verdicts": """
-        SELECT verdicts.* FROM verdicts JOIN latest_assessments USING (dataset, quality_digest)""",
+        SELECT verdicts.*, found.source_location
+        FROM verdicts JOIN latest_assessments USING (dataset, quality_digest)
+        LEFT JOIN sample_versions found ON (found.dataset, found.raw_digest, found.sample_id) =
+            (verdicts.dataset, latest_assessments.raw_digest, verdicts.sample_id)""",
     "latest_splits": """
         WITH newest AS (
             SELECT DISTINCT ON (dataset) dataset, split_digest, split_key FROM split_membership
@@ -50,13 +56,13 @@ VIEWS: dict[str, str] = {
     "worst": """
         WITH of_sample AS (
             SELECT v.dataset, v.sample_id, i.image_sha256, s.issue, s.score, l.score_limit,
-                s.score / nullif(l.score_limit, 0) AS margin, v.flags, v.reject_reason
+                s.score / nullif(l.score_limit, 0) AS margin, v.flags, v.reject_reason, v.source_location
             FROM latest_verdicts v JOIN images i USING (dataset, sample_id)
             JOIN image_scores s USING (image_sha256) JOIN score_limits l USING (dataset, issue)
             QUALIFY row_number() OVER (PARTITION BY v.dataset, v.sample_id ORDER BY margin, issue) = 1)
         SELECT dataset, row_number() OVER (PARTITION BY dataset ORDER BY margin, sample_id) AS rank,
-            sample_id, issue, round(score, 4) AS score, score_limit, round(margin, 3) AS margin, flags, reject_reason,
-            image_sha256
+            sample_id, source_location, issue, round(score, 4) AS score, score_limit, round(margin, 3) AS margin,
+            flags, reject_reason, image_sha256
         FROM of_sample""",
     # a validation sample whose duplicate group, or whose very look in another dataset, is trained on
     "leaks": """
@@ -79,39 +85,62 @@ VIEWS: dict[str, str] = {
                 AND (v.dataset <> t.dataset OR v.duplicate_group IS DISTINCT FROM t.duplicate_group)),
         pairs AS (
             SELECT dataset, val_sample, train_dataset, train_sample, min(kind) AS kind FROM found GROUP BY ALL)
-        SELECT dataset, row_number() OVER (PARTITION BY dataset ORDER BY kind, val_sample, train_dataset, train_sample)
-            AS rank, val_sample, train_dataset, train_sample, kind
-        FROM pairs""",
+        SELECT pairs.dataset, row_number() OVER (
+                PARTITION BY pairs.dataset ORDER BY kind, val_sample, train_dataset, train_sample) AS rank,
+            val_sample, v.source_location AS val_location, train_dataset, train_sample,
+            t.source_location AS train_location, kind
+        FROM pairs
+        LEFT JOIN latest_verdicts v ON (v.dataset, v.sample_id) = (pairs.dataset, val_sample)
+        LEFT JOIN latest_verdicts t ON (t.dataset, t.sample_id) = (train_dataset, train_sample)""",
     "duplicates": """
         SELECT p.dataset,
             row_number() OVER (
                 PARTITION BY p.dataset ORDER BY kind, distance_bits, color_distance, sample_a, sample_b) AS rank,
-            sample_a, sample_b, kind, distance_bits, color_distance, ma.split AS split_a, mb.split AS split_b,
-            a.caption AS caption_a, b.caption AS caption_b
+            sample_a, va.source_location AS location_a, sample_b, vb.source_location AS location_b, kind,
+            distance_bits, color_distance, ma.split AS split_a, mb.split AS split_b, a.caption AS caption_a,
+            b.caption AS caption_b
         FROM duplicate_pairs p JOIN latest_assessments USING (dataset, quality_digest)
         LEFT JOIN samples a ON (a.dataset, a.sample_id) = (p.dataset, sample_a)
         LEFT JOIN samples b ON (b.dataset, b.sample_id) = (p.dataset, sample_b)
+        LEFT JOIN latest_verdicts va ON (va.dataset, va.sample_id) = (p.dataset, sample_a)
+        LEFT JOIN latest_verdicts vb ON (vb.dataset, vb.sample_id) = (p.dataset, sample_b)
         LEFT JOIN latest_splits ma ON (ma.dataset, ma.sample_id) = (p.dataset, sample_a)
         LEFT JOIN latest_splits mb ON (mb.dataset, mb.sample_id) = (p.dataset, sample_b)""",
-    # first the captions that the most samples share, then those that repeat themselves, then the shortest
-    "captions": """
+    # first the captions that the most samples share, then those that repeat themselves (from Gopher's limit of 0.2,
+    # Rae et al. 2021, table A1), then those whose length is the most times the usual one, or the smallest part of it
+    "captions": f"""
         WITH of_sample AS (
-            SELECT v.dataset, v.sample_id, s.caption, q.caption_num_chars AS num_chars,
+            SELECT v.dataset, v.sample_id, v.source_location, s.caption, q.caption_num_chars AS num_chars,
                 q.caption_num_words AS num_words, q.caption_num_tokens AS num_tokens,
                 q.caption_repeated_share AS repeated_share,
-                count(*) OVER (PARTITION BY v.dataset, lower(trim(s.caption))) AS num_with_this_caption, v.reject_reason
+                count(*) OVER (PARTITION BY v.dataset, lower(trim(s.caption))) AS num_with_this_caption,
+                v.reject_reason
             FROM latest_verdicts v JOIN samples s USING (dataset, sample_id)
             LEFT JOIN caption_quality q USING (caption_sha256)
             WHERE s.caption IS NOT NULL
-            QUALIFY row_number() OVER (PARTITION BY v.dataset, v.sample_id ORDER BY q.probe_version DESC) = 1)
+            QUALIFY row_number() OVER (PARTITION BY v.dataset, v.sample_id ORDER BY q.probe_version DESC) = 1),
+        against_usual AS (
+            SELECT *, CASE num_chars WHEN 0 THEN 1 ELSE num_chars END
+                / greatest(median(num_chars) OVER (PARTITION BY dataset), 1) AS length_ratio
+            FROM of_sample),
+        judged AS (
+            SELECT *, CASE WHEN num_with_this_caption > 1 THEN 'shared'
+                WHEN repeated_share > {MAX_REPEATED_SHARE} THEN 'repetitive'
+                WHEN length_ratio < {1 / MAX_LENGTH_RATIO} THEN 'short'
+                WHEN length_ratio > {MAX_LENGTH_RATIO} THEN 'long' END AS issue
+            FROM against_usual)
         SELECT dataset,
-            row_number() OVER (PARTITION BY dataset ORDER BY num_with_this_caption DESC, lower(trim(caption)),
-                repeated_share DESC, num_chars, sample_id) AS rank,
-            sample_id, num_with_this_caption, repeated_share, num_tokens, num_words, num_chars, caption, reject_reason
-        FROM of_sample""",
+            row_number() OVER (PARTITION BY dataset ORDER BY num_with_this_caption DESC,
+                CASE issue WHEN 'shared' THEN lower(trim(caption)) END,
+                CASE issue WHEN 'repetitive' THEN repeated_share ELSE 0 END DESC,
+                abs(ln(length_ratio)) DESC, lower(trim(caption)), sample_id) AS rank,
+            sample_id, source_location, issue, num_with_this_caption, repeated_share,
+            round(length_ratio, 3) AS length_ratio, num_tokens, num_words, num_chars, caption, reject_reason
+        FROM judged""",
     "rejects": """
         SELECT v.dataset, row_number() OVER (PARTITION BY v.dataset ORDER BY v.row_index, v.sample_id) AS rank,
-            v.sample_id, v.row_index, v.reject_reason AS reason, s.caption, v.quality_digest, v.run_id
+            v.source_location, v.reject_reason AS reason, s.caption, v.sample_id, v.row_index, v.quality_digest,
+            v.run_id
         FROM latest_verdicts v LEFT JOIN samples s USING (dataset, sample_id)
         WHERE v.reject_reason IS NOT NULL""",
     # what a recipe's models said in its newest evaluation
@@ -125,7 +154,8 @@ VIEWS: dict[str, str] = {
     # is shown once, with the quality of the one whose name comes first.
     "hardest": """
         WITH of_sample AS (
-            SELECT dataset, sample_id, flags, row_number() OVER (PARTITION BY sample_id ORDER BY dataset) AS number
+            SELECT dataset, sample_id, source_location, flags,
+                row_number() OVER (PARTITION BY sample_id ORDER BY dataset) AS number
             FROM latest_verdicts),
         said AS (
             SELECT t.*, b.loss_nats AS base_loss_nats FROM latest_predictions t
@@ -135,8 +165,9 @@ VIEWS: dict[str, str] = {
         SELECT said.recipe,
             row_number() OVER (PARTITION BY said.recipe ORDER BY said.loss_nats DESC, said.entry, said.row_index)
                 AS rank,
-            entry, row_index, said.sample_id, said.loss_nats, base_loss_nats - said.loss_nats AS gain_nats,
-            said.reference, said.answer, coalesce((metrics->>'label_accuracy')::DOUBLE,
+            entry, row_index, said.sample_id, of_sample.source_location, said.loss_nats,
+            base_loss_nats - said.loss_nats AS gain_nats, said.reference, said.answer,
+            coalesce((metrics->>'label_accuracy')::DOUBLE,
                 (metrics->>'exact_match')::DOUBLE) = 1 AS is_right,
             worst.issue AS worst_issue, worst.margin AS worst_margin, of_sample.flags, worst.image_sha256
         FROM said LEFT JOIN of_sample ON of_sample.sample_id = said.sample_id AND of_sample.number = 1

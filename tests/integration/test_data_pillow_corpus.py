@@ -26,7 +26,7 @@ from tests.integration.conftest import Project, make_project
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
 REASONS = {
-    "image_missing",
+    "image_empty",
     "image_unreadable",
     "image_truncated",
     "image_corrupt",
@@ -53,7 +53,7 @@ EXPECTED = {
     "truncated_jpeg.jpg": "image_truncated",
     "broken_data_stream.png": "image_corrupt",
     "broken.png": "image_unreadable",
-    "zero_bytes.png": "image_missing",
+    "zero_bytes.png": "image_empty",
     "fujifilm.mpo": "image_too_many_bytes",
     "decompression_bomb.gif": "image_too_many_pixels",
     "bmp/b/reallybig.bmp": "image_too_many_pixels",

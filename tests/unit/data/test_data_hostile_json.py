@@ -14,7 +14,7 @@ from test_data_sharegpt import ENTRY, failing, row, write
 
 from mllm_assets.data import json_stream
 from mllm_assets.data.json_stream import list_items
-from mllm_assets.data.json_text import JsonLimits, decode, read_text, text_lines
+from mllm_assets.data.json_text import JsonLimits, decode, json_lines, read_text
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.errors import DataError
 
@@ -163,17 +163,20 @@ def test_a_file_above_its_size_is_refused_before_it_is_read(tmp_path: Path) -> N
         read_text(path, JsonLimits(max_file_bytes=1000))
 
 
-def test_a_gigabyte_in_one_line_is_refused_in_little_memory(tmp_path: Path) -> None:
+def test_a_gigabyte_in_one_line_costs_this_line_in_little_memory(tmp_path: Path) -> None:
     """The file is sparse: it has the size and takes no disk."""
     path = tmp_path / "rows.jsonl"
     with path.open("wb") as file:
         file.write(b'{"messages": "')
         file.truncate(2**30)
+        file.seek(0, 2)
+        file.write(b'\n\n{"after": 1}\n')
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match=r"rows.jsonl, line 1: longer than 1,048,576 bytes"):
-            list(text_lines(path, JsonLimits(max_line_bytes=2**20)))
-        with pytest.raises(DataError, match=r"has 1,073,741,824 bytes, expected at most 536,870,912"):
+        too_long, after = json_lines(path, JsonLimits(max_line_bytes=2**20))
+        assert "rows.jsonl, line 1: longer than 1,048,576 bytes" in (too_long.problem or "")
+        assert (after.number, after.value, after.problem) == (3, {"after": 1}, None)
+        with pytest.raises(DataError, match=r"has 1,073,741,839 bytes, expected at most 536,870,912"):
             read_text(path)
         _, peak = tracemalloc.get_traced_memory()
     finally:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from made_datasets import encode, made_spec, picture, png, run_line, write_source
 
+from mllm_assets.data import webdataset
 from mllm_assets.data.checks import counts_add_up, every_image_has_a_placeholder
 from mllm_assets.data.sharegpt import Row, load_rows
 from mllm_assets.data.sources import ingest
@@ -19,6 +20,7 @@ from mllm_assets.data.spec import DatasetSpec, SourceSpec
 from mllm_assets.data.splits import SplitResult
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
+from mllm_assets.quality.store import QualityStore
 
 ASK = ("What is this?",)
 
@@ -294,8 +296,8 @@ def test_a_folder_that_is_split_already_stays_so(layout: Layout) -> None:
     [
         (lambda folder: None, "there is no folder"),
         (lambda folder: folder.mkdir(), "holds no image files (.bmp, "),
-        (lambda folder: (folder.mkdir(), (folder / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"a"}\n')),
-         "metadata.jsonl, line 2, column 5"),
+        (lambda folder: (folder.mkdir(), (folder / "metadata.jsonl").write_text('{"a"}\n\n\x89PNG\n')),
+         "metadata.jsonl, line 1, column 5: Expecting ':' delimiter. Correct the JSON there.\n"),
         (lambda folder: (folder.mkdir(), (folder / "metadata.jsonl").write_text('{"image": "a.png"}\n')),
          "metadata.jsonl, line 1: expected `file_name` with the image's path"),
         (lambda folder: (folder.mkdir(), (folder / "metadata.jsonl").write_text("[1]\n")),
@@ -307,6 +309,153 @@ def test_a_folder_that_is_split_already_stays_so(layout: Layout) -> None:
 def test_a_folder_that_cannot_be_read_is_named(layout: Layout, write: Callable[[Path], Any], message: str) -> None:
     write(layout.root / "pictures")
     assert message in refused(of_kind("image_folder", "pictures"), layout)
+
+
+def test_a_bad_line_of_the_metadata_costs_its_row_only(layout: Layout) -> None:
+    folder = picture_folder(layout, range(7))
+    lines = [json.dumps({"file_name": f"{n}.png", "text": f"picture {n}"}).encode() for n in range(6)]
+    lines[2:2] = [b'{"file_name": "6.png", "text": ', b"7", b'{"text": "no file"}', b'{"file_name": "caf\xe9.png"}']
+    lines += [b'{"file_name": "0.png", "file_name": "1.png"}', b'{"file_name": "0.png", "text": NaN}']
+    (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    version, rows = through(of_kind("image_folder", "pictures"), layout)
+    assert version.reject_reasons == {"image_unnamed": 1, "row_unreadable": 5}
+    assert answers(rows) == {f"picture {n}" for n in range(6)}
+    found = {row["source_location"]: row["reason"] for row in rejects(layout)}
+    assert found == {
+        "metadata.jsonl:3": "row_unreadable",
+        "metadata.jsonl:4": "row_unreadable",
+        "metadata.jsonl:5": "image_unnamed",
+        "metadata.jsonl:6": "row_unreadable",
+        "metadata.jsonl:11": "row_unreadable",
+        "metadata.jsonl:12": "row_unreadable",
+    }
+
+
+def test_where_every_line_is_bad_the_first_ten_are_named(layout: Layout) -> None:
+    folder = picture_folder(layout)
+    (folder / "metadata.jsonl").write_text('{"image": "a.png"}\n' * 11 + "{\n" * 20)
+    message = refused(of_kind("image_folder", "pictures"), layout)
+    lines = message.splitlines()
+    assert len(lines) == 11 and lines[-1] == "and 21 more rows."
+    for number, line in enumerate(lines[:-1], 1):
+        assert f"metadata.jsonl, line {number}: expected `file_name` with the image's path" in line
+
+
+def test_a_bad_line_of_a_csv_costs_its_row_and_a_row_of_many_lines_begins_at_its_first(layout: Layout) -> None:
+    folder = picture_folder(layout, range(8))
+    rows = "".join(f'{n}.png,"picture\n{n}"\n' for n in range(5)) + "5.png,caf\xe9\n\n,none\n"
+    (folder / "metadata.csv").write_bytes(f"file_name,text\n{rows}6.png,{'x' * 200_000}\n7.png,last".encode("latin-1"))
+    version, _ = through(of_kind("image_folder", "pictures"), layout)
+    assert version.reject_reasons == {"caption_undecodable": 1, "image_unnamed": 1, "row_unreadable": 1}
+    found = {row["source_location"]: row["reason"] for row in rejects(layout)}
+    assert found == {
+        "metadata.csv:12": "caption_undecodable",
+        "metadata.csv:14": "image_unnamed",
+        "metadata.csv:15": "row_unreadable",
+    }
+    places = {row["source_location"] for row in located(layout)}
+    assert {f"metadata.csv:{n}" for n in (2, 4, 6, 8, 10, 16)} <= places
+
+
+def test_a_conversation_nested_by_the_thousand_costs_its_row_only(layout: Layout) -> None:
+    turns = json.dumps([{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That"}])
+    table = {"image": [png(n) for n in range(7)], "messages": [*[turns] * 6, "[" * 100_000]}
+    pq.write_table(pa.table(table), layout.root / "source.parquet")
+    version, _ = through(of_kind("parquet", "source.parquet", messages_column="messages"), layout)
+    assert version.reject_reasons == {"messages_unreadable": 1}
+
+
+# --- where a sample was found
+
+
+def rejects(layout: Layout) -> list[dict[str, Any]]:
+    return QualityStore(layout.quality_db).query("SELECT source_location, reason FROM rejects ORDER BY rank")
+
+
+def located(layout: Layout) -> list[dict[str, Any]]:
+    return QualityStore(layout.quality_db).query("SELECT source_location FROM latest_verdicts ORDER BY row_index")
+
+
+def test_an_empty_file_is_not_called_a_missing_one(layout: Layout) -> None:
+    folder = picture_folder(layout)
+    (folder / "empty.png").write_bytes(b"")
+    names = [*(f"{n}.png" for n in range(6)), "empty.png", "gone.png"]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": n}) + "\n" for n in names))
+    through(of_kind("image_folder", "pictures"), layout)
+    assert [(row["source_location"], row["reason"]) for row in rejects(layout)] == [
+        ("metadata.jsonl:7", "image_empty"),
+        ("metadata.jsonl:8", "image_missing"),
+    ]
+
+
+def test_a_sample_of_a_folder_is_found_by_its_file(layout: Layout) -> None:
+    folder = picture_folder(layout) / "old boats"
+    folder.mkdir()
+    (folder / "6.png").write_bytes(png(6)[:300])
+    name = b"caf\xe9.png".decode(errors="surrogateescape")  # as Latin-1 wrote it
+    (folder / name).write_bytes(b"no picture")
+    for n in range(6):
+        (folder.parent / f"{n}.txt").write_text(f"picture {n}")
+    through(of_kind("image_folder", "pictures"), layout)
+    *whole, broken, renamed = [row["source_location"] for row in located(layout)]
+    assert whole == [f"{n}.png" for n in range(6)]
+    assert broken == "old boats/6.png"
+    assert renamed.startswith("old boats/caf\ufffd")
+
+
+def test_a_file_that_was_renamed_is_found_by_its_new_name(layout: Layout) -> None:
+    folder = picture_folder(layout)
+    for n in range(6):
+        (folder / f"{n}.txt").write_text(f"picture {n}" if n else "")
+    spec = of_kind("image_folder", "pictures", 3, 2)
+    through(spec, layout)
+    assert rejects(layout) == [{"source_location": "0.png", "reason": "caption_empty"}]
+    (folder / "0.png").rename(folder / "00.png")
+    through(spec, layout)
+    assert rejects(layout) == [{"source_location": "00.png", "reason": "caption_empty"}]
+
+
+def test_a_sample_of_a_table_is_found_by_its_file_and_row(layout: Layout) -> None:
+    for name in ("a/0.parquet", "b/1.parquet"):
+        rows = [(png(n + len(name)), f"{name} {n}") for n in range(20)]
+        write_source((layout.root / name).parent, [*rows, (None, "none")], name[2:])
+    through(of_kind("parquet", ("a/*.parquet", "b/1.parquet")), layout)
+    assert [row["source_location"] for row in rejects(layout)] == ["a/0.parquet:row 20", "b/1.parquet:row 20"]
+    message = refused(of_kind("parquet", "b/1.parquet", image_column="text"), layout)
+    assert message.startswith("1.parquet:row 0, column 'text': expected image bytes, got str.")
+
+
+def test_a_sample_of_a_tar_is_found_by_its_key_and_one_too_large_costs_itself(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webdataset, "MAX_SOURCE_BYTES", 4096)
+    for shard in range(2):
+        members = [(f"{shard}{n:03}.{kind}", data) for n in range(4) for kind, data in
+                   (("png", png(shard * 10 + n) if n else bytes(5000)), ("txt", b"a picture"))]  # fmt: skip
+        write_tar(layout.root / "shards" / f"{shard}.tar", members)
+    through(of_kind("webdataset", "shards/*.tar"), layout)
+    assert [(row["source_location"], row["reason"]) for row in rejects(layout)] == [
+        ("0.tar:0000", "image_too_many_bytes"),
+        ("1.tar:1000", "image_too_many_bytes"),
+    ]
+
+
+def test_a_row_of_a_llamafactory_directory_is_found_by_its_file(layout: Layout) -> None:
+    folder = layout.root / "theirs"
+    (folder / "more").mkdir(parents=True)
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]
+    for n in range(6):
+        (folder / f"{n}.png").write_bytes(png(n))
+    rows = [{"conversations": turns, "images": [f"{n}.png"]} for n in range(6)]
+    entries = {"t_train": "t.json", "t_val": "more/v.jsonl"}
+    (folder / "t.json").write_text(json.dumps([*rows[:4], 7]))
+    (folder / "more" / "v.jsonl").write_text("\n".join(map(json.dumps, rows[4:])) + "\n{\n")
+    columns = {"messages": "conversations", "images": "images"}
+    info = {key: {"file_name": file, "formatting": "sharegpt", "columns": columns} for key, file in entries.items()}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    source = SourceSpec(kind="llamafactory", path="theirs", split="t_train", val_split="t_val")
+    through(made_spec(3, 1, source=source, prompts=()), layout)
+    assert [row["source_location"] for row in rejects(layout)] == ["t.json:row 4", "more/v.jsonl:3"]
 
 
 # --- WebDataset

@@ -100,7 +100,7 @@ def test_a_file_without_rows_is_refused(layout: Layout) -> None:
 def test_a_column_of_another_type_is_named_with_its_row(layout: Layout) -> None:
     layout.root.mkdir(exist_ok=True)
     pq.write_table(pa.table({"image": [png(1)], "text": [["a", "b"]]}), layout.root / "source.parquet")
-    assert "Row 0 of source.parquet, column 'text': expected a text, got list" in failing(layout, made_spec())
+    assert "source.parquet:row 0, column 'text': expected a text, got list" in failing(layout, made_spec())
     pq.write_table(pa.table({"image": ["a.png"], "text": ["a"]}), layout.root / "source.parquet")
     assert "column 'image': expected image bytes, got str" in failing(layout, made_spec())
 

@@ -26,6 +26,7 @@ def test_a_reader_of_an_old_file_gets_the_new_tables_with_the_old_rows(old: Qual
     assert old.query("SELECT count(*) AS n, count(is_grayscale) AS g FROM image_quality") == [{"n": 12, "g": 0}]
     # the empty caption and thirteen others, no two alike
     assert old.query("SELECT count(*) AS n FROM caption_quality WHERE length(caption_sha256) = 64") == [{"n": 14}]
+    assert old.query("SELECT count(*) AS n, count(source_location) AS l FROM sample_versions") == [{"n": 14, "l": 0}]
     assert old.query("SELECT max(version) AS version FROM schema_version") == [{"version": SCHEMA_VERSION}]
     assert old.query("SELECT value FROM eval_metrics") == [{"value": 0.5}]
     assert old.query("SELECT answer FROM predictions") == [{"answer": "a"}]
@@ -52,6 +53,15 @@ def test_a_migrated_file_has_the_columns_of_a_new_one(old: QualityStore, tmp_pat
         "ORDER BY ALL"
     )
     assert old.query(columns) == QualityStore(tmp_path / "new.duckdb").query(columns)
+
+
+def test_what_was_called_a_missing_image_but_is_an_empty_one_is_called_so(old: QualityStore) -> None:
+    with duckdb.connect(str(old.path)) as connection:
+        connection.execute(
+            "INSERT INTO image_quality BY NAME SELECT * REPLACE ('e3b0' AS image_sha256, 0 AS num_bytes, "
+            "'image_missing' AS defect) FROM image_quality LIMIT 1"
+        )
+    assert old.query("SELECT defect FROM image_quality WHERE num_bytes = 0") == [{"defect": "image_empty"}]
 
 
 def test_a_step_that_fails_leaves_the_old_file_as_it_was(old: QualityStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def test_each_common_format_is_read(kind: str) -> None:
     ("data", "defect"),
     [
         (None, "image_missing"),
-        (b"", "image_missing"),
+        (b"", "image_empty"),
         (b"<html>404</html>", "image_unreadable"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image_unreadable"),
         (encode(picture(1), "JPEG")[:-300], "image_truncated"),

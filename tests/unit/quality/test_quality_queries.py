@@ -2,9 +2,12 @@
 
 import json
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from made_images import encode, picture
 
@@ -34,9 +37,6 @@ def made(name: str = "made", **quality: float) -> DatasetSpec:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     root = tmp_path_factory.mktemp("root")
     images = [encode(picture(seed)) for seed in range(8)]
     rows = [(image, f"picture {number}") for number, image in enumerate(images)]
@@ -79,6 +79,43 @@ def test_duplicates_and_rejects_and_captions_name_their_samples(root: Path, caps
     assert [row["num_with_this_caption"] for row in captions] == [2, 2]
 
 
+@pytest.mark.parametrize("view", ["worst", "duplicates", "captions", "rejects"])
+def test_every_answer_says_where_its_samples_were_found(view: str, root: Path, capsys, monkeypatch) -> None:
+    rows = json.loads(asked(view, capsys, monkeypatch, root, "--json"))
+    columns = ("location_a", "location_b") if view == "duplicates" else ("source_location",)
+    found = {row[column] for row in rows for column in columns}
+    expected = {
+        "worst": {f"source.parquet:row {n}" for n in (*range(10), 11)},
+        "duplicates": {"source.parquet:row 1", "source.parquet:row 8"},
+        "captions": {f"source.parquet:row {n}" for n in range(12)},
+        "rejects": {"source.parquet:row 10", "source.parquet:row 11"},
+    }
+    assert found == expected[view]
+    assert "source.parquet:row" in asked(view, capsys, monkeypatch, root)
+
+
+def test_captions_are_ranked_by_what_is_odd_about_them(tmp_path: Path, capsys, monkeypatch) -> None:
+    """Not by alphabet: shared by several, then repeating themselves, then much longer or shorter than the others."""
+    usual = [f"{letter} picture of number {n} on a table" for n, letter in enumerate("abcdefghijkl")]
+    odd = ["z", "x" * 400, "very good very good very good", "ZZ top", "zz Top "]
+    rows = [(encode(picture(seed)), text) for seed, text in enumerate([*usual, *odd])]
+    pq.write_table(
+        pa.table({"image": [row[0] for row in rows], "text": [row[1] for row in rows]}), tmp_path / "s.parquet"
+    )
+    spec = replace(made(), source=SourceSpec(kind="parquet", path="s.parquet"))
+    assess(spec, Layout(tmp_path), ingest(spec, Layout(tmp_path)).directory, "run-1")
+    answers = json.loads(asked("captions", capsys, monkeypatch, tmp_path, "--json"))
+    assert [(row["caption"].strip().lower()[:9], row["issue"]) for row in answers[:5]] == [
+        ("zz top", "shared"),
+        ("zz top", "shared"),
+        ("very good", "repetitive"),
+        ("z", "short"),
+        ("x" * 9, "long"),
+    ]
+    assert {row["issue"] for row in answers[5:]} == {None}
+    assert answers[3]["length_ratio"] < 0.1 < 10 < answers[4]["length_ratio"]
+
+
 def test_leaks_are_those_of_another_dataset_that_has_the_same_pictures(root: Path, capsys, monkeypatch) -> None:
     """Both datasets put the same groups on the same sides, so the leak is made by hand."""
     assert "is trained on" in asked("leaks", capsys, monkeypatch, root)
@@ -92,6 +129,8 @@ def test_leaks_are_those_of_another_dataset_that_has_the_same_pictures(root: Pat
     rows = json.loads(asked("leaks", capsys, monkeypatch, root, "--json"))
     assert {(row["train_dataset"], row["kind"]) for row in rows} == {("other", "exact")}
     assert len({row["val_sample"] for row in rows}) == 2
+    assert all(row["val_location"].startswith("source.parquet:row ") for row in rows)
+    assert [row["train_location"] for row in rows] == [row["val_location"] for row in rows]
 
 
 def test_a_pipe_gets_whole_lines_and_a_limit_counts_them(root: Path, capsys, monkeypatch) -> None:
@@ -162,6 +201,7 @@ def test_hardest_joins_the_newest_evaluation_with_the_quality_of_its_samples(roo
     by_hand, with_quality = json.loads(capsys.readouterr().out)
     assert (by_hand["sample_id"], by_hand["loss_nats"], by_hand["gain_nats"]) == ("by-hand", 2.0, 4.0)
     assert by_hand["flags"] is None and by_hand["is_right"]
+    assert (by_hand["source_location"], with_quality["source_location"]) == (None, "source.parquet:row 9")
     assert (with_quality["loss_nats"], with_quality["worst_issue"]) == (1.0, "image_dark")
     assert with_quality["flags"] == ["image_dark"]
 

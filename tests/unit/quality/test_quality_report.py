@@ -59,7 +59,8 @@ def test_a_report_is_made_once_and_is_small_whatever_the_captions(tmp_path: Path
 def test_a_dataset_without_one_good_image_has_a_report_too(tmp_path: Path) -> None:
     raw, quality = assessed(tmp_path, [(b"no image", "one"), (b"", "two")])
     html = write_report(raw, quality).html.read_text(encoding="utf-8")
-    assert "image_unreadable" in html and "image_missing" in html
+    assert "image_unreadable" in html and "image_empty" in html
+    assert "source.parquet:row 0" in html and "source.parquet:row 1" in html
     assert "Worst samples" not in html
 
 
