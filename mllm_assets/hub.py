@@ -49,6 +49,18 @@ def find_repo(hub: HubRepo, *, revision: str | None = None, sizes: bool = False)
     return explained(hub, lambda: patiently(ask, deadline_s=deadline_s - REQUEST_TIMEOUT_S))
 
 
+def require_access(hub: HubRepo) -> None:
+    """Ask once whether the token may read the files of a repository; what is gated is described to everybody.
+
+    Raises:
+        SourceError: It may not, or the Hub does not answer within `REACH_TIMEOUT_S`; says what to do.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=hub.endpoint, token=hub_token())
+    explained(hub, lambda: within(REACH_TIMEOUT_S, lambda: api.auth_check(hub.repo, repo_type=hub.kind)))
+
+
 def find_sizes(hub: HubRepo, commit: str, names: Sequence[str]) -> dict[str, int]:
     """The sizes of some files in bytes, in the order of their names.
 

@@ -1,12 +1,14 @@
-"""A deployment and its state: `init`, `slots`, `check-graph`."""
+"""A deployment and its state: `init`, `doctor`, `slots`, `check-graph`."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
-from mllm_assets.cli.options import Verbs
+from mllm_assets.cli.options import Verbs, device_from_environment
 from mllm_assets.errors import MachineError
+from mllm_assets.layout import Layout
 
 
 def add_commands(verbs: Verbs) -> None:
@@ -18,6 +20,10 @@ def add_commands(verbs: Verbs) -> None:
     slots = verbs.add_parser("slots", help="pool slots that killed runs still hold")
     slots.add_argument("action", choices=("free",))
     slots.set_defaults(run=_free_slots)
+
+    doctor = verbs.add_parser("doctor", help="what is wrong with this machine, and what to do (exit code 1 on a fail)")
+    doctor.add_argument("--json", action="store_true", help="print a JSON list")
+    doctor.set_defaults(run=_doctor)
 
     check = verbs.add_parser("check-graph", help="name every recipe and dataset that cannot be built (exit code 2)")
     check.set_defaults(run=_check_graph)
@@ -45,8 +51,35 @@ def _free_slots(arguments: argparse.Namespace) -> int:
     with DagsterInstance.get() as instance:
         dead = end_dead_runs(instance)
     for run_id in dead:
-        print(f"run {run_id}: its process is gone; ended, and its slots are free")
+        print(f"run {run_id}: ended, its process is gone; its slots are free")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mllm_assets.components.instance_checks import check_dagster
+    from mllm_assets.operations.findings import print_findings
+    from mllm_assets.operations.hub_access import check_hub
+    from mllm_assets.operations.machine import check_device, check_disk, check_versions, check_write_access
+    from mllm_assets.operations.processes import check_database, check_orphans
+
+    layout = Layout.from_environment()
+    home = os.environ.get("DAGSTER_HOME")
+    dagster, models = check_dagster(Path.cwd(), layout)
+    findings = [
+        *check_versions(),
+        check_device(device_from_environment()),
+        check_disk(layout.root),
+        check_write_access(layout, *([Path(home)] if home else [])),
+        *dagster,
+        check_orphans(),
+        check_database(layout.quality_db),
+        *check_hub(models),
+    ]
+    if arguments.json:
+        print(json.dumps([finding.to_dict() for finding in findings], indent=2))
+    else:
+        print_findings(findings)
+    return 1 if any(finding.status == "fail" for finding in findings) else 0
 
 
 def _check_graph(arguments: argparse.Namespace) -> int:

@@ -8,8 +8,25 @@ import dagster as dg
 HOLDING = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
+def find_dead_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
+    """Runs of this machine that count as running, and whose processes are all gone."""
+    running = instance.get_runs(dg.RunsFilter(statuses=HOLDING))
+    pids = {run.run_id: _process_ids(instance, run.run_id) for run in running}
+    return [run for run in running if pids[run.run_id] and not any(_is_alive(pid) for pid in pids[run.run_id])]
+
+
+def find_leftover_holders(instance: dg.DagsterInstance) -> list[str]:
+    """Ids of runs that hold a pool's slot though they have ended, or that the instance no longer knows."""
+    storage = instance.event_log_storage
+    slots = [
+        slot for pool in storage.get_concurrency_keys() for slot in storage.get_concurrency_info(pool).claimed_slots
+    ]
+    runs = {slot.run_id: instance.get_run_by_id(slot.run_id) for slot in slots}
+    return [run_id for run_id, run in runs.items() if run is None or run.is_finished]
+
+
 def end_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Report the runs of this machine whose processes are all gone as failed, and free their slots.
+    """Report the dead runs of this machine as failed, and free their slots and those of runs that have ended.
 
     `kill -9` of a run leaves it "started" for ever, and its slot of the pool `gpu` taken: the next run would wait.
 
@@ -17,13 +34,13 @@ def end_dead_runs(instance: dg.DagsterInstance) -> list[str]:
         The ids of those runs.
     """
     dead = []
-    for run in instance.get_runs(dg.RunsFilter(statuses=HOLDING)):
-        pids = _process_ids(instance, run.run_id)
-        if pids and not any(_is_alive(pid) for pid in pids):
-            instance.report_run_failed(run, "Its process is gone (killed, or the machine was restarted).")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-            dead.append(run.run_id)
-    return dead
+    for run in find_dead_runs(instance):
+        dead.append(run.run_id)
+        instance.report_run_failed(run, "Its process is gone (killed, or the machine was restarted).")
+    freed = list(dict.fromkeys([*dead, *find_leftover_holders(instance)]))
+    for run_id in freed:
+        instance.event_log_storage.free_concurrency_slots_for_run(run_id)
+    return freed
 
 
 def describe_holders(instance: dg.DagsterInstance, pool: str) -> str:

@@ -41,6 +41,18 @@ def describe_model(directory: Path, revision: str | None = None) -> PretrainedRe
     )
 
 
+def model_repo(repo: str, revision: str | None, directory: Path, *, endpoint: str | None = None) -> HubRepo:
+    """A model's repository on the Hub, and what to do when it does not come."""
+    return HubRepo(
+        kind="model",
+        repo=repo,
+        revision=revision,
+        setting="repo in defs/pretrained/defs.yaml",
+        otherwise=f"Or put the model into {directory} yourself; pretrains/gemma3_tiny needs no network.",
+        endpoint=endpoint,
+    )
+
+
 def fetch_snapshot(
     repo: str,
     revision: str | None,
@@ -66,14 +78,7 @@ def fetch_snapshot(
         ModelError: The repository holds no model whose files cannot carry code.
         MachineError: The disk has not enough space; nothing was fetched.
     """
-    hub = HubRepo(
-        kind="model",
-        repo=repo,
-        revision=revision,
-        setting="repo in defs/pretrained/defs.yaml",
-        otherwise=f"Or put the model into {directory} yourself; pretrains/gemma3_tiny needs no network.",
-        endpoint=endpoint,
-    )
+    hub = model_repo(repo, revision, directory, endpoint=endpoint)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.with_name(f".{directory.name}.lock")):
         if (kept := _kept(directory, repo, revision)) is not None:

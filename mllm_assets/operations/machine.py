@@ -1,0 +1,126 @@
+"""Versions, device, disk and write access of this machine."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from mllm_assets.layout import Layout
+from mllm_assets.operations.findings import Finding
+
+GIB = 2**30
+SHOWN = ("mllm-assets", "dagster", "torch", "transformers", "accelerate", "peft", "datasets", "duckdb")
+ONE_VERSION = ("dagster", "dagster-webserver", "dagster-dg-cli", "dagster-graphql", "dagster-pipes")
+# A full fine-tuning of gemma-3-4b writes a model of 8.6 GB and optimizer states of twice that
+MIN_FREE_GIB, ENOUGH_FREE_GIB = 1.0, 20.0
+MIN_MEMORY_GIB = 2.0
+PROBE_TIMEOUT_S = 120
+
+
+def check_versions() -> list[Finding]:
+    """Whether what is installed is what this package asks for, and Dagster's parts are of one version."""
+    wrong = [text for line in importlib.metadata.requires("mllm-assets") or () if (text := _unmet(Requirement(line)))]
+    parts = {name: version for name in ONE_VERSION if (version := _version(name)) is not None}
+    if len(set(parts.values())) > 1:
+        wrong.append(f"Dagster's packages differ: {', '.join(f'{name} {version}' for name, version in parts.items())}")
+    shown = [f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in SHOWN)]
+    if not wrong:
+        return [Finding("versions", "ok", ", ".join(shown))]
+    step = "pip install -U mllm-assets, or in a checkout: make install"
+    return [Finding("versions", "fail", f"{'; '.join(wrong)} ({', '.join(shown)})", step)]
+
+
+def _unmet(requirement: Requirement) -> str | None:
+    if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        return None
+    found = _version(requirement.name)
+    if found is not None and requirement.specifier.contains(found, prereleases=True):
+        return None
+    return f"{requirement.name} is {found or 'missing'}, expected {requirement.specifier or 'any version'}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_device(wanted: str) -> Finding:
+    """The device that models would run on, asked of PyTorch in a process of its own."""
+    command = [sys.executable, "-m", "mllm_assets.operations.probe_device", wanted]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        step = "Look at the driver (nvidia-smi), or set MLLM_ASSETS_DEVICE=cpu."
+        return Finding("device", "fail", f"PyTorch did not name a device within {PROBE_TIMEOUT_S} s.", step)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return Finding("device", "fail", f"PyTorch does not start: {last}", "Install mllm-assets anew.")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        what, _, step = found["error"].rpartition(". Install ")
+        return Finding("device", "fail", f"{what}.", f"Install {step}")
+    free_gib = found["free_gib"]
+    detail = f"{found['kind']}: {found['name']}, {found['driver']}, {found['memory_gib']:.1f} GiB memory"
+    detail += "" if free_gib is None else f", {free_gib:.1f} GiB of it free"
+    if found["kind"] == "cpu" and wanted == "auto" and shutil.which("nvidia-smi"):
+        step = "Install a PyTorch build for CUDA (pytorch.org), then run this again."
+        return Finding("device", "warn", f"{detail}; there is an NVIDIA driver, but PyTorch sees no GPU", step)
+    if free_gib is not None and free_gib < MIN_MEMORY_GIB:
+        step = "End other programs; `nvidia-smi` or `top` shows them."
+        return Finding("device", "warn", detail, step)
+    return Finding("device", "ok", detail)
+
+
+def check_disk(root: Path) -> Finding:
+    """Free space where the project writes."""
+    usage = shutil.disk_usage(_nearest(root))
+    free_gib = usage.free / GIB
+    detail = f"{free_gib:.1f} of {usage.total / GIB:.1f} GiB free at {root}"
+    step = "mllm-assets gc (lists what can go), or set MLLM_ASSETS_ROOT to a folder on a larger disk."
+    if free_gib < MIN_FREE_GIB:
+        return Finding("disk", "fail", detail, step)
+    if free_gib < ENOUGH_FREE_GIB:
+        return Finding("disk", "warn", f"{detail}; gemma-3-4b needs about {ENOUGH_FREE_GIB:.0f} GiB", step)
+    return Finding("disk", "ok", detail)
+
+
+def check_write_access(layout: Layout, *others: Path) -> Finding:
+    """Whether a file can be made in each folder that runs write to; a file is made, as root may be refused too."""
+    refused = {}
+    for folder in dict.fromkeys(_nearest(folder) for folder in _written(layout, others)):
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            refused[folder] = error.strerror or type(error).__name__
+    if not refused:
+        return Finding("write access", "ok", f"{layout.root} and the folders in it")
+    [first, *_] = refused
+    listed = "; ".join(f"{folder}: {reason}" for folder, reason in refused.items())
+    step = f"Give this user the right to write there (chown -R $USER {first}), or set MLLM_ASSETS_ROOT."
+    return Finding("write access", "fail", listed, step)
+
+
+def _written(layout: Layout, others: tuple[Path, ...]) -> Iterator[Path]:
+    yield from (layout.root, layout.data, layout.images, layout.pretrains, layout.outputs, layout.features)
+    yield from (layout.outputs.parent / "releases", *others)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the one that it would be made in."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return _nearest(folder.parent)
+    except OSError:  # it may be there, and this user may not even look
+        pass
+    return folder
