@@ -1,6 +1,5 @@
 """The Hub's token, and whether it opens the models that the project declares."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ class HubModel:
     directory: Path
 
 
-def check_hub(models: Iterable[HubModel]) -> list[Finding]:
+def check_hub(models: Iterable[HubModel], *, endpoint: str | None = None) -> list[Finding]:
     """A finding for the token, and one for each model that is not here yet. The token itself is never shown."""
     try:
         token = hub_token()
@@ -30,17 +29,17 @@ def check_hub(models: Iterable[HubModel]) -> list[Finding]:
         return [Finding("HF_TOKEN", "fail", f"{what}.", step)]
     missing = [model for model in models if not (model.directory / "config.json").is_file()]
     detail = "is set" if token else "is not set; only gated and private repositories need it"
-    return [Finding("HF_TOKEN", "ok", detail), *(_check_model(model) for model in missing)]
+    return [Finding("HF_TOKEN", "ok", detail), *(_check_model(model, endpoint) for model in missing)]
 
 
-def _check_model(model: HubModel) -> Finding:
+def _check_model(model: HubModel, endpoint: str | None) -> Finding:
     from huggingface_hub.constants import is_offline_mode
 
     check = f"Hub: {model.repo}"
     if is_offline_mode():
         return Finding(check, "ok", "not asked: HF_HUB_OFFLINE is set")
     try:
-        require_access(model_repo(model.repo, model.revision, model.directory, endpoint=os.environ.get("HF_ENDPOINT")))
+        require_access(model_repo(model.repo, model.revision, model.directory, endpoint=endpoint))
     except SourceError as error:
         what, _, step = str(error).partition(". ")
         return Finding(check, "warn", f"{what}.", step)

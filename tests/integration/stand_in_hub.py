@@ -164,6 +164,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply_file(self.hub.blobs[path.removeprefix("/blob/")], ETag='"cdn"')
         elif token is not None and token not in (GOOD_TOKEN, OTHER_TOKEN):
             self.reply(401, b"{}", X_Error_Message="Invalid credentials in Authorization header")
+        elif match := re.fullmatch(r"/api/((?:datasets|models)/[^/]+/[^/]+)/auth-check", path):
+            if (found := self._repo(match[1], "main")) is not None and not self._refused(found[0], token):
+                self.reply(200, b"{}")
         elif match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(\w[\w-]*)/(.+))?", path):
             self.api(
                 f"{match[1]}/{match[2]}", match[3] or "revision", match[4] or "main", parse_qs(url.query), body.decode()
@@ -249,9 +252,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if found is None:
             return
         repo, commit = found
-        if repo.gated and token != GOOD_TOKEN:
-            self.reply(401 if token is None else 403, b"{}", X_Error_Code="GatedRepo")
-        elif name not in repo.commits[commit]:
+        if self._refused(repo, token):
+            return
+        if name not in repo.commits[commit]:
             self.reply(404, b"{}", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         else:
             data = repo.commits[commit][name]
@@ -263,6 +266,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.hub.blobs[digest] = data
             linked = {"X_Linked_ETag": f'"{digest}"', "X_Linked_Size": str(len(data)), "X_Repo_Commit": commit}
             self.reply(302, b"", Location=f"{self.hub.cdn}/blob/{digest}?{SIGNATURE}", **linked)
+
+    def _refused(self, repo: Repo, token: str | None) -> bool:
+        refused = repo.gated and token != GOOD_TOKEN
+        if refused:
+            self.reply(401 if token is None else 403, b"{}", X_Error_Code="GatedRepo")
+        return refused
 
     def reply_file(self, data: bytes, **headers: str) -> None:
         common = {**headers, "Accept_Ranges": "bytes"}
