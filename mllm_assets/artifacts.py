@@ -171,7 +171,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         IntegrityError: There is none, so the artefact was never finished.
     """
     try:
-        return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("no object")
+        return manifest
     except FileNotFoundError:
         raise IntegrityError(
             f"{directory} has no {MANIFEST}, so it was never finished. Materialise the asset that makes it again."

@@ -12,7 +12,8 @@ from typing import Any
 
 from mllm_assets.artifacts import MANIFEST, read_manifest
 from mllm_assets.errors import GateError, RecipeError, SourceError
-from mllm_assets.evaluation.release_versions import current_release, require_intact
+from mllm_assets.evaluation.release_integrity import require_intact
+from mllm_assets.evaluation.release_versions import current_release
 from mllm_assets.evaluation.table import PREDICTIONS_FILE
 from mllm_assets.hub_errors import hub_token, scrubbed
 from mllm_assets.layout import Layout

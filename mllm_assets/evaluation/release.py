@@ -35,14 +35,14 @@ from mllm_assets.evaluation.release_files import (
     require_same_bytes,
     write_llamafactory,
 )
+from mllm_assets.evaluation.release_integrity import find_release_damage, seal
 from mllm_assets.evaluation.release_versions import (
     Release,
     current_release,
-    find_release_damage,
     list_releases,
     make_current,
     releases_lock,
-    seal,
+    version_folders,
     version_number,
 )
 from mllm_assets.evaluation.table import PREDICTIONS_FILE
@@ -105,11 +105,11 @@ def publish(
         ]
         results = _require_passed(recipe_name, judged)
         digest = digest_json(files)
-        releases = list_releases(layout, recipe_name)
-        for release in releases:
+        for release in list_releases(layout, recipe_name):
             if release.digest == digest and find_release_damage(release.directory) is None:
                 return release
-        version = f"v{version_number(releases[-1].version) + 1 if releases else 1}"
+        folders = version_folders(layout, recipe_name)  # of damaged ones too: no folder is written over
+        version = f"v{version_number(folders[-1].name) + 1 if folders else 1}"
         directory = layout.releases(recipe_name) / version
         with staged_directory(directory) as staging:
             copy_files(run_dir, files, staging)

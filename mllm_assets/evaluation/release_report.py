@@ -1,20 +1,15 @@
 """What `mllm-assets releases` shows: facts as JSON-able values, and the same as text."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.intervals import gain_text
 from mllm_assets.evaluation.metrics import read_metrics
-from mllm_assets.evaluation.release_versions import (
-    Release,
-    current_release,
-    find_release,
-    find_release_damage,
-    list_releases,
-    released_recipes,
-)
+from mllm_assets.evaluation.release_integrity import find_release_damage
+from mllm_assets.evaluation.release_versions import current_release, find_release, released_recipes, version_folders
 from mllm_assets.layout import Layout
 
 _SHOWN = ("loss", "label_accuracy", "rouge_l", "bleu", "chrf")
@@ -31,11 +26,11 @@ def list_facts(layout: Layout, recipe_name: str | None = None, *, deep: bool = T
     Raises:
         ModelError: The recipe has no release.
     """
-    if recipe_name is not None:
+    if recipe_name is not None and not version_folders(layout, recipe_name):
         find_release(layout, recipe_name)
     recipes = [recipe_name] if recipe_name is not None else released_recipes(layout)
     return [
-        _facts(layout, name, release, deep=deep) for name in recipes for release in list_releases(layout, name)
+        _facts(layout, name, directory, deep=deep) for name in recipes for directory in version_folders(layout, name)
     ]  # fmt: skip
 
 
@@ -48,25 +43,28 @@ def show_facts(layout: Layout, recipe_name: str, version: str | None = None) -> 
     release = find_release(layout, recipe_name, version)
     manifest = read_manifest(release.directory)
     names = ("digest", "weights_digest", "fingerprint", "gates", "lineage", "verification", "engine_version", "files")
-    facts = _facts(layout, recipe_name, release, deep=True)
+    facts = _facts(layout, recipe_name, release.directory, deep=True)
     metrics = None if facts["damage"] else read_metrics(release.directory)
     return {**facts, **{name: manifest[name] for name in names}, "metrics": metrics}
 
 
-def _facts(layout: Layout, recipe_name: str, release: Release, *, deep: bool) -> dict[str, Any]:
+def _facts(layout: Layout, recipe_name: str, directory: Path, *, deep: bool) -> dict[str, Any]:
+    damage = find_release_damage(directory, deep=deep)
     try:
         current = current_release(layout, recipe_name)
-        damage = find_release_damage(release.directory, deep=deep)
-    except IntegrityError as error:  # `current` points nowhere, or a manifest is no JSON: said, and the rest is shown
-        current, damage = None, str(error)
-    manifest = read_manifest(release.directory)
+    except IntegrityError as error:  # `current` points to what is no release: said, and the rest is shown
+        current, damage = None, damage or str(error)
+    try:
+        manifest = read_manifest(directory)
+    except IntegrityError:
+        manifest = {}
     return {
         "recipe": recipe_name,
-        "version": release.version,
-        "is_current": current == release,
-        "created_at": manifest["created_at"],
-        "num_bytes": sum(file["num_bytes"] for file in manifest["files"].values()),
-        "path": layout.relative(release.directory),
+        "version": directory.name,
+        "is_current": current is not None and current.directory == directory,
+        "created_at": manifest.get("created_at"),
+        "num_bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
+        "path": layout.relative(directory),
         "damage": damage,
     }
 
@@ -78,7 +76,7 @@ def list_text(facts: Sequence[Mapping[str, Any]]) -> str:
     width = max(len(release["recipe"]) for release in facts)
     return "\n".join(
         f"{release['recipe']:<{width}}  {release['version']:<4} {'current' if release['is_current'] else '':<7}  "
-        f"{release['created_at']}  {release['num_bytes'] / 2**20:>9.1f} MiB  "
+        f"{release['created_at'] or '?':<25}  {release['num_bytes'] / 2**20:>9.1f} MiB  "
         f"{_state(release)}"
         for release in facts
     )

@@ -5,25 +5,16 @@ folder of an earlier version, the newest release is the current one.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
-from mllm_assets.artifacts import (
-    MANIFEST,
-    digest_json,
-    find_damage,
-    is_complete,
-    point_symlink,
-    read_manifest,
-    write_json_atomic,
-    write_manifest,
-)
+from mllm_assets.artifacts import point_symlink, read_manifest
 from mllm_assets.errors import IntegrityError, ModelError
+from mllm_assets.evaluation.release_integrity import require_intact
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import materialize_command
 
@@ -45,19 +36,23 @@ def version_number(version: str) -> int:
     return int(match[1]) if match else 0
 
 
-def list_releases(layout: Layout, recipe_name: str) -> list[Release]:
-    """Complete releases of a recipe, oldest first."""
+def version_folders(layout: Layout, recipe_name: str) -> list[Path]:
+    """The folder of every version of a recipe, oldest first, damaged ones included."""
     parent = layout.releases(recipe_name)
     paths = parent.iterdir() if parent.is_dir() else ()
-    found = [path for path in paths if version_number(path.name) and is_complete(path)]
-    return [_release(path) for path in sorted(found, key=lambda path: version_number(path.name))]
+    return sorted((path for path in paths if version_number(path.name)), key=lambda path: version_number(path.name))
+
+
+def list_releases(layout: Layout, recipe_name: str) -> list[Release]:
+    """Releases of a recipe whose manifest can be read, oldest first."""
+    return [release for path in version_folders(layout, recipe_name) if (release := _readable(path))]
 
 
 def released_recipes(layout: Layout) -> list[str]:
-    """Recipes that have a release."""
+    """Recipes that have a release, be it a damaged one."""
     parent = layout.releases("any").parent
     names = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
-    return [name for name in names if list_releases(layout, name)]
+    return [name for name in names if version_folders(layout, name)]
 
 
 def current_release(layout: Layout, recipe_name: str) -> Release | None:
@@ -71,12 +66,13 @@ def current_release(layout: Layout, recipe_name: str) -> Release | None:
         releases = list_releases(layout, recipe_name)
         return releases[-1] if releases else None
     directory = link.parent / link.readlink().name
-    if not is_complete(directory):
+    release = _readable(directory)
+    if release is None:
         raise IntegrityError(
             f"{link} points to {directory.name}, which is no complete release. Point it to one that is: mllm-assets "
             f"releases rollback {recipe_name} VERSION"
         )
-    return _release(directory)
+    return release
 
 
 def find_release(layout: Layout, recipe_name: str, version: str | None = None) -> Release:
@@ -84,8 +80,12 @@ def find_release(layout: Layout, recipe_name: str, version: str | None = None) -
 
     Raises:
         ModelError: There is none. Names those that there are.
+        IntegrityError: It has no manifest that can be read.
     """
     releases = {release.version: release for release in list_releases(layout, recipe_name)}
+    damaged = [path for path in version_folders(layout, recipe_name) if path.name not in releases]
+    for path in damaged if not releases else [path for path in damaged if path.name == version]:
+        require_intact(path)
     if not releases:
         known = ", ".join(released_recipes(layout)) or "none"
         raise ModelError(
@@ -149,54 +149,6 @@ def _current_or(target: Release, layout: Layout, recipe_name: str) -> Release:
         return target
 
 
-def is_release(directory: Path) -> bool:
-    """Whether a directory is one of a recipe's releases, or a copy of one."""
-    return is_complete(directory) and {"version", "manifest_digest"} <= read_manifest(directory).keys()
-
-
-def find_release_damage(directory: Path, *, deep: bool = True) -> str | None:
-    """Say what is not as it was released, the manifest included, or None. `deep` compares digests, else sizes only."""
-    manifest = read_manifest(directory)
-    if manifest.pop("manifest_digest", None) != digest_json(manifest):
-        return f"{MANIFEST} was changed"
-    # a file more, such as an adapter or a chat template, changes what is loaded
-    known = {MANIFEST, *manifest["files"]}
-    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
-    if added := sorted(name for name in found - known if not Path(name).name.startswith(".")):
-        return f"{added[0]} was added"
-    return find_damage(directory, deep=deep)
-
-
-def require_intact(directory: Path) -> None:
-    """Compare every file of a release with the digest it was released with.
-
-    Raises:
-        IntegrityError: Names the file that is missing or changed, and what to use in its place.
-    """
-    if damage := find_release_damage(directory):
-        recipe_name = read_manifest(directory).get("recipe", "RECIPE")
-        raise IntegrityError(
-            f"{directory} is not what was released: {damage}. Use another release (mllm-assets releases list "
-            f"{recipe_name}; mllm-assets releases rollback {recipe_name} VERSION), or materialise "
-            f"{recipe_name}/released_model again, which makes a new version of the same checkpoint."
-        )
-
-
-def seal(directory: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a release's manifest, with a digest of its own, and take the write permission off all files.
-
-    Large files share their blocks, and so their permissions, with the run that they were made by. Folders stay
-    writable: whoever wants a release gone deletes its folder.
-    """
-    manifest = write_manifest(directory, payload)
-    manifest["manifest_digest"] = digest_json(manifest)
-    write_json_atomic(directory / MANIFEST, manifest)
-    for path in directory.rglob("*"):
-        if path.is_file():
-            path.chmod(path.stat().st_mode & ~0o222)
-    return manifest
-
-
 @contextmanager
 def releases_lock(layout: Layout, recipe_name: str) -> Iterator[None]:
     """Hold off others that release or roll back the same recipe."""
@@ -207,5 +159,9 @@ def releases_lock(layout: Layout, recipe_name: str) -> Iterator[None]:
         yield
 
 
-def _release(directory: Path) -> Release:
-    return Release(directory=directory, version=directory.name, digest=read_manifest(directory)["digest"])
+def _readable(directory: Path) -> Release | None:
+    try:
+        digest = read_manifest(directory)["digest"]
+    except (IntegrityError, KeyError):  # no manifest, or none of a release
+        return None
+    return Release(directory=directory, version=directory.name, digest=digest)

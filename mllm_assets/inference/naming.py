@@ -9,7 +9,8 @@ from typing import Any
 
 from mllm_assets.artifacts import is_complete, read_manifest
 from mllm_assets.errors import ModelError
-from mllm_assets.evaluation.release_versions import current_release, is_release, list_releases, require_intact
+from mllm_assets.evaluation.release_integrity import is_release, require_intact
+from mllm_assets.evaluation.release_versions import current_release, list_releases, version_folders
 from mllm_assets.inference import HOW_TO_NAME
 from mllm_assets.layout import Layout
 from mllm_assets.training.run_file import read_run_file
@@ -113,10 +114,10 @@ def _version(recipe: str, version: str, layout: Layout) -> Path:
     """The directory of `<recipe>@v2`, or of `<recipe>@checkpoint-40`: one of its latest run."""
     if version.startswith("checkpoint-"):
         return _one_of(version, f"{recipe}@{version}", layout.outputs / recipe / "latest", pattern="checkpoint-*")
+    for path in version_folders(layout, recipe):
+        if path.name == version:
+            return path  # its files are looked at like those of any release
     releases = list_releases(layout, recipe)
-    for release in releases:
-        if release.version == version:
-            return release.directory
     there = ", ".join(f"{recipe}@{release.version}" for release in releases)
     raise ModelError(
         f"{recipe} has no release {version!r} in {layout.releases(recipe)}. "

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from mllm_assets.evaluation.gates import GATES
-from mllm_assets.evaluation.release_versions import current_release, list_releases, require_intact
+from mllm_assets.evaluation.release_integrity import require_intact
+from mllm_assets.evaluation.release_versions import current_release, list_releases
 from tests.integration.conftest import REPOSITORY, Project, copied_project, line_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]

@@ -9,12 +9,12 @@ from test_release import make_run, release
 
 from mllm_assets.cli import main
 from mllm_assets.errors import IntegrityError, ModelError
+from mllm_assets.evaluation.release_integrity import require_intact
 from mllm_assets.evaluation.release_versions import (
     Release,
     current_release,
     find_release,
     list_releases,
-    require_intact,
     roll_back,
 )
 from mllm_assets.inference.naming import find_named_model
@@ -205,3 +205,53 @@ def test_a_rollback_of_what_does_not_exist_makes_nothing(two: list[Release], tmp
     with pytest.raises(ModelError, match="has no release"):
         roll_back(Layout(tmp_path), name)
     assert not (Layout(tmp_path).releases(name)).exists()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}"])
+def test_a_release_without_its_manifest_is_not_asked(two: list[Release], tmp_path: Path, text: str | None) -> None:
+    """It was asked as any model directory is, without a look at its files."""
+    manifest = two[1].directory / "manifest.json"
+    manifest.unlink()
+    if text is not None:
+        manifest.write_text(text)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.json", "eval_metrics.json"):
+        (copy / name).write_text("{}")
+    what = {None: "manifest.json is missing", "{}": "manifest.json was changed"}
+    for name in ("pets", "pets@v2", "releases/pets/v2", "releases/pets/current"):
+        with pytest.raises(
+            IntegrityError, match=f"(v2|current).* ({what.get(text, 'manifest.json cannot be read')}|no complete)"
+        ):
+            find_named_model(name, Layout(tmp_path))
+    with pytest.raises(IntegrityError, match="copy is not what was released: manifest.json is missing"):
+        find_named_model("copy", Layout(tmp_path))
+    assert find_named_model("pets@v1", Layout(tmp_path)).directory == two[0].directory
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}"])
+def test_a_broken_manifest_is_listed_as_damaged_beside_the_others(
+    two: list[Release], tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None
+) -> None:
+    """It stopped the list."""
+    manifest = two[0].directory / "manifest.json"
+    manifest.unlink()
+    if text is not None:
+        manifest.write_text(text)
+    for arguments in (["pets"], [], ["--sizes-only"]):
+        assert main(["releases", "list", *arguments]) == 2
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.startswith("pets  v1") and "DAMAGED: manifest.json " in first
+        assert second.startswith("pets  v2   current") and "DAMAGED" not in second
+    assert main(["releases", "show", "pets", "v1"]) == 2
+    assert "v1 is not what was released: manifest.json" in capsys.readouterr().err
+    assert main(["releases", "show", "pets"]) == 0
+    third = release(make_run(tmp_path / "run-3", b"3" * 1000), tmp_path)
+    assert third.version == "v3" and (two[0].directory / "config.json").is_file()
+
+
+def test_a_damaged_newest_release_is_not_written_over(two: list[Release], tmp_path: Path) -> None:
+    (two[1].directory / "manifest.json").unlink()
+    roll_back(Layout(tmp_path), "pets", "v1")
+    third = release(make_run(tmp_path / "run-3", b"3" * 1000), tmp_path)
+    assert third.version == "v3" and (two[1].directory / "config.json").is_file()

@@ -7,6 +7,7 @@ import pytest
 
 from mllm_assets.artifacts import write_manifest
 from mllm_assets.errors import ModelError
+from mllm_assets.evaluation.release_integrity import seal
 from mllm_assets.inference.naming import find_named_model
 from mllm_assets.layout import Layout
 
@@ -31,8 +32,9 @@ def make_run(layout: Layout, recipe: str, name: str = "abc") -> Path:
 
 
 def make_release(layout: Layout, recipe: str, version: str) -> Path:
-    manifest = {"recipe": recipe, "version": version, "digest": version, "lineage": {"recipe": RECIPE}}
-    return make_model(layout.releases(recipe) / version, manifest)
+    directory = make_model(layout.releases(recipe) / version)
+    seal(directory, {"recipe": recipe, "version": version, "digest": version, "lineage": {"recipe": RECIPE}})
+    return directory
 
 
 def test_a_recipe_is_its_latest_run_until_something_of_it_is_released(layout: Layout) -> None:
