@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_request(parity_dir: Path, run_dir: Path, **overrides: Any) -> dict[str, Any]:
+def make_request(parity_dir: Path, run_dir: Path, *, num_processes: int = 1, **overrides: Any) -> dict[str, Any]:
     """Shuffled rows, dropout, accumulation and warm-up: each has state that a resume must bring back."""
     values = {
         "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "eval_dataset": "gemma3_vlm_val",
@@ -54,7 +54,7 @@ def make_request(parity_dir: Path, run_dir: Path, **overrides: Any) -> dict[str,
         "data_dir": str(parity_dir / "data"),
         "run_dir": str(run_dir),
         "fingerprint": "f",
-        "accelerator": {"device": "cpu", "num_threads": 1},
+        "accelerator": {"device": "cpu", "num_threads": 1, "num_processes": num_processes},
     }
 
 
@@ -75,9 +75,10 @@ def run_until(request: dict[str, Any], folder: Path, reached: Callable[[Path], b
     return process.wait()
 
 
-def losses(run_dir: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run_dir / "trainer_log.jsonl").read_text().splitlines()]
-    return {line["current_steps"]: line["loss"] for line in lines if "loss" in line}
+def losses(run_dir: Path, key: str = "loss") -> dict[int, float]:
+    path = run_dir / "trainer_log.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return {line["current_steps"]: line[key] for line in lines if key in line}
 
 
 def newest_logged_step(run_dir: Path, since_ns: int) -> int:

@@ -3,7 +3,10 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mllm_assets.training.checkpoints import Resumable
 
 
 def trainable_lines(table: Sequence[Mapping[str, Any]], num_params: int) -> list[str]:
@@ -20,6 +23,15 @@ def trainable_lines(table: Sequence[Mapping[str, Any]], num_params: int) -> list
         ),
         f"{'of':<{width}}  {'':>7}  {num_params:>14,}",
     ]
+
+
+def resume_line(resumable: "Resumable", num_steps: int, device: str) -> str:
+    """Say from which checkpoint a run goes on, and how exactly."""
+    how = "to the same bits" if device == "cpu" else f"exactly but for the last bits of sums on {device}"
+    return (
+        f"resuming from {resumable.path} after step {resumable.step} of {num_steps}, {how}: weights, optimizer, "
+        f"schedule and random states are restored"
+    )
 
 
 def _folded(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:

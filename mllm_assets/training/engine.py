@@ -100,7 +100,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     if trainer.is_world_process_zero():
         remember_beginning(run_dir, model_dir, request.get("pretrained_fingerprint"), spec)
     trained_s = time.monotonic()
-    train_loss = run_training(trainer, resumable)
+    train_loss = run_training(trainer, resumable, reporter)
     train_wall_s = time.monotonic() - trained_s
     facts = training_facts(trainer, train_loss, train_wall_s, resumable)
     whole = trainer.gather_trainable() if trainer.is_sharded else None

@@ -63,11 +63,7 @@ def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
             parameter.requires_grad_(_matches(name, wanted) and not any(key in name for key in frozen))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
-        raise RecipeError(
-            f"Nothing trains: finetuning_type is {spec.finetuning_type} and vision tower, projector and language "
-            f"model are all frozen. Set one of freeze_vision_tower, freeze_multi_modal_projector, "
-            f"freeze_language_model to false."
-        )
+        raise RecipeError(f"Nothing trains: {_why_nothing_trains(spec)}")
     if not spec.pure_bf16:
         for _, parameter in trainable:
             parameter.data = parameter.data.to(torch.float32)
@@ -80,6 +76,18 @@ def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
         num_params=num_params,
         warnings=notes,
     )
+
+
+def _why_nothing_trains(spec: TrainSpec) -> str:
+    if spec.finetuning_type == "freeze" and spec.freeze_trainable_layers == 0:
+        return (
+            "freeze_trainable_layers is 0, which is no layer at all (2 is the last two of the language model, -2 the "
+            "first two), and nothing else that the recipe asks for may train. Change it, or set "
+            "freeze_multi_modal_projector: false to train the projector alone."
+        )
+    keys = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
+    frozen = ", ".join(key for key in keys if getattr(spec, key))
+    return f"finetuning_type is {spec.finetuning_type}, and {frozen} freeze all of it. Set one of them to false."
 
 
 def model_family(model: Any) -> Family:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_assets.training import supervisor
-from mllm_assets.training.protocol import EXIT_OK, error_from_payload
+from mllm_assets.training.protocol import EXIT_OK, EXIT_USER_ERROR, error_from_payload
 
 POLL_S = 0.2
 
@@ -85,6 +85,8 @@ def run_worker(
                 time.sleep(POLL_S)
         finally:
             _end(process, mark, grace_s)
+            if process.returncode not in (EXIT_OK, EXIT_USER_ERROR):
+                print(file=sys.stderr)  # a worker that was ended could not end the line of its progress bar
         return read_outcome(request["task"], process.returncode, result_path)
 
 

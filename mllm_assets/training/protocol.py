@@ -102,7 +102,10 @@ class Reporter:
         if self._bar is None:
             # Without a terminal (captured logs) a bar every ten seconds is enough
             interval_s = 0.2 if self._stream is not None and self._stream.isatty() else 10.0
-            self._bar = tqdm(desc=stage, total=total, file=self._stream, mininterval=interval_s, dynamic_ncols=True)
+            # What was done before, such as the steps up to a checkpoint, does not count for the rate
+            self._bar = tqdm(
+                desc=stage, total=total, initial=done, file=self._stream, mininterval=interval_s, dynamic_ncols=True
+            )
         if facts:
             self._bar.set_postfix({name: _short(fact) for name, fact in facts.items()}, refresh=False)
         self._bar.update(done - self._bar.n)

@@ -17,6 +17,7 @@ from mllm_assets.training import freezing, memory, reporting, sharding, trackers
 from mllm_assets.training.checkpoints import Resumable, require_same_conditions
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.delta_trainer import DeltaTrainer
+from mllm_assets.training.describing import resume_line
 from mllm_assets.training.encode import EncodedRow
 from mllm_assets.training.inputs import Inputs
 from mllm_assets.training.model import base_model
@@ -198,18 +199,19 @@ def make_trainer(
     return trainer
 
 
-def run_training(trainer: FineTuner, resumable: Resumable) -> float | None:
+def run_training(trainer: FineTuner, resumable: Resumable, reporter: "Reporter") -> float | None:
     """Train to the end and return the mean loss of the steps done here; None where none was left to do."""
     cure = "Train less of the model: finetuning_type: lora, or freeze_language_model: true."
     with memory.out_of_memory_is_an_error("outside of a batch, for gradients, optimizer or checkpoint", cure):
-        return _run_training(trainer, resumable)
+        return _run_training(trainer, resumable, reporter)
 
 
-def _run_training(trainer: FineTuner, resumable: Resumable) -> float | None:
+def _run_training(trainer: FineTuner, resumable: Resumable, reporter: "Reporter") -> float | None:
     if resumable.path is None:
         return trainer.train().training_loss
     require_same_conditions(resumable.path, trainer.conditions)
     state = TrainerState.load_from_json(str(resumable.path / "trainer_state.json"))
+    reporter.say(resume_line(resumable, state.max_steps, trainer.args.device.type))
     if state.global_step >= state.max_steps:
         # Killed between the last step and the end of the run. `Trainer.train` would do one step too many.
         trainer._load_from_checkpoint(str(resumable.path))

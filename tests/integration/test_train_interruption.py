@@ -1,5 +1,6 @@
 """Killed at any instant and run again, a run ends with the weights of one that was never interrupted, bit for bit."""
 
+import io
 import json
 import os
 import random
@@ -82,7 +83,12 @@ def test_killed_after_the_last_step_no_further_step_is_done(
     parity_dir: Path, unpublished: Path, uninterrupted: dict[str, Any]
 ) -> None:
     """`Trainer.train` resumed at its last step does one more."""
-    result = train_task(make_request(parity_dir, unpublished), Reporter())
+    shown = io.StringIO()
+    result = train_task(make_request(parity_dir, unpublished), Reporter(stream=shown))
+    assert (
+        f"resuming from {unpublished / 'checkpoint-40'} after step 40 of 40, to the same bits: weights, optimizer, "
+        "schedule and random states are restored\n"
+    ) in shown.getvalue()
     assert result["resumed_from_step"] == result["num_steps"] == NUM_STEPS
     assert result["weights_digest"] == uninterrupted["weights_digest"]
 

@@ -94,8 +94,22 @@ def test_an_unknown_module_is_refused_with_the_nearest(parity_dir: Path) -> None
 
 def test_a_recipe_that_trains_nothing_is_refused(parity_dir: Path) -> None:
     model = model_on_meta(load_config(parity_dir / "model"))
-    with pytest.raises(RecipeError, match=r"Nothing trains: finetuning_type is full .* Set one of freeze_vision_tower"):
+    with pytest.raises(RecipeError) as caught:
         freezing.apply(make_spec(finetuning_type="full", freeze_language_model=True), model)
+    assert str(caught.value) == (
+        "Nothing trains: finetuning_type is full, and freeze_vision_tower, freeze_multi_modal_projector, "
+        "freeze_language_model freeze all of it. Set one of them to false."
+    )
+
+
+def test_no_layer_at_all_is_said_to_be_the_reason(parity_dir: Path) -> None:
+    """The language model was called frozen, which it is not; with the projector 0 layers may stand, as elsewhere."""
+    spec = make_spec(finetuning_type="freeze", freeze_trainable_layers=0)
+    with pytest.raises(RecipeError, match=r"Nothing trains: freeze_trainable_layers is 0, which is no layer at all"):
+        freezing.apply(spec, model_on_meta(load_config(parity_dir / "model")))
+    spec = make_spec(finetuning_type="freeze", freeze_trainable_layers=0, freeze_multi_modal_projector=False)
+    trainable = freezing.apply(spec, model_on_meta(load_config(parity_dir / "model")))
+    assert {row["module"] for row in trainable.table} == {"multi_modal_projector"}
 
 
 def test_a_lora_target_without_a_match_is_refused(parity_dir: Path) -> None:

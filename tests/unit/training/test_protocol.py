@@ -12,6 +12,7 @@ import pytest
 
 from mllm_assets import errors, worker
 from mllm_assets.errors import MllmAssetsError
+from mllm_assets.training.launch import WorkerCrashed, run_worker
 from mllm_assets.training.protocol import EXIT_USER_ERROR, Reporter, error_from_payload, error_payload
 
 
@@ -58,6 +59,31 @@ def test_every_error_class_crosses_the_process_border(name: str) -> None:
     error = getattr(errors, name)("what and how")
     again = error_from_payload(json.loads(json.dumps(error_payload(error))))
     assert type(again) is type(error) and str(again) == "what and how"
+
+
+def test_the_bar_of_a_resumed_run_begins_at_its_step_and_counts_what_is_done_now() -> None:
+    """It began at 0, so that a resume at step 900 showed 900 steps in the first second."""
+    shown = io.StringIO()
+    reporter = Reporter(stream=shown)
+    reporter.progress("train", 900, 1000)
+    assert reporter._bar.format_dict["initial"] == reporter._bar.n == 900
+    reporter.progress("train", 1000, 1000)
+    reporter.close()
+    assert "train: 100%" in shown.getvalue() and shown.getvalue().endswith("\n")
+
+
+def test_what_follows_a_killed_workers_bar_begins_a_new_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The error stuck to the bar: `train:  3/9error: The worker ...`."""
+    (tmp_path / "killed_tasks.py").write_text(
+        "import os\ndef killed(request, reporter):\n    reporter.progress('train', 3, 9)\n    os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    with pytest.raises(WorkerCrashed):
+        run_worker({"task": "killed_tasks:killed"})
+    shown = capfd.readouterr().err
+    assert "train:  33%" in shown and shown.endswith("\n")
 
 
 def test_the_worker_writes_a_users_error_and_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
