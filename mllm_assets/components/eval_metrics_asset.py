@@ -11,7 +11,7 @@ from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json
 from mllm_assets.components.gate_checks import OF_METRICS, find_leaks, gate_checks, gate_specs
 from mllm_assets.components.lineage import run_columns, upstream, upstream_path
-from mllm_assets.components.reporting import table
+from mllm_assets.components.reporting import shown, table
 from mllm_assets.components.resources import ProjectResource, failures_for_people
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt import load_rows
@@ -24,6 +24,7 @@ from mllm_assets.evaluation.table import read_predictions
 
 MAX_CONFUSION_LABELS = 20  # a table with more columns cannot be read
 MAX_MISTAKES = 100
+LOOKED_AT_FIRST = ("label_accuracy", "loss", "loss_shuffled", "perplexity")
 
 
 def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = False) -> dg.AssetsDefinition:
@@ -43,8 +44,8 @@ def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = Fal
         deps=[node.key("predictions"), node.key("checkpoint"), *node.data],
         code_version=digest_json(asdict(gates))[:16],
         check_specs=gate_specs(key, OF_METRICS),
-        description="Loss, perplexity, BLEU, chrF, ROUGE, CIDEr-D and label accuracy, each with its gain over the base "
-        "model and the release, and the gates of a release as checks.",
+        description=f"{node.name}: loss, perplexity, BLEU, chrF, ROUGE, CIDEr-D and label accuracy, each with its gain "
+        "over the base model and the release, and the gates of a release as checks.",
     )
     def eval_metrics(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         layout, spec = project.layout, node.recipe.spec
@@ -78,10 +79,10 @@ def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = Fal
                 metadata={
                     **_headline(metrics),
                     "num_samples": sum(scored["num_samples"] for scored in metrics["entries"].values()),
+                    "path": layout.relative(directory),
                     "metrics": _metrics_table(metrics),
                     **_confusion_tables(metrics),
                     "definitions": dg.MetadataValue.json(metrics["definitions"]),
-                    "path": layout.relative(directory),
                 },
             ),
         )
@@ -97,9 +98,9 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The tuned model's numbers as metadata of their own, so that Dagster plots them over time."""
     entries = metrics["entries"]
     return {
-        f"{metric}_{entry}" if len(entries) > 1 else metric: value
+        f"{metric}_{entry}" if len(entries) > 1 else metric: shown(value)
         for entry, scored in entries.items()
-        for metric, value in scored["models"]["tuned"].items()
+        for metric, value in sorted(scored["models"]["tuned"].items(), key=lambda item: item[0] not in LOOKED_AT_FIRST)
     }
 
 

@@ -145,7 +145,10 @@ class FineTuning(dg.Component, dg.Model, dg.Resolvable):
             assets.append(failing_asset(node.key("checkpoint"), "train", error))
         for node in nodes:
             built = build_recipe_assets(node, settings.get(node.name, self.defaults).to_domain())
-            assets.extend(self._with_freshness(asset) for asset in built)
+            tagged = (
+                asset.map_asset_specs(lambda spec, node=node: spec.merge_attributes(tags=node.tags)) for asset in built
+            )
+            assets.extend(self._with_freshness(asset) for asset in tagged)
         used = {key for node in nodes for key in node.data}
         by_hand_assets = [hand_written_asset(entry, key) for entry, key in by_hand.items() if key in used]
         lines, retraining = lines_of(nodes), self.weekly_retraining

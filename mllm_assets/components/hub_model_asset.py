@@ -17,8 +17,8 @@ def hub_model_asset(node: Node, spec: PushSpec) -> dg.AssetsDefinition:
         group_name="release",
         kinds={"huggingface"},
         deps=[node.key("released_model")],
-        description=f"The current release {'as it would be pushed' if spec.dry_run else 'pushed'} to {spec.repo_id}"
-        f"{f' at {spec.revision}' if spec.revision else ''} on the Hugging Face Hub.",
+        description=f"{node.name}: the current release {'as it would be pushed' if spec.dry_run else 'pushed'} to "
+        f"{spec.repo_id}{f' at {spec.revision}' if spec.revision else ''} on the Hugging Face Hub.",
     )
     def hub_model(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         layout = project.layout

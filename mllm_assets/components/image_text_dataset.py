@@ -10,7 +10,7 @@ from mllm_assets.components.automation_yaml import Watch
 from mllm_assets.components.data_automation import automation_sensor, made_when_inputs_changed
 from mllm_assets.components.dataset_yaml import Entries, Output, Quality, Source, Split
 from mllm_assets.components.lineage import upstream_path
-from mllm_assets.components.reporting import check_results, counts_table, failing_asset
+from mllm_assets.components.reporting import MAX_TAG_LENGTH, check_results, counts_table, failing_asset
 from mllm_assets.components.resources import ProjectResource, failures_for_people
 from mllm_assets.components.source_watch import LISTING, source_sensors
 from mllm_assets.data.checks import counts_add_up, every_image_has_a_placeholder, splits_share_no_image
@@ -97,7 +97,9 @@ class ImageTextDataset(dg.Component, dg.Model, dg.Resolvable):
         if self.automatic:
             derived = [made_when_inputs_changed(asset) for asset in derived]
             sensors.append(automation_sensor(spec.name, derived))
-        return dg.Definitions(assets=[raw, *derived], sensors=sensors)
+        tags = {"dataset": spec.name[:MAX_TAG_LENGTH]}
+        assets = [a.map_asset_specs(lambda asset: asset.merge_attributes(tags=tags)) for a in (raw, *derived)]
+        return dg.Definitions(assets=assets, sensors=sensors)
 
 
 def raw_code_version(spec: DatasetSpec) -> str:

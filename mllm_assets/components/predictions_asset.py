@@ -47,7 +47,8 @@ def predictions_asset(node: Node, settings: EvaluationSettings, *, feature_cache
         deps=[node.key("checkpoint"), node.model, *sorted(set(node.eval_data.values()))],
         pool="gpu",
         code_version=digest_json(asdict(settings))[:16],
-        description="Answers and losses of the base and the tuned model, by sample, in DuckDB, with a gallery.",
+        description=f"{node.name}: answers and losses of the base and the tuned model, by sample, in DuckDB, with a "
+        "gallery.",
     )
     def predictions(
         context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
@@ -71,13 +72,13 @@ def predictions_asset(node: Node, settings: EvaluationSettings, *, feature_cache
             dg.MaterializeResult(
                 data_version=dg.DataVersion(result["digest"]),
                 metadata={
-                    "num_samples": sum(result["entries"].values()),
-                    "num_predictions": result["num_predictions"],
-                    "weights_digest": request["weights_digest"],
                     "gallery": dg.MetadataValue.md((directory / "gallery.md").read_text(encoding="utf-8")),
                     "gallery_path": layout.relative(directory / "gallery.html"),
+                    "num_samples": sum(result["entries"].values()),
+                    "num_predictions": result["num_predictions"],
                     "wall_s": result["wall_s"],
                     "path": layout.relative(directory),
+                    "weights_digest": request["weights_digest"],
                 },
             ),
         )

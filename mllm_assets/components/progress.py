@@ -5,9 +5,12 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
+
+from mllm_assets.components.reporting import shown
 
 OBSERVE_EVERY_S = 5.0  # an observation is a database row, so progress is throttled
 
@@ -53,6 +56,20 @@ class ProgressRelay:
         self._num_seen = len(messages)
         if self._newest is None or time.monotonic() - self._last_s < OBSERVE_EVERY_S:
             return
-        facts, self._newest, self._last_s = dict(self._newest), None, time.monotonic()
-        self._context.log.info(facts.pop("text"))
-        self._context.log_event(dg.AssetObservation(asset_key=self._key, metadata=facts))
+        newest, self._newest, self._last_s = self._newest, None, time.monotonic()
+        self._context.log.info(newest["text"])
+        self._context.log_event(dg.AssetObservation(asset_key=self._key, metadata=progress_facts(newest)))
+
+
+def progress_facts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What a page shows of the newest progress: how far it is first, and what is plotted over time after it."""
+    facts = {name: value for name, value in message.items() if name not in ("text", "time_left_s", "elapsed_s")}
+    done, total = facts.pop("done"), facts.pop("total")
+    times = {name: message[f"{name}_s"] for name in ("time_left", "elapsed") if f"{name}_s" in message}
+    return {
+        "stage": facts.pop("stage"),
+        "progress": f"{done} of {total} ({done / max(total, 1):.0%})",
+        **{name: str(timedelta(seconds=round(value))) for name, value in times.items()},
+        "num_done": done,
+        **{name: shown(value) if isinstance(value, float) else value for name, value in facts.items()},
+    }

@@ -39,7 +39,7 @@ def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = F
         kinds={"pytorch"},
         deps=[node.key("eval_metrics"), node.key("checkpoint")],
         pool="gpu",
-        description="A plain Hugging Face directory with a model card; a release never changes.",
+        description=f"{node.name}: a plain Hugging Face directory with a model card; a release never changes.",
     )
     def released_model(
         context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
@@ -90,10 +90,10 @@ def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = F
                 metadata={
                     "version": release.version,
                     "current": current.version if current else "",
-                    "gates": _gates_table(read_manifest(release.directory)["gates"]),
-                    "leaks": leaks,
                     "model_card": dg.MetadataValue.md((release.directory / "README.md").read_text(encoding="utf-8")),
                     "path": layout.relative(release.directory),
+                    "leaks": leaks,
+                    "gates": _gates_table(read_manifest(release.directory)["gates"]),
                 },
             ),
         )

@@ -13,6 +13,7 @@ from mllm_assets.errors import MllmAssetsError
 from mllm_assets.project.read import root_module
 
 UNREADABLE = "mllm_assets/unreadable"
+MAX_TAG_LENGTH = 63  # Dagster's, of a tag's value
 
 
 def counts_table(counts: Mapping[str, int], name: str) -> dg.TableMetadataValue:
@@ -54,6 +55,11 @@ def failing_asset(key: dg.AssetKey, group: str, error: MllmAssetsError) -> dg.As
         raise dg.Failure(description=message, allow_retries=False)
 
     return unreadable
+
+
+def shown(value: float) -> float:
+    """A number as people read it; the artefact keeps all its digits."""
+    return float(f"{value:.5g}")
 
 
 def image_markdown(path: Path) -> dg.MarkdownMetadataValue:

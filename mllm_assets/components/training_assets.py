@@ -9,7 +9,7 @@ from pydantic import Field
 from mllm_assets.artifacts import digest_json, find_damage, read_manifest
 from mllm_assets.components.gate_checks import RELOADS, gate_checks, gate_specs
 from mllm_assets.components.lineage import upstream_path
-from mllm_assets.components.reporting import image_markdown, link, table
+from mllm_assets.components.reporting import image_markdown, link, shown, table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.checks import CheckOutcome
@@ -50,7 +50,8 @@ def vision_features_asset(node: Node) -> dg.AssetsDefinition:
         kinds={"safetensors"},
         deps=[*node.data, node.model],
         pool="gpu",
-        description="Pooled output of the frozen vision tower for each image, computed once and content-addressed.",
+        description=f"{node.name}: pooled output of the frozen vision tower for each image, computed once and "
+        "content-addressed.",
     )
     def vision_features(
         context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
@@ -190,24 +191,24 @@ def _checkpoint_result(
             ),
         ],
         metadata={
-            "num_steps": result["num_steps"],
-            "final_loss": result["final_loss"],
-            **({"eval_loss": result["eval_loss"]} if result["eval_loss"] is not None else {}),
             "training_loss": image_markdown(plot) if plot.is_file() else "no plot: set plot_loss: true",
-            "trainable": table(result["trainable"], columns),
-            "num_trainable_params": result["num_trainable_params"],
-            "warnings": dg.MetadataValue.json(result["warnings"]),
-            "caches": dg.MetadataValue.json(result["caches"]),
+            "final_loss": shown(result["final_loss"]),
+            **({"eval_loss": shown(result["eval_loss"])} if result["eval_loss"] is not None else {}),
+            "num_steps": result["num_steps"],
             **{f"{name}_run": link(run["url"]) for name, run in result["trackers"].items()},
-            "device": dg.MetadataValue.json(result["device"]),
-            "train_wall_s": result["train_wall_s"],
-            "samples_per_s": result["samples_per_s"],
-            "tokens_per_s": result["tokens_per_s"],
+            "train_wall_s": shown(result["train_wall_s"]),
+            "samples_per_s": shown(result["samples_per_s"]),
+            "tokens_per_s": shown(result["tokens_per_s"]),
             "peak_memory_gib": result["peak_memory_gib"],
             "memory_estimate_gib": result["memory_estimate_gib"],
-            "already_finished": plan.state == "finished",
-            "fingerprint": plan.fingerprint,
-            "path": layout.relative(plan.directory),
+            "num_trainable_params": result["num_trainable_params"],
             "model_path": layout.relative(plan.directory / result["model_dir"]),
+            "path": layout.relative(plan.directory),
+            "fingerprint": plan.fingerprint,
+            "already_finished": plan.state == "finished",
+            "warnings": dg.MetadataValue.json(result["warnings"]),
+            "caches": dg.MetadataValue.json(result["caches"]),
+            "device": dg.MetadataValue.json(result["device"]),
+            "trainable": table(result["trainable"], columns),
         },
     )

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import dagster as dg
 
 from mllm_assets.artifacts import slug
+from mllm_assets.components.reporting import MAX_TAG_LENGTH
 from mllm_assets.errors import RecipeError
 from mllm_assets.training.recipe import Recipe
 
@@ -28,6 +29,11 @@ class Node:
 
     def key(self, asset: str) -> dg.AssetKey:
         return dg.AssetKey([self.name, asset])
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Narrows the graph and the catalog to one line: `tag:recipe=emoji_sft`."""
+        return {"recipe": self.name[:MAX_TAG_LENGTH], "finetuning_type": self.recipe.spec.finetuning_type}
 
     @property
     def data(self) -> list[dg.AssetKey]:

@@ -45,6 +45,17 @@ def test_every_asset_says_what_it_is(shipped: dg.Definitions) -> None:
     assert [s.key.to_user_string() for s in shipped.resolve_all_asset_specs() if not s.description] == []
 
 
+def test_a_tag_narrows_the_graph_to_the_line_of_a_recipe_or_a_dataset(shipped: dg.Definitions) -> None:
+    tagged = {spec.key.to_user_string(): spec.tags for spec in shipped.resolve_all_asset_specs()}
+    for tag in ("recipe", "dataset"):
+        lines = {key for key, tags in tagged.items() if tags.get(tag) == key.split("/")[0]}
+        assert {key for key, tags in tagged.items() if tag in tags} == lines
+    assert {key.split("/")[0] for key, tags in tagged.items() if not {"recipe", "dataset"} & tags.keys()} == {
+        "pretrained"
+    }
+    assert tagged["emoji_sft/checkpoint"]["finetuning_type"] == "full"
+
+
 def test_whatever_runs_a_model_waits_for_the_gpu(shipped: dg.Definitions) -> None:
     pools = {key.path[-1]: node.pools for key, node in _nodes(shipped).items()}
     assert {name for name, found in pools.items() if found == {"gpu"}} == {
