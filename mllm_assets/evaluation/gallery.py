@@ -23,7 +23,7 @@ MAX_MARKDOWN_SAMPLES = 12
 MAX_MARKDOWN_BYTES = 190_000  # Dagster+ answers 413 above about 1 MB, and several assets share a page
 HTML_THUMBNAIL_PX = 224
 MARKDOWN_THUMBNAIL_PX = 72
-MAX_CELL_CHARS = 160
+MAX_CELL_CHARS = 60
 
 
 def write_gallery(directory: Path, predictions: pa.Table, *, data_dir: Path, title: str) -> None:

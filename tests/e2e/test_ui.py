@@ -1,24 +1,35 @@
 """The journeys that matter, in a real browser against a real `dagster dev`."""
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.integration.conftest import copied_project, emoji_ready, line_of, wait_for
+from tests.integration.conftest import copied_project, emoji_ready, line_of, processes_of, wait_for
 from tests.integration.dagster_dev import Server, loaded_location, serve
 
 __all__ = ["emoji_ready"]  # a fixture
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
+GROUPS = ("ingest", "curate", "train", "evaluate", "release")
+
+
 @pytest.fixture(scope="module")
-def server(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A trained recipe whose gate failed."""
-    with copied_project(emoji_ready, tmp_path_factory.mktemp("ui") / "project") as project:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ui") / "project"
+
+
+@pytest.fixture(scope="module")
+def server(emoji_ready: Path, folder: Path) -> Iterator[Server]:
+    """A trained recipe whose gate failed, and one that would train for long."""
+    with copied_project(emoji_ready, folder) as project:
         project.write_recipe("mine", max_steps=3, max_samples=16, plot_loss=True)
+        project.write_recipe("long", max_steps=5000, eval_strategy="steps", eval_steps=5)
         project.set_defaults(gates={"min_answer_gain": 0.9})
         project.materialize(line_of("mine", "eval_metrics")).communicate(timeout=240)
         server = serve(project, "-m", f"{project.package}.definitions")
@@ -28,16 +39,34 @@ def server(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         server.process.communicate(timeout=60)
 
 
-def test_the_graph_renders_with_its_groups(server: Server, page: Page) -> None:
-    page.goto(f"{server.url}/asset-groups~")
-    for group in ("ingest", "curate", "train", "evaluate", "release"):
-        expect(page.get_by_text(group, exact=True).first).to_be_visible()
+def test_the_graph_shows_one_line_in_its_groups(server: Server, page: Page) -> None:
+    expanded = ",".join(f"global@global:{group}" for group in GROUPS)
+    line = quote('+key:"mine/released_model"', safe="")
+    page.goto(f"{server.url}/asset-groups~{line}/?expanded={quote(expanded)}")
+    graph = page.locator("svg")
+    for text in (*GROUPS, "sample_quality", "checkpoint", "eval_metrics"):
+        expect(graph.get_by_text(text, exact=True).first).to_be_visible()
 
 
-def test_a_checkpoint_shows_what_trained_and_its_loss(server: Server, page: Page) -> None:
+def test_a_checkpoint_shows_what_trained_and_the_plot_of_its_loss_opens(server: Server, page: Page) -> None:
     page.goto(f"{server.url}/assets/mine/checkpoint")
-    for text in ("num_steps", "trainable", "language_model.embed_tokens", "training_loss"):
+    for text in ("num_steps", "trainable", "language_model.embed_tokens", "recipe: mine", "PyTorch"):
         expect(page.get_by_text(text, exact=True).first).to_be_visible()
+    open_markdown(page, "training_loss")
+
+
+def test_the_gallery_opens(server: Server, page: Page) -> None:
+    page.goto(f"{server.url}/assets/mine/predictions")
+    open_markdown(page, "gallery")
+    expect(page.get_by_text("right answer", exact=True).first).to_be_visible()
+
+
+def open_markdown(page: Page, key: str) -> None:
+    """Open a piece of metadata, and see that its first picture was drawn."""
+    page.locator("tr", has=page.get_by_text(key, exact=True)).get_by_text("Show Markdown").click()
+    picture = page.get_by_role("dialog").locator("img").first
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.naturalWidth") > 0
 
 
 def test_a_failed_gate_can_be_read(server: Server, page: Page) -> None:
@@ -47,21 +76,51 @@ def test_a_failed_gate_can_be_read(server: Server, page: Page) -> None:
 
 
 def test_a_checkpoint_is_materialised_with_changed_config(server: Server, page: Page) -> None:
-    page.goto(f"{server.url}/assets/mine/checkpoint")
+    launch(page, server, "mine/checkpoint", "ops: {mine__checkpoint: {config: {max_steps: 2}}}")
+    run = wait_for(lambda: launched_run(server, "mine__checkpoint"), "the run", 60)
+    assert "max_steps: 2" in run["runConfigYaml"]
+    wait_for(lambda: launched_run(server, "mine__checkpoint")["status"] == "SUCCESS", "the run's end", 120)
+
+
+def test_a_run_in_progress_says_how_far_it_is_and_a_cancelled_one_leaves_nothing(
+    server: Server, page: Page, folder: Path
+) -> None:
+    launch(page, server, "long/checkpoint", "ops: {long__checkpoint: {config: {learning_rate: 0.002}}}")
+    run = wait_for(lambda: launched_run(server, "long__checkpoint"), "the run", 60)
+    page.goto(f"{server.url}/runs/{run['runId']}")
+    for text in (re.compile(r"^\d+ of 5000 \(\d+%\)$"), re.compile(r"^\d+:\d\d:\d\d$"), "loss", "time_left"):
+        expect(page.get_by_text(text, exact=True).first).to_be_visible()
+    assert slots_taken(server) == 1
+
+    page.get_by_role("button", name="Terminate").click()
+    page.get_by_role("dialog").get_by_role("button", name="Terminate 1 run").click()
+    wait_for(lambda: launched_run(server, "long__checkpoint")["status"] == "CANCELED", "the run's end", 60)
+    assert slots_taken(server) == 0
+    assert not [p for p in processes_of(folder) if "mllm_assets.worker" in " ".join(p.cmdline())]
+    page.goto(f"{server.url}/runs/{run['runId']}")
+    expect(page.get_by_text("Canceled", exact=True).first).to_be_visible()
+
+
+def launch(page: Page, server: Server, asset: str, config: str) -> None:
+    """Type a configuration into the launchpad of an asset, and start it."""
+    page.goto(f"{server.url}/assets/{asset}")
     page.get_by_role("button", name="Materialize").first.click(modifiers=["Shift"])
     editor = page.locator(".CodeMirror").first
     expect(editor).to_be_visible()
     editor.click()
     page.keyboard.press("Control+A")
-    page.keyboard.insert_text("ops: {mine__checkpoint: {config: {max_steps: 2}}}")
+    page.keyboard.insert_text(config)
     page.get_by_role("button", name="Materialize").last.click()
-    run = wait_for(lambda: launched_run(server), "the run", 60)
-    assert "max_steps: 2" in run["runConfigYaml"]
-    wait_for(lambda: (launched_run(server) or {}).get("status") == "SUCCESS", "the run's end", 90)
 
 
-def launched_run(server: Server) -> dict[str, str] | None:
+def launched_run(server: Server, op: str) -> dict[str, str]:
     """The newest run, if its configuration was typed into the launchpad."""
-    query = "{ runsOrError(limit: 1) { ... on Runs { results { status runConfigYaml } } } }"
+    query = "{ runsOrError(limit: 1) { ... on Runs { results { runId status runConfigYaml } } } }"
     [run] = server.query(query)["runsOrError"]["results"]
-    return run if "mine__checkpoint" in run["runConfigYaml"] else None
+    return run if op in run["runConfigYaml"] else {}
+
+
+def slots_taken(server: Server) -> int:
+    query = "{ instance { concurrencyLimits { concurrencyKey activeSlotCount } } }"
+    limits = server.query(query)["instance"]["concurrencyLimits"]
+    return sum(limit["activeSlotCount"] for limit in limits if limit["concurrencyKey"] == "gpu")
