@@ -202,7 +202,8 @@ def gains_over_release(predictions: pa.Table, released: pa.Table) -> dict[str, d
             labels = [row["label"] for row in now[entry]]
             known = None if None in labels else labels
             pair = [_samples(rows[entry], references, known) for rows in (now, then)]
-            result[entry] = _gain_over(*pair)
+            tuned, released_one = ([row["answer"] for row in rows[entry]] for rows in (now, then))
+            result[entry] = _gain_over(*pair) | scores.corpus_gains(tuned, released_one, references)
     return result
 
 

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from mllm_assets.evaluation.intervals import METHOD, paired_corpus_interval
+
 NO_LABEL = "(none)"
 SEVERAL_LABELS = "(several)"
 
@@ -48,7 +50,10 @@ def corpus_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str
 
 
 def corpus_gains(answers: Sequence[str], others: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Gains in BLEU and chrF of `answers` over `others`, with the p-value of sacrebleu's paired bootstrap test."""
+    """Gains in BLEU and chrF of `answers` over `others`, each with its interval and sacrebleu's own p-value.
+
+    Both come of a paired bootstrap over samples; sacrebleu tells no interval of the difference.
+    """
     from sacrebleu.significance import PairedTest, Result
 
     bleu, chrf = _bleu_and_chrf()
@@ -58,8 +63,21 @@ def corpus_gains(answers: Sequence[str], others: Sequence[str], references: Sequ
     gains = {}
     for ours, theirs in (("bleu", "BLEU"), ("chrf", "chrF2")):
         other, this = cast(list[Result], scored[theirs])
-        gains[ours] = {"mean": this.score - other.score, "p_value": this.p_value, "num_pairs": len(references)}
+        gains[ours] = {
+            "mean": this.score - other.score,
+            **_interval(bleu if ours == "bleu" else chrf, answers, others, references),
+            "p_value": this.p_value,
+            "num_pairs": len(references),
+        }
     return gains
+
+
+def _interval(metric: Any, answers: Sequence[str], others: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    this, other = (
+        np.asarray(metric._extract_corpus_statistics(list(said), [list(references)]), dtype=float)
+        for said in (answers, others)
+    )
+    return paired_corpus_interval(this, other, lambda sums: metric._compute_score_from_stats(sums.tolist()).score)
 
 
 def _bleu_and_chrf():
@@ -89,6 +107,7 @@ def definitions() -> dict[str, str]:
         "cider_d": f"pycocoevalcap {version('pycocoevalcap')}, mean, 0-10, sacrebleu's 13a tokens in lower case, "
         "document frequencies of the split's own references",
         "exact_match": "share of answers equal to the reference, outer white space aside",
+        "gain": METHOD,
         "label_accuracy": "share of answers that name the sample's label and no other, case and punctuation aside",
     }
 

@@ -10,8 +10,16 @@ from made_predictions import prediction, predictions
 
 from mllm_assets.artifacts import find_damage
 from mllm_assets.errors import DataError, IntegrityError, ModelError
-from mllm_assets.evaluation.intervals import paired_gain
-from mllm_assets.evaluation.metrics import compute_metrics, metric_rows, sample_metrics, write_metrics
+from mllm_assets.evaluation import intervals
+from mllm_assets.evaluation.intervals import SEED, gain_text, paired_gain
+from mllm_assets.evaluation.metrics import (
+    compute_metrics,
+    gains_over_release,
+    metric_rows,
+    sample_metrics,
+    write_metrics,
+)
+from mllm_assets.evaluation.scores import corpus_gains, corpus_scores, definitions
 from mllm_assets.evaluation.table import STORE_COLUMNS, predictions_digest, store_table, to_table
 from mllm_assets.quality.store import QualityStore
 
@@ -64,6 +72,34 @@ def test_bleu_and_chrf_gains_carry_the_p_value_of_a_paired_test() -> None:
     for metric in ("bleu", "chrf"):
         assert gains[metric]["mean"] == pytest.approx(models["tuned"][metric] - models["base"][metric])
         assert 0 < gains[metric]["p_value"] < 0.05
+        assert 0 < gains[metric]["low"] < gains[metric]["mean"] < gains[metric]["high"]
+
+
+def test_bleu_and_chrf_have_intervals_against_the_release_too() -> None:
+    gains = gains_over_release(predictions(), predictions())["pets_val"]
+    for metric in ("bleu", "chrf"):
+        assert (gains[metric]["mean"], gains[metric]["low"], gains[metric]["high"]) == (0, 0, 0)
+    assert gain_text(gains["bleu"]).startswith("+0 (0 to 0, p = ")
+    assert "paired bootstrap over samples, 95% percentile interval" in definitions()["gain"]
+
+
+def test_the_interval_of_a_corpus_metric_is_that_of_the_corpus_scores_of_resamples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Written out with sacrebleu's public functions: each resample is scored as a corpus of its own."""
+    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 100)
+    words = "a red bird sits on the branch of an old tree and sings".split()
+    rng = np.random.default_rng(0)
+    references = [" ".join(rng.choice(words, 8)) for _ in range(12)]
+    answers = [" ".join(r.split()[:6]) for r in references]
+    others = [" ".join(r.split()[2:5]) for r in references]
+    rng, differences = np.random.default_rng(SEED), []
+    for _ in range(100):
+        rows = rng.integers(0, 12, 12)
+        pick = [[texts[row] for row in rows] for texts in (answers, others, references)]
+        differences.append(corpus_scores(pick[0], pick[2])["bleu"] - corpus_scores(pick[1], pick[2])["bleu"])
+    gain = corpus_gains(answers, others, references)["bleu"]
+    assert [gain["low"], gain["high"]] == pytest.approx(list(np.percentile(differences, [2.5, 97.5])), rel=1e-6)
 
 
 def test_captions_get_cider_d_and_three_rouges() -> None:
