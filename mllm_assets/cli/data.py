@@ -48,10 +48,20 @@ def _add_dataset(arguments: argparse.Namespace) -> int:
 
     made = add_dataset(arguments.folder, Path.cwd(), Layout.from_environment().root, name=arguments.name)
     print(f"{made.num_samples} samples; wrote {made.path}")
-    for reason, count in made.defects.items():
-        print(f"  {count} will be rejected: {reason}")
-    print("Read it (prompts, answer, split), then: dg check yaml")
-    print(materialize_command(f"{made.name}/dataset_info"))
+    found = made.preview
+    looked_at = f" of the {found.num_checked} looked at" if found.num_checked < made.num_samples else ""
+    for reason, count in found.reject_reasons.items():
+        print(f"  {count}{looked_at} will be rejected: {reason} (first: {found.first_rejected[reason]})")
+    num_repeats = found.num_checked - found.num_usable - sum(found.reject_reasons.values())
+    if num_repeats:
+        print(f"  {num_repeats}{looked_at} repeat another's images and texts, and stay unused")
+    train, val = made.entries
+    print("Read it (prompts, answer, split), then:")
+    print("  dg check yaml")
+    print(f"  {materialize_command(f'{made.name}/dataset_info')}")
+    print(f"  mllm-assets quality rejects --dataset {made.name}")
+    print("  mllm-assets check-data data")
+    print(f"and put `dataset: {train}` and `eval_dataset: {val}` into a recipe in configs/.")
     return 0
 
 

@@ -1,4 +1,8 @@
-"""The items of a JSON list one by one, however long the list is."""
+"""The items of a JSON list one by one, however long the list is.
+
+`ijson` streams too, but of two equal keys it keeps the last, its C parser makes "?" of half a character and refuses
+integers of more than 64 bits: all of them must be seen here, so the standard decoder parses item by item.
+"""
 
 import json
 import re

@@ -1,8 +1,9 @@
 """Write a dataset's `defs.yaml` for a folder: what it holds is found by reading it once, as an ingest would."""
 
-from collections import Counter
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mllm_assets.artifacts import slug, write_text_atomic
 from mllm_assets.data.dataset_info import DATASET_INFO, load_entries
 from mllm_assets.data.image_folder import images_below
 from mllm_assets.data.metadata_file import FILE_COLUMNS, METADATA_FILES, read_metadata
-from mllm_assets.data.rows import Images
+from mllm_assets.data.preview import Preview, preview
 from mllm_assets.data.sources import READERS
 from mllm_assets.data.spec import DatasetSpec, SourceSpec, SplitSpec
 from mllm_assets.errors import DataError, RecipeError
@@ -30,20 +31,24 @@ IMAGES = ("image", "images", "img", "jpg", "png")
 CAPTION_PROMPTS = ("Describe this image.", "What do you see in this image?", "What is shown here?")
 LABEL_PROMPTS = ("What is shown in this image?", "What kind of picture is this?")
 VAL_SHARE = 0.1
+# so many samples are decoded at most; of more, some that are spread evenly over all
+MAX_CHECKED = 2000
+SAFE_SHARE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaffold:
-    """A written `defs.yaml`; `defects` counts the rows that will be rejected, by reason, before any is decoded."""
+    """A written `defs.yaml`, and what was found of all samples, or of `preview.num_checked` spread over them."""
 
     name: str
     path: Path
     num_samples: int
-    defects: dict[str, int]
+    preview: Preview
+    entries: tuple[str, str]
 
 
 def add_dataset(folder: Path, project: Path, root: Path, *, name: str | None = None) -> Scaffold:
-    """Find out what a folder holds and declare it as a dataset.
+    """Find out what a folder holds and declare it as a dataset, with a split that its usable samples can meet.
 
     Args:
         folder: Images with captions or in folders by class, Parquet or Arrow files, WebDataset tars, or a
@@ -53,7 +58,7 @@ def add_dataset(folder: Path, project: Path, root: Path, *, name: str | None = N
         name: Of the dataset; by default the folder's.
 
     Raises:
-        DataError: Nothing in the folder is known, or a file cannot be read.
+        DataError: Nothing in the folder is known, a file cannot be read, or fewer than two samples can be used.
         RecipeError: The dataset is declared already, or there is no project.
     """
     if not folder.is_dir():
@@ -66,7 +71,6 @@ def add_dataset(folder: Path, project: Path, root: Path, *, name: str | None = N
         raise RecipeError(f"{path} exists already. Edit it, or give another name with --name.")
     source = _source(folder, root)
     has_captions, has_conversations = False, False
-    defects: Counter[str] = Counter()
     labels: set[str] = set()
     num_samples = 0
     for row in READERS[source["kind"]](SourceSpec(**source), root):
@@ -74,7 +78,6 @@ def add_dataset(folder: Path, project: Path, root: Path, *, name: str | None = N
         has_captions |= bool((row.caption or "").strip())
         has_conversations |= row.messages is not None
         labels |= set() if row.label is None or len(labels) > 1 else {row.label}
-        defects.update(_defects(row.images, row.defect))
     by_label = not has_captions and bool(labels)
     if not (has_captions or by_label or has_conversations):
         raise DataError(
@@ -84,8 +87,14 @@ def add_dataset(folder: Path, project: Path, root: Path, *, name: str | None = N
         )
     if not by_label:
         source.pop("label_column", None)
-    attributes = _attributes(name, source, num_samples, by_label=by_label, conversations=has_conversations)
-    _as_spec(attributes)
+    attributes = _attributes(name, source, by_label=by_label, conversations=has_conversations)
+    spec = _as_spec(attributes)
+    every = math.ceil(num_samples / MAX_CHECKED)
+    found = preview(spec, islice(READERS[spec.source.kind](spec.source, root), 0, None, every), VAL_SHARE)
+    _refuse_unusable(folder, found)
+    if spec.source.val_split is None:
+        attributes["split"] = _split_sizes(found, num_samples)
+        spec = _as_spec(attributes)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump({"type": COMPONENT, "attributes": attributes}, sort_keys=False, allow_unicode=True, width=110)
     write_text_atomic(path, text)
@@ -93,29 +102,45 @@ def add_dataset(folder: Path, project: Path, root: Path, *, name: str | None = N
         name=name,
         path=path,
         num_samples=num_samples,
-        defects=dict(sorted(defects.items())),
+        preview=found,
+        entries=(spec.train_entry, spec.val_entry),
     )
 
 
-def _defects(images: Images, defect: str | None) -> list[str]:
-    if defect is not None:
-        return [defect]
-    return [] if images and None not in images else ["image_missing"]
-
-
-def _attributes(
-    name: str, source: dict[str, Any], num_samples: int, *, by_label: bool, conversations: bool
-) -> dict[str, Any]:
+def _attributes(name: str, source: dict[str, Any], *, by_label: bool, conversations: bool) -> dict[str, Any]:
     attributes: dict[str, Any] = {"name": name, "source": source}
     if by_label:
         source["caption_column"] = None
     if not conversations:
         attributes["prompts"] = list(LABEL_PROMPTS if by_label else CAPTION_PROMPTS)
         attributes["answer"] = "{label}" if by_label else "{caption}"
-    if "val_split" not in source:
-        num_val = max(1, round(VAL_SHARE * num_samples))
-        attributes["split"] = {"num_train": max(1, num_samples - num_val), "num_val": num_val}
     return attributes
+
+
+def _refuse_unusable(folder: Path, found: Preview) -> None:
+    if found.num_train and found.num_val:
+        return
+    if found.num_usable > 1:
+        raise DataError(
+            f"{folder}: its {found.num_usable} usable samples all look alike, so none could validate without having "
+            "been trained on. Add other pictures."
+        )
+    reasons = "".join(
+        f"\n  {count} {reason}, the first: {found.first_rejected[reason]}"
+        for reason, count in found.reject_reasons.items()
+    )
+    raise DataError(
+        f"{folder}: {found.num_usable} of {found.num_checked} samples can be used, but a dataset needs at least 2. "
+        f"Mend the files, or add others.{reasons}"
+    )
+
+
+def _split_sizes(found: Preview, num_samples: int) -> dict[str, int]:
+    """What the samples can give; where only some were looked at, a little less than as many times that."""
+    if found.num_checked == num_samples:
+        return {"num_train": found.num_train, "num_val": found.num_val}
+    times = SAFE_SHARE * num_samples / found.num_checked
+    return {"num_train": int(times * found.num_train), "num_val": int(times * found.num_val)}
 
 
 def _as_spec(attributes: Mapping[str, Any]) -> DatasetSpec:

@@ -158,6 +158,27 @@ def sample_content_id(row: SourceRow, image_ids: list[str]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def raw_row(row: SourceRow, seen: Counter[str]) -> dict[str, Any]:
+    """The columns of `RAW_SCHEMA`; `seen` counts the samples of each content, which have ids of their own."""
+    images = [data or b"" for data in row.images]
+    image_ids = [sha256(data) for data in images]
+    content_id = sample_content_id(row, image_ids)
+    seen[content_id] += 1
+    repeat = seen[content_id]
+    return {
+        "sample_id": content_id if repeat == 1 else f"{content_id}-{repeat}",
+        "row_index": row.row_index,
+        "images": images,
+        "image_ids": image_ids,
+        "caption": row.caption,
+        "label": row.label,
+        "messages": row.messages,
+        "source_split": row.source_split,
+        "source_defect": row.defect or ("image_missing" if None in row.images else None),
+        "source_location": encodable(row.location),
+    }
+
+
 def read_raw(raw: Path) -> Iterator[dict[str, Any]]:
     """The rows of an ingested source one by one; only one row group is in memory.
 
@@ -193,30 +214,11 @@ def _write_samples(rows: Iterator[SourceRow], path: Path) -> tuple[int, str]:
     num_pending_bytes = 0
     with pq.ParquetWriter(path, RAW_SCHEMA, **_WRITER_OPTIONS) as writer:
         for row in rows:
-            images = [data or b"" for data in row.images]
-            image_ids = [sha256(data) for data in images]
-            defect = row.defect or ("image_missing" if None in row.images else None)
-            location = encodable(row.location)
-            content_id = sample_content_id(row, image_ids)
-            seen[content_id] += 1
-            repeat = seen[content_id]
-            sample_id = content_id if repeat == 1 else f"{content_id}-{repeat}"
-            digest.update(f"{sample_id} {row.row_index} {row.source_split} {defect} {location}\n".encode())
-            pending.append(
-                {
-                    "sample_id": sample_id,
-                    "row_index": row.row_index,
-                    "images": images,
-                    "image_ids": image_ids,
-                    "caption": row.caption,
-                    "label": row.label,
-                    "messages": row.messages,
-                    "source_split": row.source_split,
-                    "source_defect": defect,
-                    "source_location": location,
-                }
-            )
-            num_pending_bytes += sum(map(len, images))
+            values = raw_row(row, seen)
+            facts = ("sample_id", "row_index", "source_split", "source_defect", "source_location")
+            digest.update(f"{' '.join(str(values[name]) for name in facts)}\n".encode())
+            pending.append(values)
+            num_pending_bytes += sum(map(len, values["images"]))
             if num_pending_bytes >= ROW_GROUP_BYTES or len(pending) >= ROW_GROUP_ROWS:
                 writer.write_table(pa.Table.from_pylist(pending, schema=RAW_SCHEMA))
                 pending, num_pending_bytes = [], 0

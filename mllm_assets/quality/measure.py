@@ -69,7 +69,7 @@ def measure_images(limits: QualitySpec, raw: Path, index: ImageIndex, store: Qua
         max_decode_s=limits.max_decode_s,
     )
     measured = decoding.measure_images(_unmeasured(raw, index, is_known), decode_limits)
-    judge = _Judge(limits, len(index.ids))
+    judge = Judge(limits, len(index.ids))
     with pq.ParquetWriter(target, SCHEMA) as writer:
         for first in range(0, len(index.ids), BATCH_IMAGES):
             last = min(first + BATCH_IMAGES, len(index.ids))
@@ -171,7 +171,7 @@ def _known(store: QualityStore, ids: pa.StringArray, columns: Sequence[str]) -> 
     )
 
 
-class _Judge:
+class Judge:
     """Collects verdicts image by image; the odd sizes show only when all are known."""
 
     def __init__(self, limits: QualitySpec, num_images: int) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from made_datasets import made_spec, png, run_line, write_source
+from made_datasets import encode, made_spec, picture, png, run_line, write_source
 
 from mllm_assets.cli import main
 from mllm_assets.components import ImageTextDataset
+from mllm_assets.data import scaffold
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.layout import Layout
 
@@ -91,8 +94,80 @@ def test_metadata_and_what_will_be_rejected(home: Path, capsys: pytest.CaptureFi
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["add-dataset", "birds"]) == 0
     assert attributes(home, "birds")["source"]["caption_column"] == "description"
-    assert "  2 will be rejected: image_missing\n" in capsys.readouterr().out
+    assert "  2 will be rejected: image_missing (first: metadata.jsonl:11)\n" in capsys.readouterr().out
     assert built(home, "birds") == 10
+
+
+def brighter(n: int) -> bytes:
+    """Pictures of one look, each of other bytes."""
+    return encode(picture(0).point(lambda value: min(value + n, 255)))
+
+
+def test_what_is_foretold_is_what_happens(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Broken, empty and tiny pictures, bad captions, repeats and near-duplicates: the split can be met without them."""
+    folder = captioned(home / "birds", 40)
+    for n in range(30, 34):
+        (folder / f"{n}.png").write_bytes(png(n)[:300])
+    (folder / "34.png").write_bytes(b"")
+    (folder / "35.png").write_bytes(png(35, 4))
+    (folder / "36.txt").write_text("see <start_of_turn> there")
+    (folder / "37.txt").unlink()
+    for suffix in ("png", "txt"):
+        shutil.copy(folder / f"0.{suffix}", folder / f"38.{suffix}")
+    for n in range(1, 9):  # nine of one look, which stay together
+        (folder / f"{n}.png").write_bytes(brighter(n))
+    assert main(["add-dataset", "birds"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("40 samples; wrote ")
+    assert "  4 will be rejected: image_truncated (first: 30.png)\n" in output
+    assert "  1 repeat another's images and texts" in output
+    spec = ImageTextDataset.model_validate(attributes(home, "birds")).spec()
+    _, quality, version = run_line(spec, Layout(home))
+    assert quality.num_duplicates >= 8
+    found = re.findall(r"  (\d+) will be rejected: (\w+)", output)
+    assert {reason: int(count) for count, reason in found} == version.reject_reasons
+    assert version.num_unused >= 1 and version.num_rejected == 8
+    assert (version.num_train, version.num_val) == (spec.split.num_train, spec.split.num_val)
+    for line in (
+        "  dg check yaml\n",
+        "  dagster asset materialize -m mine.definitions",
+        "  mllm-assets quality rejects --dataset birds\n",
+        "  mllm-assets check-data data\n",
+        "`dataset: birds_train` and `eval_dataset: birds_val`",
+    ):
+        assert line in output
+
+
+def test_of_many_samples_some_that_are_spread_over_all_are_decoded(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaffold, "MAX_CHECKED", 20)
+    folder = captioned(home / "birds", 40)
+    for n in range(10, 30):  # by name 10.png .. 29.png lie together
+        (folder / f"{n}.png").write_bytes(b"no picture")
+    assert main(["add-dataset", "birds"]) == 0
+    assert "  10 of the 20 looked at will be rejected: image_unreadable (first: " in capsys.readouterr().out
+    split = attributes(home, "birds")["split"]
+    assert 15 <= split["num_train"] + split["num_val"] <= 20
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ([b"no picture"] * 3, "0 of 3 samples can be used, but a dataset needs at least 2. Mend the files, or add "
+                              "others.\n  3 image_unreadable, the first: 0.png"),
+        ([brighter(n) for n in range(3)], "its 3 usable samples all look alike"),
+    ],
+)  # fmt: skip
+def test_pictures_that_cannot_be_split_are_refused(
+    home: Path, capsys: pytest.CaptureFixture[str], contents: list[bytes], message: str
+) -> None:
+    folder = captioned(home / "birds", 3)
+    for n, content in enumerate(contents):
+        (folder / f"{n}.png").write_bytes(content)
+    assert main(["add-dataset", "birds"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (home / "mine").exists()
 
 
 def test_tables_and_tars_and_a_llamafactory_directory(home: Path) -> None:
