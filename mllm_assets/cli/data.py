@@ -71,10 +71,12 @@ def _check_data(arguments: argparse.Namespace) -> int:
     wrong = False
     for report in check_directory(arguments.folder):
         wrong |= bool(report.problems)
-        state = f"{len(report.problems)} problems" if report.problems else "fine"
+        found = {"problems": report.problems, "warnings": report.warnings}
+        state = ", ".join(f"{len(texts)} {kind}" for kind, texts in found.items() if texts) or "fine"
         print(f"{report.name}: {report.num_rows} rows, {report.num_images} images: {state}")
-        for problem in report.problems[: arguments.limit]:
-            print(f"  {problem}")
-        if len(report.problems) > arguments.limit:
-            print(f"  and {len(report.problems) - arguments.limit} more (--limit shows them)")
+        for texts in found.values():
+            for text in texts[: arguments.limit]:
+                print(f"  {text}")
+            if len(texts) > arguments.limit:
+                print(f"  and {len(texts) - arguments.limit} more (--limit shows them)")
     return 2 if wrong else 0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mllm_assets.data.dataset_info import Entry, load_entries
-from mllm_assets.data.sharegpt import USER, Row, entry_problems, parse_rows
+from mllm_assets.data.sharegpt import ASSISTANT, USER, Row, entry_problems, parse_rows
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER, text_defect
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.quality.measure import measure_files
@@ -20,12 +20,13 @@ _ADVICE = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EntryReport:
-    """What was found in an entry; it can be trained on where there are no problems."""
+    """What was found in an entry; it can be trained on where there are no problems, warnings or not."""
 
     name: str
     num_rows: int
     num_images: int
     problems: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def check_directory(data_dir: Path) -> Iterator[EntryReport]:
@@ -40,6 +41,7 @@ def check_directory(data_dir: Path) -> Iterator[EntryReport]:
 
 def _check(data_dir: Path, entry: Entry) -> EntryReport:
     problems = entry_problems(entry)
+    warnings: list[str] = []
     rows: list[Row] = []
     num_rows = 0
     if not problems:
@@ -50,6 +52,7 @@ def _check(data_dir: Path, entry: Entry) -> EntryReport:
                 if row is not None and not found:
                     rows.append(row)
                     problems += _text_problems(row, entry)
+                    warnings += _empty_answers(row, entry)
             if not num_rows:
                 problems.append(f"Entry {entry.name!r} has no rows. Add samples, or remove the entry.")
         except MllmAssetsError as error:
@@ -63,7 +66,13 @@ def _check(data_dir: Path, entry: Entry) -> EntryReport:
             problems.append(
                 f"{path} ({users[path]}): {image.defect}. Training would end there: replace it, or take the row out."
             )
-    return EntryReport(name=entry.name, num_rows=num_rows, num_images=len(users), problems=tuple(problems))
+    return EntryReport(
+        name=entry.name,
+        num_rows=num_rows,
+        num_images=len(users),
+        problems=tuple(problems),
+        warnings=tuple(warnings),
+    )
 
 
 def _text_problems(row: Row, entry: Entry) -> Iterator[str]:
@@ -71,3 +80,12 @@ def _text_problems(row: Row, entry: Entry) -> Iterator[str]:
         text = message.content.replace(IMAGE_PLACEHOLDER, "") if message.role == USER else message.content
         if defect := text_defect(text):
             yield f"Entry {entry.name!r}, {row.id}, message {number}: {_ADVICE[defect]}"
+
+
+def _empty_answers(row: Row, entry: Entry) -> Iterator[str]:
+    for number, message in enumerate(row.messages):
+        if message.role == ASSISTANT and not message.content.strip():
+            yield (
+                f"{entry.file_name} ({row.id}), message {number}: the answer is empty, and teaches the model to end "
+                f"its turn at once. Write it, or take the row out."
+            )

@@ -158,20 +158,24 @@ def no_space_is_an_error(directory: Path, what: str, num_bytes: int) -> Iterator
     """Turn a failed write into a message about the disk, where the disk is why.
 
     Writers in torch and safetensors raise errors of their own without an errno, so after a failure the disk is asked
-    whether it would take `num_bytes`.
+    whether it would take `num_bytes`. What was free is looked up before: half of a file may have filled the disk since.
 
     Raises:
         MachineError: There is no room. What was there before stays.
     """
+    free_bytes = shutil.disk_usage(directory.parent).free
     try:
         yield
     except Exception as error:
         if getattr(error, "errno", None) not in NO_SPACE and not _lacks_space(directory, num_bytes):
             raise
+        free = f"{_size(free_bytes)} were free"
+        if free_bytes > num_bytes:
+            free += ": a quota or a limit of file sizes allows less"
         raise MachineError(
-            f"The disk is full: {what} needs about {num_bytes / 2**20:.1f} MiB in {directory.parent}, and "
-            f"{_free_mib(directory.parent):.1f} MiB are free ({error}). What was saved before it is untouched. "
-            f"Free some space or lower save_total_limit, then run again: it resumes."
+            f"The disk is full: {what} needs about {_size(num_bytes)} in {directory.parent}, and {free} ({error}). "
+            f"What was saved before it is untouched. Free some space, or set save_total_limit: 1 in the recipe, which "
+            f"keeps the newest checkpoint only; then run again: it resumes."
         ) from error
 
 
@@ -185,8 +189,11 @@ def _lacks_space(directory: Path, num_bytes: int) -> bool:
     return False
 
 
-def _free_mib(directory: Path) -> float:
-    return shutil.disk_usage(directory).free / 2**20
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 2**10:.0f} KiB"
 
 
 def _step(path: Path) -> int:

@@ -1,5 +1,6 @@
-"""Keys that stand in a recipe and have no effect beside its other keys: each is named before the run starts."""
+"""Keys that have no effect beside the recipe's other keys, and entries named twice: said before the run starts."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 
 from mllm_assets.training.spec import TrainSpec
@@ -16,6 +17,14 @@ def idle_notes(spec: TrainSpec, written: Collection[str]) -> Iterator[str]:
     for key, why in _reasons(spec):
         if key in written:
             yield f"{key} has no effect: {why}."
+
+
+def repeated_notes(spec: TrainSpec) -> Iterator[str]:
+    """Yield a sentence for each entry that stands more than once in its list, which LLaMA-Factory takes as well."""
+    for key, names in (("dataset", spec.train_entries), ("eval_dataset", spec.eval_entries)):
+        for name, count in Counter(names).items():
+            if count > 1:
+                yield f"{key} names {name} {count} times: each of its rows is read {count} times."
 
 
 def _reasons(spec: TrainSpec) -> Iterator[tuple[str, str]]:

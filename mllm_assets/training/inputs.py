@@ -44,14 +44,9 @@ def read_inputs(spec: TrainSpec, model_dir: Path, data_dir: Path, reporter: "Rep
     encoder = make_encoder(spec, processor, model_dir)
     if spec.packs:
         _check_packing(spec, processor, reporter)
-    loaded, held_out = read_rows(spec, data_dir)
-    train_rows, eval_rows = encode_rows(encoder, loaded, spec), encode_rows(encoder, held_out, spec)
-    inputs = Inputs(processor=processor, train_rows=train_rows, eval_rows=eval_rows)
-    num_cut = sum(row.num_tokens_cut > 0 for row in inputs.images)
-    if num_cut:
-        reporter.warn(
-            f"{num_cut} of {len(inputs.images)} rows are longer than cutoff_len {spec.row_cutoff_len} and were cut."
-        )
+    train_rows, eval_rows = (encode_rows(encoder, rows, spec) for rows in read_rows(spec, data_dir))
+    _warn_of_cuts([*train_rows, *eval_rows], spec, reporter)
+    inputs = Inputs(processor=processor, train_rows=pack_rows(train_rows, spec), eval_rows=pack_rows(eval_rows, spec))
     check_image_headers(inputs.images)
     return inputs
 
@@ -72,6 +67,15 @@ def _check_packing(spec: TrainSpec, processor: Any, reporter: "Reporter") -> Non
         )
 
 
+def _warn_of_cuts(rows: Sequence[EncodedRow], spec: TrainSpec, reporter: "Reporter") -> None:
+    num_cut = sum(row.num_tokens_cut > 0 for row in rows)
+    limit = f"cutoff_len {spec.cutoff_len}"
+    if spec.packs:
+        limit = f"the {spec.row_cutoff_len} tokens that {limit} leaves a row with packing"
+    if num_cut:
+        reporter.warn(f"{num_cut} of {len(rows)} rows are longer than {limit} and were cut.")
+
+
 def read_rows(spec: TrainSpec, data_dir: Path) -> tuple[list[Row], list[Row]]:
     """Return the rows to train on and those to evaluate, mixed and held out as the recipe says.
 
@@ -89,7 +93,7 @@ def read_rows(spec: TrainSpec, data_dir: Path) -> tuple[list[Row], list[Row]]:
 
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], spec: TrainSpec) -> list[EncodedRow]:
-    """Encode rows, and pack them where the recipe says so.
+    """Encode rows one by one.
 
     Raises:
         DataError: `cutoff_len` cuts into images (says of how many rows, and the least that works), or a row is wrong.
@@ -108,10 +112,15 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], spec: TrainSpec) -> list[
             f"cutoff_len {spec.cutoff_len} cuts into the images of {len(cut)} of {len(rows)} rows. The smallest that "
             f"works for all of them is {least}: set cutoff_len: {least}. The first one: {cut[0]}"
         )
-    if not spec.packs:
-        return encoded
+    return encoded
+
+
+def pack_rows(rows: list[EncodedRow], spec: TrainSpec) -> list[EncodedRow]:
+    """Pack rows where the recipe says so."""
+    if not spec.packs or not rows:
+        return rows
     return pack(
-        encoded,
+        rows,
         spec.row_cutoff_len,
         group_size=spec.preprocessing_batch_size,
         num_groups=spec.preprocessing_num_workers,

@@ -77,8 +77,11 @@ _REFUSED = {
         additional_target:str?=null""",
     "a run starts from a whole model. Name the model/ directory of the adapter's run in model_name_or_path, where the "
     "adapter is merged.": "adapter_name_or_path:str?=null adapter_folder:str?=null",
+    "QLoRA needs bitsandbytes and a CUDA GPU, and is not built yet, whether they are here or not: a run trains on "
+    "weights of 16 or 32 bits. Delete the line; finetuning_type: lora with bf16: true needs the least memory.": """
+        quantization_bit:int?=null""",
     "the weights are trained in 16 or 32 bits. Delete the line; finetuning_type: lora needs the least memory.": """
-        quantization_bit:int?=null fp8:bool=false fp16_full_eval:bool=false bf16_full_eval:bool=false""",
+        fp8:bool=false fp16_full_eval:bool=false bf16_full_eval:bool=false""",
     "another training backend. Delete the line.": """
         use_unsloth:bool=false use_kt:bool=false use_mca:bool=false use_hyper_parallel:bool=false
         use_liger_kernel:bool=false torch_compile:bool=false torch_compile_backend:str?=null

@@ -12,7 +12,7 @@ from typing import Any
 from mllm_assets.artifacts import slug
 from mllm_assets.errors import RecipeError
 from mllm_assets.training.checking import WrongTypeError, convert
-from mllm_assets.training.idle_keys import idle_notes
+from mllm_assets.training.idle_keys import idle_notes, repeated_notes
 from mllm_assets.training.keys import ALIASES, KEYS
 from mllm_assets.training.recipe_yaml import Entry, parse_value, read_yaml
 from mllm_assets.training.spec import InvalidValueError, TrainSpec, split_names
@@ -36,7 +36,7 @@ class Recipe:
         name: Asset key part made from the file's stem.
         values: The keys as written (overrides included), before defaults.
         spec: What they mean.
-        notes: One sentence for each key that was accepted and has no effect.
+        notes: One sentence for each key that was accepted and has no effect, and each entry that is named twice.
     """
 
     path: Path
@@ -93,6 +93,7 @@ def load_recipe(path: Path, overrides: Mapping[str, object] | Sequence[str] | No
         where = known[error.key].where if error.key in known else str(path)
         raise RecipeError(f"{where}: {error}") from None
     notes.extend(idle_notes(spec, {key for key in known if KEYS[key].asks_for_something(getattr(spec, key))}))
+    notes.extend(repeated_notes(spec))
     values = {key: entry.value for key, entry in entries.items()}
     return Recipe(path=path, name=slug(path.stem), values=values, spec=spec, notes=tuple(notes))
 

@@ -232,6 +232,21 @@ def test_outside_a_project_it_says_where_to_go(home: Path, capsys: pytest.Captur
     assert "names no Dagster project" in capsys.readouterr().err
 
 
+def test_check_data_warns_of_an_answer_without_text(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was "fine", and teaches the model to say nothing."""
+    write_source(home, [(png(n), f"picture {n}") for n in range(4)])
+    run_line(made_spec(3, 1), Layout(home))
+    path = home / "data" / "made" / "train.json"
+    rows = json.loads(path.read_text())
+    rows[1]["messages"][1]["content"] = " \n"
+    path.write_text(json.dumps(rows))
+    assert main(["check-data", "data"]) == 0, "it can be trained on"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "made_train: 3 rows, 3 images: 1 warnings"
+    row_id = load_rows(home / "data", "made_train")[1].id
+    assert said[1].startswith(f"  made/train.json ({row_id}), message 1: the answer is empty, and teaches the model to")
+
+
 def test_check_data_finds_every_problem_of_every_entry(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_source(home, [(png(n), f"picture {n}") for n in range(10)])
     run_line(made_spec(8, 2), Layout(home))

@@ -12,10 +12,12 @@ from transformers import Gemma3ForConditionalGeneration
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.encode import EncodedRow, Encoder
+from mllm_assets.training.inputs import read_inputs
 from mllm_assets.training.mixing import mixed
 from mllm_assets.training.model import batch_loss, load_config, load_model, load_processor
 from mllm_assets.training.packed_attention import separate_rows
 from mllm_assets.training.packing import pack
+from mllm_assets.training.protocol import Reporter
 from mllm_assets.training.spec import TrainSpec
 
 RECORDINGS = Path(__file__).parents[2] / "golden" / "llamafactory"
@@ -72,6 +74,24 @@ def test_sequences_of_different_length_make_a_neat_batch(
     assert len({len(row.input_ids) for row in packed}) > 1
     neat = neat_loss(model, Collator(processor, separate_packed_rows=True), packed)
     assert neat == pytest.approx(loss_apart(model, Collator(processor), encoded), abs=2e-6)
+
+
+def test_rows_that_are_cut_before_packing_are_counted_one_by_one(parity_dir: Path) -> None:
+    """It spoke of a cutoff_len that was not the recipe's, and counted sequences, not rows."""
+    values = {
+        "model_name_or_path": "m",
+        "dataset": "gemma3_vlm_train",
+        "template": "gemma3",
+        "do_train": True,
+        "cutoff_len": 90,
+    }
+    reporter, plain = Reporter(), Reporter()
+    read_inputs(TrainSpec(**values, packing=True), parity_dir / "model", parity_dir / "data", reporter)
+    read_inputs(TrainSpec(**{**values, "cutoff_len": 89}), parity_dir / "model", parity_dir / "data", plain)
+    count = plain.warnings[-1].removesuffix(" of 48 rows are longer than cutoff_len 89 and were cut.")
+    assert int(count) > 0 and reporter.warnings[-1] == (
+        f"{count} of 48 rows are longer than the 89 tokens that cutoff_len 90 leaves a row with packing and were cut."
+    )
 
 
 def test_no_row_is_lost_or_doubled_by_packing(encoded: list[EncodedRow]) -> None:

@@ -54,3 +54,10 @@ def test_a_key_with_effect_is_not(tmp_path: Path, lines: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(BASE + lines + "\n")
     assert load_recipe(path).notes == ()
+
+
+def test_an_entry_that_is_named_twice_is_said(tmp_path: Path) -> None:
+    """`dataset: a,a` trained on each row twice an epoch, without a word."""
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE.replace("dataset: d", "dataset: a,b,a"))
+    assert load_recipe(path).notes == ("dataset names a 2 times: each of its rows is read 2 times.",)

@@ -46,6 +46,11 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "r.yaml:5: use_galore is not supported with this value: the engine trains with PyTorch's own optimizers. "
             "Delete the line and choose one with optim.",
         ),
+        (
+            "quantization_bit: 4",
+            "r.yaml:5: quantization_bit is not supported with this value: QLoRA needs bitsandbytes and a CUDA GPU, and "
+            "is not built yet, whether they are here or not",
+        ),
         ("stage: dpo", "r.yaml:5: stage is not supported with this value: only supervised fine-tuning is done here."),
         ("val_size: 1.5", "r.yaml:5: val_size is 1.5: expected a share above 0 and below 1, or a number of rows"),
         ("val_size: 0.1\neval_dataset: b", "r.yaml:5: val_size and eval_dataset are both set"),
