@@ -25,7 +25,7 @@ collect: $(CORE)
 test-all: $(EXTRAS) chromium ## everything, the browser included
 	$(PYTEST) tests -m 'not bench and not gpu'
 
-check: $(EXTRAS) ## style, types, and that every definition and YAML file is sound
+check: $(EXTRAS) ## style, types, sound definitions and YAML files, packages without known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -33,6 +33,7 @@ check: $(EXTRAS) ## style, types, and that every definition and YAML file is sou
 	$(BIN)/dg check defs
 	$(BIN)/mllm-assets check-graph
 	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python .ci/audit.py
 
 docs: $(EXTRAS) ## the documentation on http://127.0.0.1:8000
 	$(BIN)/mkdocs serve -a 127.0.0.1:8000

@@ -29,12 +29,6 @@ def run_link(run_id: str) -> str:
     return f"{os.environ.get(UI_VARIABLE, 'http://127.0.0.1:3000').rstrip('/')}/runs/{run_id}"
 
 
-def without_webhook(text: str) -> str:
-    """A text in which the webhook's address, if it is there, is not to be read."""
-    url = webhook_url()
-    return text.replace(url, WEBHOOK_VARIABLE) if url else text
-
-
 def post_alert(url: str, alert: Mapping[str, Any], *, waits_s: Sequence[float] = WAITS_S) -> None:
     """Post an alert as JSON; what passes (no connection, 429, 5xx) is tried again after each wait.
 

@@ -1,8 +1,13 @@
 """Errors for people: each class says who should act; each message says what is wrong, where, and one next step."""
 
+from mllm_assets.redaction import redacted
+
 
 class MllmAssetsError(Exception):
-    """Something a person can mend. Shown without a traceback; never retried."""
+    """Something a person can mend. Shown without a traceback; never retried. Its text holds no secret."""
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class RecipeError(MllmAssetsError):

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from mllm_assets.errors import SourceError
 from mllm_assets.hub_patience import asked_wait_s
+from mllm_assets.redaction import redacted
 
 T = TypeVar("T")
 
@@ -130,7 +131,5 @@ def _explanation(hub: HubRepo, error: Exception) -> str:
 
 def scrubbed(text: str) -> str:
     """A text without the token, and without the queries and passwords of addresses, which may be signed."""
-    token = os.environ.get("HF_TOKEN", "").strip()
     text = re.sub(r"(https?://)[^\s/@]+@", r"\1", text)
-    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", text)
-    return text.replace(token, "HF_TOKEN") if token else text
+    return redacted(re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", text))

@@ -17,11 +17,13 @@ from filelock import FileLock, Timeout
 
 from mllm_assets.artifacts import write_json_atomic
 from mllm_assets.errors import MachineError, MllmAssetsError
+from mllm_assets.redaction import redacted, redacted_output
 from mllm_assets.training.protocol import EXIT_OK, EXIT_USER_ERROR, Reporter, error_payload, open_reporter
 from mllm_assets.training.supervisor import die_with_parent
 
 Task = Callable[[dict[str, Any], Reporter], dict[str, Any]]
 
+EXIT_CRASHED = 1  # as Python ends after an exception
 LOCK_WAIT_S = 5.0  # a worker that is being ended may still hold it
 
 TASKS = {
@@ -81,13 +83,21 @@ def main() -> None:
     """Entry point of the worker process."""
     die_with_parent()  # a rank of torchrun too, whose parent is not the supervisor
     request_path, result_path = (Path(argument) for argument in sys.argv[1:3])
-    try:
-        code = run(json.loads(request_path.read_text(encoding="utf-8")), result_path)
-    except BaseException:  # Ctrl-C and sys.exit within the libraries too: the launcher must hear of them
-        if not result_path.exists():  # what a person can mend in one rank counts for more than the others' fall
-            write_json_atomic(result_path, {"traceback": traceback.format_exc()})
-        raise
+    with redacted_output():
+        code = _run_file(request_path, result_path)
     sys.exit(code)
+
+
+def _run_file(request_path: Path, result_path: Path) -> int:
+    try:
+        return run(json.loads(request_path.read_text(encoding="utf-8")), result_path)
+    except BaseException as crash:  # Ctrl-C and sys.exit within the libraries too: the launcher must hear of them
+        if not result_path.exists():  # what a person can mend in one rank counts for more than the others' fall
+            write_json_atomic(result_path, {"traceback": redacted(traceback.format_exc())})
+        if not isinstance(crash, Exception):
+            raise
+        traceback.print_exc()  # here, where what is printed is redacted
+        return EXIT_CRASHED
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mllm_assets.cli import data, models, operations, releases, results, servers, training
 from mllm_assets.errors import MllmAssetsError
+from mllm_assets.redaction import redacted_output
 from mllm_assets.training.launch import WorkerCrashed
 
 GROUPS = (training, models, servers, results, releases, data, operations)
@@ -18,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Exit code 2 says that something is for the user to mend; the message says what."""
     try:
         try:
-            return _run(argv)
+            with redacted_output():
+                return _run(argv)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # `mllm-assets ... | head`: who read it has seen enough

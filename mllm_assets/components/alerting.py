@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from mllm_assets.alerts import WEBHOOK_VARIABLE, post_alert, run_link, webhook_url, without_webhook
+from mllm_assets.alerts import WEBHOOK_VARIABLE, post_alert, run_link, webhook_url
 from mllm_assets.components.retraining import RETRAINING_TAG
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.hub_errors import scrubbed
@@ -46,7 +46,7 @@ def describe_failure(context: dg.RunFailureSensorContext, recipes: Collection[st
     run, failures = context.dagster_run, context.get_step_failure_events()
     step = failures[0].step_key if failures else None
     error = _error_text(failures[0]) if failures else context.failure_event.message or "The run failed."
-    error = without_webhook(scrubbed(error))[:MAX_ERROR_CHARS]
+    error = scrubbed(error)[:MAX_ERROR_CHARS]
     first = (step or "").partition("__")[0]
     recipe = first if first in recipes else run.tags.get(RETRAINING_TAG)
     link = run_link(run.run_id)

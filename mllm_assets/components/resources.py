@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from mllm_assets.components.ray_launcher import run_on_ray
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
 from mllm_assets.quality.store import QualityStore, table_for, utc_now
+from mllm_assets.redaction import holds_secret, redacted, redacted_value
 from mllm_assets.training.launch import WorkerCrashed, run_worker
 from mllm_assets.training.ray_jobs import DEFAULT_ADDRESS, Cluster
 
@@ -23,11 +25,32 @@ SHARED_TASKS = ("vision_features", "evaluate")  # those that take a `part` of th
 
 @contextmanager
 def failures_for_people() -> Iterator[None]:
-    """Turn our errors into step failures that show the message alone and are not retried."""
+    """Turn our errors into step failures that show the message alone and are not retried.
+
+    Of any other error whose text holds a secret, Dagster keeps the redacted traceback only.
+    """
     try:
         yield
     except MllmAssetsError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from None
+    except Exception as error:
+        if not holds_secret(text := "".join(traceback.format_exception(error))):
+            raise
+        failure = dg.Failure(description=redacted(text), allow_retries=False)
+        raise failure from None
+
+
+def _redacted(value: Any) -> Any:
+    """A metadata value without secrets."""
+    match value:
+        case dg.TextMetadataValue(text=text):
+            return dg.MetadataValue.text(redacted(text or ""))
+        case dg.MarkdownMetadataValue(md_str=text):
+            return dg.MetadataValue.md(redacted(text or ""))
+        case dg.JsonMetadataValue(data=data):
+            return dg.MetadataValue.json(redacted_value(data))
+        case _:
+            return redacted_value(value)
 
 
 class ProjectResource(dg.ConfigurableResource):
@@ -44,7 +67,8 @@ class ProjectResource(dg.ConfigurableResource):
         return QualityStore(self.layout.quality_db)
 
     def recorded(self, context: dg.AssetExecutionContext, result: dg.MaterializeResult) -> dg.MaterializeResult:
-        """Write a materialisation into the table `runs` of DuckDB, with its plain metadata, and hand it on."""
+        """Redact a materialisation, write it with its plain metadata into the table `runs` of DuckDB, hand it on."""
+        result = result._replace(metadata={name: _redacted(value) for name, value in (result.metadata or {}).items()})
         key = dg.AssetKey.from_coercible(result.asset_key) if result.asset_key else context.asset_key
         plain = {name: value for name, value in (result.metadata or {}).items() if isinstance(value, str | int | float)}
         row = {

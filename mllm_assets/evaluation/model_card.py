@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mllm_assets.artifacts import write_text_atomic
 from mllm_assets.evaluation.gates import GateResult
 from mllm_assets.evaluation.intervals import gain_text
+from mllm_assets.redaction import redacted
 
 # What a card's table shows, in this order; the rest is in eval_metrics.json
 SHOWN = "loss loss_shuffled perplexity label_accuracy exact_match cider_d rouge_1 rouge_2 rouge_l bleu chrf".split()
@@ -91,7 +92,7 @@ def write_model_card(
         recipe_yaml=yaml.safe_dump(dict(lineage["recipe"]), sort_keys=False, allow_unicode=True),
         verification=verification,
     )
-    write_text_atomic(directory / "README.md", text)
+    write_text_atomic(directory / "README.md", redacted(text))
 
 
 def front_matter(recipe_name: str, metrics: Mapping[str, Any], lineage: Lineage) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mllm_assets.redaction import redacted
 from mllm_assets.training import supervisor
 from mllm_assets.training.protocol import EXIT_OK, EXIT_USER_ERROR, error_from_payload
 
@@ -34,7 +35,7 @@ class WorkerCrashed(Exception):
     def __init__(
         self, message: str, *, exit_code: int | None, signal_number: int | None, is_transient: bool = True
     ) -> None:
-        super().__init__(message)
+        super().__init__(redacted(message))
         self.exit_code = exit_code
         self.signal_number = signal_number
         self.is_transient = is_transient

@@ -74,6 +74,11 @@ def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: tor
             use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
+        if not any(directory.glob("*.safetensors")) and (pickled := sorted(directory.glob("*.bin"))):
+            raise ModelError(
+                f"{pickled[0]} is a pickle, which can run code when it is loaded, and no safetensors are beside it. "
+                "Where you trust it: AutoModelForImageTextToText.from_pretrained(DIR).save_pretrained(NEW_DIR)."
+            ) from None
         raise ModelError(
             f"The weights in {directory} cannot be loaded ({error}). Make or download them again."
         ) from error

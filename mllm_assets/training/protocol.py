@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import IO, Any
 
 from mllm_assets import errors
 from mllm_assets.errors import MllmAssetsError
+from mllm_assets.redaction import redacted_value
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2  # never retried; every other code is a crash, and a new attempt resumes
@@ -120,6 +122,10 @@ def _short(fact: float) -> str:
     return f"{fact:.4g}" if isinstance(fact, float) else str(fact)
 
 
+def _report_redacted(report: Callable[[dict[str, Any]], None], message: dict[str, Any]) -> None:
+    report(redacted_value(message))
+
+
 @contextmanager
 def open_reporter() -> Iterator[Reporter]:
     """The reporter for this process: to Dagster under Pipes, otherwise to the terminal; silent on every rank but 0."""
@@ -129,7 +135,9 @@ def open_reporter() -> Iterator[Reporter]:
             if all(name in os.environ for name in PIPES_VARIABLES):
                 from dagster_pipes import open_dagster_pipes
 
-                emit = stack.enter_context(open_dagster_pipes()).report_custom_message
+                session = open_dagster_pipes()
+                stack.callback(session.close)  # left as a context it would send an exception's text as it is
+                emit = partial(_report_redacted, session.report_custom_message)
             else:
                 stream = sys.stderr
         reporter = Reporter(emit=emit, stream=stream)

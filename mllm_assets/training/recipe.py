@@ -6,11 +6,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mllm_assets.artifacts import slug
 from mllm_assets.errors import RecipeError
+from mllm_assets.redaction import holds_secret, redacted
 from mllm_assets.training.checking import WrongTypeError, convert
 from mllm_assets.training.idle_keys import idle_notes, repeated_notes
 from mllm_assets.training.keys import ALIASES, KEYS
@@ -20,6 +21,8 @@ from mllm_assets.training.spec import InvalidValueError, TrainSpec, split_names
 __all__ = ["Recipe", "TrainSpec", "load_recipe", "split_names"]
 
 _TYPES = typing.get_type_hints(TrainSpec)
+# Relative paths stay inside the project's folder; an absolute one is the choice of who wrote the recipe
+_PATHS = {"model_name_or_path", "dataset_dir", "output_dir", "deepspeed", "fsdp_config", "resume_from_checkpoint"}
 _REQUIRED = {
     "model_name_or_path": "the directory of the model to start from, for example pretrains/gemma3-4b-it",
     "dataset": "the entry of dataset_info.json to train on, for example emoji_train",
@@ -129,11 +132,11 @@ def with_config_files(recipe: Recipe, root: Path) -> Recipe:
 
 def _override_entries(overrides: Mapping[str, object] | Sequence[str] | None) -> dict[str, Entry]:
     if isinstance(overrides, Mapping):
-        return {key: Entry(value, f"override {key}={value}") for key, value in overrides.items()}
+        return {key: Entry(value, redacted(f"override {key}={value}")) for key, value in overrides.items()}
     entries = {}
     for argument in overrides or ():
         key, equals, text = argument.partition("=")
-        where = f"argument {argument!r}"
+        where = redacted(f"argument {argument!r}")
         if not equals or not key:
             raise RecipeError(f"{where}: expected key=value, for example max_steps=10.")
         entries[key.strip()] = Entry(parse_value(text, where), where)
@@ -160,4 +163,14 @@ def _check(written: str, entry: Entry) -> tuple[str, Entry, str | None]:
         if key.status == "refused":
             raise RecipeError(f"{entry.where}: {written} is not supported with this value: {key.note}")
         note = f"{written} has no effect: {key.note}"
+    if holds_secret(value):
+        raise RecipeError(
+            f"{entry.where}: the value of {written} holds what looks like a token or password. A recipe is copied into "
+            "run folders, metadata and model cards: delete it here and set an environment variable, such as HF_TOKEN."
+        )
+    if name in _PATHS and isinstance(value, str) and ".." in PurePosixPath(value).parts:
+        raise RecipeError(
+            f"{entry.where}: {written} {value!r} may leave the project's folder. Write a relative path without .., "
+            "which stays inside of it, or an absolute path where another folder is meant."
+        )
     return name, Entry(value, entry.where), note

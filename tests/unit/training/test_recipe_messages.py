@@ -98,6 +98,15 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "r.yaml:8: load_best_model_at_end needs an evaluation at each checkpoint: save_steps 6 is not a multiple "
             "of eval_steps 4. Change one.",
         ),
+        (
+            "output_dir: outputs/../../x",
+            "r.yaml:5: output_dir 'outputs/../../x' may leave the project's folder. Write a relative path without ..,",
+        ),
+        ("deepspeed: ../ds.json", "r.yaml:5: deepspeed '../ds.json' may leave the project's folder."),
+        (
+            "run_name: hf_0123456789abcdefghij",
+            "r.yaml:5: the value of run_name holds what looks like a token or password. A recipe is copied into",
+        ),
         ("group_by_length: 7", "r.yaml:5: group_by_length: expected one of random, sequential, group_by_length, got 7"),
         (
             "train_sampling_strategy: random\ngroup_by_length: true",
