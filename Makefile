@@ -61,7 +61,7 @@ $(CORE): pyproject.toml constraints.txt
 	@touch $@
 
 $(EXTRAS): $(CORE) requirements-ui.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray,serve,s3,postgres]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray,serve,s3,postgres,k8s]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-ui.txt
 	@touch $@
 
