@@ -11,6 +11,7 @@ from mllm_assets.data.dataset_info import load_entries
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation.evaluated import evaluated_runs, evaluation_of, how_to_evaluate
 from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.evaluation.release_versions import Release, current_release
 from mllm_assets.layout import Layout
@@ -33,12 +34,12 @@ def summarise(layout: Layout, recipe: str) -> str:
         )
     run = read_manifest(run_dir)
     release = current_release(layout, recipe)
-    metrics = _metrics_of(layout, recipe, run["weights_digest"])
+    evaluated = evaluation_of(layout, run_dir)
     parts = [
         f"\n{recipe}",
         *_samples(layout, run),
         *_losses(run_dir, run),
-        *(_metrics(metrics) if metrics else ["  metrics     none yet of this run"]),
+        *(_metrics(read_metrics(evaluated.metrics_dir)) if evaluated else _not_evaluated(layout, recipe, run_dir)),
         f"  run         {layout.relative(run_dir)}",
         f"  released    {_describe_release(layout, release, run)}",
         f"\nTry it:       {_generate_command(layout, run_dir, run)}",
@@ -47,13 +48,11 @@ def summarise(layout: Layout, recipe: str) -> str:
     return "\n".join(parts)
 
 
-def _metrics_of(layout: Layout, recipe: str, weights_digest: str) -> dict[str, Any] | None:
-    """The newest metrics that were measured on these weights."""
-    directories = (layout.outputs / recipe / "eval_metrics").glob("*/manifest.json")
-    for manifest in sorted(directories, key=lambda path: path.stat().st_mtime, reverse=True):
-        if read_manifest(manifest.parent)["inputs"].get("weights_digest") == weights_digest:
-            return read_metrics(manifest.parent)
-    return None
+def _not_evaluated(layout: Layout, recipe: str, run_dir: Path) -> list[str]:
+    """Which run was evaluated in place of the newest, and what to do for the newest."""
+    last = next(evaluated_runs(layout, recipe), None)
+    others = f"; the last run that was evaluated is {layout.relative(last.run_dir)}" if last else ""
+    return [f"  metrics     none yet of this run{others}", f"              {how_to_evaluate(layout, run_dir)}"]
 
 
 def _describe_release(layout: Layout, release: Release | None, run: Mapping[str, Any]) -> str:

@@ -24,7 +24,9 @@ def add_commands(verbs: Verbs) -> None:
     evaluate.set_defaults(run=_evaluate)
 
     compare = verbs.add_parser("compare", help="a page that shows what two evaluated runs say of the same samples")
-    compare.add_argument("runs", nargs=2, metavar="RUN", help="run directory, or a recipe's name for its newest run")
+    compare.add_argument(
+        "runs", nargs=2, metavar="RUN", help="run directory, or a recipe's name for its newest evaluated run"
+    )
     compare.add_argument("--output", type=Path, default=Path("comparison.html"), help="comparison.html by default")
     compare.set_defaults(run=_compare)
 
@@ -59,6 +61,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from mllm_assets.evaluation.comparison import compare
 
-    page = compare(Layout.from_environment(), arguments.runs, arguments.output)
+    page = compare(
+        Layout.from_environment(),
+        arguments.runs,
+        arguments.output,
+        say=lambda text: print(f"note: {text}", file=sys.stderr),
+    )
     print(f"wrote {page}")
     return 0

@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from mllm_assets.artifacts import read_manifest, write_text_atomic
 from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation.evaluated import evaluated_runs, evaluation_of, how_to_evaluate
 from mllm_assets.evaluation.gallery import HTML_THUMBNAIL_PX, MAX_HTML_SAMPLES, evenly_spaced, thumbnail
 from mllm_assets.evaluation.intervals import gain_text
 from mllm_assets.evaluation.metrics import gains_over_release, read_metrics
@@ -22,18 +23,20 @@ from mllm_assets.pages import page_template
 SHOWN_FIRST = ("loss", "loss_shuffled", "perplexity", "label_accuracy")
 
 
-def compare(layout: Layout, names: Sequence[str], output: Path) -> Path:
+def compare(layout: Layout, names: Sequence[str], output: Path, *, say: Callable[[str], None] = print) -> Path:
     """Write the page.
 
     Args:
         layout: The project.
         names: Two runs, each a directory or a recipe's name.
         output: The page; it needs no other file.
+        say: Told what a reader must know of the choice: that another run than the newest is shown, or that an entry is
+            left out.
 
     Raises:
         IntegrityError: One of them is no run or was not evaluated, or they were asked nothing in common.
     """
-    runs = [_read(layout, name) for name in names]
+    runs = [_read(layout, name, say) for name in names]
     if runs[0]["title"] == runs[1]["title"]:
         for run in runs:
             run["title"] += f", {run['directory'].name[:8]}"
@@ -41,9 +44,12 @@ def compare(layout: Layout, names: Sequence[str], output: Path) -> Path:
     gains = gains_over_release(second, first)
     if not gains:
         raise IntegrityError(
-            f"{names[0]} and {names[1]} were asked nothing in common, so they cannot be compared. Evaluate both on the "
-            "same entries."
+            f"{names[0]} and {names[1]} were asked nothing in common, so they cannot be compared"
+            f"{_how_many(runs)}. Evaluate both on the same samples of the same entries."
         )
+    left_out = sorted({name for run in runs for name in run["metrics"]["entries"]} - set(gains))
+    if left_out:
+        say(f"left out, because the runs were not asked the same samples: {', '.join(left_out)}{_how_many(runs)}")
     samples = _samples(first, second, set(gains))
     page = page_template("mllm_assets.evaluation", "comparison.html.jinja").render(
         titles=[run["title"] for run in runs],
@@ -51,6 +57,7 @@ def compare(layout: Layout, names: Sequence[str], output: Path) -> Path:
         curves=_curves(runs),
         metrics=_metric_rows([run["metrics"] for run in runs], gains),
         num_samples=len(samples),
+        left_out=left_out,
         samples=[
             {**sample, "thumbnails": [thumbnail(layout.data / path, HTML_THUMBNAIL_PX) for path in sample["images"]]}
             for sample in evenly_spaced(samples, MAX_HTML_SAMPLES)
@@ -60,21 +67,34 @@ def compare(layout: Layout, names: Sequence[str], output: Path) -> Path:
     return output
 
 
-def _read(layout: Layout, name: str) -> dict[str, Any]:
+def _read(layout: Layout, name: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """What there is of a run. A recipe's name stands for its newest run, or for the last that was evaluated."""
     run_dir = find_run(layout, name)
-    manifest = read_manifest(run_dir)
-    found = (layout.outputs / run_dir.parent.name / "eval_metrics").glob("*/manifest.json")
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        inputs = read_manifest(path.parent)["inputs"]
-        if inputs["weights_digest"] == manifest["weights_digest"]:
-            return {
-                "title": run_dir.parent.name, "directory": run_dir, "manifest": manifest,
-                "metrics": read_metrics(path.parent),
-                "predictions": read_predictions(layout.root / inputs["predictions_path"]),
-            }  # fmt: skip
-    raise IntegrityError(
-        f"{name} was not evaluated: there are no metrics of {layout.relative(run_dir)}. Materialise its eval_metrics."
-    )
+    found = evaluation_of(layout, run_dir)
+    if found is None and not Path(name).is_dir() and (found := next(evaluated_runs(layout, name), None)):
+        say(
+            f"the newest run of {name} was not evaluated; the page shows {layout.relative(found.run_dir)}, "
+            f"the last that was. {how_to_evaluate(layout, run_dir)}"
+        )
+        run_dir = found.run_dir
+    if found is None:
+        raise IntegrityError(
+            f"{name} was not evaluated: there are no metrics of {layout.relative(run_dir)}. "
+            f"{how_to_evaluate(layout, run_dir)}"
+        )
+    return {
+        "title": run_dir.parent.name, "directory": run_dir, "manifest": read_manifest(run_dir),
+        "metrics": read_metrics(found.metrics_dir), "predictions": read_predictions(found.predictions_dir),
+    }  # fmt: skip
+
+
+def _how_many(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How many samples of each entry each run was asked."""
+    counts = [
+        ", ".join(f"{entry} {scored['num_samples']}" for entry, scored in run["metrics"]["entries"].items())
+        for run in runs
+    ]
+    return f" (samples of the first: {counts[0]}; of the second: {counts[1]})"
 
 
 def _facts(layout: Layout, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +105,9 @@ def _facts(layout: Layout, run: Mapping[str, Any]) -> dict[str, Any]:
         "steps": manifest["num_steps"],
         "trains": f"{recipe['finetuning_type']}, {manifest['num_trainable_params']:,} parameters",
         "learning rate": recipe["learning_rate"],
+        "judged on": ", ".join(
+            f"{entry}: {scored['num_samples']} samples" for entry, scored in run["metrics"]["entries"].items()
+        ),
         "training": f"{manifest['train_wall_s']:.0f} s, {manifest['samples_per_s']:.1f} samples/s",
     }
 

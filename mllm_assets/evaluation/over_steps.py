@@ -24,11 +24,28 @@ LOWER_IS_BETTER = ("loss", "perplexity")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OverSteps:
-    """Metrics of each step: `steps[step][entry][metric]`; `best[entry]` maps loss and primary metric to a step."""
+    """Metrics of each step: `steps[step][entry][metric]`; `best[entry]` maps loss and primary metric to a step.
+
+    `max_samples` is what was asked for, None for all, and `num_samples[entry]` how many that were.
+    """
 
     steps: Mapping[int, Mapping[str, Mapping[str, float]]]
     primary: Mapping[str, str]
     best: Mapping[str, Mapping[str, int]]
+    num_samples: Mapping[str, int]
+    max_samples: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return {
+            "max_samples": self.max_samples, "num_samples": dict(self.num_samples), "steps": self.steps,
+            "best": self.best,
+        }  # fmt: skip
+
+    def of_samples(self, entry: str) -> str:
+        """How many samples an entry's figures are of, for a heading."""
+        first = "the first " if self.max_samples is not None else ""
+        return f"{entry}, {first}{self.num_samples[entry]} samples"
 
 
 def find_run(layout: Layout, name: str) -> Path:
@@ -111,7 +128,7 @@ def evaluate_checkpoints(
     }
     data = {entry: entry_digest(data_dir, entry) for entry in spec.eval_entries}
     answers = [row.messages[-1].content for entry in spec.train_entries for row in load_rows(data_dir, entry)]
-    steps, primary = {}, {}
+    steps, primary, num_samples = {}, {}, {}
     for step, checkpoint in chosen:
         identity = {"engine_version": __version__, "files": read_manifest(checkpoint)["files"], "data": data, **how}
         directory = layout.predictions(run_dir.parent.name, digest_json(identity)[:16])
@@ -127,9 +144,11 @@ def evaluate_checkpoints(
         entries = compute_metrics(read_predictions(directory), answers)["entries"]
         steps[step] = {entry: scored["models"]["tuned"] for entry, scored in entries.items()}
         primary |= {entry: scored["primary"] for entry, scored in entries.items()}
-    result = OverSteps(steps=steps, primary=primary, best=_best(steps, primary))
+        num_samples |= {entry: scored["num_samples"] for entry, scored in entries.items()}
+    best = _best(steps, primary)
+    result = OverSteps(steps=steps, primary=primary, best=best, num_samples=num_samples, max_samples=max_samples)
     if len(steps) > 1:
-        write_json_atomic(run_dir / METRICS_FILE, {"steps": steps, "best": result.best})
+        write_json_atomic(run_dir / METRICS_FILE, result.to_dict())
         plot(result, run_dir / PLOT_FILE)
     return result
 
@@ -159,7 +178,7 @@ def plot(result: OverSteps, path: Path) -> None:
         for axes, metric in zip(row, ("loss", result.primary[entry]), strict=True):
             _draw(axes, steps, [result.steps[step][entry][metric] for step in steps], result.best[entry][metric])
             unit = " (nats a token)" if metric == "loss" else ""
-            axes.set(title=entry, xlabel="step", ylabel=metric.replace("_", " ") + unit)
+            axes.set(title=result.of_samples(entry), xlabel="step", ylabel=metric.replace("_", " ") + unit)
             shuffled = [result.steps[step][entry].get("loss_shuffled") for step in steps]
             if metric == "loss" and None not in shuffled:
                 axes.plot(steps, shuffled, color="#7f7f7f", linestyle="--", marker="o", markersize=3)
@@ -180,7 +199,7 @@ def describe(result: OverSteps) -> str:
     for entry, metric in result.primary.items():
         names = list(dict.fromkeys(("loss", "loss_shuffled", metric, "rouge_l", "bleu", "cider_d")))
         names = [name for name in names if all(name in scored[entry] for scored in result.steps.values())]
-        lines.append(f"{entry}\n  {'step':>8}" + "".join(f"{name:>16}" for name in names))
+        lines.append(f"{result.of_samples(entry)}\n  {'step':>8}" + "".join(f"{name:>16}" for name in names))
         for step, scored in sorted(result.steps.items()):
             lines.append(f"  {step:>8}" + "".join(f"{scored[entry][name]:>16.4f}" for name in names))
         found = result.best[entry]
@@ -190,4 +209,4 @@ def describe(result: OverSteps) -> str:
 
 def to_json(result: OverSteps) -> str:
     """The same for scripts."""
-    return json.dumps({"steps": result.steps, "best": result.best}, indent=2)
+    return json.dumps(result.to_dict(), indent=2)

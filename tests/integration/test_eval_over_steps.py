@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
-from mllm_assets.artifacts import read_manifest
+from mllm_assets.artifacts import point_symlink, read_manifest, staged_directory, write_manifest
 from mllm_assets.cli import main
 from mllm_assets.evaluation.metrics import compute_metrics, write_metrics
 from mllm_assets.evaluation.predict import evaluate_task
@@ -88,6 +91,69 @@ def test_every_checkpoint_is_scored_drawn_and_the_best_is_named(root: Path, caps
     code, output = said(capsys, monkeypatch, root, "evaluate", str(run_dir), "--checkpoint", "4", *options)
     assert code == 0 and "best: step 4 by loss" in output.out
     assert (root / "outputs" / "quickly" / "predictions").stat().st_mtime_ns == before, "it was asked before"
+
+
+def test_figures_of_some_samples_say_so(root: Path, capsys, monkeypatch) -> None:
+    """They stood in the run's folder like those of all samples."""
+    options = ("--device", "cpu", "--max-new-tokens", "4", "--max-samples", "3")
+    code, output = said(capsys, monkeypatch, root, "evaluate", "slowly", *options)
+    assert code == 0 and output.out.startswith("gemma3_vlm_val, the first 3 samples\n")
+    written = json.loads((root / "outputs" / "slowly" / "latest" / "checkpoint_metrics.json").read_text())
+    assert (written["max_samples"], written["num_samples"]) == (3, {"gemma3_vlm_val": 3})
+
+
+def test_runs_that_were_asked_other_samples_are_not_compared_silently(
+    root: Path, tmp_path, capsys, monkeypatch
+) -> None:
+    shutil.copytree(root, tmp_path / "project", symlinks=True)
+    layout = Layout(tmp_path / "project")
+    directory = layout.metrics("quickly", "m")
+    inputs = read_manifest(directory)["inputs"]
+    all_rows = read_predictions(layout.root / inputs["predictions_path"])
+    few, two = all_rows.filter(pc.field("row_index") < 3), layout.predictions("quickly", "two")
+    other = all_rows.set_column(all_rows.schema.get_field_index("entry"), "entry", pa.array(["other"] * len(all_rows)))
+
+    def evaluated(rows: pa.Table) -> None:
+        shutil.rmtree(directory)
+        shutil.rmtree(two, ignore_errors=True)
+        with staged_directory(two) as staging:
+            pq.write_table(rows, staging / "predictions.parquet")
+            write_manifest(staging, {})
+        facts = {**inputs, "predictions_path": layout.relative(two)}
+        write_metrics(directory, compute_metrics(read_predictions(two), ["a"]), facts)
+
+    page = str(tmp_path / "page.html")
+    evaluated(few)
+    code, output = said(capsys, monkeypatch, layout.root, "compare", "slowly", "quickly", "--output", page)
+    assert code == 2 and "(samples of the first: gemma3_vlm_val 8; of the second: gemma3_vlm_val 3)" in output.err
+    evaluated(pa.concat_tables([all_rows, other]))
+    code, output = said(capsys, monkeypatch, layout.root, "compare", "slowly", "quickly", "--output", page)
+    assert code == 0 and "note: left out, because the runs were not asked the same samples: other" in output.err
+    assert "Left out, because both were not asked the same samples: other." in Path(page).read_text()
+
+
+def test_a_newest_run_that_was_not_evaluated_is_said_and_the_last_that_was_is_shown(
+    root: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """`mllm-assets train` moves `latest`, and then nothing of the recipe could be compared."""
+    shutil.copytree(root, tmp_path / "project", symlinks=True)
+    outputs = tmp_path / "project" / "outputs"
+    newest = outputs / "quickly" / "fedcba9876543210"
+    shutil.copytree(outputs / "slowly" / "0123456789abcdef", newest)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps({**manifest, "data_digests": {"gemma3_vlm_val": "d"}}))
+    point_symlink(outputs / "quickly" / "latest", newest)
+    page = tmp_path / "page.html"
+    code, output = said(
+        capsys, monkeypatch, tmp_path / "project", "compare", "slowly", "quickly", "--output", str(page)
+    )
+    assert code == 0, output.err
+    note = "the newest run of quickly was not evaluated; the page shows outputs/quickly/0123456789abcdef, the last that"
+    command = "--select '+key:\"quickly/eval_metrics\"'"
+    assert note in output.err and command in output.err and "quickly/0123456789abcdef" in page.read_text()
+    code, output = said(capsys, monkeypatch, tmp_path / "project", "summary", "quickly")
+    assert "none yet of this run; the last run that was evaluated is outputs/quickly/0123456789abcdef" in output.out
+    assert command in output.out
 
 
 def test_what_cannot_be_evaluated_is_named(root: Path, capsys, monkeypatch) -> None:
