@@ -38,6 +38,10 @@ class Layout:
     def quality(self, dataset: str, digest: str) -> Path:
         return self.data / ".quality" / dataset / digest
 
+    def history(self, dataset: str) -> Path:
+        """What DuckDB knows of a dataset, as the artefact store has it."""
+        return self.data / ".history" / dataset
+
     def version(self, dataset: str, digest: str) -> Path:
         return self.data / ".versions" / dataset / digest
 

@@ -10,6 +10,7 @@ What comes down is compared with its digest and renamed into place.
 """
 
 import json
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,21 +51,28 @@ class Store:
             IntegrityError: A file is not what the manifest says, or the store holds another artefact of this name.
             SourceError: The store cannot be reached, or refuses. What was sent stays, and is not sent again.
         """
-        name = self._name(directory)
-        files = {**read_manifest(directory)["files"], MANIFEST: _describe(directory / MANIFEST)}
-        is_read_only = not (directory / MANIFEST).stat().st_mode & 0o200
-        wanted = {"files": files, "read_only": is_read_only}
-        there = self._read_json(f"artifacts/{name}.json")
-        if there is not None:
-            if there["files"] != files:
-                raise IntegrityError(
-                    f"{self.url} holds another {name} than this machine, made elsewhere, and an artefact never "
-                    f"changes. Move {directory} away and materialise its asset again: what is in the store is used."
-                )
+        if self.holds(directory):
             return Sent()
-        sent = self.push_files({entry["sha256"]: directory / file for file, entry in files.items()})
-        self._write_json(f"artifacts/{name}.json", wanted)
+        files = _described(directory)
+        sent = self.push_files({entry["sha256"]: directory / name for name, entry in files.items()})
+        is_read_only = not (directory / MANIFEST).stat().st_mode & 0o200
+        self._write_json(f"artifacts/{self._name(directory)}.json", {"files": files, "read_only": is_read_only})
         return sent
+
+    def holds(self, directory: Path) -> bool:
+        """Whether the store has this very artefact.
+
+        Raises:
+            IntegrityError: It has another one of this name.
+        """
+        name = self._name(directory)
+        there = self._read_json(f"artifacts/{name}.json")
+        if there is not None and there["files"] != _described(directory):
+            raise IntegrityError(
+                f"{self.url} holds another {name} than this machine, made elsewhere, and an artefact never changes. "
+                f"Move {directory} away and materialise its asset again: what is in the store is used."
+            )
+        return there is not None
 
     def push_files(self, paths: Mapping[str, Path]) -> Sent:
         """Upload files by their sha256; those that are there are not sent again. Raises as `push`."""
@@ -109,7 +117,7 @@ class Store:
         def bring(item: tuple[Path, str]) -> None:
             path, digest = item
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{digest[:8]}.tmp")
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
             try:
                 self._ask(lambda fs, base: fs.get_file(f"{base}/{_object(digest)}", str(temporary)), what=path.name)
                 if sha256_file(temporary) != digest:
@@ -189,8 +197,11 @@ def _object(digest: str) -> str:
     return f"objects/{digest[:2]}/{digest}"
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    return {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+def _described(directory: Path) -> dict[str, Any]:
+    """What the manifest names, and the manifest itself."""
+    path = directory / MANIFEST
+    manifest = {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return {**read_manifest(directory)["files"], MANIFEST: manifest}
 
 
 def _all(action: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from mllm_assets.cli.options import Verbs
@@ -48,9 +49,13 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _roll_back(arguments: argparse.Namespace) -> int:
     from mllm_assets.evaluation.release_versions import roll_back
+    from mllm_assets.mirror import Mirror
+    from mllm_assets.store import Store
 
     layout = Layout.from_environment()
     before, after = roll_back(layout, arguments.recipe, arguments.version)
+    if url := os.environ.get("MLLM_ASSETS_STORE"):
+        Mirror(Store(url, layout.root), layout).push_current(arguments.recipe)  # else the next run would undo it
     if before == after:
         print(f"{arguments.recipe}: {after.version} is the current release already.")
         return 0

@@ -10,7 +10,7 @@ import dagster as dg
 from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json
 from mllm_assets.components.gate_checks import OF_METRICS, find_leaks, gate_checks, gate_specs
-from mllm_assets.components.lineage import run_columns, upstream, upstream_path
+from mllm_assets.components.lineage import bring_data, run_columns, upstream, upstream_path
 from mllm_assets.components.reporting import shown, table
 from mllm_assets.components.resources import ProjectResource, failures_for_people
 from mllm_assets.components.wiring import Node
@@ -50,9 +50,12 @@ def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = Fal
     def eval_metrics(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         layout, spec = project.layout, node.recipe.spec
         with failures_for_people():
-            predictions_dir = upstream_path(context, node.key("predictions"), layout)
+            bring_data(context, node.data, project)
+            predictions_dir = upstream_path(context, node.key("predictions"), project)
             rows = read_predictions(predictions_dir)
             answers = _train_answers(layout.root / spec.dataset_dir, spec.train_entries)
+            if mirror := project.mirror(context):
+                mirror.follow_current(node.name)
             release = current_release(layout, node.name)
             metrics = compute_metrics(rows, answers)
             metrics |= {

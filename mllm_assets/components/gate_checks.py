@@ -42,7 +42,7 @@ def _check(name: str, result: GateResult | None) -> dg.AssetCheckResult:
 def find_leaks(context: dg.AssetExecutionContext, node: Node, project: ProjectResource) -> list[str]:
     """What leaked from the evaluation into the training, looked for in the files on disk; empty is well."""
     spec = node.recipe.spec
-    run = read_manifest(upstream_path(context, node.key("checkpoint"), project.layout))
+    run = read_manifest(upstream_path(context, node.key("checkpoint"), project))
     return release_leaks(
         project.layout.root / spec.dataset_dir,
         spec.train_entries,

@@ -23,7 +23,7 @@ def hub_model_asset(node: Node, spec: PushSpec) -> dg.AssetsDefinition:
     def hub_model(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         layout = project.layout
         with failures_for_people():
-            release_dir = upstream_path(context, node.key("released_model"), layout)
+            release_dir = upstream_path(context, node.key("released_model"), project)
             require_current(layout, node.name, release_dir)
             files = files_to_push(release_dir)
             pushed = {} if spec.dry_run else push(release_dir, spec)

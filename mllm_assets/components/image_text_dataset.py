@@ -156,7 +156,9 @@ def _sample_quality_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
     )
     def sample_quality(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         with failures_for_people():
-            raw = upstream_path(context, raw_key, project.layout)
+            raw = upstream_path(context, raw_key, project)
+            if mirror := project.mirror(context):
+                mirror.bring_history(spec.name)
             result = assess(spec, project.layout, raw, context.run.run_id)
             report = write_report(raw, result.directory)
         return project.recorded(
@@ -211,8 +213,10 @@ def _splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
     def splits(context: dg.AssetExecutionContext, project: ProjectResource):
         layout = project.layout
         with failures_for_people():
-            raw = upstream_path(context, raw_key, layout)
-            quality = upstream_path(context, quality_key, layout)
+            raw = upstream_path(context, raw_key, project)
+            quality = upstream_path(context, quality_key, project)
+            if mirror := project.mirror(context):
+                mirror.bring_history(spec.name)  # no sample changes sides because another machine splits
             result = split(spec, layout, raw, quality, context.run.run_id)
             placeholders = every_image_has_a_placeholder(result.directory, layout.data)
             outcomes = {
@@ -265,7 +269,7 @@ def _dataset_info_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
     )
     def dataset_info(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         with failures_for_people():
-            version = upstream_path(context, train_key, project.layout)
+            version = upstream_path(context, train_key, project)
             result = register(spec, project.layout, version)
         return project.recorded(
             context,

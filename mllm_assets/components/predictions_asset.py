@@ -8,14 +8,13 @@ import dagster as dg
 
 from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json, is_complete, read_manifest
-from mllm_assets.components.lineage import run_columns, upstream
+from mllm_assets.components.lineage import bring_data, run_columns, upstream, upstream_path
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.components.training_assets import model_directory
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.evaluation.metrics import sample_metrics
 from mllm_assets.evaluation.table import read_predictions, store_table
-from mllm_assets.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,8 +54,11 @@ def predictions_asset(node: Node, settings: EvaluationSettings, *, feature_cache
     ) -> dg.MaterializeResult:
         layout = project.layout
         with failures_for_people():
-            request = _evaluation_request(context, node, settings, layout, feature_cache=feature_cache)
-        directory = Path(request["directory"])
+            bring_data(context, sorted(set(node.eval_data.values())), project)
+            request = _evaluation_request(context, node, settings, project, feature_cache=feature_cache)
+            directory = Path(request["directory"])
+            if (mirror := project.mirror(context)) and not mirror.bring(directory):
+                upstream_path(context, node.key("checkpoint"), project)
         if is_complete(directory):
             context.log.info(f"{layout.relative(directory)} holds these predictions already.")
             result = read_manifest(directory)
@@ -90,12 +92,12 @@ def _evaluation_request(
     context: dg.AssetExecutionContext,
     node: Node,
     settings: EvaluationSettings,
-    layout: Layout,
+    project: ProjectResource,
     *,
     feature_cache: bool,
 ) -> dict[str, Any]:
     """What to ask of the worker; the directory is named by all that the answers depend on."""
-    spec = node.recipe.spec
+    spec, layout = node.recipe.spec, project.layout
     data_dir = layout.root / spec.dataset_dir
     tuned = upstream(context, node.key("checkpoint"))
     names = ("cutoff_len", "image_max_pixels", "image_min_pixels", "template", "enable_thinking")
@@ -112,7 +114,7 @@ def _evaluation_request(
         "recipe_name": node.name,
         "weights_digest": tuned["data_version"],
         "model_dir": str(layout.root / tuned["model_path"]),
-        "base_model_dir": str(model_directory(context, node, layout)),
+        "base_model_dir": str(model_directory(context, node, project)),
         "data_dir": str(data_dir),
         "entries": list(spec.eval_entries),
         "recipe": spec.to_dict(),

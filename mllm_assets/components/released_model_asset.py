@@ -8,7 +8,7 @@ import dagster as dg
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.components.gate_checks import find_leaks
-from mllm_assets.components.lineage import library_versions, upstream, upstream_path
+from mllm_assets.components.lineage import bring_data, library_versions, upstream, upstream_path
 from mllm_assets.components.reporting import table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.components.training_assets import model_directory
@@ -46,11 +46,14 @@ def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = F
     ) -> dg.MaterializeResult:
         layout = project.layout
         with failures_for_people():
-            run_dir = upstream_path(context, node.key("checkpoint"), layout)
-            metrics_dir = upstream_path(context, node.key("eval_metrics"), layout)
+            if mirror := project.mirror(context):
+                mirror.follow_current(node.name, all_versions=True)  # the next version's number comes after all
+            bring_data(context, node.data, project)
+            run_dir = upstream_path(context, node.key("checkpoint"), project)
+            metrics_dir = upstream_path(context, node.key("eval_metrics"), project)
             inputs = read_manifest(metrics_dir)["inputs"]
 
-            base_model_dir = model_directory(context, node, layout)
+            base_model_dir = model_directory(context, node, project)
 
             def verify(directory: Path) -> Mapping[str, Any]:
                 request = {

@@ -11,12 +11,15 @@ from typing import Any, Literal
 import dagster as dg
 from pydantic import Field
 
+from mllm_assets.components.mirroring import send
 from mllm_assets.components.progress import ProgressRelay, local_session
 from mllm_assets.components.ray_launcher import run_on_ray
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
+from mllm_assets.mirror import Mirror
 from mllm_assets.quality.store import QualityStore, table_for, utc_now
 from mllm_assets.redaction import holds_secret, redacted, redacted_value
+from mllm_assets.store import Store
 from mllm_assets.training.launch import WorkerCrashed, run_worker
 from mllm_assets.training.ray_jobs import DEFAULT_ADDRESS, Cluster
 
@@ -57,6 +60,9 @@ class ProjectResource(dg.ConfigurableResource):
     """The folders of the project and its quality database."""
 
     root: str = Field(description="Folder that holds data/, pretrains/, outputs/, releases/ and cache/.")
+    store: str = Field(
+        default="", description="Mirrors what is made, for other machines: s3://bucket/prefix or file:///folder."
+    )
 
     @property
     def layout(self) -> Layout:
@@ -66,8 +72,13 @@ class ProjectResource(dg.ConfigurableResource):
     def quality_store(self) -> QualityStore:
         return QualityStore(self.layout.quality_db)
 
+    def mirror(self, context: dg.AssetExecutionContext) -> Mirror | None:
+        """The artefact store, where there is one."""
+        layout = self.layout
+        return Mirror(Store(self.store, layout.root), layout, context.log.info) if self.store else None
+
     def recorded(self, context: dg.AssetExecutionContext, result: dg.MaterializeResult) -> dg.MaterializeResult:
-        """Redact a materialisation, write it with its plain metadata into the table `runs` of DuckDB, hand it on."""
+        """Redact a materialisation, mirror what was made, write it into the table `runs` of DuckDB, hand it on."""
         result = result._replace(metadata={name: _redacted(value) for name, value in (result.metadata or {}).items()})
         key = dg.AssetKey.from_coercible(result.asset_key) if result.asset_key else context.asset_key
         plain = {name: value for name, value in (result.metadata or {}).items() if isinstance(value, str | int | float)}
@@ -79,6 +90,8 @@ class ProjectResource(dg.ConfigurableResource):
             "metadata": json.dumps(plain),
         }
         with failures_for_people():
+            if mirror := self.mirror(context):
+                send(mirror, key, result)
             self.quality_store.write({"runs": table_for("runs", [row])})
         return result
 

@@ -1,5 +1,6 @@
 """`<recipe>/vision_features` and `<recipe>/checkpoint`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from pydantic import Field
 
 from mllm_assets.artifacts import digest_json, find_damage, read_manifest
 from mllm_assets.components.gate_checks import RELOADS, gate_checks, gate_specs
-from mllm_assets.components.lineage import upstream_path
+from mllm_assets.components.lineage import bring_data, upstream_path
 from mllm_assets.components.reporting import image_markdown, link, shown, table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.components.wiring import Node
@@ -58,10 +59,13 @@ def vision_features_asset(node: Node) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         layout = project.layout
         with failures_for_people():
+            bring_data(context, node.data, project)
+            if mirror := project.mirror(context):
+                mirror.bring_features(node.name)
             request = {
                 "task": "vision_features",
                 "recipe": spec.to_dict(),
-                "model_dir": str(model_directory(context, node, layout)),
+                "model_dir": str(model_directory(context, node, project)),
                 "data_dir": str(layout.root / spec.dataset_dir),
                 "entries": [*spec.train_entries, *spec.eval_entries],
                 "features_root": str(layout.features),
@@ -125,6 +129,7 @@ def checkpoint_asset(
     ) -> dg.MaterializeResult:
         layout = project.layout
         with failures_for_people():
+            bring_data(context, node.data, project)
             recipe = load_recipe(node.recipe.path, config.overrides())
             apart = datasets_share_no_image(
                 layout.root / recipe.spec.dataset_dir,
@@ -135,8 +140,9 @@ def checkpoint_asset(
             if not apart.passed and not allow_leakage:
                 # before it trains: the figures would be worth nothing
                 raise DataError(f"{recipe.path.name}: {apart.description}")
-            model_dir = model_directory(context, node, layout)
-            plan = plan_run(
+            model_dir = model_directory(context, node, project)
+            find_plan = partial(
+                plan_run,
                 recipe,
                 root=layout.root,
                 model_dir=model_dir,
@@ -144,8 +150,11 @@ def checkpoint_asset(
                 num_processes=gpu.num_processes,
                 regroup=regroup,
             )
+            plan = find_plan()
+            if (mirror := project.mirror(context)) and plan.state != "finished" and mirror.bring_runs(plan.directory):
+                plan = find_plan()  # another machine finished it
             cache = CacheSettings(
-                features_dir=upstream_path(context, features[0], layout) if features else None,
+                features_dir=upstream_path(context, features[0], project) if features else None,
                 hidden_states_root=layout.hidden_states if feature_cache else None,
                 max_hidden_states_gib=max_hidden_states_gib,
             )
@@ -160,9 +169,9 @@ def checkpoint_asset(
     return checkpoint
 
 
-def model_directory(context: dg.AssetExecutionContext, node: Node, layout: Layout) -> Path:
+def model_directory(context: dg.AssetExecutionContext, node: Node, project: ProjectResource) -> Path:
     """The directory of the model that a recipe starts from, as its asset last published it."""
-    return upstream_path(context, node.model, layout, name="model_path")
+    return upstream_path(context, node.model, project, name="model_path")
 
 
 def _describe(recipe: Recipe) -> str:

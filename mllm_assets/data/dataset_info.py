@@ -95,22 +95,27 @@ def register(spec: DatasetSpec, layout: Layout, version_dir: Path) -> DatasetInf
         spec.train_entry: build_entry(f"{spec.name}/train.{spec.output.format}"),
         spec.val_entry: build_entry(f"{spec.name}/val.{spec.output.format}"),
     }
+    write_entries(layout, spec.name, entries)
+    digest = digest_json([entries, manifest["files"]])[:16]
+    return DatasetInfo(entries=entries, digest=digest)
+
+
+def write_entries(layout: Layout, dataset: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a dataset's entries under the file lock; raises as `register`."""
     layout.data.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{layout.dataset_info}.lock"):
         existing = _read(layout.data) if layout.dataset_info.exists() else {}
         for name in entries:
             other = existing.get(name)
-            if other is not None and not str(other.get("file_name")).startswith(f"{spec.name}/"):
+            if other is not None and not str(other.get("file_name")).startswith(f"{dataset}/"):
                 raise RecipeError(
                     f"{layout.dataset_info}: the entry {name!r} belongs to {other.get('file_name')!r}, but dataset "
-                    f"{spec.name!r} would write it too. Set train_entry and val_entry in its YAML, or remove the entry."
+                    f"{dataset!r} would write it too. Set train_entry and val_entry in its YAML, or remove the entry."
                 )
         # what a user added to an entry of ours, such as `num_samples`, is kept like all that is not ours
         merged = {name: {**existing.get(name, {}), **entry} for name, entry in entries.items()}
         if {**existing, **merged} != existing:
             write_json_atomic(layout.dataset_info, {**existing, **merged})
-    digest = digest_json([entries, manifest["files"]])[:16]
-    return DatasetInfo(entries=entries, digest=digest)
 
 
 def load_entries(data_dir: Path) -> dict[str, Entry]:

@@ -1,7 +1,7 @@
 """Write what a split holds: images by content or by number, and the rows that name them."""
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class ImageWriter:
         self._prefix = spec.output.image_prefix
         self._data = layout.data
         self._names: dict[str, str] = {}
-        self._claims_file = layout.version(spec.name, _NAMED_IMAGES)
+        self._claims_file = claims_file(layout, spec.name)
         self._claims: set[str] = set()
         if self._prefix is not None and self._claims_file.is_file():
             self._claims = set(self._claims_file.read_text(encoding="utf-8").split("\n"))
@@ -95,9 +95,19 @@ class ImageWriter:
             )
         # noted before it is written: after a crash in between, the file is still known to be ours
         self._claims.add(name)
-        self._claims_file.parent.mkdir(parents=True, exist_ok=True)
-        with self._claims_file.open("a", encoding="utf-8") as file:
-            file.write(f"{name}\n")
+        note_claims(self._claims_file, [name])
+
+
+def claims_file(layout: Layout, dataset: str) -> Path:
+    """Names the images that a dataset may replace, because it wrote them."""
+    return layout.version(dataset, _NAMED_IMAGES)
+
+
+def note_claims(path: Path, names: Iterable[str]) -> None:
+    """Add names to a claims file, before the images are written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(f"{name}\n" for name in names)
 
 
 def listed_images(version_dir: Path) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,7 @@ def resources() -> dg.Definitions:
     )
     return dg.Definitions(
         resources={
-            "project": ProjectResource(root=str(layout.root)),
+            "project": ProjectResource(root=str(layout.root), store=os.environ.get("MLLM_ASSETS_STORE", "")),
             "gpu": AcceleratorResource(
                 device=os.environ.get("MLLM_ASSETS_DEVICE", "auto"),  # pyright: ignore[reportArgumentType]
                 num_processes=int(os.environ.get("MLLM_ASSETS_NUM_PROCESSES", "1")),
