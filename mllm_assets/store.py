@@ -184,8 +184,11 @@ class Store:
         text = json.dumps(value, indent=1, sort_keys=True).encode()
 
         def write(fs: Any, base: str) -> None:
-            with fs.transaction, fs.open(f"{base}/{path}", "wb") as file:  # a folder's file is renamed into place
-                file.write(text)
+            if self.url.startswith("s3:"):
+                fs.pipe_file(f"{base}/{path}", text)  # one request, so it is there wholly or not at all
+            else:
+                with fs.transaction, fs.open(f"{base}/{path}", "wb") as file:  # renamed into place
+                    file.write(text)
 
         self._ask(write)
 

@@ -1,5 +1,6 @@
 """An S3 server on this machine: moto's, behind a door that can say 503 and 403."""
 
+import logging
 import socket
 import threading
 import urllib.request
@@ -49,6 +50,7 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = S3Server("")
     moto = DomainDispatcherApplication(create_backend_app)
     http = make_server("127.0.0.1", 0, answering(server, moto), threaded=True)

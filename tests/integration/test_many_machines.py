@@ -1,0 +1,87 @@
+"""What one machine made, another goes on from: real runs, the real s3fs, an empty root."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mllm_assets.artifacts import find_damage
+from mllm_assets.layout import Layout
+from mllm_assets.quality.store import QualityStore
+from tests.integration.conftest import Project, line_of
+from tests.integration.s3_server import BUCKET, S3Server, s3_server
+
+pytest.importorskip("s3fs", reason="the extra s3 is not installed")
+pytest.importorskip("moto", reason="the extra e2e is not installed")
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+
+EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
+SCORES = ("loss_nats", "label_accuracy", "bleu", "chrf", "num_samples")
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    with s3_server(monkeypatch) as server:
+        server.make_bucket()
+        monkeypatch.setenv("MLLM_ASSETS_STORE", f"s3://{BUCKET}/team")
+        yield server
+
+
+def scores(project: Project) -> dict[str, object]:
+    found = project.metadata("mine", "eval_metrics")
+    return {name: found[name] for name in SCORES}
+
+
+def test_a_second_machine_scores_what_the_first_one_trained(
+    project: Project, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write_recipe("mine", max_steps=3, freeze_vision_tower=True)
+    project.set_defaults(gates=EVERYTHING_PASSES)
+    output = project.made('+key:"mine/released_model"')
+    assert "went to s3://models/team" in output and "planted" not in output
+    first, made = scores(project), project.metadata("mine", "checkpoint")
+    sent = len(s3.requests)
+    assert not any("pretrains" in request or "/.raw/" in request for request in s3.requests)
+
+    # the same Dagster instance, another machine with an empty root
+    second = Layout(tmp_path / "second")
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(second.root))
+    output = project.made('key:"mine/eval_metrics"')
+    run_dir = second.root / made["path"]
+    assert scores(project) == first and "was fetched from s3://models/team" in output
+    assert find_damage(run_dir, only=["model"]) is None and (second.outputs / "mine" / "latest").resolve() == run_dir
+    assert not second.pretrains.exists() and not (run_dir / "trainer_log.jsonl").stat().st_mode & 0o111
+    assert (second.releases("mine") / "current").resolve().name == "v1"
+
+    # an instance of its own as well: the whole line, and nothing is trained or asked again
+    third = replace(project, home=tmp_path / "home")
+    third.home.mkdir()
+    shutil.copy(project.home / "dagster.yaml", third.home)
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path / "third"))
+    output = third.made('+key:"mine/released_model"')
+    assert scores(third) == first
+    again = third.metadata("mine", "checkpoint")
+    assert again["already_finished"] and again["fingerprint"] == made["fingerprint"]
+    assert third.metadata("mine", "vision_features")["num_images_computed"] == 0
+    assert third.metadata("emoji", "sample_quality")["num_decoded"] == 0, "images were measured elsewhere"
+    assert third.metadata("mine", "released_model")["version"] == "v1"
+    membership = "SELECT count(*) AS n FROM split_membership WHERE dataset = 'emoji'"
+    [ours] = QualityStore(Layout(tmp_path / "third").quality_db).query(membership)
+    [theirs] = QualityStore(project.layout.quality_db).query(membership)
+    assert ours == theirs
+    assert len(s3.requests) > sent and os.environ["MLLM_ASSETS_STORE"] not in str(again)
+
+
+def test_a_failed_upload_fails_the_asset_and_the_next_one_only_sends(project: Project, s3: S3Server) -> None:
+    project.write_recipe("mine", max_steps=1)
+    project.made('key:"emoji/train" or key:"emoji/val" or key:"emoji/dataset_info"')
+    s3.is_forbidding = True
+    line = project.materialize(line_of("mine", "checkpoint"))
+    output, _ = line.communicate(timeout=240)
+    assert line.returncode == 1 and "refuses this machine" in output and "planted" not in output
+    s3.is_forbidding = False
+    project.made(line_of("mine", "checkpoint"))
+    assert project.metadata("mine", "checkpoint")["already_finished"]
