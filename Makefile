@@ -9,7 +9,7 @@ EXTRAS := .venv/.extras-installed
 # Two test processes, each file in one of them; most tests wait for subprocesses
 PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo test collect test-all chromium check docs dev bench torture install constraints clean
+.PHONY: demo test collect test-all chromium postgres check docs dev bench torture install constraints clean
 
 demo: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the whole line of emoji_sft, raw images to released model
 	@$(BIN)/mllm-assets slots free
@@ -22,7 +22,7 @@ test: $(CORE) ## unit and integration tests
 collect: $(CORE)
 	env -u DAGSTER_HOME $(BIN)/pytest --collect-only -qq > /dev/null
 
-test-all: $(EXTRAS) chromium ## everything, the browser included
+test-all: $(EXTRAS) chromium postgres ## everything, the browser included
 	$(PYTEST) tests -m 'not bench and not gpu'
 
 check: $(EXTRAS) ## style, types, sound definitions and YAML files, packages without known vulnerabilities
@@ -67,6 +67,9 @@ $(EXTRAS): $(CORE) requirements-ui.txt
 
 chromium:
 	@command -v chromium >/dev/null || { echo "installing Debian's chromium for the browser test"; apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
+
+postgres:
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { echo "installing Debian's postgresql for the test of Dagster's storage"; apt-get update -qq && apt-get install -y -qq postgresql >/dev/null; }
 
 # With DAGSTER_HOME set only the dagster.yaml in it counts, and without one the pool limits are gone
 $(DAGSTER_HOME)/dagster.yaml: dagster.yaml

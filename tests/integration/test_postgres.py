@@ -68,6 +68,7 @@ def test_two_runs_at_once_are_recorded_whole_and_take_turns_at_the_gpu(on_postgr
     with dg.DagsterInstance.from_config(str(project.home)) as instance:
         assert type(instance.event_log_storage).__name__ == "PostgresEventLogStorage"
         assert type(instance.run_storage).__name__ == "PostgresRunStorage"
+        assert instance.event_log_storage.get_concurrency_info("gpu").slot_count == 1
         records = instance.get_run_records()
         assert [record.dagster_run.status for record in records] == [dg.DagsterRunStatus.SUCCESS] * 2
         keys = ["first", "second", "emoji/raw"]
