@@ -17,9 +17,10 @@ def send(mirror: Mirror, key: dg.AssetKey, result: dg.MaterializeResult) -> None
     """
     owner, name = key.path[0], key.path[-1]
     metadata = result.metadata or {}
-    path = metadata.get("path")
-    if owner == "pretrained" or name in NOT_MIRRORED or not isinstance(path, str):
+    if owner == "pretrained" or name in NOT_MIRRORED:
         return
+    path = metadata["path"]
+    assert isinstance(path, str), f"{key.to_user_string()} says where it lies by its path below the root"
     directory = mirror.layout.root / path
     match name:
         case "train":
