@@ -16,7 +16,7 @@ from tests.integration.s3_server import BUCKET, S3Server, s3_server
 
 pytest.importorskip("s3fs", reason="the extra s3 is not installed")
 pytest.importorskip("moto", reason="the extra e2e is not installed")
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 
@@ -27,6 +27,14 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
         server.make_bucket()
         monkeypatch.setenv("MLLM_ASSETS_STORE", f"s3://{BUCKET}/team")
         yield server
+
+
+def made(project: Project, selection: str) -> str:
+    process = project.materialize(selection)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "planted" not in output, "no key of the store is in a log"
+    return output
 
 
 def scores(project: Project) -> dict[str, float]:
@@ -42,17 +50,17 @@ def test_a_second_machine_scores_what_the_first_one_trained(
 ) -> None:
     project.write_recipe("mine", max_steps=3, freeze_vision_tower=True)
     project.set_defaults(gates=EVERYTHING_PASSES)
-    output = project.made('+key:"mine/released_model"')
-    assert "went to s3://models/team" in output and "planted" not in output
-    first, made = scores(project), project.metadata("mine", "checkpoint")
+    output = made(project, '+key:"mine/released_model"')
+    assert "went to s3://models/team" in output
+    first, trained = scores(project), project.metadata("mine", "checkpoint")
     sent = len(s3.requests)
     assert not any("pretrains" in request or "/.raw/" in request for request in s3.requests)
 
     # the same Dagster instance, another machine with an empty root
     second = Layout(tmp_path / "second")
     monkeypatch.setenv("MLLM_ASSETS_ROOT", str(second.root))
-    output = project.made('key:"mine/eval_metrics"')
-    run_dir = second.root / made["path"]
+    output = made(project, 'key:"mine/eval_metrics"')
+    run_dir = second.root / trained["path"]
     assert scores(project) == first and "was fetched from s3://models/team" in output
     assert find_damage(run_dir, only=["model"]) is None and (second.outputs / "mine" / "latest").resolve() == run_dir
     assert not second.pretrains.exists() and not (run_dir / "trainer_log.jsonl").stat().st_mode & 0o111
@@ -63,10 +71,10 @@ def test_a_second_machine_scores_what_the_first_one_trained(
     third.home.mkdir()
     shutil.copy(project.home / "dagster.yaml", third.home)
     monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path / "third"))
-    output = third.made('+key:"mine/released_model"')
+    made(third, '+key:"mine/released_model"')
     assert scores(third) == first
     again = third.metadata("mine", "checkpoint")
-    assert again["already_finished"] and again["fingerprint"] == made["fingerprint"]
+    assert again["already_finished"] and again["fingerprint"] == trained["fingerprint"]
     assert third.metadata("mine", "vision_features")["num_images_computed"] == 0
     assert third.metadata("emoji", "sample_quality")["num_decoded"] == 0, "images were measured elsewhere"
     assert third.metadata("mine", "released_model")["version"] == "v1"
@@ -79,11 +87,11 @@ def test_a_second_machine_scores_what_the_first_one_trained(
 
 def test_a_failed_upload_fails_the_asset_and_the_next_one_only_sends(project: Project, s3: S3Server) -> None:
     project.write_recipe("mine", max_steps=1)
-    project.made('key:"emoji/train" or key:"emoji/val" or key:"emoji/dataset_info"')
+    made(project, 'key:"emoji/train" or key:"emoji/val" or key:"emoji/dataset_info"')
     s3.is_forbidding = True
     line = project.materialize(line_of("mine", "checkpoint"))
     output, _ = line.communicate(timeout=240)
     assert line.returncode == 1 and "refuses this machine" in output and "planted" not in output
     s3.is_forbidding = False
-    project.made(line_of("mine", "checkpoint"))
+    made(project, line_of("mine", "checkpoint"))
     assert project.metadata("mine", "checkpoint")["already_finished"]
