@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mllm_assets.errors import SourceError
+from mllm_assets.redaction import redacted
 
 T = TypeVar("T")
 SETTING = "MLLM_ASSETS_STORE"
@@ -106,5 +107,5 @@ def _library_errors() -> tuple[type[BaseException], ...]:
 
 
 def _without_secrets(text: str) -> str:
-    text = re.sub(r"://[^\s/@]+@", "://", text)
-    return re.sub(r"\?[^\s'\")]*", "", text)
+    """Also without the queries of addresses, which may be signed."""
+    return redacted(re.sub(r"\?[^\s'\")]*", "", text))
