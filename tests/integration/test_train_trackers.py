@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,29 @@ def test_mlflow_gets_the_losses_and_the_checkpoint_links_to_its_run(
     losses = [point.value for point in client.get_metric_history(run_id, "loss")]
     logged = [json.loads(line) for line in (project.layout.outputs / "mine/latest/trainer_log.jsonl").open()]
     assert losses == [line["loss"] for line in logged] and len(losses) == 2
+
+
+@needs("mlflow")
+def test_without_a_tracking_uri_mlflow_keeps_its_database_beside_the_recipes_runs(
+    parity_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It appeared in the working directory, mostly the project's root."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run_dir = tmp_path / "outputs" / "r" / "run"
+    request = make_request(parity_dir, run_dir, report_to="mlflow", max_steps=1, save_strategy="no")
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, "-c", TRAIN, str(tmp_path / "request.json"), "-1"]
+    assert subprocess.run(command, timeout=120).returncode == 0
+    assert not list((tmp_path / "here").iterdir())
+    database = run_dir.parent / "mlflow.db"
+    tracked = read_manifest(run_dir)["trackers"]["mlflow"]
+    assert database.is_file() and tracked["url"] == str(database)
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("select status from runs where run_uuid = ?", [tracked["run_id"]]).fetchall() == [
+            ("FINISHED",)
+        ]
 
 
 TRAIN = """
