@@ -52,7 +52,7 @@ def assess(spec: DatasetSpec, layout: Layout, raw: Path, run_id: str) -> Quality
     """Measure every sample of `raw` once, reject what cannot be used, and group what looks the same.
 
     Writes `data/.quality/<dataset>/<digest>/` (a row per sample, per image and per pair of near-duplicates) and the
-    DuckDB tables. The digest covers measurements and verdicts, not the run. An image that DuckDB already has
+    DuckDB tables. The digest covers the source, measurements and verdicts, not the run. An image that DuckDB already has
     measurements for is not decoded again, so neither another threshold nor a known image costs any decoding.
 
     Raises:
@@ -69,7 +69,7 @@ def assess(spec: DatasetSpec, layout: Layout, raw: Path, run_id: str) -> Quality
         counts = _write_samples(raw, index, images, reasons, duplicates.groups, staging / QUALITY_FILE)
         pq.write_table(duplicates.look_pairs, staging / PAIRS_FILE)
         _write_pairs(raw, index, duplicates.sample_pairs, staging / DUPLICATES_FILE)
-        digest = _digest(staging)
+        digest = _digest(staging, raw_digest)
         result = QualityResult(
             directory=layout.quality(spec.name, digest),
             digest=digest,
@@ -214,9 +214,9 @@ def _write_parquet(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]
             writer.write_table(pa.Table.from_pylist(pending, schema=schema))
 
 
-def _digest(directory: Path) -> str:
-    """16 hex digits of the rows, whatever version of Parquet holds them."""
-    digest = hashlib.sha256()
+def _digest(directory: Path, raw_digest: str) -> str:
+    """16 hex digits of the source and the rows, whatever version of Parquet holds them."""
+    digest = hashlib.sha256(f"{raw_digest}\n".encode())
     for name in (QUALITY_FILE, IMAGES_FILE, PAIRS_FILE):
         digest.update(f"{name}\n".encode())
         with pq.ParquetFile(directory / name, pre_buffer=False) as file:

@@ -125,6 +125,10 @@ class Project:
             assert event is not None and event.asset_materialization is not None, f"{key} was never materialised"
             return {name: value.value for name, value in event.asset_materialization.metadata.items()}
 
+    def made_assets(self) -> list[dg.AssetKey]:
+        with dg.DagsterInstance.from_config(str(self.home)) as instance:
+            return [key for key in instance.get_asset_keys() if instance.get_latest_materialization_event(key)]
+
     def run_manifest(self, recipe: str) -> dict[str, Any]:
         return json.loads((self.layout.outputs / recipe / "latest" / "manifest.json").read_text())
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mllm_assets.artifacts import read_manifest
+from mllm_assets.components.metadata_keys import METADATA_KEYS
 from mllm_assets.evaluation.release import list_releases
 from mllm_assets.quality.store import QualityStore
 from tests.integration.conftest import Project, line_of
@@ -13,6 +14,8 @@ from tests.integration.conftest import Project, line_of
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
+
+WHERE_ASKED_FOR = {"source_listing", "eval_loss", "mlflow_run", "wandb_run"}
 
 
 def config(recipe: str, **values: Any) -> dict[str, Any]:
@@ -43,6 +46,14 @@ def test_a_recipe_dropped_into_configs_becomes_a_release_and_is_not_trained_twic
     assert counts == {"n": 48, "samples": 24}
     runs = {row["asset"]: row["digest"] for row in store.query("SELECT asset, digest FROM runs")}
     assert runs["mine/released_model"] == release.digest and {"emoji/raw", "mine/checkpoint"} <= set(runs)
+
+    made_keys = {
+        key.path[-1] if key.path[0] != "pretrained" else "pretrained": key.path for key in project.made_assets()
+    }
+    assert len(made_keys) == 10
+    for name, path in made_keys.items():
+        shown, known = project.metadata(*path).keys(), METADATA_KEYS[name].keys()
+        assert shown <= known and known - shown <= WHERE_ASKED_FOR, f"{name}: what the reference page says is {known}"
 
     project.made('+key:"mine/released_model"')
     again = project.metadata("mine", "checkpoint")

@@ -6,7 +6,8 @@ from made_datasets import encode, made_spec, picture, png, run_line, write_sourc
 
 from mllm_assets.artifacts import find_damage
 from mllm_assets.data.sources import ingest
-from mllm_assets.data.spec import QualitySpec
+from mllm_assets.data.spec import QualitySpec, SourceSpec
+from mllm_assets.data.splits import split
 from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.layout import Layout
 from mllm_assets.quality.assess import assess
@@ -55,6 +56,16 @@ def test_the_digest_covers_verdicts_and_not_the_run(layout: Layout) -> None:
     digests = [assess(made_spec(), layout, raw.directory, run).digest for run in ("run-1", "run-2")]
     other = made_spec(quality=QualitySpec(min_edge_px=100))
     assert digests[0] == digests[1] != assess(other, layout, raw.directory, "run-3").digest
+
+
+def test_a_source_that_was_renamed_can_be_split_all_the_same(layout: Layout) -> None:
+    """No measurement and no verdict differs, only where the samples were found."""
+    for name in ("source.parquet", "renamed.parquet"):
+        spec = made_spec(source=SourceSpec(kind="parquet", path=name))
+        write_source(layout.root, [(png(n), f"picture {n}") for n in range(10)], name)
+        raw = ingest(spec, layout)
+        quality = assess(spec, layout, raw.directory, "run-1")
+        assert split(spec, layout, raw.directory, quality.directory, "run-1").num_train == 8
 
 
 def test_copies_are_counted_and_written_as_pairs(layout: Layout) -> None:
