@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal
 
 from mllm_assets.cli import _parser
+from mllm_assets.components.metadata_keys import METADATA_KEYS, PROGRESS_KEYS
 from mllm_assets.data.spec import OutputSpec, QualitySpec, SourceSpec, SplitSpec
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.training.keys import ALIASES, KEYS, Key
@@ -112,6 +113,17 @@ def assets() -> str:
         found = ((f"`*/{k.asset_key.path[-1]}`", f"`{k.name}`", *_check(graph, k)) for k in checks)
         if checks:
             lines += ["", *_table(("asset", "check", "blocking", ""), found)]
+    lines += [
+        "",
+        "## Metadata",
+        "",
+        "What a materialisation says, in the order of the page. Figures are plotted over time.",
+    ]
+    for name, keys in METADATA_KEYS.items():
+        title = "pretrained/*" if name == "pretrained" else f"*/{name}"
+        lines += ["", f"### {title}", "", *_table(("key", ""), ((f"`{key}`", text) for key, text in keys.items()))]
+    lines += ["", "### Progress", "", "Every few seconds while a worker runs, as an observation of its asset.", ""]
+    lines += _table(("key", ""), ((f"`{key}`", text) for key, text in PROGRESS_KEYS.items()))
     assert isinstance(shipped, dg.Definitions)
     return "\n".join(lines) + "\n"
 
