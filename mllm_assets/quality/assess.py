@@ -52,8 +52,8 @@ def assess(spec: DatasetSpec, layout: Layout, raw: Path, run_id: str) -> Quality
     """Measure every sample of `raw` once, reject what cannot be used, and group what looks the same.
 
     Writes `data/.quality/<dataset>/<digest>/` (a row per sample, per image and per pair of near-duplicates) and the
-    DuckDB tables. The digest covers the source, measurements and verdicts, not the run. An image that DuckDB already has
-    measurements for is not decoded again, so neither another threshold nor a known image costs any decoding.
+    DuckDB tables. The digest covers the source, measurements and verdicts, not the run. An image that DuckDB already
+    has measurements for is not decoded again, so neither another threshold nor a known image costs any decoding.
 
     Raises:
         IntegrityError: `raw` was never finished, or is damaged.
