@@ -4,7 +4,7 @@ import logging
 import socket
 import threading
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ class S3Server:
 
     endpoint: str
     num_busy: int = 0  # answer so many requests with 503
-    is_forbidding: bool = False
+    forbidden: Collection[str] = ()  # methods that are answered with 403
     requests: list[str] = field(default_factory=list)
 
     def make_bucket(self, name: str = BUCKET) -> None:
@@ -36,7 +36,7 @@ def answering(server: S3Server, app: Callable[..., Any]) -> Callable[..., Iterab
             server.num_busy -= 1
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"]
-        if server.is_forbidding:
+        if environ["REQUEST_METHOD"] in server.forbidden:
             start_response("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
         return app(environ, start_response)

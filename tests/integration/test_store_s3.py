@@ -102,7 +102,7 @@ def test_a_network_that_is_gone_is_told_soon_and_shows_no_secret(
 
 def test_a_right_that_is_missing_is_told(s3: S3Server, tmp_path: Path) -> None:
     s3.make_bucket()
-    s3.is_forbidding = True
+    s3.forbidden = ("GET", "HEAD")
     here, _ = stores(tmp_path)
     with pytest.raises(SourceError, match=r"refuses this machine .*right to list the bucket"):
         here.push(make_artefact(here.root))
