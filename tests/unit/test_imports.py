@@ -5,7 +5,7 @@ import sys
 
 HEAVY = [
     *"torch transformers datasets accelerate peft sacrebleu cleanvision imagehash matplotlib tensorboard".split(),
-    *"ray dagster_ray".split(),
+    *"ray dagster_ray fsspec s3fs botocore psycopg2".split(),
 ]
 
 
