@@ -1,12 +1,13 @@
-"""A deployment and its state: `init`, `doctor`, `slots`, `check-graph`."""
+"""A deployment and its state: `init`, `doctor`, `gc`, `slots`, `check-graph`."""
 
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
-from mllm_assets.cli.options import Verbs, device_from_environment
+from mllm_assets.cli.options import Verbs, at_least_one, device_from_environment
 from mllm_assets.errors import MachineError
 from mllm_assets.layout import Layout
 
@@ -24,6 +25,12 @@ def add_commands(verbs: Verbs) -> None:
     doctor = verbs.add_parser("doctor", help="what is wrong with this machine, and what to do (exit code 1 on a fail)")
     doctor.add_argument("--json", action="store_true", help="print a JSON list")
     doctor.set_defaults(run=_doctor)
+
+    gc = verbs.add_parser("gc", help="what can be deleted: old runs, and what nothing names any more")
+    gc.add_argument("--keep-runs", type=at_least_one, default=3, metavar="N", help="newest runs of each recipe to keep")
+    gc.add_argument("--older-than", type=_duration_s, default="14d", metavar="AGE", help="14d (default), 12h, 30m")
+    gc.add_argument("--delete", action="store_true", help="delete it; by default it is only listed")
+    gc.set_defaults(run=_gc)
 
     check = verbs.add_parser("check-graph", help="name every recipe and dataset that cannot be built (exit code 2)")
     check.set_defaults(run=_check_graph)
@@ -80,6 +87,28 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         print_findings(findings)
     return 1 if any(finding.status == "fail" for finding in findings) else 0
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from mllm_assets.components.materialized import latest_metadata
+    from mllm_assets.operations.artefacts import project_names
+    from mllm_assets.operations.gc import Policy, delete, find_garbage, print_plan
+    from mllm_assets.project.read import find_root_module
+
+    layout, project = Layout.from_environment(), Path.cwd()
+    policy = Policy(keep_runs=arguments.keep_runs, older_than_s=arguments.older_than)
+    named, in_progress = latest_metadata()
+    named += project_names(project, find_root_module(project))
+    plan = find_garbage(layout, policy, also_named=named, in_progress=in_progress)
+    print_plan(layout, plan, deleted=delete(plan, policy) if arguments.delete else None)
+    return 0
+
+
+def _duration_s(text: str) -> float:
+    match = re.fullmatch(r"(\d+)([dhm])", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a number with d, h or m, such as 14d, got {text!r}")
+    return int(match[1]) * {"d": 86400.0, "h": 3600.0, "m": 60.0}[match[2]]
 
 
 def _check_graph(arguments: argparse.Namespace) -> int:

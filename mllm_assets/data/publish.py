@@ -1,5 +1,6 @@
 """Write what a split holds: images by content or by number, and the rows that name them."""
 
+import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from mllm_assets.layout import Layout
 from mllm_assets.quality.verdicts import render_answer
 
 IMAGE_LIST = "images.sha256"
-_NAMED_IMAGES = "named_images.txt"
+NAMED_IMAGES = "named_images.txt"
 _WRITTEN = pa.schema([("name", pa.string()), ("image_id", pa.string())])
 MAX_REMEMBERED = 8192
 
@@ -100,7 +101,7 @@ class ImageWriter:
 
 def claims_file(layout: Layout, dataset: str) -> Path:
     """Names the images that a dataset may replace, because it wrote them."""
-    return layout.version(dataset, _NAMED_IMAGES)
+    return layout.version(dataset, NAMED_IMAGES)
 
 
 def note_claims(path: Path, names: Iterable[str]) -> None:
@@ -155,6 +156,7 @@ def _messages(spec: DatasetSpec, sample: Mapping[str, Any], position: int, num_i
 def _write_image(path: Path, content: bytes, image_id: str) -> None:
     """Write a file unless it is there and whole."""
     if path.is_file() and path.stat().st_size == len(content) and sha256(path.read_bytes()) == image_id:
+        os.utime(path)  # the rows that name it come later; until then its age says that it is in use
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -22,12 +22,17 @@ def root_module(project: Path) -> str:
         ) from None
 
 
+def find_root_module(project: Path) -> str | None:
+    """Likewise, or None where there is no project."""
+    try:
+        return root_module(project)
+    except RecipeError:
+        return None
+
+
 def definitions_module(project: Path) -> str:
     """The module that `dagster -m` is given: the project's own where there is one, otherwise this package's."""
-    try:
-        return f"{root_module(project)}.definitions"
-    except RecipeError:
-        return "mllm_assets.definitions"
+    return f"{find_root_module(project) or 'mllm_assets'}.definitions"
 
 
 def materialize_command(asset: str) -> str:

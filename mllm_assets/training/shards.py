@@ -8,6 +8,7 @@ computation that was killed goes on behind its last finished shard. Reads go thr
 takes no memory, and what is used belongs to the page cache.
 """
 
+import os
 import shutil
 import time
 from collections import OrderedDict
@@ -37,6 +38,8 @@ class ShardStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        if directory.is_dir():
+            os.utime(directory)  # when it was used last, for `mllm-assets gc`
         self._shard_of: dict[str, str] = {}
         self._num_bytes: dict[str, int] = {}
         self._open: OrderedDict[str, Any] = OrderedDict()
