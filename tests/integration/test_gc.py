@@ -9,13 +9,15 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mllm_assets.artifacts import point_symlink, staged_directory, staging_directory, write_manifest
 from mllm_assets.cli import main
 from mllm_assets.data.publish import ImageWriter
 from mllm_assets.data.spec import DatasetSpec, SourceSpec
-from mllm_assets.evaluation.release_versions import find_release_damage, list_releases
+from mllm_assets.evaluation.release_integrity import find_release_damage
+from mllm_assets.evaluation.release_versions import list_releases
 from mllm_assets.layout import Layout
 from mllm_assets.operations.artefacts import find_artefacts
 from mllm_assets.operations.gc import DAY_S, Policy, delete, find_garbage
@@ -230,7 +232,7 @@ def test_a_collection_beside_a_training_leaves_it_alone_and_a_release_and_the_ne
     old, new = (json.loads((r.directory / "manifest.json").read_text())["fingerprint"] for r in (first, second))
     stray = shutil.copytree(project.layout.outputs / "one" / old, project.layout.outputs / "one" / "0123456789abcdef")
 
-    project.write_recipe("two", max_steps=400, save_steps=5)
+    project.write_recipe("two", max_steps=100, save_steps=5)
     training = project.start("mllm_assets.cli", "train", "configs/two.yaml")
     log = wait_for(lambda: next(iter(project.layout.outputs.glob("two/*/trainer_log.jsonl")), None), "the run", 120)
     wait_for(lambda: next(iter(log.parent.glob("checkpoint-*/manifest.json")), None), "a checkpoint", 120)
@@ -239,10 +241,15 @@ def test_a_collection_beside_a_training_leaves_it_alone_and_a_release_and_the_ne
     newer.mkdir()
     os.utime(newer, (time.time() + 3600, time.time() + 3600))
 
+    processes = psutil.Process(training.pid).children(recursive=True)
+    for process in processes:
+        process.suspend()  # or it would be finished before the collection is
     assert main(["gc", "--keep-runs", "1", "--older-than", "0m", "--delete"]) == 0
     assert not stray.exists()
     newer.rmdir()
     before = len(log.read_text().splitlines())
+    for process in processes:
+        process.resume()
     wait_for(lambda: len(log.read_text().splitlines()) > before, "the next step", 120)
     assert training.poll() is None
 
@@ -253,8 +260,8 @@ def test_a_collection_beside_a_training_leaves_it_alone_and_a_release_and_the_ne
         assert find_release_damage(release.directory) is None
     assert main(["releases", "show", "one"]) == 0
     assert (project.layout.outputs / "one" / old).is_dir() and (project.layout.outputs / "one" / new).is_dir()
-    resumed = project.start("mllm_assets.cli", "train", "configs/two.yaml", "max_steps=400", "save_steps=5")
-    resumed.communicate(timeout=240)
-    assert resumed.returncode == 0
+    resumed = project.start("mllm_assets.cli", "train", "configs/two.yaml")
+    output, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, output
     assert project.run_manifest("two")["resumed_from_step"] > 0
     assert "is finished already" in project.made(line_of("one", "checkpoint"))
