@@ -1,6 +1,7 @@
 """Write what a split holds: images by content or by number, and the rows that name them."""
 
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -156,7 +157,8 @@ def _messages(spec: DatasetSpec, sample: Mapping[str, Any], position: int, num_i
 def _write_image(path: Path, content: bytes, image_id: str) -> None:
     """Write a file unless it is there and whole."""
     if path.is_file() and path.stat().st_size == len(content) and sha256(path.read_bytes()) == image_id:
-        os.utime(path)  # the rows that name it come later; until then its age says that it is in use
+        # The rows that name it come later; until then its time of change tells `mllm-assets gc` that it is in use
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -102,7 +102,7 @@ def _reason(kind: str) -> str:
 
 def _images(layout: Layout, policy: Policy, gone: set[Path], now_s: float) -> Iterator[Garbage]:
     for path in find_unnamed_images(layout, gone):
-        age_s = now_s - path.stat().st_mtime
+        age_s = now_s - _file_used_s(path)
         if age_s >= policy.older_than_s:
             yield Garbage("image", path, path.stat().st_size, age_s, "no dataset names it")
 
@@ -165,7 +165,8 @@ def _delete_one(item: Garbage, policy: Policy) -> bool:
 
 def _remove(item: Garbage, policy: Policy) -> bool:
     try:
-        if time.time() - item.path.lstat().st_mtime < min(policy.older_than_s, item.age_s):
+        used_s = _file_used_s(item.path) if item.kind == "image" else item.path.lstat().st_mtime
+        if time.time() - used_s < min(policy.older_than_s, item.age_s):
             return False
         if item.path.is_symlink() or not item.path.is_dir():
             item.path.unlink()
@@ -176,6 +177,11 @@ def _remove(item: Garbage, policy: Policy) -> bool:
         return False
     shutil.rmtree(hidden)
     return True
+
+
+def _file_used_s(path: Path) -> float:
+    """When an image was written, or found in its place by a split that names it."""
+    return max(path.stat().st_mtime, path.stat().st_ctime)
 
 
 def num_bytes(path: Path) -> int:
