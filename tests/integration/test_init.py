@@ -119,6 +119,9 @@ attributes:
   prompts: ["What is this?"]
   answer: "{label}"
   split: {num_train: 20, num_val: 5}
+post_processing:
+  assets:
+    - {target: "*", attributes: {owners: ["team:vision"], tags: {cost_center: research}}}
 """,
 }
 
@@ -132,8 +135,9 @@ def test_the_components_work_in_another_dagster_project_beside_its_own_assets(tm
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
     env.pop("DAGSTER_HOME", None)
     command = "-m dagster asset materialize -m shop.definitions --select".split()
+    faces = 'key:"faces/raw" and owner:"team:vision" and tag:cost_center=research'
     done = subprocess.run(
-        [sys.executable, *command, 'key:"faces/raw" or key:"orders"'],
+        [sys.executable, *command, f'({faces}) or key:"orders"'],
         cwd=tmp_path, env=env, text=True, capture_output=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
