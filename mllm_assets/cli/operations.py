@@ -68,6 +68,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from mllm_assets.operations.hub_access import check_hub
     from mllm_assets.operations.machine import check_device, check_disk, check_versions, check_write_access
     from mllm_assets.operations.processes import check_database, check_orphans
+    from mllm_assets.operations.store_access import check_store
+    from mllm_assets.store_errors import SETTING
 
     layout = Layout.from_environment()
     home = os.environ.get("DAGSTER_HOME")
@@ -81,6 +83,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         check_orphans(),
         check_database(layout.quality_db),
         *check_hub(models),
+        *check_store(os.environ.get(SETTING, ""), layout.root),
     ]
     if arguments.json:
         print(json.dumps([finding.to_dict() for finding in findings], indent=2))

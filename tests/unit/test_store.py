@@ -9,6 +9,7 @@ import pytest
 
 from mllm_assets.artifacts import find_damage, is_complete, read_manifest, write_manifest
 from mllm_assets.errors import IntegrityError, SourceError
+from mllm_assets.operations.store_access import check_store
 from mllm_assets.store import Sent, Store
 
 
@@ -176,3 +177,11 @@ def test_a_full_disk_of_the_store_is_told_and_the_local_artefact_stays(here: Sto
     store.unlink()
     assert here.push(made).num_objects == 3
     assert json.loads((store / "artifacts/outputs/mine/0123.json").read_text())["read_only"] is False
+
+
+def test_doctor_says_whether_the_store_answers(tmp_path: Path) -> None:
+    assert check_store("", tmp_path) == []
+    [good] = check_store(f"file://{tmp_path}", tmp_path)
+    [bad] = check_store("gs://bucket/x", tmp_path)
+    assert good.status == "ok" and bad.status == "fail"
+    assert bad.next_step.startswith("Set it to s3://bucket/prefix")
