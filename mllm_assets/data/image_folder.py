@@ -8,7 +8,7 @@ from mllm_assets.artifacts import path_inside
 from mllm_assets.data.images import MAX_SOURCE_BYTES
 from mllm_assets.data.metadata_file import METADATA_FILES, Problems, file_names, read_metadata, unnamed_images
 from mllm_assets.data.paths import find_folder, location_of
-from mllm_assets.data.rows import Images, SourceRow, loose_row, unreadable_row
+from mllm_assets.data.rows import Images, SourceRow, loose_row, require_named, unreadable_row
 from mllm_assets.data.spec import SourceSpec
 from mllm_assets.errors import DataError
 
@@ -60,9 +60,13 @@ def _parts(source: SourceSpec, folder: Path) -> list[tuple[str | None, Path]]:
 
 
 def _rows_of_metadata(path: Path, top: Path, source: SourceSpec, start: int) -> Iterator[SourceRow]:
-    """A row that names no image, or cannot be read, is a row with a defect; where all are, something else is wrong."""
+    """A row that names no image, or cannot be read, is a row with a defect; where all are, something else is wrong.
+
+    So it is where no row has a column that the spec names.
+    """
     folder, num_rows = path.parent, 0
     problems = Problems()
+    found: dict[str, None] = {}  # in their order
     for index, row in enumerate(read_metadata(path), start):
         num_rows += 1
         values, location = row.values, location_of(path, top, row.part)
@@ -78,10 +82,13 @@ def _rows_of_metadata(path: Path, top: Path, source: SourceSpec, start: int) -> 
         if not values.keys() & {source.caption_column, source.messages_column} and len(names) == 1:
             text = _caption_beside(folder, names[0])
             values = values if text is None else {**values, source.caption_column or "text": text}
+        found |= dict.fromkeys(values)
         images, defect = read_images(folder, names)
         yield loose_row(values, images, source, index, location, defect)
     if problems.count == num_rows > 0:
         raise DataError(problems.text())
+    if found:
+        require_named(source, found, str(path))
 
 
 def read_images(folder: Path, names: list[str]) -> tuple[Images, str | None]:

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,15 +44,36 @@ def needed_columns(source: SourceSpec, schema: pa.Schema, where: str) -> list[st
     # a caption or label beside whole conversations is not looked at, so the default names need not be there
     texts = (source.messages_column,) if source.messages_column else (source.caption_column,)
     columns = [name for name in (source.image_column, *texts, source.label_column) if name is not None]
+    _require_columns(columns, schema.names, where)
+    return list(dict.fromkeys(columns))
+
+
+def require_named(source: SourceSpec, found: Collection[str], where: str) -> None:
+    """Refuse a file without a schema of which no row has a column that the spec names: one row may lack it, not all.
+
+    Args:
+        source: What names the columns. Defaults need not be there: an image may be named in another way, and beside
+            a label or a conversation no caption is needed.
+        found: The columns of all rows.
+        where: What the error calls the file.
+
+    Raises:
+        DataError: As `needed_columns`.
+    """
+    optional = {"image"} | ({"text"} if source.label_column or source.messages_column else set())
+    columns = (source.image_column, source.caption_column, source.label_column, source.messages_column)
+    _require_columns([column for column in columns if column is not None and column not in optional], found, where)
+
+
+def _require_columns(columns: Iterable[str], found: Collection[str], where: str) -> None:
     for column in columns:
-        if column not in schema.names:
-            near = difflib.get_close_matches(column, schema.names, n=1)
+        if column not in found:
+            near = difflib.get_close_matches(column, found, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             raise DataError(
-                f"{where} has no column {column!r}; its columns are {', '.join(schema.names)}. "
+                f"{where} has no column {column!r}; its columns are {', '.join(found)}. "
                 f"{hint}Correct image_column, caption_column, label_column or messages_column in the dataset's YAML."
             )
-    return list(dict.fromkeys(columns))
 
 
 def class_names(schema: pa.Schema, column: str | None) -> Sequence[str] | None:

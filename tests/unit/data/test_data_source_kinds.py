@@ -227,6 +227,29 @@ def test_subfolders_are_classes(layout: Layout) -> None:
     assert answers(rows) == {"It shows old boats.", "It shows cars."}
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, "metadata.jsonl has no column 'text'; its columns are file_name, caption, kind. Correct image_column, "),
+        ({"caption_column": "captoin"}, "has no column 'captoin'; its columns are file_name, caption, kind. Did you "),
+        ({"caption_column": "caption", "image_column": "photo"}, "has no column 'photo'; its columns are file_name, "),
+        ({"caption_column": "caption", "label_column": "knid"}, "Did you mean 'kind'? Correct image_column, "),
+        ({"messages_column": "turns"}, "has no column 'turns'; its columns are file_name, caption, kind. "),
+    ],
+)
+def test_a_column_that_no_row_of_the_metadata_has_is_one_error(
+    layout: Layout, columns: dict[str, Any], message: str
+) -> None:
+    """It was as many rejected samples, each with an empty caption."""
+    folder = picture_folder(layout)
+    lines = [{"file_name": f"{n}.png", "caption": f"picture {n}"} for n in range(5)]
+    lines.append({"file_name": "5.png", "kind": "boat"})  # a row may lack a column
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert message in refused(of_kind("image_folder", "pictures", **columns), layout)
+    version, _ = through(of_kind("image_folder", "pictures", caption_column="caption"), layout)
+    assert version.reject_reasons == {"caption_empty": 1}
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet"])
 def test_metadata_may_be_a_table(layout: Layout, name: str) -> None:
     folder = picture_folder(layout)
