@@ -68,6 +68,8 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "model_path": "The model in Hugging Face's format.",
         "path": "The run's directory.",
         "fingerprint": "Digest of all that the run depends on; names its directory.",
+        "base_model": "What it was trained from, with Hub id, commit and licence where that is a model of the Hub.",
+        "pretrained_model": "Likewise the model that the first of a line of recipes started from.",
         "already_finished": "This very run was done before: nothing was trained.",
         "warnings": "What was said while it ran, recipe keys without effect included.",
         "caches": "Which caches it trained from, and why not where not.",

@@ -10,7 +10,7 @@ from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json, is_complete, read_manifest
 from mllm_assets.components.lineage import bring_data, run_columns, upstream, upstream_path
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
-from mllm_assets.components.training_assets import model_directory
+from mllm_assets.components.starting_model import model_directory
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.evaluation.metrics import sample_metrics

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import dagster as dg
 
+from mllm_assets.components.checkpoint_asset import checkpoint_asset
 from mllm_assets.components.eval_metrics_asset import eval_metrics_asset
 from mllm_assets.components.hub_model_asset import hub_model_asset
 from mllm_assets.components.predictions_asset import EvaluationSettings, predictions_asset
 from mllm_assets.components.released_model_asset import released_model_asset
 from mllm_assets.components.resources import ProjectResource, failures_for_people
-from mllm_assets.components.training_assets import checkpoint_asset, vision_features_asset
+from mllm_assets.components.vision_features_asset import vision_features_asset
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.evaluation.gates import GateSpec

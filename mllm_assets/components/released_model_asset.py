@@ -11,7 +11,7 @@ from mllm_assets.components.gate_checks import find_leaks
 from mllm_assets.components.lineage import bring_data, library_versions, upstream, upstream_path
 from mllm_assets.components.reporting import table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
-from mllm_assets.components.training_assets import model_directory
+from mllm_assets.components.starting_model import model_directory, recorded_origin
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.evaluation.gates import GateSpec
@@ -113,16 +113,10 @@ def _lineage(
     context: dg.AssetExecutionContext, node: Node, layout: Layout, run: Mapping[str, Any], leaks: Sequence[str]
 ) -> Lineage:
     """What the model was made from, for its card."""
-    spec, base = node.recipe.spec, upstream(context, node.model)
+    spec = node.recipe.spec
     uses = {"train": node.train_data, "evaluate": node.eval_data}
     return {
-        "base_model": {
-            "name": spec.model_name_or_path,
-            "fingerprint": base["data_version"] or "",
-            "hub_id": base.get("hub_id") or None,
-            "revision": base.get("revision") or None,
-            "license": base.get("license") or None,
-        },
+        **recorded_origin(context, node),
         "datasets": [
             _dataset(context, entry, use, key, run["data_digests"].get(entry, ""), layout.root / spec.dataset_dir)
             for use, data in uses.items()

@@ -18,7 +18,7 @@ COLUMNS = {"base": "base model", "tuned": "this model", "most_common_answer": "m
 
 
 class BaseModelLineage(TypedDict):
-    """What was fine-tuned; `hub_id`, `revision` and `license` only where they are known."""
+    """A model that training started from; `hub_id`, `revision` and `license` only where they are known."""
 
     name: str
     fingerprint: str
@@ -40,10 +40,16 @@ class DatasetLineage(TypedDict):
     license: NotRequired[str | None]
 
 
-class Lineage(TypedDict):
+class Origin(TypedDict):
+    """What a recipe started from."""
+
+    base_model: BaseModelLineage  # what was fine-tuned; has a Hub id only where it is the Hub's, byte for byte
+    pretrained_model: BaseModelLineage  # what the first of a line of recipes started from; often the same
+
+
+class Lineage(Origin):
     """What a model was made from and how it is made again."""
 
-    base_model: BaseModelLineage
     datasets: Sequence[DatasetLineage]
     recipe: Mapping[str, Any]  # the recipe's keys as written
     versions: Mapping[str, str]  # library -> version
@@ -97,12 +103,12 @@ def write_model_card(
 
 def front_matter(recipe_name: str, metrics: Mapping[str, Any], lineage: Lineage) -> dict[str, Any]:
     """The card's metadata in the Hub's terms; names that the Hub cannot resolve are left out of it."""
-    base = lineage["base_model"]
+    pretrained = lineage["pretrained_model"]
     datasets = sorted({hub_id for dataset in lineage["datasets"] if (hub_id := dataset.get("hub_id"))})
     result: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    result["license"] = base.get("license") or "other"
-    if base.get("hub_id"):
-        result |= {"base_model": base.get("hub_id"), "base_model_relation": "finetune"}
+    result["license"] = pretrained.get("license") or "other"
+    if pretrained.get("hub_id"):
+        result |= {"base_model": pretrained.get("hub_id"), "base_model_relation": "finetune"}
     if datasets:
         result["datasets"] = datasets
     result["tags"] = ["mllm-assets", recipe_name]

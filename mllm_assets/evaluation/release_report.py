@@ -89,10 +89,16 @@ def _state(release: Mapping[str, Any]) -> str:
 def show_text(facts: Mapping[str, Any]) -> str:
     """A release on one screen; its README.md has the rest."""
     lineage, base = facts["lineage"], facts["lineage"]["base_model"]
+    models = {"base model": base}
+    if (pretrained := lineage.get("pretrained_model", base))["name"] != base["name"]:
+        models["pretrained"] = pretrained
     lines = [
         f"{facts['recipe']} {facts['version']}{', the current release' if facts['is_current'] else ''}",
         f"  released    {facts['created_at']}, {_state(facts)}",
-        f"  base model  {_name(base)}, fingerprint {base['fingerprint'][:16]}, licence {base.get('license') or '?'}",
+        *(
+            f"  {what}  {_name(model)}, fingerprint {model['fingerprint'][:16]}, licence {model.get('license') or '?'}"
+            for what, model in models.items()
+        ),
         *(
             f"  {'trained on' if dataset['use'] == 'train' else 'judged on':<10}  {dataset['entry']}: "
             f"{_name(dataset)}, digest {dataset['digest'][:16]}, licence {dataset.get('license') or '?'}"

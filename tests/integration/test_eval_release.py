@@ -24,6 +24,7 @@ pytestmark = pytest.mark.integration
 GOLDEN = Path(__file__).parents[1] / "golden" / "parity"
 LINEAGE: Any = {
     "base_model": {"name": "parity", "fingerprint": "0" * 16},
+    "pretrained_model": {"name": "parity", "fingerprint": "0" * 16},
     "datasets": [{"entry": "gemma3_vlm_train", "use": "train", "digest": "1" * 16}],
     "recipe": {"finetuning_type": "full"},
     "versions": {"torch": torch.__version__},

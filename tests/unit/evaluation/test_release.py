@@ -16,12 +16,14 @@ from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.metrics import compute_metrics, read_metrics
 from mllm_assets.evaluation.model_card import Lineage
 from mllm_assets.evaluation.release import publish
+from mllm_assets.evaluation.release_report import show_facts, show_text
 from mllm_assets.evaluation.release_versions import Release, current_release, list_releases
 from mllm_assets.evaluation.table import to_table
 from mllm_assets.layout import Layout
 
 LINEAGE: Lineage = {
     "base_model": {"name": "gemma3_tiny", "fingerprint": "f" * 64, "license": "apache-2.0"},
+    "pretrained_model": {"name": "gemma3_tiny", "fingerprint": "f" * 64, "license": "apache-2.0"},
     "datasets": [
         {
             "entry": "pets_train",
@@ -183,6 +185,28 @@ def test_the_card_carries_lineage_results_and_the_command(tmp_path: Path) -> Non
         LINEAGE["command"],
     ):
         assert text in card
+
+
+def test_a_staged_releases_card_has_the_hub_id_and_licence_of_what_its_line_began_with(tmp_path: Path) -> None:
+    """The adapter goes on what it was trained on, which is not what the Hub has."""
+    staged: Lineage = {
+        **LINEAGE,
+        "base_model": {"name": "outputs/first/latest/model", "fingerprint": "1" * 64, "license": "gemma"},
+        "pretrained_model": {
+            "name": "pretrains/gemma", "fingerprint": "2" * 64, "hub_id": "google/gemma", "revision": "c0ffee",
+            "license": "gemma",
+        },
+    }  # fmt: skip
+    directory = release(make_run(tmp_path / "run"), tmp_path, lineage=staged).directory
+    card = (directory / "README.md").read_text()
+    front = ModelCard(card).data.to_dict()
+    assert (front["base_model"], front["license"]) == ("google/gemma", "gemma")
+    assert "| base model | outputs/first/latest/model |  | `1111111111111111` | gemma |\n| pretrained model | " in card
+    assert "| pretrained model | google/gemma | c0ffee | `2222222222222222` | gemma |\n| training data" in card
+    config = json.loads((directory / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("outputs/first/latest/model", None)
+    text = show_text(show_facts(Layout(tmp_path), "pets"))
+    assert "  pretrained  google/gemma at c0ffee, fingerprint 2222222222222222, licence gemma\n" in text
 
 
 def test_the_hub_can_read_the_cards_front_matter(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""`<recipe>/vision_features` and `<recipe>/checkpoint`."""
+"""`<recipe>/checkpoint`."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -12,11 +11,13 @@ from mllm_assets.components.gate_checks import RELOADS, gate_checks, gate_specs
 from mllm_assets.components.lineage import bring_data, upstream_path
 from mllm_assets.components.reporting import image_markdown, link, shown, table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
+from mllm_assets.components.starting_model import find_origin, model_directory
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.checks import CheckOutcome
 from mllm_assets.data.leaks import datasets_share_no_image
 from mllm_assets.errors import DataError
 from mllm_assets.evaluation.gates import GateSpec, reload_gate
+from mllm_assets.evaluation.model_card import Origin
 from mllm_assets.evaluation.release_files import PARTS
 from mllm_assets.layout import Layout
 from mllm_assets.training.cache_settings import DEFAULT_MAX_HIDDEN_STATES_GIB, CacheSettings
@@ -39,53 +40,6 @@ class CheckpointConfig(dg.Config):
 
     def overrides(self) -> dict[str, Any]:
         return {key: value for key, value in self.model_dump(exclude={"force"}).items() if value is not None}
-
-
-def vision_features_asset(node: Node) -> dg.AssetsDefinition:
-    """The frozen tower's output for every image of the recipe, shared by all recipes with the same tower and images."""
-    spec = node.recipe.spec
-
-    @dg.asset(
-        key=node.key("vision_features"),
-        group_name="train",
-        kinds={"safetensors"},
-        deps=[*node.data, node.model],
-        pool="gpu",
-        description=f"{node.name}: pooled output of the frozen vision tower for each image, computed once and "
-        "content-addressed.",
-    )
-    def vision_features(
-        context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
-    ) -> dg.MaterializeResult:
-        layout = project.layout
-        with failures_for_people():
-            bring_data(context, node.data, project)
-            if mirror := project.mirror(context):
-                mirror.bring_features(node.name)
-            request = {
-                "task": "vision_features",
-                "recipe": spec.to_dict(),
-                "model_dir": str(model_directory(context, node, project)),
-                "data_dir": str(layout.root / spec.dataset_dir),
-                "entries": [*spec.train_entries, *spec.eval_entries],
-                "features_root": str(layout.features),
-            }
-        result = gpu.run(context, request)
-        return project.recorded(
-            context,
-            dg.MaterializeResult(
-                data_version=dg.DataVersion(result["digest"]),
-                metadata={
-                    "num_images": result["num_images"],
-                    "num_images_computed": result["num_computed"],
-                    "size_mib": round(result["num_bytes"] / 2**20, 2),
-                    "tower_fingerprint": result["tower_fingerprint"],
-                    "path": layout.relative(layout.features / result["directory"]),
-                },
-            ),
-        )
-
-    return vision_features
 
 
 def checkpoint_asset(
@@ -141,6 +95,7 @@ def checkpoint_asset(
                 # before it trains: the figures would be worth nothing
                 raise DataError(f"{recipe.path.name}: {apart.description}")
             model_dir = model_directory(context, node, project)
+            origin = find_origin(context, node)
             find_plan = partial(
                 plan_run,
                 recipe,
@@ -164,14 +119,9 @@ def checkpoint_asset(
         else:
             result = gpu.run(context, train_request(plan, cache=cache))
         point_latest(plan)
-        return project.recorded(context, _checkpoint_result(plan, result, layout, apart, gates))
+        return project.recorded(context, _checkpoint_result(plan, result, layout, apart, gates, origin))
 
     return checkpoint
-
-
-def model_directory(context: dg.AssetExecutionContext, node: Node, project: ProjectResource) -> Path:
-    """The directory of the model that a recipe starts from, as its asset last published it."""
-    return upstream_path(context, node.model, project, name="model_path")
 
 
 def _describe(recipe: Recipe) -> str:
@@ -180,7 +130,12 @@ def _describe(recipe: Recipe) -> str:
 
 
 def _checkpoint_result(
-    plan: RunPlan, result: dict[str, Any], layout: Layout, apart: CheckOutcome, gates: GateSpec
+    plan: RunPlan,
+    result: dict[str, Any],
+    layout: Layout,
+    apart: CheckOutcome,
+    gates: GateSpec,
+    origin: Origin,
 ) -> dg.MaterializeResult:
     columns = {"module": "string", "num_tensors": "int", "num_params": "int", "share": "float"}
     plot = plan.directory / "training_loss.png"
@@ -214,6 +169,8 @@ def _checkpoint_result(
             "model_path": layout.relative(plan.directory / result["model_dir"]),
             "path": layout.relative(plan.directory),
             "fingerprint": plan.fingerprint,
+            "base_model": dg.MetadataValue.json(origin["base_model"]),
+            "pretrained_model": dg.MetadataValue.json(origin["pretrained_model"]),
             "already_finished": plan.state == "finished",
             "warnings": dg.MetadataValue.json(result["warnings"]),
             "caches": dg.MetadataValue.json(result["caches"]),
