@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from mllm_assets.data.conversation import SYSTEM, read_conversation, with_placeholders
-from mllm_assets.data.images import published_bytes, sha256
+from mllm_assets.data.images import EXTENSIONS, published_bytes, sha256
 from mllm_assets.data.spec import DatasetSpec
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.errors import DataError
@@ -52,15 +52,26 @@ class ImageWriter:
         Raises:
             DataError: A file of that name is not this dataset's.
         """
-        if self._prefix is None and source_id in self._names:
-            return self._names[source_id]
+        if self._prefix is None:
+            if source_id in self._names:
+                return self._names[source_id]
+            if (name := self._passed_before(data, source_id)) is not None:
+                return self._remember(name, source_id, source_id)
         content, extension = published_bytes(data)
         image_id = source_id if content is data else sha256(content)
         stem = image_id[:16] if self._prefix is None else f"{self._prefix}_{number}"
         name = f"images/{stem}.{extension}"
         if self._prefix is not None:
             self._claim(name, image_id)
-        _write_image(self._data / name, content, image_id)
+        _write_image(self._data / name, content)
+        return self._remember(name, image_id, source_id)
+
+    def _passed_before(self, data: bytes, source_id: str) -> str | None:
+        """The file that holds these very bytes, where there is one: they need not be looked into again."""
+        names = (f"images/{source_id[:16]}.{extension}" for extension in EXTENSIONS.values())
+        return next((name for name in names if _is_in_place(self._data / name, data)), None)
+
+    def _remember(self, name: str, image_id: str, source_id: str) -> str:
         if len(self._names) == MAX_REMEMBERED:
             self._names.clear()  # an image that comes again later is compared with its file
         self._names[source_id] = name
@@ -154,11 +165,18 @@ def _messages(spec: DatasetSpec, sample: Mapping[str, Any], position: int, num_i
     return messages
 
 
-def _write_image(path: Path, content: bytes, image_id: str) -> None:
+def _is_in_place(path: Path, content: bytes) -> bool:
+    """Whether a file is there and whole; if so it is in use from now on."""
+    if not (path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content):
+        return False
+    # The rows that name it come later; until then its time of change tells `mllm-assets gc` that it is in use
+    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+    return True
+
+
+def _write_image(path: Path, content: bytes) -> None:
     """Write a file unless it is there and whole."""
-    if path.is_file() and path.stat().st_size == len(content) and sha256(path.read_bytes()) == image_id:
-        # The rows that name it come later; until then its time of change tells `mllm-assets gc` that it is in use
-        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+    if _is_in_place(path, content):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

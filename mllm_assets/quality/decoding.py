@@ -1,5 +1,6 @@
 """Measure many images on all cores, each within its limits, whatever its bytes do to a decoder."""
 
+import math
 import os
 import pickle
 import queue
@@ -7,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from mllm_assets.quality.probes import DecodeLimits, ImageMeasurement
 WALL_FACTOR = 30
 MAX_WORKERS = 8
 PREFETCH = 2  # images a worker, so that memory stays bounded
+ALONE_S = 0.5  # what a worker takes to start: for what the first one does in this time no other is started
 
 
 def measure_images(images: Iterable[bytes], limits: DecodeLimits) -> Iterator[ImageMeasurement]:
@@ -34,15 +37,19 @@ def measure_images(images: Iterable[bytes], limits: DecodeLimits) -> Iterator[Im
         MachineError: No worker can be started.
     """
     waiting = iter(images)
+    num_ahead, all_start_s = 1, math.inf
     with ThreadPoolExecutor(num_workers()) as pool:
         futures: queue.SimpleQueue[Future[ImageMeasurement]] = queue.SimpleQueue()
         try:
-            for data in islice(waiting, num_workers() * PREFETCH):
-                futures.put(pool.submit(_measure, data, limits))
-            while not futures.empty():
-                yield futures.get().result()
-                for data in islice(waiting, 1):
+            while True:
+                for data in islice(waiting, num_ahead - futures.qsize()):
                     futures.put(pool.submit(_measure, data, limits))
+                if futures.empty():
+                    return
+                yield futures.get().result()
+                all_start_s = min(all_start_s, time.monotonic() + ALONE_S)
+                if time.monotonic() >= all_start_s:
+                    num_ahead = num_workers() * PREFETCH
         finally:
             while not futures.empty():
                 futures.get().cancel()

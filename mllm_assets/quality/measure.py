@@ -68,6 +68,7 @@ def measure_images(limits: QualitySpec, raw: Path, index: ImageIndex, store: Qua
         max_frames=limits.max_frames,
         max_decode_s=limits.max_decode_s,
     )
+    num_unknown = int((~is_known).sum())
     measured = decoding.measure_images(_unmeasured(raw, index, is_known), decode_limits)
     judge = Judge(limits, len(index.ids))
     with pq.ParquetWriter(target, SCHEMA) as writer:
@@ -79,7 +80,7 @@ def measure_images(limits: QualitySpec, raw: Path, index: ImageIndex, store: Qua
             looks = [None if image.phash_64 is None else look_of(image) for image in images]
             columns = {name: [getattr(image, name) for image in images] for name in COLUMNS}
             writer.write_table(pa.table({**columns, "look": looks}, schema=SCHEMA))
-    return judge.finish(int((~is_known).sum()))
+    return judge.finish(num_unknown)
 
 
 def _unmeasured(raw: Path, index: ImageIndex, is_known: NDArray[np.bool_]) -> Iterator[bytes]:

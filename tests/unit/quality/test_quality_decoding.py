@@ -39,6 +39,15 @@ def test_workers_serve_the_next_call_too() -> None:
     assert len(before) <= decoding.num_workers()
 
 
+def test_a_second_worker_starts_only_for_what_takes_longer_than_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "num_workers", lambda: 2)
+    for alone_s, num_started in ((60, 1), (0, 2)):
+        decoding.end_workers()
+        monkeypatch.setattr(decoding, "ALONE_S", alone_s)
+        list(measure_images((encode(picture(n)) for n in range(20)), limits()))
+        assert len(workers()) == num_started
+
+
 def test_a_decoder_that_does_not_end_is_cut_and_the_others_go_on(slow: bytes) -> None:
     """Nothing inside the process could stop it: the time is spent in native code."""
     started = time.process_time()
