@@ -13,7 +13,7 @@ from tests.integration.s3_server import BUCKET, S3Server, free_port, s3_server
 from tests.unit.test_store import make_artefact
 
 pytest.importorskip("s3fs", reason="the extra s3 is not installed")
-pytest.importorskip("moto", reason="the extra dev is not installed")
+pytest.importorskip("moto", reason="the extra e2e is not installed")
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
