@@ -27,7 +27,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mllm_assets.data.sharegpt import Row, load_rows
 from mllm_assets.inference.answerer import Answerer, in_batches
 from mllm_assets.inference.cached_images import use_cached_images
-from mllm_assets.training.memory import pick_device
+from mllm_assets.training.device import pick_device
 from mllm_assets.training.protocol import Reporter
 from mllm_assets.training.spec import TrainSpec
 

@@ -21,8 +21,8 @@ from mllm_assets.evaluation.table import PREDICTIONS_FILE, predictions_digest, t
 from mllm_assets.inference.answerer import Answerer, Sampling, in_batches
 from mllm_assets.inference.cached_images import use_cached_images
 from mllm_assets.inference.generate import find_model
+from mllm_assets.training.device import Device, pick_device
 from mllm_assets.training.encode import IMAGE_PLACEHOLDER, EncodedRow
-from mllm_assets.training.memory import Device, pick_device
 from mllm_assets.training.spec import TrainSpec
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from mllm_assets.inference.answerer import Answerer
 from mllm_assets.training import features, tower
+from mllm_assets.training.device import Device, Precision, pick_precision
 from mllm_assets.training.encode import EncodedRow
-from mllm_assets.training.memory import Device, Precision, pick_precision
 from mllm_assets.training.spec import TrainSpec
 
 if TYPE_CHECKING:

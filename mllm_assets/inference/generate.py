@@ -12,8 +12,8 @@ from mllm_assets.data.sharegpt import SYSTEM, USER, Message, Row
 from mllm_assets.errors import DataError
 from mllm_assets.inference.answerer import Answerer, Sampling
 from mllm_assets.inference.naming import NamedModel, find_model
+from mllm_assets.training.device import pick_device
 from mllm_assets.training.encode import IMAGE_PLACEHOLDER, EncodedRow
-from mllm_assets.training.memory import pick_device
 
 __all__ = ["FileAnswer", "Generation", "answer_files", "ask", "find_model", "generate", "open_model", "prompt_row"]
 

@@ -10,7 +10,7 @@ from mllm_assets.errors import MachineError
 def main() -> None:
     import torch
 
-    from mllm_assets.training.memory import GIB, pick_device
+    from mllm_assets.training.device import GIB, pick_device
 
     try:
         device = pick_device(sys.argv[1])

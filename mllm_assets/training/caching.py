@@ -16,9 +16,10 @@ import torch
 from mllm_assets.training import features, hidden_states, tower
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.collate import Collator
+from mllm_assets.training.device import GIB, Device, Precision
 from mllm_assets.training.freezing import TrainableSet
 from mllm_assets.training.inputs import Inputs, make_collator
-from mllm_assets.training.memory import GIB, Device, MemoryEstimate, Precision, checkpoints_activations, estimate
+from mllm_assets.training.memory import MemoryEstimate, checkpoints_activations, estimate
 from mllm_assets.training.model import load_model
 from mllm_assets.training.spec import TrainSpec
 

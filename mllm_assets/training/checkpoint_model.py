@@ -13,7 +13,7 @@ from mllm_assets.artifacts import MANIFEST, find_damage, is_complete
 from mllm_assets.errors import IntegrityError, ModelError
 from mllm_assets.training import freezing
 from mllm_assets.training.checkpoints import TRAINABLE_FILE, load_trainable, require_fit
-from mllm_assets.training.memory import weights_dtype
+from mllm_assets.training.device import weights_dtype
 from mllm_assets.training.model import cast_weights, load_config, load_model
 from mllm_assets.training.model_directory import model_fingerprint
 from mllm_assets.training.run_file import keep_for_life, read_run_file

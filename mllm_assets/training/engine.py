@@ -21,6 +21,7 @@ from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.checkpoint_model import remember_beginning
 from mllm_assets.training.checkpoints import Resumable, find_resumable, load_trainable, seed_run
 from mllm_assets.training.describing import trainable_lines
+from mllm_assets.training.device import Device, peak_memory_gib, pick_device, pick_precision
 from mllm_assets.training.inputs import make_collator, read_inputs
 from mllm_assets.training.model import (
     base_model,
@@ -60,8 +61,8 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     for note in request.get("notes") or ():
         reporter.warn(note)
     accelerator = request.get("accelerator") or {}
-    device = memory.pick_device(accelerator.get("device") or "auto", use_cpu=spec.use_cpu)
-    precision = memory.pick_precision(spec, device)
+    device = pick_device(accelerator.get("device") or "auto", use_cpu=spec.use_cpu)
+    precision = pick_precision(spec, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     num_threads = fix_num_threads(run_dir, accelerator.get("num_threads"))
 
@@ -139,7 +140,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
         "warnings": reporter.warnings,
         "device": device.to_dict(),
         "wall_s": time.monotonic() - started_s,
-        "peak_memory_gib": memory.peak_memory_gib(device),
+        "peak_memory_gib": peak_memory_gib(device),
         "memory_estimate_gib": needed.total_gib,
         "reload": reload,
         "resumed_from_step": resumable.step if resumable.path else None,
@@ -160,7 +161,7 @@ def fix_num_threads(run_dir: Path, wanted: int | None) -> int:
 def fit_micro_batch(
     spec: TrainSpec,
     run_dir: Path,
-    device: memory.Device,
+    device: Device,
     estimate_for: Callable[[TrainSpec], memory.MemoryEstimate],
     reporter: "Reporter",
     *,

@@ -16,8 +16,8 @@ from mllm_assets.artifacts import digest_json, sha256_file
 from mllm_assets.errors import IntegrityError, RecipeError
 from mllm_assets.training import tower
 from mllm_assets.training.collate import Collator
+from mllm_assets.training.device import Precision, pick_device, pick_precision
 from mllm_assets.training.encode import EncodedRow
-from mllm_assets.training.memory import Precision
 from mllm_assets.training.shards import ShardStore
 from mllm_assets.training.spec import TrainSpec
 
@@ -202,7 +202,6 @@ def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
         RecipeError: The recipe trains the tower.
     """
     from mllm_assets.data.sharegpt import load_rows
-    from mllm_assets.training import memory
     from mllm_assets.training.inputs import make_collator
     from mllm_assets.training.model import load_model, load_processor, quiet_libraries
 
@@ -213,8 +212,8 @@ def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
     accelerator = request.get("accelerator") or {}
     if accelerator.get("num_threads"):
         torch.set_num_threads(int(accelerator["num_threads"]))
-    device = memory.pick_device(accelerator.get("device", "auto"), use_cpu=spec.use_cpu)
-    precision = memory.pick_precision(spec, device)
+    device = pick_device(accelerator.get("device", "auto"), use_cpu=spec.use_cpu)
+    precision = pick_precision(spec, device)
     model_dir, root = Path(request["model_dir"]), Path(request["features_root"])
     processor = load_processor(model_dir)
     images = images_by_digest(

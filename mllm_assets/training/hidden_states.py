@@ -20,9 +20,9 @@ from torch import nn
 from mllm_assets.artifacts import digest_json, sha256_file
 from mllm_assets.errors import IntegrityError
 from mllm_assets.training.collate import Collator
+from mllm_assets.training.device import Precision
 from mllm_assets.training.encode import EncodedRow
 from mllm_assets.training.features import TOLERANCE, probes, relative_difference
-from mllm_assets.training.memory import Precision
 from mllm_assets.training.shards import ShardStore
 from mllm_assets.training.spec import TrainSpec
 from mllm_assets.training.tower import image_processing, library_versions, weight_digests

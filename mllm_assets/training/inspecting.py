@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from mllm_assets.errors import RecipeError
-from mllm_assets.training import caching, freezing, memory
+from mllm_assets.training import caching, freezing
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.describing import trainable_lines
+from mllm_assets.training.device import pick_device, pick_precision
 from mllm_assets.training.encode import EncodedRow, image_token_id
 from mllm_assets.training.image_files import load_image
 from mllm_assets.training.inputs import make_collator, read_inputs
@@ -66,8 +67,8 @@ def inspect(
     yield "supervised tokens in green:" if colour else "supervised tokens in [[double brackets]]:"
     yield token_text(shown, inputs.processor, colour=colour)
     yield ""
-    found = memory.pick_device(device, use_cpu=spec.use_cpu)
-    precision = memory.pick_precision(spec, found)
+    found = pick_device(device, use_cpu=spec.use_cpu)
+    precision = pick_precision(spec, found)
     shape = freezing.apply(spec, model_on_meta(load_config(model_dir), dtype=precision.weights))
     yield from trainable_lines(shape.table, shape.num_params)
     yield ""

@@ -15,8 +15,8 @@ from torch import nn
 
 from mllm_assets.artifacts import digest_json
 from mllm_assets.errors import RecipeError
+from mllm_assets.training.device import Precision
 from mllm_assets.training.families import Family
-from mllm_assets.training.memory import Precision
 from mllm_assets.training.spec import TrainSpec
 from mllm_assets.training.vision_cuts import CUTS, VisionCut
 

@@ -18,6 +18,7 @@ from mllm_assets.training.checkpoints import Resumable, require_same_conditions
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.delta_trainer import DeltaTrainer
 from mllm_assets.training.describing import resume_line
+from mllm_assets.training.device import Device, Precision
 from mllm_assets.training.encode import EncodedRow
 from mllm_assets.training.inputs import Inputs
 from mllm_assets.training.model import base_model
@@ -136,8 +137,8 @@ def require_distribution(spec: TrainSpec, reporter: "Reporter") -> None:
 def make_trainer(
     spec: TrainSpec,
     run_dir: Path,
-    device: memory.Device,
-    precision: memory.Precision,
+    device: Device,
+    precision: Precision,
     trainable: freezing.TrainableSet,
     inputs: Inputs,
     collator: Collator,

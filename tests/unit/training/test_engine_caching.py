@@ -9,9 +9,9 @@ import torch
 from mllm_assets.errors import IntegrityError, MachineError
 from mllm_assets.training import caching, freezing
 from mllm_assets.training.cache_settings import CacheSettings
+from mllm_assets.training.device import Precision
 from mllm_assets.training.encode import EncodedRow
 from mllm_assets.training.inputs import Inputs
-from mllm_assets.training.memory import Precision
 from mllm_assets.training.model import load_config, model_on_meta
 from mllm_assets.training.shards import TENSORS_FILE, ShardStore
 from mllm_assets.training.spec import TrainSpec

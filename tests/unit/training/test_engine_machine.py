@@ -9,7 +9,8 @@ import torch
 
 from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.training import freezing, memory
-from mllm_assets.training.memory import Device, MemoryEstimate, Precision
+from mllm_assets.training.device import Device, Precision, pick_device, pick_precision
+from mllm_assets.training.memory import MemoryEstimate
 from mllm_assets.training.model import load_config, model_on_meta
 from mllm_assets.training.reporting import check_finite, plot_loss, read_log, smooth
 from mllm_assets.training.spec import TrainSpec
@@ -26,32 +27,32 @@ def test_cuda_asked_for_and_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(
         MachineError, match=r"The device cuda was asked for, and this machine has only .*cpu.* sees no"
     ) as e:
-        memory.pick_device("cuda")
+        pick_device("cuda")
     assert "or set device: auto" in str(e.value)
 
 
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(MachineError, match=r"device is 'tpu': expected auto, cuda, mps or cpu"):
-        memory.pick_device("tpu")
+        pick_device("tpu")
 
 
 def test_the_device_is_named_with_its_memory() -> None:
-    device = memory.pick_device("cpu")
+    device = pick_device("cpu")
     assert device.kind == "cpu" and device.name and device.memory_gib > 0.5
 
 
 def test_the_recipes_use_cpu_wins_over_auto() -> None:
-    assert memory.pick_device("auto", use_cpu=True).kind == "cpu"
+    assert pick_device("auto", use_cpu=True).kind == "cpu"
 
 
 def test_fp16_on_the_cpu_is_refused() -> None:
     with pytest.raises(MachineError, match=r"fp16 needs a CUDA device, and this run is on cpu"):
-        memory.pick_precision(make_spec(fp16=True), CPU)
+        pick_precision(make_spec(fp16=True), CPU)
 
 
 def test_bf16_means_bf16_weights_under_autocast() -> None:
-    assert memory.pick_precision(make_spec(bf16=True), CPU) == Precision(weights=torch.bfloat16, autocast="bf16")
-    assert memory.pick_precision(make_spec(), CPU) == Precision(weights=torch.float32, autocast=None)
+    assert pick_precision(make_spec(bf16=True), CPU) == Precision(weights=torch.bfloat16, autocast="bf16")
+    assert pick_precision(make_spec(), CPU) == Precision(weights=torch.float32, autocast=None)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_largest_part_and_its_cure() -> None:
