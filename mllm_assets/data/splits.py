@@ -28,7 +28,7 @@ from mllm_assets.data.augment import Forbidden, augmented_copies
 from mllm_assets.data.fixed_splits import assign_as_given
 from mllm_assets.data.membership import AUGMENTED, membership, sides_before
 from mllm_assets.data.publish import IMAGE_LIST, ImageWriter, build_row, image_number
-from mllm_assets.data.raw_files import ImageIndex, index_images
+from mllm_assets.data.raw_files import index_images
 from mllm_assets.data.row_files import write_rows
 from mllm_assets.data.row_spool import Joined, RowSpool
 from mllm_assets.data.sources import read_raw
@@ -36,7 +36,7 @@ from mllm_assets.data.spec import DatasetSpec, as_json
 from mllm_assets.errors import IntegrityError
 from mllm_assets.layout import Layout
 from mllm_assets.quality.files import QUALITY_FILE
-from mllm_assets.quality.groups import Looks, SampleGroups, group_samples, read_looks
+from mllm_assets.quality.groups import SampleGroups, group_samples, read_looks
 from mllm_assets.quality.store import QualityStore
 
 SIDES = (TRAIN, VAL)
@@ -87,21 +87,21 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
         )
     store = QualityStore(layout.quality_db)
     samples = pq.read_table(quality / QUALITY_FILE, columns=list(COLUMNS))
-    index, looks = index_images(raw), read_looks(quality)
     if spec.split_is_given:
         assignments = assign_as_given(spec, samples, source["num_source_rows"])
     else:
-        assignments = _assign(spec, store, samples, index, looks)
+        assignments = _assign(spec, store, samples, raw, quality)
     images = ImageWriter(spec, layout)
     with staging_directory(layout.version(spec.name, "new").parent) as staging:
         with _spools(staging, assignments, len(spec.augment)) as spools:
             _spool_rows(spec, images, raw, assignments, spools)
-            fates = _spool_copies(spec, images, raw, assignments, index, looks, spools[AUGMENTED])
+            fates = _spool_copies(spec, images, raw, assignments, quality, spools[AUGMENTED])
             contents = {TRAIN: Joined([spools[TRAIN], spools[AUGMENTED]]), VAL: spools[VAL]}
             for side, rows in contents.items():
                 write_rows(staging / split_file(side, spec.output.format), rows, spec.output.format)
             counts = {f"num_{name}": len(spool) for name, spool in spools.items()}
         images.write_list(staging / IMAGE_LIST)
+        del images  # the digests of all: DuckDB has the memory next
         digests = {side: sha256_file(staging / split_file(side, spec.output.format))[:16] for side in SIDES}
         digest = digest_json([digests[TRAIN], digests[VAL], sha256_file(staging / IMAGE_LIST)])[:16]
         result = SplitResult(
@@ -118,6 +118,7 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
             **counts,
         )
         _publish(spec, layout, staging, result, assessment)
+    pa.default_memory_pool().release_unused()
     store.write({"split_membership": membership(spec, digest, assignments, samples, fates, run_id)})
     return result
 
@@ -127,7 +128,9 @@ def split_file(side: str, format: str) -> str:
     return f"{side}.{format}"
 
 
-def _assign(spec: DatasetSpec, store: QualityStore, samples: pa.Table, index: ImageIndex, looks: Looks) -> Assignments:
+def _assign(spec: DatasetSpec, store: QualityStore, samples: pa.Table, raw: Path, quality: Path) -> Assignments:
+    index, looks = index_images(raw), read_looks(quality)
+
     def regroup(chosen_S: NDArray[np.bool_]) -> SampleGroups:
         return group_samples(index, looks, chosen_S, spec.quality)
 
@@ -170,13 +173,13 @@ def _spool_copies(
     images: ImageWriter,
     raw: Path,
     assignments: Assignments,
-    index: ImageIndex,
-    looks: Looks,
+    quality: Path,
     spool: RowSpool,
 ) -> list[tuple[str, str]]:
     """Changed copies of training samples: the ids of all, and what became of them."""
     if not spec.augment:
         return []
+    index, looks = index_images(raw), read_looks(quality)
     uses = np.repeat(assignments.of(VAL), np.diff(index.offsets_S1))
     validating = np.unique(index.uses_T[uses])
     forbidden = Forbidden(looks.phash_U[validating], looks.colors_UC[validating], spec.quality)
