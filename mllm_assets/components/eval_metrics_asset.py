@@ -67,10 +67,11 @@ def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = Fal
                 "weights_digest": predicted["weights_digest"],
                 "predictions": predicted["data_version"],
                 "predictions_path": layout.relative(predictions_dir),
+                "data_digests": predicted.get("data_digests", {}),
             }
             directory = layout.metrics(node.name, digest_json([__version__, inputs, metrics])[:16])
             manifest = write_metrics(directory, metrics, inputs)
-            leakage = leakage_gate(find_leaks(context, node, project), allowed=allow_leakage)
+            leakage = leakage_gate(find_leaks(context, node, project, inputs["data_digests"]), allowed=allow_leakage)
             results = [leakage, *evaluate_gates(metrics, gates, metrics["over_release"])]
             scores = metric_rows(metrics, **run_columns(context, node.name, predicted["weights_digest"]))
             project.quality_store.write({"eval_metrics": scores})

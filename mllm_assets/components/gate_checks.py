@@ -1,6 +1,6 @@
 """The gates of a release as Dagster's checks: each blocks what is downstream, and a release judges all again."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import dagster as dg
 
@@ -39,8 +39,17 @@ def _check(name: str, result: GateResult | None) -> dg.AssetCheckResult:
     )
 
 
-def find_leaks(context: dg.AssetExecutionContext, node: Node, project: ProjectResource) -> list[str]:
-    """What leaked from the evaluation into the training, looked for in the files on disk; empty is well."""
+def find_leaks(
+    context: dg.AssetExecutionContext, node: Node, project: ProjectResource, evaluated_digests: Mapping[str, str]
+) -> list[str]:
+    """What leaked from the evaluation into the training, looked for in the files on disk; empty is well.
+
+    Args:
+        context: Of the step.
+        node: The recipe in the graph.
+        project: Where things lie.
+        evaluated_digests: `entry_digest` of each evaluation entry when the model was asked.
+    """
     spec = node.recipe.spec
     run = read_manifest(upstream_path(context, node.key("checkpoint"), project))
     return release_leaks(
@@ -48,5 +57,6 @@ def find_leaks(context: dg.AssetExecutionContext, node: Node, project: ProjectRe
         spec.train_entries,
         spec.eval_entries,
         run["data_digests"],
+        evaluated_digests,
         store=project.quality_store,
     )

@@ -84,6 +84,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "wall_s": "Seconds that it took.",
         "path": PATH,
         "weights_digest": "The checkpoint that answered.",
+        "data_digests": "Digest of each evaluation entry as it was then; a release compares it with the files.",
     },
     "eval_metrics": {
         "label_accuracy": "Share of answers that name the sample's label, where it has one.",

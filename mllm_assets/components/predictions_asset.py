@@ -81,6 +81,7 @@ def predictions_asset(node: Node, settings: EvaluationSettings, *, feature_cache
                     "wall_s": result["wall_s"],
                     "path": layout.relative(directory),
                     "weights_digest": request["weights_digest"],
+                    "data_digests": dg.MetadataValue.json(request["data_digests"]),
                 },
             ),
         )
@@ -102,11 +103,12 @@ def _evaluation_request(
     tuned = upstream(context, node.key("checkpoint"))
     names = ("cutoff_len", "image_max_pixels", "image_min_pixels", "template", "enable_thinking")
     how = {**{name: getattr(spec, name) for name in names}, **asdict(settings)}
+    data_digests = {entry: entry_digest(data_dir, entry) for entry in spec.eval_entries}
     identity = {
         "engine_version": __version__,
         "tuned": tuned["data_version"],
         "base": upstream(context, node.model)["data_version"],
-        "data": {entry: entry_digest(data_dir, entry) for entry in spec.eval_entries},
+        "data": data_digests,
         **how,
     }
     return {
@@ -116,6 +118,7 @@ def _evaluation_request(
         "model_dir": str(layout.root / tuned["model_path"]),
         "base_model_dir": str(model_directory(context, node, project)),
         "data_dir": str(data_dir),
+        "data_digests": data_digests,
         "entries": list(spec.eval_entries),
         "recipe": spec.to_dict(),
         "features_root": str(layout.features) if feature_cache and spec.freeze_vision_tower else None,

@@ -13,13 +13,13 @@ from mllm_assets.components.reporting import table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.components.starting_model import model_directory, recorded_origin
 from mllm_assets.components.wiring import Node
+from mllm_assets.data.leaks import require_sound_versions
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.evaluation.gates import GateSpec
-from mllm_assets.evaluation.metrics import read_metrics
+from mllm_assets.evaluation.judgement import read_judgement
 from mllm_assets.evaluation.model_card import DatasetLineage, Lineage
 from mllm_assets.evaluation.release import publish
 from mllm_assets.evaluation.release_versions import current_release
-from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import materialize_command
 
@@ -51,8 +51,7 @@ def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = F
             bring_data(context, node.data, project)
             run_dir = upstream_path(context, node.key("checkpoint"), project)
             metrics_dir = upstream_path(context, node.key("eval_metrics"), project)
-            inputs = read_manifest(metrics_dir)["inputs"]
-
+            judgement = read_judgement(metrics_dir, layout)
             base_model_dir = model_directory(context, node, project)
 
             def verify(directory: Path) -> Mapping[str, Any]:
@@ -64,19 +63,21 @@ def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = F
                 }
                 return gpu.run(context, request)
 
-            leaks = find_leaks(context, node, project)
+            spec = node.recipe.spec
+            require_sound_versions(layout.root / spec.dataset_dir, [*spec.train_entries, *spec.eval_entries])
+            leaks = find_leaks(context, node, project, judgement.data_digests)
             for text in leaks:
                 context.log.warning(text)
             lineage = _lineage(context, node, layout, read_manifest(run_dir), leaks)
             release = publish(
                 node.name,
                 run_dir,
-                read_metrics(metrics_dir),
-                read_predictions(layout.root / inputs["predictions_path"]),
+                judgement.metrics,
+                judgement.predictions,
                 gates,
                 lineage,
                 layout,
-                scored_weights=inputs["weights_digest"],
+                scored_weights=judgement.weights_digest,
                 allow_leakage=allow_leakage,
                 verify=verify,
             )

@@ -5,11 +5,18 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_assets.artifacts import is_complete
-from mllm_assets.data.checks import MAX_EXAMPLES, CheckOutcome, splits_share_no_image
+from mllm_assets.artifacts import is_complete, read_manifest
+from mllm_assets.data.checks import (
+    MAX_EXAMPLES,
+    CheckOutcome,
+    counts_add_up,
+    every_image_has_a_placeholder,
+    splits_share_no_image,
+)
 from mllm_assets.data.dataset_info import entry_file, load_entry
 from mllm_assets.data.sharegpt import entry_digest, load_rows
 from mllm_assets.data.spec import QualitySpec
+from mllm_assets.errors import DataError
 from mllm_assets.quality.grouping import near_forest
 from mllm_assets.quality.measure import measure_files
 from mllm_assets.quality.probes import OWN_FILES, ImageMeasurement
@@ -74,6 +81,7 @@ def release_leaks(
     train_entries: Sequence[str],
     eval_entries: Sequence[str],
     trained_digests: Mapping[str, str],
+    evaluated_digests: Mapping[str, str],
     store: QualityStore | None = None,
 ) -> list[str]:
     """Why the figures of a trained model may say too much, each in a sentence; from the files on disk.
@@ -85,6 +93,7 @@ def release_leaks(
         train_entries: What it was trained on.
         eval_entries: What it was evaluated on.
         trained_digests: `entry_digest` of each training entry when it was trained.
+        evaluated_digests: Likewise of each evaluation entry when the model was asked.
         store: Knows the measurements of bytes that were decoded before.
 
     Raises:
@@ -96,6 +105,12 @@ def release_leaks(
         "is evaluated on: materialise the checkpoint again."
         for name in changed
     ]
+    found += [
+        f"{name} is not what the model was evaluated on any more, so nothing shows that what it was evaluated on was "
+        "not trained on: materialise predictions and eval_metrics again."
+        for name in eval_entries
+        if evaluated_digests.get(name, "") != entry_digest(data_dir, name)
+    ]
     found += [f"{name} is both trained on and evaluated on." for name in eval_entries if name in train_entries]
     folders = {name: _version(data_dir, name) for name in (*train_entries, *eval_entries)}
     shared = {folders[name] for name in train_entries} & {folders[name] for name in eval_entries}
@@ -104,6 +119,18 @@ def release_leaks(
         found += [] if outcome.passed else [outcome.description]
     apart = datasets_share_no_image(data_dir, train_entries, eval_entries, store=store)
     return found + ([] if apart.passed else [apart.description])
+
+
+def require_sound_versions(data_dir: Path, entries: Sequence[str]) -> None:
+    """Check once more what a dataset's own checks claim of the versions that hold the entries, leaks aside.
+
+    Raises:
+        DataError: A row lacks an image or a placeholder, or the counts do not add up.
+    """
+    for folder in sorted({folder for name in entries if (folder := _version(data_dir, name)) is not None}):
+        for outcome in (every_image_has_a_placeholder(folder, data_dir), counts_add_up(read_manifest(folder))):
+            if not outcome.passed:
+                raise DataError(f"{folder}: {outcome.description}")
 
 
 def _version(data_dir: Path, entry: str) -> Path | None:

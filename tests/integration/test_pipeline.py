@@ -134,11 +134,17 @@ def test_the_summary_never_shows_one_runs_metrics_beside_another_run(project: Pr
 
 
 @pytest.mark.slow
-def test_metrics_of_another_checkpoint_release_nothing(project: Project) -> None:
+def test_metrics_of_another_checkpoint_or_of_other_data_release_nothing(project: Project) -> None:
     """The gates were passed by the old weights: the new ones would have slipped past on their figures."""
     project.write_recipe("mine", max_steps=2, max_samples=16)
     project.set_defaults(gates=EVERYTHING_PASSES)
     project.made(line_of("mine", "eval_metrics"))
+    val = project.layout.data / "emoji" / "val.json"
+    judged_on = val.read_text()
+    val.write_text(json.dumps(json.loads(judged_on)[1:]))
+    output, _ = project.materialize('key:"mine/released_model"').communicate(timeout=120)
+    assert "no_leakage: emoji_val is not what the model was evaluated on any more" in output
+    val.write_text(judged_on)
     project.made('key:"mine/checkpoint"', config("mine", max_steps=3))
     for selection in ('key:"mine/released_model"', 'key:"mine/eval_metrics" or key:"mine/released_model"'):
         run = project.materialize(selection)

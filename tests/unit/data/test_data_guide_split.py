@@ -12,10 +12,12 @@ import yaml
 from made_datasets import made_spec, png, run_line, write_source
 
 import mllm_assets
+from mllm_assets.artifacts import read_manifest, write_json_atomic
 from mllm_assets.data.checks import counts_add_up, splits_share_no_image
-from mllm_assets.data.leaks import release_leaks
+from mllm_assets.data.leaks import release_leaks, require_sound_versions
 from mllm_assets.data.sharegpt import entry_digest, load_rows
 from mllm_assets.data.spec import DatasetSpec, OutputSpec, SourceSpec, SplitSpec
+from mllm_assets.errors import DataError
 from mllm_assets.layout import Layout
 from mllm_assets.quality.queries import ask
 
@@ -139,21 +141,22 @@ def test_duplicates_across_the_split_are_listed(layout: Layout) -> None:
 def test_a_release_is_refused_by_what_is_on_the_disk(layout: Layout) -> None:
     *_, version = run_line(with_duplicates(layout), layout)
     digests = {name: entry_digest(layout.data, name) for name in ("made_train", "made_val")}
-    [found] = release_leaks(layout.data, ["made_train"], ["made_val"], digests)
+    [found] = release_leaks(layout.data, ["made_train"], ["made_val"], digests, digests)
     assert found == splits_share_no_image(version.directory, layout.data).description
 
 
 def test_a_split_of_ours_may_be_released_until_a_file_changes(layout: Layout) -> None:
     write_source(layout.root, [(png(n), f"picture {n}") for n in range(12)])
     run_line(made_spec(8, 4), layout)
-    digests = {"made_train": entry_digest(layout.data, "made_train")}
-    assert release_leaks(layout.data, ["made_train"], ["made_val"], digests) == []
-    assert release_leaks(layout.data, ["made_train"], ["made_train"], digests) == [
+    digests = {name: entry_digest(layout.data, name) for name in ("made_train", "made_val")}
+    assert release_leaks(layout.data, ["made_train"], ["made_val"], digests, digests) == []
+    assert release_leaks(layout.data, ["made_train"], ["made_train"], digests, digests) == [
         "made_train is both trained on and evaluated on."
     ]
     held, trained = (load_rows(layout.data, f"made_{side}")[0].images[0] for side in ("val", "train"))
     held.write_bytes(trained.read_bytes())
-    [found] = release_leaks(layout.data, ["made_train"], ["made_val"], digests)
+    digests["made_val"] = entry_digest(layout.data, "made_val")
+    [found] = release_leaks(layout.data, ["made_train"], ["made_val"], digests, digests)
     assert found.startswith("1 problems, the first: images/")
 
 
@@ -161,10 +164,40 @@ def test_a_split_that_changed_since_the_training_is_noticed(layout: Layout) -> N
     """Another seed may put what the model was trained on into the validation, where it looks like a success."""
     write_source(layout.root, [(png(n), f"picture {n}") for n in range(12)])
     run_line(made_spec(8, 4), layout)
-    digests = {"made_train": entry_digest(layout.data, "made_train")}
+    digests = {name: entry_digest(layout.data, name) for name in ("made_train", "made_val")}
     run_line(made_spec(8, 4, seed=7), layout)
-    [found] = release_leaks(layout.data, ["made_train"], ["made_val"], digests)
+    now = {"made_val": entry_digest(layout.data, "made_val")}
+    [found] = release_leaks(layout.data, ["made_train"], ["made_val"], digests, now)
     assert found.startswith("made_train is not what the model was trained on any more")
+
+
+def test_a_validation_that_was_cleaned_after_the_evaluation_does_not_vouch_for_it(layout: Layout) -> None:
+    """The figures are those of the leaky one, and the files on the disk show no leak."""
+    write_source(layout.root, [(png(n), f"picture {n}") for n in range(12)])
+    *_, version = run_line(made_spec(8, 4), layout)
+    val, train = version.directory / "val.json", version.directory / "train.json"
+    clean = val.read_text()
+    val.write_text(json.dumps(json.loads(clean) + json.loads(train.read_text())))
+    judged = {name: entry_digest(layout.data, name) for name in ("made_train", "made_val")}
+    val.write_text(clean)
+    [found] = release_leaks(layout.data, ["made_train"], ["made_val"], judged, judged)
+    assert found.startswith("made_val is not what the model was evaluated on any more")
+
+
+def test_a_release_checks_placeholders_and_counts_of_its_datasets_again(layout: Layout) -> None:
+    write_source(layout.root, [(png(n), f"picture {n}") for n in range(12)])
+    *_, version = run_line(made_spec(8, 4), layout)
+    require_sound_versions(layout.data, ["made_train", "made_val"])
+    manifest = read_manifest(version.directory)
+    write_json_atomic(version.directory / "manifest.json", {**manifest, "num_raw": 13})
+    with pytest.raises(DataError, match="13 raw is not 8 train"):
+        require_sound_versions(layout.data, ["made_val"])
+    write_json_atomic(version.directory / "manifest.json", manifest)
+    rows = json.loads((version.directory / "train.json").read_text())
+    rows[0]["images"] = []
+    (version.directory / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="1 placeholders, 0 images"):
+        require_sound_versions(layout.data, ["made_val"])
 
 
 def test_a_hub_dataset_for_the_guide_reads_other_rows_than_for_groups(layout: Layout) -> None:
