@@ -103,7 +103,7 @@ def _gc(arguments: argparse.Namespace) -> int:
     named, in_progress = latest_metadata()
     named += project_names(project, find_root_module(project))
     plan = find_garbage(layout, policy, also_named=named, in_progress=in_progress)
-    print_plan(layout, plan, deleted=delete(plan, policy) if arguments.delete else None)
+    print_plan(layout, plan, deleted=delete(plan) if arguments.delete else None)
     return 0
 
 

@@ -45,12 +45,12 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """One file or directory that can go; `age_s` is since it was last used."""
+    """One file or directory that can go; `used_s` is the Unix time at which it was last used."""
 
     kind: str
     path: Path
     num_bytes: int
-    age_s: float
+    used_s: float
     reason: str
 
 
@@ -79,12 +79,12 @@ def find_garbage(layout: Layout, policy: Policy, *, also_named: str = "", in_pro
     notes = [f"{in_progress} is in progress, so data and caches stay"] if in_progress else []
     garbage = []
     for artefact in artefacts:
-        age_s = now_s - artefact.used_s
-        if artefact.path in kept or artefact.path in busy or age_s < policy.older_than_s:
+        used_s = artefact.used_s
+        if artefact.path in kept or artefact.path in busy or now_s - used_s < policy.older_than_s:
             continue
         if in_progress and artefact.kind in DATA_AND_CACHES:
             continue
-        garbage.append(Garbage(artefact.kind, artefact.path, num_bytes(artefact.path), age_s, _reason(artefact.kind)))
+        garbage.append(Garbage(artefact.kind, artefact.path, num_bytes(artefact.path), used_s, _reason(artefact.kind)))
     if not in_progress:
         try:
             garbage += _images(layout, policy, {item.path for item in garbage}, now_s)
@@ -102,9 +102,9 @@ def _reason(kind: str) -> str:
 
 def _images(layout: Layout, policy: Policy, gone: set[Path], now_s: float) -> Iterator[Garbage]:
     for path in find_unnamed_images(layout, gone):
-        age_s = now_s - _file_used_s(path)
-        if age_s >= policy.older_than_s:
-            yield Garbage("image", path, path.stat().st_size, age_s, "no dataset names it")
+        used_s = _file_used_s(path)
+        if now_s - used_s >= policy.older_than_s:
+            yield Garbage("image", path, path.stat().st_size, used_s, "no dataset names it")
 
 
 def _leftovers(layout: Layout, policy: Policy, now_s: float) -> Iterator[Garbage]:
@@ -123,11 +123,11 @@ def _leftovers(layout: Layout, policy: Policy, now_s: float) -> Iterator[Garbage
     for path in dict.fromkeys(found):
         try:
             files = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
-            age_s = now_s - max(file.lstat().st_mtime for file in files)
+            used_s = max(file.lstat().st_mtime for file in files)
         except FileNotFoundError:  # its owner has finished it meanwhile
             continue
-        if age_s >= policy.older_than_s and not _is_locked(path):
-            yield Garbage("leftover", path, num_bytes(path), age_s, "half done, and whoever began it is gone")
+        if now_s - used_s >= policy.older_than_s and not _is_locked(path):
+            yield Garbage("leftover", path, num_bytes(path), used_s, "half done, and whoever began it is gone")
 
 
 def _is_locked(path: Path) -> bool:
@@ -142,20 +142,20 @@ def _is_locked(path: Path) -> bool:
         return True
 
 
-def delete(plan: Plan, policy: Policy) -> list[Garbage]:
+def delete(plan: Plan) -> list[Garbage]:
     """Delete what was found and is still as old as it was; return what was deleted.
 
     A directory is renamed first, so that a reader never sees half of it; a run's goes under its lock.
     """
-    return [item for item in plan.garbage if _delete_one(item, policy)]
+    return [item for item in plan.garbage if _delete_one(item)]
 
 
-def _delete_one(item: Garbage, policy: Policy) -> bool:
+def _delete_one(item: Garbage) -> bool:
     if item.kind != RUN:
-        return _remove(item, policy)
+        return _remove(item)
     try:
         with FileLock(lock_of(item.path)).acquire(blocking=False):
-            removed = _remove(item, policy)
+            removed = _remove(item)
             if removed:
                 lock_of(item.path).unlink(missing_ok=True)
             return removed
@@ -163,10 +163,10 @@ def _delete_one(item: Garbage, policy: Policy) -> bool:
         return False
 
 
-def _remove(item: Garbage, policy: Policy) -> bool:
+def _remove(item: Garbage) -> bool:
     try:
         used_s = _file_used_s(item.path) if item.kind == "image" else item.path.lstat().st_mtime
-        if time.time() - used_s < min(policy.older_than_s, item.age_s):
+        if used_s > item.used_s:  # used since it was found
             return False
         if item.path.is_symlink() or not item.path.is_dir():
             item.path.unlink()
@@ -182,6 +182,10 @@ def _remove(item: Garbage, policy: Policy) -> bool:
 def _file_used_s(path: Path) -> float:
     """When an image was written, or found in its place by a split that names it."""
     return max(path.stat().st_mtime, path.stat().st_ctime)
+
+
+def _days(used_s: float) -> str:
+    return f"{(time.time() - used_s) / DAY_S:.0f}"
 
 
 def num_bytes(path: Path) -> int:
@@ -201,10 +205,10 @@ def print_plan(layout: Layout, plan: Plan, *, deleted: Sequence[Garbage] | None)
     shown = plan.garbage if deleted is None else list(deleted)
     for item in (item for item in shown if item.kind != "image"):
         path, size = layout.relative(item.path), f"{item.num_bytes / MIB:.1f}"
-        table.add_row(item.kind, path, size, f"{item.age_s / DAY_S:.0f}", item.reason)
+        table.add_row(item.kind, path, size, _days(item.used_s), item.reason)
     if images := [item for item in shown if item.kind == "image"]:
         size = f"{sum(item.num_bytes for item in images) / MIB:.1f}"
-        days = f"{min(item.age_s for item in images) / DAY_S:.0f}"
+        days = _days(max(item.used_s for item in images))
         table.add_row("images", f"{len(images)} in data/images", size, days, images[0].reason)
     if shown:
         console.print(table)

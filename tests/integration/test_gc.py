@@ -132,8 +132,9 @@ def test_images_that_only_a_version_that_goes_names_go_with_it_and_a_persons_pic
     old_version = root.layout.data / ".versions" / "birds" / f"{b'old'.hex():0>16}"
     assert root.garbage() == {old_version, images[0]}
     plan = find_garbage(root.layout, ALL)
+    time.sleep(0.05)  # a file's times move in ticks
     os.utime(images[0])  # a dataset that is being split now has found it there
-    assert [item.path for item in delete(plan, Policy(older_than_s=DAY_S))] == [old_version]
+    assert [item.path for item in delete(plan)] == [old_version]
     assert images[0].exists() and mine.exists()
 
 
@@ -204,7 +205,7 @@ def test_whatever_was_made_in_whatever_order_all_that_is_named_is_there_after_a_
     with staged_directory(root.layout.releases("a") / "v1") as staging:
         write_manifest(staging, {"fingerprint": released.name})
 
-    delete(find_garbage(root.layout, ALL), ALL)
+    delete(find_garbage(root.layout, ALL))
 
     by_name = {artefact.path.name for artefact in find_artefacts(root.layout)}
     assert (root.layout.outputs / "a" / "latest").resolve().is_dir() and (root.layout.data / "d").resolve().is_dir()
