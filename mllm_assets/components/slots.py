@@ -1,18 +1,24 @@
 """Runs whose process was killed: end them, so that the pool slots they hold are free again."""
 
 import os
+import time
 from pathlib import Path
 
 import dagster as dg
 
+CLOCK_SLACK_S = 2.0  # a process names itself in an event some time after it began, never before
 HOLDING = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
 def find_dead_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     """Runs of this machine that count as running, and whose processes are all gone."""
     running = instance.get_runs(dg.RunsFilter(statuses=HOLDING))
-    pids = {run.run_id: _process_ids(instance, run.run_id) for run in running}
-    return [run for run in running if pids[run.run_id] and not any(_is_alive(pid) for pid in pids[run.run_id])]
+    seen = {run.run_id: _processes(instance, run.run_id) for run in running}
+    return [
+        run
+        for run in running
+        if (processes := seen[run.run_id]) and not any(_is_alive(pid, seen_s) for pid, seen_s in processes.items())
+    ]
 
 
 def find_leftover_holders(instance: dg.DagsterInstance) -> list[str]:
@@ -54,36 +60,37 @@ def describe_holders(instance: dg.DagsterInstance, pool: str) -> str:
         if run is None:
             holders.append(f"run {run_id[:8]}, which this instance no longer knows, holds it")
             continue
-        pids = ", ".join(str(pid) for pid in sorted(_process_ids(instance, run_id)) if _is_alive(pid))
+        pids = ", ".join(
+            str(pid) for pid, seen_s in sorted(_processes(instance, run_id).items()) if _is_alive(pid, seen_s)
+        )
         alive = f"its processes are {pids}" if pids else "none of its processes is alive here"
         holders.append(f"run {run_id[:8]} ({run.job_name}, {run.status.value}) holds it for {step_key}; {alive}")
     return f"{'; '.join(holders)}. If a run is dead, `mllm-assets slots free` ends it; Ctrl-C stops waiting."
 
 
-def _process_ids(instance: dg.DagsterInstance, run_id: str) -> set[int]:
-    """The processes that the run's own events name: the one that executes it, and its step workers."""
-    pids = set()
+def _processes(instance: dg.DagsterInstance, run_id: str) -> dict[int, float]:
+    """Pid and Unix time of each process that the run's own events name: what executes it, and its step workers."""
+    pids = {}
     for record in instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
         metadata = record.get_dagster_event().engine_event_data.metadata
         if "pid" in metadata:
-            pids.add(int(str(metadata["pid"].value)))
+            pids[int(str(metadata["pid"].value))] = record.timestamp
     return pids
 
 
-def _is_alive(pid: int) -> bool:
+def _is_alive(pid: int, seen_s: float) -> bool:
+    """Whether the process that had this pid at a Unix time still runs; a later one with the same pid is another."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's process: it is there
-        return True
-    return not _is_zombie(pid)
-
-
-def _is_zombie(pid: int) -> bool:
-    """Whether the process is dead and only waits for its parent to ask; unknown (False) where there is no /proc."""
+        pass
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == "Z"
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        since_boot_s = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:  # no /proc: nothing more is known
+        return True
+    state, started_ticks = stat[0], int(stat[19])
+    started_s = time.time() - since_boot_s + started_ticks / os.sysconf("SC_CLK_TCK")
+    return state != "Z" and started_s <= seen_s + CLOCK_SLACK_S

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 from mllm_assets.components.slots import _is_alive
 
@@ -11,8 +12,14 @@ from mllm_assets.components.slots import _is_alive
 def test_a_killed_process_that_its_parent_has_not_reaped_counts_as_gone() -> None:
     """A signal of 0 reaches a zombie: its run kept the pool slot, and the next `make demo` waited for ever."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert _is_alive(process.pid)
+    assert _is_alive(process.pid, time.time())
     process.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert not _is_alive(process.pid)
+    assert not _is_alive(process.pid, time.time())
     process.communicate()
+
+
+def test_another_process_that_got_the_pid_of_a_dead_one_does_not_keep_its_run_alive() -> None:
+    """Pids come round: a killed run stayed "started" for as long as anything had its number."""
+    assert _is_alive(os.getpid(), time.time())
+    assert not _is_alive(os.getpid(), time.time() - 3600 * 24 * 365)
