@@ -63,7 +63,7 @@ def yaml_keys() -> str:
     lines = [
         "# YAML of the components",
         "",
-        "`attributes:` of a `defs.yaml`. `dg check yaml` names the line of a mistake.",
+        "`attributes:` of a `defs.yaml`. `mllm-assets check-graph` names file and line of a mistake.",
     ]
     for name in sorted(components.__all__):
         component = getattr(components, name)

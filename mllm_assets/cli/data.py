@@ -57,7 +57,7 @@ def _add_dataset(arguments: argparse.Namespace) -> int:
         print(f"  {num_repeats}{looked_at} repeat another's images and texts, and stay unused")
     train, val = made.entries
     print("Read it (prompts, answer, split), then:")
-    print("  dg check yaml")
+    print("  mllm-assets check-graph")
     print(f"  {materialize_command(f'{made.name}/dataset_info')}")
     print(f"  mllm-assets quality rejects --dataset {made.name}")
     print("  mllm-assets check-data data")

@@ -32,7 +32,10 @@ def add_commands(verbs: Verbs) -> None:
     gc.add_argument("--delete", action="store_true", help="delete it; by default it is only listed")
     gc.set_defaults(run=_gc)
 
-    check = verbs.add_parser("check-graph", help="name every recipe and dataset that cannot be built (exit code 2)")
+    check = verbs.add_parser(
+        "check-graph",
+        help="name every mistake in a defs.yaml, and every recipe and dataset that cannot be built (exit code 2)",
+    )
     check.set_defaults(run=_check_graph)
 
 
@@ -115,8 +118,12 @@ def _duration_s(text: str) -> float:
 
 
 def _check_graph(arguments: argparse.Namespace) -> int:
+    from mllm_assets.components.component_yaml import find_mistakes
     from mllm_assets.components.reporting import load_project, unreadable_assets
 
+    if mistakes := find_mistakes(Path.cwd()):
+        print(*mistakes, sep="\n", file=sys.stderr)
+        return 2
     unreadable = unreadable_assets(load_project(Path.cwd()))
     for key, message in unreadable.items():
         print(f"{key}: {message}", file=sys.stderr)

@@ -28,7 +28,7 @@ def check_dagster(project: Path, layout: Layout) -> tuple[list[Finding], list[Hu
 
 
 def _check_definitions(project: Path, layout: Layout) -> tuple[Finding, list[HubModel]]:
-    step = "dg check yaml && mllm-assets check-graph, in the folder of the project"
+    step = "mllm-assets check-graph, in the folder of the project"
     try:
         definitions = load_project(project)
         unreadable = unreadable_assets(definitions)
