@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_assets.artifacts import read_manifest
+from mllm_assets.artifacts import is_complete, read_manifest
 from mllm_assets.data.dataset_info import load_entries
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
@@ -15,7 +15,7 @@ from mllm_assets.evaluation.evaluated import evaluated_runs, evaluation_of, how_
 from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.evaluation.release_versions import Release, current_release
 from mllm_assets.layout import Layout
-from mllm_assets.project.read import materialize_command
+from mllm_assets.project.read import dev_command, materialize_command, require_known_recipe
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SHOWN = ("loss", "loss_shuffled", "perplexity", "label_accuracy", "bleu", "chrf", "rouge_l")
@@ -29,6 +29,13 @@ def summarise(layout: Layout, recipe: str) -> str:
     """
     run_dir = (layout.outputs / recipe / "latest").resolve()
     if not run_dir.is_dir():
+        require_known_recipe(layout, recipe)
+        if finished := sorted(path.parent.name for path in (layout.outputs / recipe).glob("*/manifest.json")):
+            raise IntegrityError(
+                f"The link {layout.relative(layout.outputs / recipe / 'latest')} is missing; finished runs: "
+                f"{', '.join(finished)}. To have it again (nothing is trained twice): "
+                f"{materialize_command(f'{recipe}/checkpoint')}"
+            )
         raise IntegrityError(
             f"{recipe} was not trained below {layout.root}. Run: {materialize_command(f'{recipe}/released_model')}"
         )
@@ -41,9 +48,9 @@ def summarise(layout: Layout, recipe: str) -> str:
         *_losses(run_dir, run),
         *(_metrics(read_metrics(evaluated.metrics_dir)) if evaluated else _not_evaluated(layout, recipe, run_dir)),
         f"  run         {layout.relative(run_dir)}",
-        f"  released    {_describe_release(layout, release, run)}",
+        f"  released    {_describe_release(layout, recipe, release, run)}",
         f"\nTry it:       {_generate_command(layout, run_dir, run)}",
-        "Open the UI:  make dev   (http://127.0.0.1:3000)",
+        f"Open the UI:  {dev_command(Path.cwd())}   (http://127.0.0.1:3000)",
     ]
     return "\n".join(parts)
 
@@ -55,19 +62,27 @@ def _not_evaluated(layout: Layout, recipe: str, run_dir: Path) -> list[str]:
     return [f"  metrics     none yet of this run{others}", f"              {how_to_evaluate(layout, run_dir)}"]
 
 
-def _describe_release(layout: Layout, release: Release | None, run: Mapping[str, Any]) -> str:
+def _describe_release(layout: Layout, recipe: str, release: Release | None, run: Mapping[str, Any]) -> str:
     if release is None:
-        return "nothing yet; the checks of eval_metrics say which gate failed"
+        return f"nothing yet; this says why, or releases it: {materialize_command(f'{recipe}/released_model')}"
     of_this_run = read_manifest(release.directory)["weights_digest"] == run["weights_digest"]
     return f"{layout.relative(release.directory)}, made from {'this run' if of_this_run else 'another run'}"
 
 
 def _generate_command(layout: Layout, run_dir: Path, run: Mapping[str, Any]) -> str:
     """A question of the run's own data, to be typed as it is."""
-    [row, *_] = load_rows(layout.data, next(reversed(run["data_digests"])), max_samples=1)
+    [row, *_] = load_rows(
+        layout.root / run["recipe"]["dataset_dir"], next(reversed(run["data_digests"])), max_samples=1
+    )
     question = next(m.content for m in row.messages if m.role == "user").replace(IMAGE_PLACEHOLDER, "").strip()
-    images = " ".join(f"--image {shlex.quote(layout.relative(path))}" for path in row.images)
-    return f"mllm-assets generate --model {layout.relative(run_dir)} {images} --prompt {shlex.quote(question)}"
+    images = " ".join(f"--image {_typed(path)}" for path in row.images)
+    return f"mllm-assets generate --model {_typed(run_dir)} {images} --prompt {shlex.quote(question)}"
+
+
+def _typed(path: Path) -> str:
+    """A path as it is typed in the folder that the command was run in, which need not be the root."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
@@ -82,10 +97,11 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 def _samples(layout: Layout, run: Mapping[str, Any]) -> list[str]:
     """Counts of the datasets that the run read, each once."""
-    entries = load_entries(layout.data)
-    folders = {layout.data / Path(entries[name].file_name).parent for name in run["data_digests"] if name in entries}
+    data_dir = layout.root / run["recipe"]["dataset_dir"]
+    entries = load_entries(data_dir)
+    folders = {data_dir / Path(entries[name].file_name).parent for name in run["data_digests"] if name in entries}
     lines = []
-    for folder in sorted(folders - {layout.data}):
+    for folder in sorted(folder for folder in folders if is_complete(folder)):  # those written by hand count nothing
         counts = read_manifest(folder.resolve())
         lines.append(
             f"  samples     {counts['num_raw']} raw = {counts['num_train']} train + {counts['num_val']} validation + "

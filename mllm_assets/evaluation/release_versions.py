@@ -16,7 +16,7 @@ from mllm_assets.artifacts import point_symlink, read_manifest
 from mllm_assets.errors import IntegrityError, ModelError
 from mllm_assets.evaluation.release_integrity import require_intact
 from mllm_assets.layout import Layout
-from mllm_assets.project.read import materialize_command
+from mllm_assets.project.read import materialize_command, require_known_recipe
 
 CURRENT = "current"
 
@@ -87,6 +87,7 @@ def find_release(layout: Layout, recipe_name: str, version: str | None = None) -
     for path in damaged if not releases else [path for path in damaged if path.name == version]:
         require_intact(path)
     if not releases:
+        require_known_recipe(layout, recipe_name)
         known = ", ".join(released_recipes(layout)) or "none"
         raise ModelError(
             f"{recipe_name} has no release below {layout.root}; recipes that have one: {known}. Make it: "
@@ -131,9 +132,10 @@ def roll_back(layout: Layout, recipe_name: str, version: str | None = None) -> t
             before = find_release(layout, recipe_name)
             older = [r for r in releases if version_number(r.version) < version_number(before.version)]
             if not older:
+                newer = f"mllm-assets releases rollback {recipe_name} {releases[-1].version}"
                 raise ModelError(
-                    f"{before.version} is the oldest release of {recipe_name}, so there is none to go back to. Name "
-                    f"another one: mllm-assets releases rollback {recipe_name} VERSION"
+                    f"{before.version} is the oldest release of {recipe_name}, so there is none to go back to. "
+                    + (f"To the newest one: {newer}" if len(releases) > 1 else "It is the only one.")
                 )
             target = older[-1]
         require_intact(target.directory)

@@ -1,9 +1,13 @@
 """What `pyproject.toml` says of the project that a command runs in."""
 
+import difflib
+import re
 import tomllib
 from pathlib import Path
 
+from mllm_assets.artifacts import slug
 from mllm_assets.errors import RecipeError
+from mllm_assets.layout import Layout
 
 
 def root_module(project: Path) -> str:
@@ -38,3 +42,28 @@ def definitions_module(project: Path) -> str:
 def materialize_command(asset: str) -> str:
     """The command that makes an asset and all it needs. Without `key:` the `+` would go up one layer only."""
     return f"dagster asset materialize -m {definitions_module(Path.cwd())} --select '+key:\"{asset}\"'"
+
+
+def dev_command(project: Path) -> str:
+    """The command that opens the UI: the Makefile's where the project has one."""
+    makefile = project / "Makefile"
+    if makefile.is_file() and re.search(r"^dev:", makefile.read_text(encoding="utf-8"), re.MULTILINE):
+        return "make dev"
+    return f"dagster dev -m {definitions_module(project)}"
+
+
+def require_known_recipe(layout: Layout, recipe: str) -> None:
+    """Refuse a name that is no recipe's: a selection that matches nothing makes every asset of the project.
+
+    Raises:
+        RecipeError: Neither `configs/` nor `outputs/` knows it. Names the nearest.
+    """
+    outputs = [path.name for path in layout.outputs.glob("*") if (path / "latest").exists()]
+    known = {*outputs, *(slug(path.stem) for path in layout.root.glob("configs/*.yaml"))}
+    if known and recipe not in known:
+        near = difflib.get_close_matches(recipe, known, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(
+            f"No recipe is called {recipe!r}. {hint}There are: {', '.join(sorted(known))}. A new one is a file in "
+            "configs/."
+        )

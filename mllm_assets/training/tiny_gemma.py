@@ -1,4 +1,4 @@
-"""A Gemma 3 of about 1.7 million random weights, built in code: the same bytes every time, no network.
+"""A Gemma 3 of about 1.5 million random weights, built in code: the same bytes every time, no network.
 
 Every weight is drawn by numpy's PCG64 in the order of the parameters' names, so that neither the version of torch
 nor the width of the machine's vectors changes them.

@@ -129,7 +129,7 @@ def test_what_is_foretold_is_what_happens(home: Path, capsys: pytest.CaptureFixt
     assert version.num_unused >= 1 and version.num_rejected == 8
     assert (version.num_train, version.num_val) == (spec.split.num_train, spec.split.num_val)
     for line in (
-        "  dg check yaml\n",
+        "  mllm-assets check-graph\n",
         "  dagster asset materialize -m mine.definitions",
         "  mllm-assets quality rejects --dataset birds\n",
         "  mllm-assets check-data data\n",

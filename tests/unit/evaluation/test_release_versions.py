@@ -73,7 +73,7 @@ def test_the_next_version_after_a_rollback_has_a_new_number_and_is_current(two: 
 
 def test_there_is_nothing_before_the_oldest_release(two: list[Release], tmp_path: Path) -> None:
     roll_back(Layout(tmp_path), "pets", "v1")
-    with pytest.raises(ModelError, match="v1 is the oldest release of pets, so there is none to go back to. Name"):
+    with pytest.raises(ModelError, match="v1 is the oldest release of pets, so there is none to go back to. "):
         roll_back(Layout(tmp_path), "pets")
 
 
