@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import textwrap
 
 import dagster as dg
 
@@ -19,7 +20,7 @@ class OneLinePerAsset(logging.Handler):
             line = describe(event)
         elif record.levelno >= logging.INFO:
             text = meta.get("orig_message") or record.getMessage()
-            line = None if text.startswith(NOT_FOR_PEOPLE) else f"      {text}"
+            line = None if text.startswith(NOT_FOR_PEOPLE) else textwrap.indent(text, " " * 6)
         else:
             line = None
         if line:
