@@ -26,7 +26,7 @@ _TOKEN = re.compile(
 )
 _USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@'\"]*:[^\s/@'\"]*@")  # https://name:password@host
 _SETTING = re.compile(
-    r"(?i)(\b\w*(?:hub_token|api_key|password|secret|access_key)['\"]?\s*[=:]\s*['\"]?)(?!null|None|\[secret\])[^\s'\",}]+"
+    r"(?i)(\b\w*(?:hub_token|api_key|password|secret|access_key)['\"]?\s*[=:]\s*['\"]?)(?!null|None|\[secret\]|\$[({])[^\s'\",}]+"
 )
 
 

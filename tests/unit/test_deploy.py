@@ -90,7 +90,7 @@ def test_compose_holds_no_secret_of_its_own(compose: dict[str, Any]) -> None:
     for service in compose["services"].values():
         for name, value in service["environment"].items():
             if any(word in name for word in ("PASSWORD", "TOKEN", "WEBHOOK", "KEY")):
-                assert value.startswith("${"), name
+                assert value is None or value.startswith("${"), name  # null hands on what the shell has
 
 
 def test_dagster_understands_every_command(compose: dict[str, Any]) -> None:

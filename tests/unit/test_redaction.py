@@ -23,6 +23,7 @@ TOKEN = "hf_" + "aB3" * 12
         ("argument 'hub_token=abc'", "argument 'hub_token=[secret]'"),
         ('{"swanlab_api_key": "abc"}', '{"swanlab_api_key": "[secret]"}'),
         ("hub_token=null", "hub_token=null"),
+        ("export SERVE_API_KEY=$(openssl rand -hex 24)", None),
         ("eos_token: <end_of_turn>, num_tokens=12", "eos_token: <end_of_turn>, num_tokens=12"),
         ("see https://huggingface.co/settings/tokens", "see https://huggingface.co/settings/tokens"),
         ("hf_home and a digest 4be1c2d3e4f5a6b7c8d9e0f1a2b3c4d5e6f7a8b9", None),
