@@ -141,11 +141,15 @@ def _names_in(directory: Path) -> set[str]:
 
 def is_in_use(run_dir: Path) -> bool:
     """Whether a process trains in a run's directory: it holds the lock beside it."""
-    path = lock_of(run_dir)
-    if not path.exists():
+    return is_held(lock_of(run_dir))
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a living process holds a lock file; none is made by asking."""
+    if not lock.exists():
         return False
     try:
-        with FileLock(path).acquire(blocking=False):
+        with FileLock(lock).acquire(blocking=False):
             return False
     except Timeout:
         return True

@@ -19,7 +19,15 @@ from rich.table import Table
 
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
-from mllm_assets.operations.artefacts import DATA_AND_CACHES, RUN, find_artefacts, find_kept, is_in_use, lock_of
+from mllm_assets.operations.artefacts import (
+    DATA_AND_CACHES,
+    RUN,
+    find_artefacts,
+    find_kept,
+    is_held,
+    is_in_use,
+    lock_of,
+)
 from mllm_assets.operations.unnamed_images import find_unnamed_images
 
 DAY_S = 86400.0
@@ -126,20 +134,8 @@ def _leftovers(layout: Layout, policy: Policy, now_s: float) -> Iterator[Garbage
             used_s = max(file.lstat().st_mtime for file in files)
         except FileNotFoundError:  # its owner has finished it meanwhile
             continue
-        if now_s - used_s >= policy.older_than_s and not _is_locked(path):
+        if now_s - used_s >= policy.older_than_s and not is_held(path.with_suffix(".lock")):  # its owner's, beside it
             yield Garbage("leftover", path, num_bytes(path), used_s, "half done, and whoever began it is gone")
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether the owner of a hidden folder lives: it holds the lock beside it."""
-    lock = path.with_suffix(".lock")
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock).acquire(blocking=False):
-            return False
-    except Timeout:
-        return True
 
 
 def delete(plan: Plan) -> list[Garbage]:
