@@ -213,6 +213,6 @@ def _all(action: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         futures = [threads.submit(action, item) for item in items]
         try:
             return [future.result() for future in futures]
-        except BaseException:
+        except BaseException:  # Ctrl-C too: what waits in the queue must not be sent
             threads.shutdown(cancel_futures=True)
             raise

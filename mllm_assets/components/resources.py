@@ -36,7 +36,7 @@ def failures_for_people() -> Iterator[None]:
         yield
     except MllmAssetsError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from None
-    except Exception as error:
+    except Exception as error:  # of whatever class: Dagster would write its text into the event log
         if not holds_secret(text := "".join(traceback.format_exception(error))):
             raise
         failure = dg.Failure(description=redacted(text), allow_retries=False)

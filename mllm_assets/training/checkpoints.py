@@ -166,7 +166,7 @@ def no_space_is_an_error(directory: Path, what: str, num_bytes: int) -> Iterator
     free_bytes = shutil.disk_usage(directory.parent).free
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # torch and safetensors have classes of their own
         if getattr(error, "errno", None) not in NO_SPACE and not _lacks_space(directory, num_bytes):
             raise
         free = f"{_size(free_bytes)} were free"

@@ -13,31 +13,6 @@ from mllm_assets.training.recipe import Recipe, load_recipe
 from mllm_assets.training.runs import plan_run
 from mllm_assets.training.unchanged import require_same_model
 
-RECIPE = """
-model_name_or_path: pretrains/tiny
-dataset: gemma3_vlm_train
-template: gemma3
-do_train: true
-output_dir: outputs/r
-"""
-
-
-@pytest.fixture
-def project(tmp_path: Path, parity_dir: Path) -> Path:
-    """A root with a model directory (its config only), the parity data, and `configs/r.yaml`."""
-    (tmp_path / "pretrains" / "tiny").mkdir(parents=True)
-    (tmp_path / "pretrains" / "tiny" / "config.json").write_text("{}")
-    (tmp_path / "pretrains" / "tiny" / "model.safetensors").write_bytes(b"weights")
-    shutil.copytree(parity_dir / "data", tmp_path / "data")
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "r.yaml").write_text(RECIPE)
-    return tmp_path
-
-
-@pytest.fixture
-def recipe(project: Path) -> Recipe:
-    return load_recipe(project / "configs" / "r.yaml")
-
 
 @pytest.fixture
 def run_dir(project: Path, recipe: Recipe) -> Path:
@@ -143,7 +118,8 @@ def test_train_names_the_file_where_a_finished_run_was_changed(
 def second_stage(project: Path, model: str, **files: str) -> Recipe:
     for name, text in files.items():
         (project / "configs" / f"{name}.yaml").write_text(text)
-    (project / "configs" / "second.yaml").write_text(RECIPE.replace("outputs/r", "outputs/second"))
+    text = (project / "configs" / "r.yaml").read_text()
+    (project / "configs" / "second.yaml").write_text(text.replace("outputs/r", "outputs/second"))
     return load_recipe(project / "configs" / "second.yaml", [f"model_name_or_path={model}"])
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,6 @@ from mllm_assets.training.runs import (
     point_latest,
     train_request,
 )
-
-RECIPE = """
-model_name_or_path: pretrains/tiny
-dataset: gemma3_vlm_train
-eval_dataset: gemma3_vlm_val
-template: gemma3
-do_train: true
-output_dir: outputs/r
-"""
 
 
 def name_of(train: str = "t1", val: str = "v1", model: str = "m1", num_processes: int = 1, **values: object) -> str:
@@ -144,23 +134,6 @@ def test_the_order_of_entries_counts() -> None:
         for order in ("a,b", "b,a")
     }
     assert len(names) == 2
-
-
-@pytest.fixture
-def project(tmp_path: Path, parity_dir: Path) -> Path:
-    """A root with a model directory (its config only), the parity data, and `configs/r.yaml`."""
-    (tmp_path / "pretrains" / "tiny").mkdir(parents=True)
-    (tmp_path / "pretrains" / "tiny" / "config.json").write_text("{}")
-    (tmp_path / "pretrains" / "tiny" / "model.safetensors").write_bytes(b"weights")
-    shutil.copytree(parity_dir / "data", tmp_path / "data")
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "r.yaml").write_text(RECIPE)
-    return tmp_path
-
-
-@pytest.fixture
-def recipe(project: Path) -> Recipe:
-    return load_recipe(project / "configs" / "r.yaml")
 
 
 def finish(plan: RunPlan) -> None:
