@@ -62,7 +62,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         recipe,
         find_model_dir(recipe, root),
         root / recipe.spec.dataset_dir,
-        root / recipe.output_dir / "inspect",
+        root / recipe.spec.output_dir / "inspect",
         Reporter(),
         row=arguments.row,
         device=arguments.device,

@@ -21,6 +21,7 @@ from mllm_assets.evaluation.model_card import Origin
 from mllm_assets.evaluation.release_files import PARTS
 from mllm_assets.layout import Layout
 from mllm_assets.training.cache_settings import DEFAULT_MAX_HIDDEN_STATES_GIB, CacheSettings
+from mllm_assets.training.fingerprint import semantic_values
 from mllm_assets.training.recipe import Recipe, load_recipe
 from mllm_assets.training.runs import RunPlan, plan_run, point_latest, train_request
 
@@ -71,7 +72,7 @@ def checkpoint_asset(
         kinds={"pytorch"},
         deps=[*node.data, node.model, *features],
         pool="gpu",
-        code_version=digest_json(node.recipe.spec.semantic_values())[:16],
+        code_version=digest_json(semantic_values(node.recipe.spec))[:16],
         check_specs=[
             *gate_specs(node.key("checkpoint"), [RELOADS]),
             dg.AssetCheckSpec(APART, asset=node.key("checkpoint"), blocking=True),
@@ -125,7 +126,7 @@ def checkpoint_asset(
 
 
 def _describe(recipe: Recipe) -> str:
-    lines = [f"{recipe.path.name}: {recipe.spec.finetuning_type}, from {recipe.model_name_or_path}."]
+    lines = [f"{recipe.path.name}: {recipe.spec.finetuning_type}, from {recipe.spec.model_name_or_path}."]
     return "\n\n".join([*lines, *(f"Note: {note}" for note in recipe.notes)])
 
 

@@ -131,7 +131,7 @@ class FineTuning(dg.Component, dg.Model, dg.Resolvable):
         around = Surroundings(
             entries={**by_hand, **made},
             models={model.directory: model.key for model in _models(context)},
-            recipes={recipe.output_dir: dg.AssetKey([recipe.name, "checkpoint"]) for recipe in recipes},
+            recipes={recipe.spec.output_dir: dg.AssetKey([recipe.name, "checkpoint"]) for recipe in recipes},
         )
         settings = {slug(override.recipe): override for override in self.settings}
         nodes: list[Node] = []
@@ -189,9 +189,9 @@ def _read_recipe(paths: list[Path], earlier: list[Recipe]) -> Recipe:
         )
     recipe = load_recipe(paths[0])
     for other in earlier:
-        if PurePosixPath(other.output_dir) == PurePosixPath(recipe.output_dir):
+        if PurePosixPath(other.spec.output_dir) == PurePosixPath(recipe.spec.output_dir):
             raise RecipeError(
-                f"{recipe.path.name}: output_dir {recipe.output_dir!r} is also that of {other.path.name}. "
+                f"{recipe.path.name}: output_dir {recipe.spec.output_dir!r} is also that of {other.path.name}. "
                 f"Give it one of its own, for example outputs/{recipe.name}."
             )
     return recipe

@@ -26,7 +26,7 @@ def find_origin(context: dg.AssetExecutionContext, node: Node) -> Origin:
     The output of another recipe has the licence of what that began with, but not its Hub id: it is another model.
     """
     facts = upstream(context, node.model)
-    name = node.recipe.model_name_or_path
+    name = node.recipe.spec.model_name_or_path
     if node.model.path[0] == "pretrained":
         model = _described(name, facts, facts)
         return {"base_model": model, "pretrained_model": model}

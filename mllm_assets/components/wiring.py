@@ -65,8 +65,8 @@ def resolve(recipe: Recipe, around: Surroundings) -> Node:
     return Node(
         recipe=recipe,
         model=_model_key(recipe, around),
-        train_data=_entry_keys(recipe, "dataset", recipe.train_entries, around.entries),
-        eval_data=_entry_keys(recipe, "eval_dataset", recipe.eval_entries, around.entries),
+        train_data=_entry_keys(recipe, "dataset", recipe.spec.train_entries, around.entries),
+        eval_data=_entry_keys(recipe, "eval_dataset", recipe.spec.eval_entries, around.entries),
     )
 
 
@@ -127,7 +127,7 @@ def _entry_keys(
 
 
 def _model_key(recipe: Recipe, around: Surroundings) -> dg.AssetKey:
-    path = PurePosixPath(recipe.model_name_or_path)
+    path = PurePosixPath(recipe.spec.model_name_or_path)
     if (known := around.models.get(str(path))) is not None:
         return known
     for output_dir, checkpoint in around.recipes.items():

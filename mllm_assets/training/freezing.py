@@ -15,7 +15,8 @@ from torch import nn
 
 from mllm_assets.errors import RecipeError
 from mllm_assets.training.families import FAMILIES, Family
-from mllm_assets.training.spec import TrainSpec, split_names
+from mllm_assets.training.spec import TrainSpec
+from mllm_assets.training.spec_rules import split_names
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,7 +15,7 @@ def find_model_dir(recipe: Recipe, root: Path) -> Path:
     Raises:
         ModelError: It is not there, or is a run rather than its model. Says how to get it.
     """
-    name = recipe.model_name_or_path
+    name = recipe.spec.model_name_or_path
     directory = (root / name).resolve()
     if not directory.is_dir():
         raise ModelError(
@@ -33,7 +33,7 @@ def find_model_dir(recipe: Recipe, root: Path) -> Path:
 def _how_to_get(directory: Path, recipe: Recipe, root: Path) -> str:
     for path in sorted(recipe.path.parent.glob("*.yaml")):
         try:
-            output_dir = (root / load_recipe(path).output_dir).resolve()
+            output_dir = (root / load_recipe(path).spec.output_dir).resolve()
         except MllmAssetsError:
             continue  # this one is told what is wrong with it when it is trained
         if directory.is_relative_to(output_dir) and path != recipe.path:

@@ -16,9 +16,7 @@ from mllm_assets.training.checking import WrongTypeError, convert
 from mllm_assets.training.idle_keys import idle_notes, repeated_notes
 from mllm_assets.training.keys import ALIASES, KEYS
 from mllm_assets.training.recipe_yaml import Entry, parse_value, read_yaml
-from mllm_assets.training.spec import InvalidValueError, TrainSpec, split_names
-
-__all__ = ["Recipe", "TrainSpec", "load_recipe", "split_names"]
+from mllm_assets.training.spec import InvalidValueError, TrainSpec
 
 _TYPES = typing.get_type_hints(TrainSpec)
 # Relative paths stay inside the project's folder; an absolute one is the choice of who wrote the recipe
@@ -47,22 +45,6 @@ class Recipe:
     values: Mapping[str, Any]
     spec: TrainSpec
     notes: tuple[str, ...]
-
-    @property
-    def output_dir(self) -> str:
-        return self.spec.output_dir
-
-    @property
-    def model_name_or_path(self) -> str:
-        return self.spec.model_name_or_path
-
-    @property
-    def train_entries(self) -> tuple[str, ...]:
-        return self.spec.train_entries
-
-    @property
-    def eval_entries(self) -> tuple[str, ...]:
-        return self.spec.eval_entries
 
 
 def load_recipe(path: Path, overrides: Mapping[str, object] | Sequence[str] | None = None) -> Recipe:

@@ -1,4 +1,4 @@
-"""A training run is named by what it computes, so that the same question is never computed twice or mixed up.
+"""Where a recipe's run lies and what is left to do of it, so that nothing is computed twice or mixed up.
 
 `<output_dir>/<fingerprint>/` is finished if it has a manifest, and resumed if it has none. `force` makes
 `<fingerprint>-2`, `-3`, ... Nothing overwrites another run's output.
@@ -13,12 +13,9 @@ from mllm_assets.artifacts import digest_json, is_complete, point_symlink, read_
 from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.errors import RecipeError
 from mllm_assets.training.cache_settings import CacheSettings
+from mllm_assets.training.fingerprint import run_fingerprint
 from mllm_assets.training.model_directory import find_model_dir, model_fingerprint
 from mllm_assets.training.recipe import Recipe, with_config_files
-from mllm_assets.training.spec import TrainSpec
-
-# Raise it when the same recipe on the same data would give other weights than before
-ENGINE_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,37 +47,6 @@ class RunPlan:
     pretrained_fingerprint: str
     regroup: bool = False
     resume_from: Path | None = None
-
-
-def fingerprint(
-    spec: TrainSpec,
-    *,
-    data_digests: Mapping[str, str],
-    eval_digests: Mapping[str, str],
-    pretrained_fingerprint: str,
-    num_processes: int = 1,
-    regroup: bool = False,
-    resume_digest: str | None = None,
-) -> str:
-    """Name what a run computes: 16 hex digits.
-
-    Covers the semantic keys, the content of the training entries in the recipe's order, the model, the number of
-    processes where it multiplies the batch, and the checkpoint that `resume_from_checkpoint` names. The evaluation
-    entries count only where evaluation chooses the weights. Paths, names of entries, logging, loader processes and
-    save intervals do not count.
-    """
-    return digest_json(
-        {
-            **({"resume_from": resume_digest} if resume_digest else {}),
-            "engine": ENGINE_VERSION,
-            "spec": spec.semantic_values(),
-            "train": [data_digests[name] for name in spec.train_entries],
-            "eval": [eval_digests[name] for name in spec.eval_entries] if spec.evaluation_selects else [],
-            "model": pretrained_fingerprint,
-            "num_processes": num_processes,
-            **({"regroup": True} if regroup else {}),
-        }
-    )[:16]
 
 
 def find_named_checkpoint(recipe: Recipe, root: Path) -> Path | None:
@@ -135,16 +101,15 @@ def plan_run(
     model_dir = model_dir or find_model_dir(recipe, root)
     digests = {name: entry_digest(data_dir, name) for name in dict.fromkeys((*spec.train_entries, *spec.eval_entries))}
     pretrained_fingerprint = model_fingerprint(model_dir)
-    name = fingerprint(
+    name = run_fingerprint(
         spec,
         data_digests=digests,
-        eval_digests=digests,
         pretrained_fingerprint=pretrained_fingerprint,
         num_processes=num_processes,
         regroup=regroup,
         resume_digest=digest_json(read_manifest(resume_from)["files"]) if resume_from else None,
     )
-    directory = _choose(output_dir or root / recipe.output_dir, name, force=force)
+    directory = _choose(output_dir or root / recipe.spec.output_dir, name, force=force)
     state = "finished" if is_complete(directory) else "unfinished" if directory.exists() else "new"
     return RunPlan(
         recipe=recipe,

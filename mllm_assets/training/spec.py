@@ -206,20 +206,6 @@ class TrainSpec:
             or self.lr_scheduler_type == "reduce_lr_on_plateau"
         )
 
-    def semantic_values(self) -> dict[str, Any]:
-        """The fields that decide which weights come out, for the run's fingerprint."""
-        scopes = {"semantic", "selection"} if self.evaluation_selects else {"semantic"}
-        idle = set().union(*_PREFIXES.values()) - _PREFIXES[self.finetuning_type]
-        if not self.packs:
-            idle.add("preprocessing_")
-        if len(self.train_entries) == 1 and len(self.eval_entries) < 2:
-            idle |= {"mix_strategy", "interleave_probs"}
-        return {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.metadata["scope"] in scopes and not f.name.startswith(tuple(idle))
-        }
-
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments for transformers' `TrainingArguments`, without `output_dir`, precision or device.
 
@@ -247,11 +233,3 @@ class TrainSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainSpec":
         return cls(**values)
-
-
-# Which keys are read by one way of fine-tuning only
-_PREFIXES = {
-    "lora": {"lora_", "use_rslora", "use_dora"},
-    "freeze": {"freeze_trainable_", "freeze_extra_"},
-    "full": set[str](),
-}

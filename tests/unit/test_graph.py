@@ -16,7 +16,7 @@ from mllm_assets.data.spec import DatasetSpec, OutputSpec, QualitySpec, SourceSp
 from mllm_assets.definitions import defs
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.hub_push import PushSpec
-from mllm_assets.training.recipe import TrainSpec
+from mllm_assets.training.spec import TrainSpec
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm_assets.training.recipe import TrainSpec, load_recipe, split_names
+from mllm_assets.training.recipe import load_recipe
+from mllm_assets.training.spec import TrainSpec
+from mllm_assets.training.spec_rules import split_names
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 BASE = {"model_name_or_path": "model", "dataset": "emoji_train", "template": "gemma3", "do_train": True}
@@ -29,8 +31,8 @@ def recipe_file(tmp_path: Path):
 def test_the_guides_recipes_load_as_they_are(name: str, golden) -> None:
     recipe = load_recipe(CONFIGS / f"{name}.yaml")
     assert recipe.name == name
-    assert recipe.train_entries == ("gemma3_vlm_train",)
-    assert recipe.eval_entries == ("gemma3_vlm_val",)
+    assert recipe.spec.train_entries == ("gemma3_vlm_train",)
+    assert recipe.spec.eval_entries == ("gemma3_vlm_val",)
     golden(f"recipes/{name}", {"spec": recipe.spec.to_dict(), "notes": list(recipe.notes)})
 
 
@@ -55,7 +57,7 @@ def test_numbers_are_read_as_omegaconf_reads_them(recipe_file) -> None:
 
 
 def test_a_date_stays_text(recipe_file) -> None:
-    assert load_recipe(recipe_file("output_dir: 2026-01-31\n")).output_dir == "2026-01-31"
+    assert load_recipe(recipe_file("output_dir: 2026-01-31\n")).spec.output_dir == "2026-01-31"
 
 
 def test_a_bare_no_is_the_strategy_no(recipe_file) -> None:
@@ -99,7 +101,7 @@ def test_overrides_win_and_are_checked_alike(recipe_file) -> None:
     by_text = load_recipe(path, ["max_steps=10", "learning_rate=1e-3", "dataset=a,b", "bf16=true"])
     by_value = load_recipe(path, {"max_steps": 10, "learning_rate": 1e-3, "dataset": "a,b", "bf16": True})
     assert by_text.spec == by_value.spec
-    assert by_text.spec.max_steps == 10 and by_text.train_entries == ("a", "b")
+    assert by_text.spec.max_steps == 10 and by_text.spec.train_entries == ("a", "b")
     assert by_text.values["max_steps"] == 10
 
 
