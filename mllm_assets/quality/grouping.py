@@ -7,11 +7,13 @@ already is skipped; a long run is banded again by the bits that are left; and wh
 members apart, a search outward from its smallest groups compares each member only with those not reached yet.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mllm_assets.quality.equal_runs import lengths, per_member, run_numbers, slices, starts
+from mllm_assets.quality.forest import Forest
 
 # Longer runs are banded again: comparing all of 1,024 costs about as much as sorting them once more.
 LONG_RUN = 1024
@@ -58,10 +60,8 @@ def near_forest(
     members = np.arange(len(hashes_N))
     search.link_equal_hashes()
     search.link(members, hashes_N, np.zeros(len(hashes_N), np.int64), width=64, level=1)
-    a_E, b_E = search.edges()
-    return NearForest(
-        groups_N=_first_of_group(search.roots(members)), a_E=a_E, b_E=b_E, num_compared=search.num_compared
-    )
+    a_E, b_E = search.forest.edges()
+    return NearForest(groups_N=search.forest.groups(), a_E=a_E, b_E=b_E, num_compared=search.num_compared)
 
 
 class _Search:
@@ -72,27 +72,12 @@ class _Search:
         self.color_sum = color * colors.shape[1]
         # the difference of two sums is at most the sum of the differences: a cheap test before the exact one
         self.brightness = colors.sum(axis=1, dtype=np.int64)
-        self.parent = np.arange(len(hashes))
-        self.found: list[NDArray[np.int64]] = []
+        self.forest = Forest(len(hashes))
         self.num_compared = 0
-
-    def roots(self, members: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The group that each member is in so far."""
-        roots = self.parent[members]
-        while not np.array_equal(further := self.parent[roots], roots):
-            roots = further
-        self.parent[members] = roots
-        return roots
-
-    def edges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        pairs = np.concatenate([np.empty((0, 2), np.int64), *self.found])
-        pairs.sort(axis=1)
-        pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-        return pairs[:, 0], pairs[:, 1]
 
     def link_equal_hashes(self) -> None:
         order = np.argsort(self.hashes, kind="stable")
-        runs = _run_numbers(np.zeros(len(order), np.int64), self.hashes[order])
+        runs = run_numbers(np.zeros(len(order), np.int64), self.hashes[order])
         self._link_runs(order, np.zeros(len(order), np.uint64), runs, width=0, level=1)
 
     def link(
@@ -106,10 +91,10 @@ class _Search:
     ) -> None:
         """Link all near pairs within each run; its members agree in all bits but the `width` in `values`."""
         if width <= self.bits or level > MAX_LEVELS:
-            for run in _slices(runs):
+            for run in slices(runs):
                 self._search_outward(members[run])
             return
-        kept = np.concatenate([self._unless_few_hashes(members[run]) for run in _slices(runs)]) if level > 1 else None
+        kept = np.concatenate([self._unless_few_hashes(members[run]) for run in slices(runs)]) if level > 1 else None
         if kept is not None:
             members, values, runs = members[kept], values[kept], runs[kept]
         edges = np.linspace(0, width, self.bits + 2).astype(int)
@@ -118,7 +103,7 @@ class _Search:
             order = np.lexsort((rotated, runs)) if level > 1 else np.argsort(rotated, kind="stable")
             rest_width = width - int(end - start)
             keys = rotated[order] >> np.uint64(rest_width)
-            band_runs = _run_numbers(runs[order], keys)
+            band_runs = run_numbers(runs[order], keys)
             rest = rotated[order] & np.uint64((1 << rest_width) - 1)
             self._link_runs(members[order], rest, band_runs, width=rest_width, level=level)
 
@@ -131,20 +116,20 @@ class _Search:
         self._compare(members, range(1, 4))
         kept = self._open_runs(members, runs)
         members, rest, runs = members[kept], rest[kept], runs[kept]
-        lengths = _lengths(runs)
-        is_long = lengths > LONG_RUN
+        run_lengths = lengths(runs)
+        is_long = run_lengths > LONG_RUN
         if is_long.any():
             self.link(members[is_long], rest[is_long], runs[is_long], width=width, level=level + 1)
-            members, runs, lengths = members[~is_long], runs[~is_long], lengths[~is_long]
+            members, runs, run_lengths = members[~is_long], runs[~is_long], run_lengths[~is_long]
         offset = 4
         while len(members) > offset:
-            until = min(offset * 2, int(lengths.max()))
+            until = min(offset * 2, int(run_lengths.max()))
             if until <= offset:
                 break
             self._compare(members, range(offset, until))
             offset = until
-            kept = self._open_runs(members, runs) & (lengths > offset)
-            members, runs, lengths = members[kept], runs[kept], lengths[kept]
+            kept = self._open_runs(members, runs) & (run_lengths > offset)
+            members, runs, run_lengths = members[kept], runs[kept], run_lengths[kept]
 
     def _unless_few_hashes(self, members: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Link a run of few distinct hashes, such as thousands of blank images, at once; returns what is left to do."""
@@ -161,13 +146,12 @@ class _Search:
         """Whether each member's run still holds more than one group."""
         if not len(members):
             return np.zeros(0, bool)
-        roots, starts = self.roots(members), _starts(runs)
-        is_open = np.minimum.reduceat(roots, starts) != np.maximum.reduceat(roots, starts)
-        return np.repeat(is_open, np.diff(np.append(starts, len(runs))))
+        roots, firsts = self.forest.roots(members), starts(runs)
+        return per_member(np.minimum.reduceat(roots, firsts) != np.maximum.reduceat(roots, firsts), runs)
 
     def _compare(self, members: NDArray[np.int64], offsets: range) -> None:
         """Compare each member with those at `offsets` after it. One of another run may be near as well."""
-        hashes, roots = self.hashes[members], self.roots(members)
+        hashes, roots = self.hashes[members], self.forest.roots(members)
         pending: list[NDArray[np.int64]] = []
         for offset in offsets:
             distances = np.bitwise_count(hashes[offset:] ^ hashes[:-offset])
@@ -176,10 +160,10 @@ class _Search:
             hits = hits[roots[hits] != roots[hits + offset]]
             pending.append(self._near_in_color(members[hits], members[hits + offset]))
             if sum(map(len, pending)) > len(members) // 4:
-                self._unite(np.concatenate(pending))
-                pending, roots = [], self.roots(members)
+                self.forest.unite(np.concatenate(pending))
+                pending, roots = [], self.forest.roots(members)
         if pending:
-            self._unite(np.concatenate(pending))
+            self.forest.unite(np.concatenate(pending))
 
     def _near_in_color(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
         """The pairs whose colours are near."""
@@ -197,33 +181,13 @@ class _Search:
         near[near] = np.abs(differences).sum(axis=1, dtype=np.int64) <= self.color_sum
         return near
 
-    def _unite(self, pairs: NDArray[np.int64]) -> None:
-        """Join the groups of near pairs, and keep as few of the pairs as connect them."""
-        if not len(pairs):
-            return
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
-
-        roots = np.stack([self.roots(pairs[:, 0]), self.roots(pairs[:, 1])], axis=1)
-        names, nodes = np.unique(roots, return_inverse=True)
-        nodes = np.sort(nodes.reshape(roots.shape), axis=1)
-        _, first = np.unique(nodes[:, 0] * len(names) + nodes[:, 1], return_index=True)
-        first = first[nodes[first, 0] != nodes[first, 1]]
-        # weights that all differ name the chosen pairs, and make the choice the same every time
-        weights = (first + 1).astype(np.float64)
-        shape = (len(names), len(names))
-        tree = minimum_spanning_tree(coo_array((weights, (nodes[first, 0], nodes[first, 1])), shape=shape))
-        self.found.append(pairs[np.sort(tree.data.astype(np.int64)) - 1])
-        _, groups = connected_components(tree, directed=False)
-        self.parent[names] = names[_first_of_group(groups)]
-
     def _search_outward(self, members: NDArray[np.int64]) -> None:
         """Link a run by visiting: each member is compared with those of the run that were not reached before it."""
         members = members[np.argsort(self.brightness[members], kind="stable")]
         brightness, hashes = self.brightness[members], self.hashes[members]
         lows = np.searchsorted(brightness, brightness - self.color_sum, side="left")
         highs = np.searchsorted(brightness, brightness + self.color_sum, side="right")
-        _, groups, sizes = np.unique(self.roots(members), return_inverse=True, return_counts=True)
+        _, groups, sizes = np.unique(self.forest.roots(members), return_inverse=True, return_counts=True)
         of_group = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
         is_left = np.ones(len(sizes), bool)
         num_left = len(sizes)
@@ -248,7 +212,7 @@ class _Search:
                 for group in new_groups:
                     frontier.extend(of_group[group])
         if pairs:
-            self._unite(np.concatenate(pairs))
+            self.forest.unite(np.concatenate(pairs))
 
 
 def _rotated(values: NDArray[np.uint64], end: int, width: int) -> NDArray[np.uint64]:
@@ -257,33 +221,3 @@ def _rotated(values: NDArray[np.uint64], end: int, width: int) -> NDArray[np.uin
         return values
     mask = np.uint64((1 << width) - 1)
     return ((values << np.uint64(width - end)) | (values >> np.uint64(end))) & mask
-
-
-def _run_numbers(runs: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    changes = np.ones(len(runs), bool)
-    changes[1:] = (runs[1:] != runs[:-1]) | (keys[1:] != keys[:-1])
-    return np.cumsum(changes) - 1
-
-
-def _starts(runs: NDArray[np.int64]) -> NDArray[np.int64]:
-    changes = np.ones(len(runs), bool)
-    changes[1:] = runs[1:] != runs[:-1]
-    return np.flatnonzero(changes)
-
-
-def _lengths(runs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The length of each member's run."""
-    lengths = np.diff(np.append(_starts(runs), len(runs)))
-    return np.repeat(lengths, lengths)
-
-
-def _slices(runs: NDArray[np.int64]) -> Iterator[slice]:
-    bounds = np.append(_starts(runs), len(runs)).tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        yield slice(start, end)
-
-
-def _first_of_group(groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Name each member's group by the index of its first member."""
-    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-    return first[inverse]
