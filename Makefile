@@ -39,7 +39,7 @@ docs: $(EXTRAS) ## the documentation on http://127.0.0.1:8000
 	$(BIN)/mkdocs serve -a 127.0.0.1:8000
 
 dev: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the Dagster UI on http://127.0.0.1:3000
-	$(BIN)/dagster dev -h 127.0.0.1 -p 3000
+	$(BIN)/dg dev -h 127.0.0.1 -p 3000
 
 bench: $(CORE)
 	$(BIN)/python benchmarks/load_graph.py

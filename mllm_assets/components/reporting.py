@@ -13,6 +13,9 @@ from mllm_assets.errors import MllmAssetsError
 from mllm_assets.project.read import root_module
 
 UNREADABLE = "mllm_assets/unreadable"
+TOLD = ("num_", "final_", "eval_", "loss", "accuracy", "already", "version", "model_path", "report_path", "path")
+# How the lines begin that say of every asset what came of it, for terminals that show no events
+MADE, CHECK_FAILED = "made ", "check failed: "
 MAX_TAG_LENGTH = 63  # Dagster's, of a tag's value
 
 
@@ -82,6 +85,16 @@ def unreadable_assets(definitions: dg.Definitions) -> dict[str, str]:
     """Key and message of each asset that stands in place of one that cannot be built."""
     specs = definitions.resolve_all_asset_specs()
     return {spec.key.to_user_string(): spec.description or "" for spec in specs if UNREADABLE in spec.tags}
+
+
+def facts_text(metadata: Mapping[str, Any]) -> str:
+    """The pieces of an asset's metadata that a terminal shows, on one line."""
+    plain = {name: getattr(value, "value", value) for name, value in metadata.items() if name.startswith(TOLD)}
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in plain.items()
+        if isinstance(value, int | float | str)
+    )
 
 
 def link(address: str) -> dg.MetadataValue:

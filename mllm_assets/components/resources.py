@@ -14,6 +14,7 @@ from pydantic import Field
 from mllm_assets.components.mirroring import send
 from mllm_assets.components.progress import ProgressRelay, local_session
 from mllm_assets.components.ray_launcher import run_on_ray
+from mllm_assets.components.reporting import CHECK_FAILED, MADE, facts_text
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
 from mllm_assets.mirror import Mirror
@@ -93,6 +94,10 @@ class ProjectResource(dg.ConfigurableResource):
             if mirror := self.mirror(context):
                 send(mirror, key, result)
             self.quality_store.write({"runs": table_for("runs", [row])})
+        context.log.info(f"{MADE}{row['asset']}: {facts_text(result.metadata or {})}")
+        for check in result.check_results or ():
+            if not check.passed:
+                context.log.warning(f"{CHECK_FAILED}{check.check_name}: {redacted(check.description or '')}")
         return result
 
 

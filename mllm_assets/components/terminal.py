@@ -6,8 +6,9 @@ import textwrap
 
 import dagster as dg
 
-NOT_FOR_PEOPLE = ("[pipes]",)
-SHOWN = ("num_", "final_", "eval_", "loss", "accuracy", "already", "version", "path")
+from mllm_assets.components.reporting import CHECK_FAILED, MADE, facts_text
+
+NOT_FOR_PEOPLE = ("[pipes]", MADE, CHECK_FAILED)  # the last two are said of the events
 
 
 class OneLinePerAsset(logging.Handler):
@@ -34,12 +35,7 @@ def describe(event: dg.DagsterEvent) -> str | None:
         return f"  ... {event.step_key}"
     if kind == dg.DagsterEventType.ASSET_MATERIALIZATION:
         materialization = event.step_materialization_data.materialization
-        facts = ", ".join(
-            f"{name} {value.value:.4g}" if isinstance(value.value, float) else f"{name} {value.value}"
-            for name, value in materialization.metadata.items()
-            if isinstance(value.value, (int, float, str)) and name.startswith(SHOWN)
-        )
-        return f"  ok  {materialization.asset_key.to_user_string()}  {facts}"
+        return f"  ok  {materialization.asset_key.to_user_string()}  {facts_text(materialization.metadata)}"
     if kind == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
         check = event.asset_check_evaluation_data
         text = check.description or ""

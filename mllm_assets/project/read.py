@@ -34,14 +34,9 @@ def find_root_module(project: Path) -> str | None:
         return None
 
 
-def definitions_module(project: Path) -> str:
-    """The module that `dagster -m` is given: the project's own where there is one, otherwise this package's."""
-    return f"{find_root_module(project) or 'mllm_assets'}.definitions"
-
-
 def materialize_command(asset: str) -> str:
     """The command that makes an asset and all it needs. Without `key:` the `+` would go up one layer only."""
-    return f"dagster asset materialize -m {definitions_module(Path.cwd())} --select '+key:\"{asset}\"'"
+    return f"dg launch{_definitions_option(Path.cwd())} --assets '+key:\"{asset}\"'"
 
 
 def dev_command(project: Path) -> str:
@@ -49,7 +44,12 @@ def dev_command(project: Path) -> str:
     makefile = project / "Makefile"
     if makefile.is_file() and re.search(r"^dev:", makefile.read_text(encoding="utf-8"), re.MULTILINE):
         return "make dev"
-    return f"dagster dev -m {definitions_module(project)}"
+    return f"dg dev{_definitions_option(project)}"
+
+
+def _definitions_option(project: Path) -> str:
+    """In its folder dg finds a project by itself; elsewhere it is given this package's definitions."""
+    return "" if find_root_module(project) else " -m mllm_assets.definitions"
 
 
 def require_known_recipe(layout: Layout, recipe: str) -> None:

@@ -149,7 +149,7 @@ def test_a_newest_run_that_was_not_evaluated_is_said_and_the_last_that_was_is_sh
     )
     assert code == 0, output.err
     note = "the newest run of quickly was not evaluated; the page shows outputs/quickly/0123456789abcdef, the last that"
-    command = "--select '+key:\"quickly/eval_metrics\"'"
+    command = "--assets '+key:\"quickly/eval_metrics\"'"
     assert note in output.err and command in output.err and "quickly/0123456789abcdef" in page.read_text()
     code, output = said(capsys, monkeypatch, tmp_path / "project", "summary", "quickly")
     assert "none yet of this run; the last run that was evaluated is outputs/quickly/0123456789abcdef" in output.out

@@ -75,7 +75,7 @@ def test_an_installed_wheel_makes_a_project_that_runs_the_emoji_line(installed: 
     assert json.loads((run_dir / "manifest.json").read_text())["num_steps"] == 4
     assert list((project / "outputs" / "emoji_sft" / "eval_metrics").glob("*/manifest.json"))
     card = (project / "releases" / "emoji_sft" / "v1" / "README.md").read_text()
-    assert "dagster asset materialize -m birds.definitions" in card
+    assert "dg launch --assets '+key:\"emoji_sft/released_model\"'" in card
     assert (project / ".dagster_home" / "dagster.yaml").resolve() == project / "dagster.yaml"
 
 

@@ -159,7 +159,7 @@ def test_an_asset_whose_inputs_were_never_made_says_the_command_that_makes_them(
     run = project.materialize('key:"mine/eval_metrics"')
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 1
-    assert "mine/predictions was never materialised. Run: dagster asset materialize -m" in output
+    assert "mine/predictions was never materialised. Run: dg launch --assets '+key:\"mine/predictions\"'" in output
 
 
 def test_the_run_directory_says_all_that_the_guide_looks_at(project: Project) -> None:

@@ -15,5 +15,5 @@ def test_the_projects_own_servers_listen_on_loopback(command: list[str]) -> None
 
 
 def test_make_starts_servers_on_loopback() -> None:
-    started = [line for line in MAKEFILE.splitlines() if "dagster dev" in line or "mkdocs serve" in line]
+    started = [line for line in MAKEFILE.splitlines() if "dg dev" in line or "mkdocs serve" in line]
     assert len(started) == 2 and all("127.0.0.1" in line for line in started)

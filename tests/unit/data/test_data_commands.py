@@ -63,7 +63,7 @@ def test_a_folder_with_captions(home: Path, capsys: pytest.CaptureFixture[str]) 
     assert built(home, "garden_birds") == 10
     output = capsys.readouterr().out
     assert output.startswith("10 samples; wrote ")
-    assert "-m mine.definitions --select '+key:\"garden_birds/dataset_info\"'" in output
+    assert "dg launch --assets '+key:\"garden_birds/dataset_info\"'" in output
 
 
 def test_folders_by_class(home: Path) -> None:
@@ -130,7 +130,7 @@ def test_what_is_foretold_is_what_happens(home: Path, capsys: pytest.CaptureFixt
     assert (version.num_train, version.num_val) == (spec.split.num_train, spec.split.num_val)
     for line in (
         "  mllm-assets check-graph\n",
-        "  dagster asset materialize -m mine.definitions",
+        "  dg launch --assets '+key:\"birds/dataset_info\"'\n",
         "  mllm-assets quality rejects --dataset birds\n",
         "  mllm-assets check-data data\n",
         "`dataset: birds_train` and `eval_dataset: birds_val`",

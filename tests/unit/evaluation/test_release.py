@@ -37,7 +37,7 @@ LINEAGE: Lineage = {
     ],
     "recipe": {"finetuning_type": "full", "learning_rate": 0.001},
     "versions": {"mllm-assets": "0.1.0", "transformers": "5.23.0"},
-    "command": "dagster asset materialize -m mllm_assets.definitions --select '+key:\"pets/released_model\"'",
+    "command": "dg launch --assets '+key:\"pets/released_model\"'",
     "leaks": [],
 }
 RUN = {

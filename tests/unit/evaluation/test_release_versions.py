@@ -80,7 +80,7 @@ def test_there_is_nothing_before_the_oldest_release(two: list[Release], tmp_path
 def test_what_was_never_released_is_said_with_what_was(two: list[Release], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="pets has no release 'v7'. Name one of v1, v2."):
         find_release(Layout(tmp_path), "pets", "v7")
-    with pytest.raises(ModelError, match="cats has no release .*; recipes that have one: pets. Make it: dagster asset"):
+    with pytest.raises(ModelError, match="cats has no release .*; recipes that have one: pets. Make it: dg launch"):
         find_release(Layout(tmp_path), "cats")
 
 
@@ -150,7 +150,7 @@ def test_show_says_what_a_release_was_made_from_and_how_it_was_judged(
         "pets v1\n",
         "base model  gemma3_tiny, fingerprint ffffffffffffffff, licence apache-2.0",
         "trained on  pets_train: me/pets at 1ab, digest aaaaaaaaaaaaaaaa",
-        "made by     dagster asset materialize",
+        "made by     dg launch --assets",
         "pets_val, 6 samples; gain over the base model with its 95 % interval:\n    loss",
         "    label_accuracy      0.8333  +0.6667 (",
         "passed  beats_base_model             pets_val: the gain in loss over the base model is 2.0000",
