@@ -15,6 +15,7 @@ from mllm_assets.components.mirroring import send
 from mllm_assets.components.progress import ProgressRelay, local_session
 from mllm_assets.components.ray_launcher import run_on_ray
 from mllm_assets.components.reporting import CHECK_FAILED, MADE, facts_text
+from mllm_assets.components.slots import name_host
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
 from mllm_assets.mirror import Mirror
@@ -148,6 +149,7 @@ class AcceleratorResource(dg.ConfigurableResource):
             dg.Failure: The task failed; a mistake in the input, a cancellation or a defect is not retried.
             dg.RetryRequested: The worker was killed, or its machine is lost.
         """
+        name_host(context.instance, context.run_id)
         key = next(iter(context.selected_asset_keys))
         request = {**request, "accelerator": self.settings(request["task"])}
         try:

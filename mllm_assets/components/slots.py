@@ -1,18 +1,27 @@
 """Runs whose process was killed: end them, so that the pool slots they hold are free again."""
 
+import json
 import os
+import socket
 import time
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.storage.tags import GRPC_INFO_TAG
 
+HOST_TAG = "mllm_assets/host"  # of a run that has used the accelerator: the machine it runs on
 CLOCK_SLACK_S = 2.0  # a process names itself in an event some time after it began, never before
 HOLDING = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
+def name_host(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Tag a run with the machine it runs on: on another one that shares the instance its pids mean nothing."""
+    instance.add_run_tags(run_id, {HOST_TAG: socket.gethostname()})
+
+
 def find_dead_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     """Runs of this machine that count as running, and whose processes are all gone."""
-    running = instance.get_runs(dg.RunsFilter(statuses=HOLDING))
+    running = [run for run in instance.get_runs(dg.RunsFilter(statuses=HOLDING)) if _runs_here(instance, run)]
     seen = {run.run_id: _processes(instance, run.run_id) for run in running}
     return [
         run
@@ -66,6 +75,30 @@ def describe_holders(instance: dg.DagsterInstance, pool: str) -> str:
         alive = f"its processes are {pids}" if pids else "none of its processes is alive here"
         holders.append(f"run {run_id[:8]} ({run.job_name}, {run.status.value}) holds it for {step_key}; {alive}")
     return f"{'; '.join(holders)}. If a run is dead, `mllm-assets slots free` ends it; Ctrl-C stops waiting."
+
+
+def _runs_here(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether a run's pids are pids of this machine, so that they say whether it is alive.
+
+    A launcher that looks after its runs itself (Kubernetes) starts each on a machine of its own. Other runs name their
+    machine once they use the accelerator; before, those that a code server started are where that server is.
+    """
+    if instance.run_launcher.supports_check_run_worker_health:
+        return False
+    if host := run.tags.get(HOST_TAG):
+        return host == socket.gethostname()
+    server = json.loads(run.tags.get(GRPC_INFO_TAG, "{}"))
+    return _is_this_machine(server.get("host") or "localhost")
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        address = socket.gethostbyname(host)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))  # only an address of this machine can be bound
+    except OSError:
+        return False
+    return True
 
 
 def _processes(instance: dg.DagsterInstance, run_id: str) -> dict[int, float]:

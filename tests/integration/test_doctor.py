@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +17,11 @@ import dagster as dg
 import duckdb
 import pytest
 from dagster._core.events import EngineEventData
+from dagster._core.storage.tags import GRPC_INFO_TAG
 from packaging.requirements import Requirement
 
 from mllm_assets.components.instance_checks import _check_instance, check_dagster
-from mllm_assets.components.slots import end_dead_runs
+from mllm_assets.components.slots import HOST_TAG, end_dead_runs
 from mllm_assets.layout import Layout
 from mllm_assets.operations import machine
 from mllm_assets.operations.findings import Finding
@@ -143,6 +145,29 @@ def test_slots_of_a_killed_and_of_an_ended_run_are_found_and_slots_free_frees_th
         assert sorted(end_dead_runs(instance)) == sorted(runs.values())
         assert storage.get_concurrency_info("gpu").claimed_slots == []
         assert {f.check: f.status for f in _check_instance(REPOSITORY)}["slots"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("tags", "is_judged"),
+    [
+        ({}, True),
+        ({HOST_TAG: socket.gethostname()}, True),
+        ({HOST_TAG: "another-machine"}, False),
+        ({GRPC_INFO_TAG: '{"host": "localhost", "port": 4000}'}, True),
+        ({GRPC_INFO_TAG: '{"host": "192.0.2.1", "port": 4000}'}, False),
+    ],
+)
+def test_a_run_of_another_machine_is_not_ended_for_its_pid_being_gone_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tags: dict[str, str], is_judged: bool
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with dg.DagsterInstance.get() as instance:
+        run = instance.create_run_for_job(dg.job(name="train")(lambda: None), status=dg.DagsterRunStatus.STARTED)
+        instance.report_engine_event("", run, EngineEventData({"pid": dg.MetadataValue.text(str(gone.pid))}))
+        instance.add_run_tags(run.run_id, tags)
+        assert end_dead_runs(instance) == ([run.run_id] if is_judged else [])
 
 
 def test_the_process_that_holds_the_database_is_named(tmp_path: Path) -> None:

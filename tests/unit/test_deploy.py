@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ def test_the_workspace_asks_the_host_of_the_environment(monkeypatch: pytest.Monk
         "code",
         4000,
     )
+
+
+def test_the_image_copies_what_the_package_is_built_from() -> None:
+    root = DEPLOY.parent
+    lines = (DEPLOY / "Dockerfile").read_text().partition("\nRUN pip install")[0].splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    let_in = {line[1:] for line in (root / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    settings = tomllib.loads((root / "pyproject.toml").read_text())
+    project, wheel = settings["project"], settings["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {project["readme"], *project["license-files"], *wheel["force-include"], "pyproject.toml", "mllm_assets"}
+    assert needed <= copied <= let_in
 
 
 def test_the_image_holds_what_its_file_copies() -> None:
