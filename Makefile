@@ -6,8 +6,9 @@ export DAGSTER_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 CORE := .venv/.core-installed
 EXTRAS := .venv/.extras-installed
-# Two test processes, each file in one of them; most tests wait for subprocesses
-PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 2 --dist loadfile
+# Three test processes on two cores, for most tests wait for subprocesses. Each file stays in one process, and files run in
+# the order of their folders: those of long tests first, so that in the end no process works on while the others are done
+PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test collect test-all chromium postgres check docs dev bench torture install constraints clean
 

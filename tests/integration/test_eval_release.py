@@ -102,6 +102,7 @@ def test_a_release_loads_in_a_new_process_with_transformers_alone(run_dir: Path,
     subprocess.run([sys.executable, "-c", script, str(release.directory)], check=True, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_card_shows_how_to_use_the_model_and_the_code_runs(run_dir: Path, tmp_path: Path) -> None:
     """A snippet that does not run is worse than none."""
     release = released(run_dir, tmp_path)
