@@ -13,7 +13,7 @@ import pytest
 import yaml
 from dagster._core.scheduler.instigation import InstigatorTick, TickStatus
 
-from tests.integration.conftest import Project, processes_of, wait_for
+from tests.integration.conftest import IN_PROCESS, Project, processes_of, wait_for
 from tests.unit.test_alerts import Receiver, receiver  # noqa: F401 (a fixture)
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -57,15 +57,6 @@ def change_defs(path: Path, **attributes: Any) -> None:
     path.write_text(yaml.safe_dump(component))
 
 
-IN_PROCESS = """import dagster as dg
-
-
-@dg.definitions
-def defs():
-    return dg.Definitions(executor=dg.in_process_executor)
-"""
-
-
 class Headless:
     """What the daemon did, read from the instance as the UI reads it."""
 
@@ -102,7 +93,7 @@ def test_the_daemon_retrains_what_changed_ingests_new_files_skips_with_reasons_a
         write_image(project, number)
     project.write_recipe("mine", max_steps=1, max_samples=8, eval_dataset=None)
     project.made('key:"mine/checkpoint" or key:"birds/raw"')
-    (defs / "executor.py").write_text(IN_PROCESS)  # two seconds less for each step
+    (defs / "executor.py").write_text(IN_PROCESS)
     # a step more, and every minute is as good as every week; a tick missed while no daemon ran is made up for
     project.write_recipe("mine", max_steps=2, max_samples=8, eval_dataset=None)
     change_defs(defs / "recipes" / "defs.yaml", weekly_retraining={"enabled": True, "cron_schedule": "* * * * *"})

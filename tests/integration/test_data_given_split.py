@@ -12,10 +12,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400
 
 def test_the_guides_split_warns_trains_and_is_released_only_where_leakage_is_allowed(project: Project) -> None:
     defs = project.root / project.package / "defs"
-    path = defs / "datasets" / "emoji" / "defs.yaml"
-    component = yaml.safe_load(path.read_text())
-    component["attributes"]["split"] = {"num_train": 680, "num_val": 120, "strategy": "guide"}
-    path.write_text(yaml.safe_dump(component))
+    project.set_split(num_train=680, num_val=120, strategy="guide")
     output = project.made('key:"emoji/raw"+')
     assert "splits_share_no_image" in output
     manifest = json.loads((project.layout.data / "emoji" / "manifest.json").read_text())

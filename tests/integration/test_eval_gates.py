@@ -21,7 +21,7 @@ from tests.integration.conftest import REPOSITORY, Project, copied_project, line
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-SHORT = {"per_device_train_batch_size": 16, "learning_rate": 6.0e-4, "max_steps": 60}
+SHORT = {"per_device_train_batch_size": 16, "learning_rate": 6.0e-4, "max_steps": 40}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,16 @@ def gated(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """One project for the file: what is made for one recipe is there for the next."""
     with copied_project(emoji_ready, tmp_path_factory.mktemp("gates") / "project") as project:
         yield project
+
+
+def write_broken(project: Project, name: str, **values: Any) -> None:
+    """A recipe whose answers are cut after 16 tokens, more than any right one has: some of its models never end one."""
+    project.write_recipe(name, **values)
+    path = project.root / project.package / "defs" / "recipes" / "defs.yaml"
+    component = yaml.safe_load(path.read_text())
+    settings = component["attributes"].setdefault("settings", [])
+    settings.append({"recipe": name, "evaluation": {"max_new_tokens": 16}})
+    path.write_text(yaml.safe_dump(component))
 
 
 def run(project: Project, selection: str) -> tuple[int, str]:
@@ -91,7 +101,8 @@ def test_the_shipped_recipe_passes_every_gate_and_is_released(shipped: Project) 
 def test_a_dry_push_lists_what_would_go_to_the_hub(shipped: Project) -> None:
     path = shipped.root / shipped.package / "defs" / "recipes" / "defs.yaml"
     component = yaml.safe_load(path.read_text())
-    component["attributes"]["settings"] = [{"recipe": "emoji_sft", "push_to_hub": {"repo_id": "me/emoji"}}]
+    settings = component["attributes"].setdefault("settings", [])
+    settings.append({"recipe": "emoji_sft", "push_to_hub": {"repo_id": "me/emoji"}})
     path.write_text(yaml.safe_dump(component))
     code, output = run(shipped, 'key:"emoji_sft/hub_model"')
     assert code == 0 and "Dry run: nothing was sent. push_to_hub.dry_run: false pushes to me/emoji." in output
@@ -119,7 +130,7 @@ def test_a_corrupted_checkpoint_fails_its_reload_and_is_not_released(shipped: Pr
 
 
 def test_an_untrained_model_does_not_beat_its_base_model(gated: Project) -> None:
-    gated.write_recipe("untrained", max_steps=1, learning_rate=1.0e-12)
+    write_broken(gated, "untrained", max_steps=1, learning_rate=1.0e-12)
     failed = fails(gated, "untrained")
     assert "the gain in loss over the base model is 0.0000 (95 % interval" in failed["beats_base_model"]
     assert "checkpoint_reloads_strictly" not in failed and "no_leakage" not in failed
@@ -133,7 +144,7 @@ def test_a_model_trained_on_shuffled_images_does_not_use_the_image(gated: Projec
             row["images"] = others
 
     write_entry(gated, "shuffled_train", shuffle)
-    gated.write_recipe("shuffled", dataset="shuffled_train", **SHORT)
+    write_broken(gated, "shuffled", dataset="shuffled_train", **SHORT)
     failed = fails(gated, "shuffled")
     assert "gain in loss of the sample's own image over another's is" in failed["the_model_uses_the_image"]
     assert not {"beats_base_model", "checkpoint_reloads_strictly", "no_leakage"} & failed.keys()
@@ -147,7 +158,7 @@ def test_a_model_with_one_constant_answer_does_not_beat_it(gated: Project) -> No
             row["messages"][-1]["content"] = most_common
 
     write_entry(gated, "constant_train", repeat)
-    gated.write_recipe("constant", dataset="constant_train", **SHORT)
+    write_broken(gated, "constant", dataset="constant_train", **SHORT)
     failed = fails(gated, "constant")
     reason = failed["beats_most_common_answer"]
     assert "gain in label_accuracy over always answering" in reason and "is 0.0000 (95 % interval 0.0000" in reason
@@ -159,7 +170,7 @@ def test_a_model_that_trained_on_validation_images_is_not_released(project: Proj
     folder = (project.layout.data / "emoji").resolve()
     rows, held = (json.loads((folder / name).read_text()) for name in ("train.json", "val.json"))
     (folder / "train.json").write_text(json.dumps(rows + held[:20]))
-    project.write_recipe("leaked", max_steps=1)
+    write_broken(project, "leaked", max_steps=1)
     failed = fails(project, "leaked")
     assert failed["no_leakage"].startswith("20 ") and "set `allow_leakage: true`" in failed["no_leakage"]
     assert "checkpoint_reloads_strictly" not in failed

@@ -49,6 +49,7 @@ def trained(project: Project) -> Project:
     return project
 
 
+@pytest.mark.slow
 def test_a_tick_launches_what_changed_and_skips_the_rest_with_a_reason(trained: Project) -> None:
     first = tick(trained)
     assert first["requests"] == []
@@ -59,10 +60,7 @@ def test_a_tick_launches_what_changed_and_skips_the_rest_with_a_reason(trained: 
     assert request["assets"] == ["mine/checkpoint"]
     assert request["tags"]["mllm_assets/retraining"] == "mine"
 
-    dataset = trained.root / trained.package / "defs" / "datasets" / "emoji" / "defs.yaml"
-    declared = yaml.safe_load(dataset.read_text())
-    declared["attributes"]["split"] = {"num_train": 600, "num_val": 100}
-    dataset.write_text(yaml.safe_dump(declared))
+    trained.set_split(num_train=600, num_val=100)
     [request] = tick(trained, "--in-progress")["requests"]
     assert request["assets"] == ["emoji/dataset_info", "emoji/train", "emoji/val", "mine/checkpoint"]
 
