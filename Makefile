@@ -13,7 +13,7 @@ PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-r
 .PHONY: demo test collect test-all chromium postgres check docs dev bench torture install constraints clean
 
 demo: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the whole line of emoji_sft, raw images to released model
-	@$(BIN)/mllm-assets slots free
+	@$(BIN)/mllm-assets slots free --quiet
 	$(BIN)/dg launch --job emoji_demo
 	@$(BIN)/mllm-assets summary emoji_sft
 
@@ -57,13 +57,15 @@ install: $(CORE)
 
 $(CORE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v.major}.{v.minor}. Try: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "Installing PyTorch, transformers, Dagster and what they need into .venv; 2 to 4 minutes, without a word of pip's."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 $(EXTRAS): $(CORE) requirements-ui.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray,serve,s3,postgres,k8s]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-ui.txt
+	@echo "Installing what the extras need (Ray, MLflow, Playwright, MkDocs, ...) into .venv; a few minutes."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray,serve,s3,postgres,k8s]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-ui.txt
 	@touch $@
 
 chromium:

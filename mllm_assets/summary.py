@@ -15,7 +15,7 @@ from mllm_assets.evaluation.evaluated import evaluated_runs, evaluation_of, how_
 from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.evaluation.release_versions import Release, current_release
 from mllm_assets.layout import Layout
-from mllm_assets.project.read import dev_command, materialize_command, require_known_recipe
+from mllm_assets.project.read import dev_command, materialize_command, why_no_latest
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SHOWN = ("loss", "loss_shuffled", "perplexity", "label_accuracy", "bleu", "chrf", "rouge_l")
@@ -29,16 +29,7 @@ def summarise(layout: Layout, recipe: str) -> str:
     """
     run_dir = (layout.outputs / recipe / "latest").resolve()
     if not run_dir.is_dir():
-        require_known_recipe(layout, recipe)
-        if finished := sorted(path.parent.name for path in (layout.outputs / recipe).glob("*/manifest.json")):
-            raise IntegrityError(
-                f"The link {layout.relative(layout.outputs / recipe / 'latest')} is missing; finished runs: "
-                f"{', '.join(finished)}. To have it again (nothing is trained twice): "
-                f"{materialize_command(f'{recipe}/checkpoint')}"
-            )
-        raise IntegrityError(
-            f"{recipe} was not trained below {layout.root}. Run: {materialize_command(f'{recipe}/released_model')}"
-        )
+        raise IntegrityError(why_no_latest(layout, recipe))
     run = read_manifest(run_dir)
     release = current_release(layout, recipe)
     evaluated = evaluation_of(layout, run_dir)

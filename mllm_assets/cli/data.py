@@ -48,6 +48,8 @@ def _add_dataset(arguments: argparse.Namespace) -> int:
 
     made = add_dataset(arguments.folder, Path.cwd(), Layout.from_environment().root, name=arguments.name)
     print(f"{made.num_samples} samples; wrote {made.path}")
+    if made.name != (given := arguments.name or arguments.folder.resolve().name):
+        print(f"note: {given!r} is called {made.name} here: keys hold a to z, 0 to 9 and _ only")
     found = made.preview
     looked_at = f" of the {found.num_checked} looked at" if found.num_checked < made.num_samples else ""
     for reason, count in found.reject_reasons.items():

@@ -20,6 +20,7 @@ def add_commands(verbs: Verbs) -> None:
 
     slots = verbs.add_parser("slots", help="pool slots that killed runs still hold")
     slots.add_argument("action", choices=("free",))
+    slots.add_argument("--quiet", action="store_true", help="say nothing where there is nothing to free")
     slots.set_defaults(run=_free_slots)
 
     doctor = verbs.add_parser("doctor", help="what is wrong with this machine, and what to do (exit code 1 on a fail)")
@@ -62,6 +63,8 @@ def _free_slots(arguments: argparse.Namespace) -> int:
         dead = end_dead_runs(instance)
     for run_id in dead:
         print(f"run {run_id}: ended, its process is gone; its slots are free")
+    if not dead and not arguments.quiet:
+        print("Nothing to free: no run that was killed holds a slot.")
     return 0
 
 

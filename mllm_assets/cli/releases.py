@@ -32,10 +32,14 @@ def add_commands(verbs: Verbs) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from mllm_assets.evaluation.release_report import list_facts, list_text
+    from mllm_assets.evaluation.release_report import list_facts, list_text, nothing_released
 
-    facts = list_facts(Layout.from_environment(), arguments.recipe, deep=not arguments.sizes_only)
-    print(json.dumps(facts, indent=1) if arguments.json else list_text(facts))
+    layout = Layout.from_environment()
+    facts = list_facts(layout, arguments.recipe, deep=not arguments.sizes_only)
+    if arguments.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        print(list_text(facts) if facts else nothing_released(layout))
     return 2 if any(release["damage"] for release in facts) else 0
 
 

@@ -38,6 +38,7 @@ def add_commands(verbs: Verbs) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from mllm_assets.inference.naming import find_named_model
 
+    _require("pip install -c constraints.txt -e '.[serve]'", "fastapi", "uvicorn", "openai")
     api_key = (
         None
         if arguments.no_auth
@@ -48,7 +49,6 @@ def _serve(arguments: argparse.Namespace) -> int:
             f"--no-auth on {arguments.host} would let everyone in the network use the model. Set {KEY_VARIABLE}, or "
             "leave --host out."
         )
-    _require("pip install -c constraints.txt -e '.[serve]'", "fastapi", "uvicorn", "openai")
     model = find_named_model(arguments.model, Layout.from_environment())
 
     from mllm_assets.inference.serving import serve
@@ -70,8 +70,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     from mllm_assets.inference.naming import find_named_model
 
-    password = None if is_loopback(arguments.host) else _api_key("leave --host out: then only this machine asks")
     _require("pip install --no-deps -r requirements-ui.txt", "gradio")
+    password = None if is_loopback(arguments.host) else _api_key("leave --host out: then only this machine asks")
     if len(arguments.models) > 2:
         raise MachineError(f"{len(arguments.models)} models do not fit side by side. Name one or two.")
     layout = Layout.from_environment()

@@ -51,17 +51,23 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from mllm_assets.training.inspecting import inspect
+    from mllm_assets.data.dataset_info import load_entry
     from mllm_assets.training.model_directory import find_model_dir
     from mllm_assets.training.protocol import Reporter
     from mllm_assets.training.recipe import load_recipe
 
     root = Layout.from_environment().root
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    model_dir, data_dir = find_model_dir(recipe, root), root / recipe.spec.dataset_dir
+    for entry in recipe.spec.train_entries:
+        load_entry(data_dir, entry)  # what is missing is said before what takes seconds to import
+
+    from mllm_assets.training.inspecting import inspect
+
     lines = inspect(
         recipe,
-        find_model_dir(recipe, root),
-        root / recipe.spec.dataset_dir,
+        model_dir,
+        data_dir,
         root / recipe.spec.output_dir / "inspect",
         Reporter(),
         row=arguments.row,

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from mllm_assets.components.reporting import shown
+from mllm_assets.training.runs import describe_resume
 
 OBSERVE_EVERY_S = 5.0  # an observation is a database row, so progress is throttled
 
@@ -41,6 +43,7 @@ class ProgressRelay:
         self._context, self._key, self._session = context, key, session
         self._num_seen, self._last_s, self._parent = 0, time.monotonic(), os.getppid()
         self._newest: Mapping[str, Any] | None = None
+        self.last_text = ""  # of the newest progress, said or not
 
     def relay(self) -> None:
         if os.getppid() != self._parent:  # kill -9 of the run worker leaves this step worker alive
@@ -52,13 +55,23 @@ class ProgressRelay:
             elif "stage" not in message:
                 self._context.log.info(message["text"])
             else:
-                self._newest = message
+                self._newest, self.last_text = message, message["text"]
         self._num_seen = len(messages)
         if self._newest is None or time.monotonic() - self._last_s < OBSERVE_EVERY_S:
             return
         newest, self._newest, self._last_s = self._newest, None, time.monotonic()
         self._context.log.info(newest["text"])
         self._context.log_event(dg.AssetObservation(asset_key=self._key, metadata=progress_facts(newest)))
+
+
+def describe_cancelled(request: Mapping[str, Any], relay: ProgressRelay | None) -> str:
+    """What a cancelled task leaves: how far it was, and of a training what the next run goes on from."""
+    said = ["Cancelled; every process of the step has ended."]
+    if relay is not None and relay.last_text:
+        said.append(f"Stopped at: {relay.last_text}.")
+    if request["task"] == "train":
+        said.append(describe_resume(Path(request["run_dir"])))
+    return " ".join(said)
 
 
 def progress_facts(message: Mapping[str, Any]) -> dict[str, Any]:

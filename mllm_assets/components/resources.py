@@ -12,7 +12,7 @@ import dagster as dg
 from pydantic import Field
 
 from mllm_assets.components.mirroring import send
-from mllm_assets.components.progress import ProgressRelay, local_session
+from mllm_assets.components.progress import ProgressRelay, describe_cancelled, local_session
 from mllm_assets.components.ray_launcher import run_on_ray
 from mllm_assets.components.reporting import CHECK_FAILED, MADE, facts_text
 from mllm_assets.components.slots import name_host
@@ -152,22 +152,22 @@ class AcceleratorResource(dg.ConfigurableResource):
         name_host(context.instance, context.run_id)
         key = next(iter(context.selected_asset_keys))
         request = {**request, "accelerator": self.settings(request["task"])}
+        relay: ProgressRelay | None = None
         try:
             with failures_for_people():
                 if self.launcher == "ray":
                     return self._run_on_ray(context, key, request)
                 with local_session(context) as session:
+                    relay = ProgressRelay(context, key, session)
                     return run_worker(
                         request,
                         env=session.get_bootstrap_env_vars(),
-                        on_poll=ProgressRelay(context, key, session).relay,
+                        on_poll=relay.relay,
                         grace_s=self.grace_s,
                     )
         except dg.DagsterExecutionInterruptedError:
             # a RetryPolicy would start a bare interrupt again
-            raise dg.Failure(
-                description="Cancelled; every process of the step has ended.", allow_retries=False
-            ) from None
+            raise dg.Failure(description=describe_cancelled(request, relay), allow_retries=False) from None
         except WorkerCrashed as crash:
             failure = dg.Failure(description=str(crash), allow_retries=False)
             if not crash.is_transient:

@@ -15,6 +15,7 @@ from mllm_assets.artifacts import (
     write_manifest,
 )
 from mllm_assets.errors import IntegrityError
+from mllm_assets.project.read import materialize_command
 
 _JUDGED_BY = "eval_metrics.json"  # every release holds it beside the model, and nothing else does
 
@@ -55,11 +56,26 @@ def require_intact(directory: Path) -> None:
     """
     if damage := find_release_damage(directory):
         recipe_name = _recipe_of(directory)
-        raise IntegrityError(
-            f"{directory} is not what was released: {damage}. Use another release (mllm-assets releases list "
-            f"{recipe_name}; mllm-assets releases rollback {recipe_name} VERSION), or materialise "
-            f"{recipe_name}/released_model again, which makes a new version of the same checkpoint."
+        other = _newest_sound_beside(directory)
+        another = (
+            f"Use another release (mllm-assets releases rollback {recipe_name} {other}), or"
+            if other
+            else "No sound release lies beside it;"
         )
+        raise IntegrityError(
+            f"{directory} is not what was released: {damage}. {another} make a new version of the same "
+            f"checkpoint: {materialize_command(f'{recipe_name}/released_model')}"
+        )
+
+
+def _newest_sound_beside(directory: Path) -> str | None:
+    """The newest other version of a release whose files have their sizes."""
+    path = directory.resolve()
+    if path.parent.parent.name != "releases":  # a copy
+        return None
+    others = [other for other in path.parent.glob("v*") if re.fullmatch(r"v[1-9]\d*", other.name) and other != path]
+    sound = [other.name for other in others if find_release_damage(other, deep=False) is None]
+    return max(sound, key=lambda version: int(version[1:]), default=None)
 
 
 def _recipe_of(directory: Path) -> str:

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_assets.artifacts import read_manifest
+from mllm_assets.artifacts import read_manifest, slug
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.intervals import gain_text
 from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.evaluation.release_integrity import find_release_damage
 from mllm_assets.evaluation.release_versions import current_release, find_release, released_recipes, version_folders
 from mllm_assets.layout import Layout
+from mllm_assets.project.read import materialize_command
 
 _SHOWN = ("loss", "label_accuracy", "rouge_l", "bleu", "chrf")
 
@@ -71,8 +72,6 @@ def _facts(layout: Layout, recipe_name: str, directory: Path, *, deep: bool) -> 
 
 def list_text(facts: Sequence[Mapping[str, Any]]) -> str:
     """One line a release."""
-    if not facts:
-        return "Nothing is released yet. Materialise the released_model of a recipe."
     width = max(len(release["recipe"]) for release in facts)
     return "\n".join(
         f"{release['recipe']:<{width}}  {release['version']:<4} {'current' if release['is_current'] else '':<7}  "
@@ -80,6 +79,16 @@ def list_text(facts: Sequence[Mapping[str, Any]]) -> str:
         f"{_state(release)}"
         for release in facts
     )
+
+
+def nothing_released(layout: Layout) -> str:
+    """What to say where no recipe has a release, and what to do: of a recipe that was trained, if there is one."""
+    trained = sorted(path.parent.name for path in layout.outputs.glob("*/latest"))
+    declared = sorted(slug(path.stem) for path in layout.root.glob("configs/*.yaml"))
+    if not trained + declared:
+        return f"Nothing is released below {layout.root}, and no recipe is there: put one into configs/."
+    command = materialize_command(f"{(trained + declared)[0]}/released_model")
+    return f"Nothing is released below {layout.root} yet. Make a release, for example: {command}"
 
 
 def _state(release: Mapping[str, Any]) -> str:

@@ -68,9 +68,14 @@ def current_release(layout: Layout, recipe_name: str) -> Release | None:
     directory = link.parent / link.readlink().name
     release = _readable(directory)
     if release is None:
+        sound = list_releases(layout, recipe_name)
         raise IntegrityError(
-            f"{link} points to {directory.name}, which is no complete release. Point it to one that is: mllm-assets "
-            f"releases rollback {recipe_name} VERSION"
+            f"{link} points to {directory.name}, which is no complete release. "
+            + (
+                f"Point it to one that is: mllm-assets releases rollback {recipe_name} {sound[-1].version}"
+                if sound
+                else f"There is none to point it to. Make one: {materialize_command(f'{recipe_name}/released_model')}"
+            )
         )
     return release
 

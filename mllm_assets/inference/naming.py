@@ -13,6 +13,7 @@ from mllm_assets.evaluation.release_integrity import is_release, require_intact
 from mllm_assets.evaluation.release_versions import current_release, list_releases, version_folders
 from mllm_assets.inference import HOW_TO_NAME
 from mllm_assets.layout import Layout
+from mllm_assets.project.read import why_no_latest
 from mllm_assets.training.run_file import read_run_file
 
 
@@ -113,7 +114,10 @@ def _find(text: str, layout: Layout) -> Path:
 def _version(recipe: str, version: str, layout: Layout) -> Path:
     """The directory of `<recipe>@v2`, or of `<recipe>@checkpoint-40`: one of its latest run."""
     if version.startswith("checkpoint-"):
-        return _one_of(version, f"{recipe}@{version}", layout.outputs / recipe / "latest", pattern="checkpoint-*")
+        latest = layout.outputs / recipe / "latest"
+        if not latest.is_dir():
+            raise ModelError(why_no_latest(layout, recipe))
+        return _one_of(version, f"{recipe}@{version}", latest, pattern="checkpoint-*")
     for path in version_folders(layout, recipe):
         if path.name == version:
             return path  # its files are looked at like those of any release

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.table import Table
 
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
@@ -29,6 +27,7 @@ from mllm_assets.operations.artefacts import (
     lock_of,
 )
 from mllm_assets.operations.unnamed_images import find_unnamed_images
+from mllm_assets.tables import print_table
 
 DAY_S = 86400.0
 MIB = 2**20
@@ -194,24 +193,24 @@ def num_bytes(path: Path) -> int:
 
 def print_plan(layout: Layout, plan: Plan, *, deleted: Sequence[Garbage] | None) -> None:
     """Print a table, images and shards by kind, and what it comes to; `deleted` is None where nothing was."""
-    console = Console(highlight=False, markup=False)
-    table = Table("what", "path", "MiB", "days", "why it can go")
-    table.columns[1].overflow = "fold"  # a path that is cut short helps nobody
-    table.columns[2].justify = table.columns[3].justify = "right"
     shown = plan.garbage if deleted is None else list(deleted)
-    for item in (item for item in shown if item.kind != "image"):
-        path, size = layout.relative(item.path), f"{item.num_bytes / MIB:.1f}"
-        table.add_row(item.kind, path, size, _days(item.used_s), item.reason)
+    rows = [
+        [item.kind, layout.relative(item.path), f"{item.num_bytes / MIB:.1f}", _days(item.used_s), item.reason]
+        for item in shown
+        if item.kind != "image"
+    ]
     if images := [item for item in shown if item.kind == "image"]:
         size = f"{sum(item.num_bytes for item in images) / MIB:.1f}"
         days = _days(max(item.used_s for item in images))
-        table.add_row("images", f"{len(images)} in data/images", size, days, images[0].reason)
-    if shown:
-        console.print(table)
+        rows.append(["images", f"{len(images)} in data/images", size, days, images[0].reason])
+    if rows:
+        print_table(
+            ["what", "path", "MiB", "days", "why it can go"], rows, numbers=["MiB", "days"], prose=["why it can go"]
+        )
     for note in plan.notes:
-        console.print(note)
+        print(note)
     total = f"{sum(item.num_bytes for item in shown) / MIB:.1f} MiB in {len(shown)} places"
     if deleted is not None:
-        console.print(f"deleted {total}")
+        print(f"deleted {total}")
     else:
-        console.print(f"{total} can go; nothing was deleted" + (" (--delete does it)" if shown else ""))
+        print(f"{total} can go; nothing was deleted" + (" (--delete does it)" if shown else ""))

@@ -52,6 +52,22 @@ def _definitions_option(project: Path) -> str:
     return "" if find_root_module(project) else " -m mllm_assets.definitions"
 
 
+def why_no_latest(layout: Layout, recipe: str) -> str:
+    """What to say, and the command to run, where `outputs/<recipe>/latest` is missing.
+
+    Raises:
+        RecipeError: It is no recipe's name.
+    """
+    require_known_recipe(layout, recipe)
+    if finished := sorted(path.parent.name for path in (layout.outputs / recipe).glob("*/manifest.json")):
+        return (
+            f"The link {layout.relative(layout.outputs / recipe / 'latest')} is missing; finished runs: "
+            f"{', '.join(finished)}. To have it again (nothing is trained twice): "
+            f"{materialize_command(f'{recipe}/checkpoint')}"
+        )
+    return f"{recipe} was not trained below {layout.root}. Run: {materialize_command(f'{recipe}/released_model')}"
+
+
 def require_known_recipe(layout: Layout, recipe: str) -> None:
     """Refuse a name that is no recipe's: a selection that matches nothing makes every asset of the project.
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from mllm_assets.layout import Layout
 from mllm_assets.quality.store import QualityStore
 from mllm_assets.quality.views import ASKED, ASKED_OF_RECIPES
 
+PROSE = ("caption", "reference", "answer")
 NOTHING = {
     "worst": "No sample of {dataset} has a measured image; see: mllm-assets quality rejects --dataset {dataset}",
     "leaks": "No picture of {dataset}'s validation samples is trained on.",
@@ -49,32 +51,25 @@ def ask(layout: Layout, view: str, name: str, limit: int | None) -> list[dict[st
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], *, view: str, name: str, as_json: bool) -> None:
-    """Print rows as JSON or as a table; where the output is no terminal nothing is cut to its width."""
+    """Print rows as JSON or as a table; only prose is cut, and that on a terminal alone."""
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False, default=str))
         return
     if not rows:
         print(NOTHING[view].format(dataset=name))
         return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from mllm_assets.tables import print_table
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(width=10_000, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in rows[0]:
-        is_number = any(isinstance(row[column], int | float) for row in rows)
-        is_prose = column.startswith(("caption", "reference", "answer"))
-        table.add_column(column, justify="right" if is_number else "left", overflow="ellipsis", no_wrap=not is_prose)
-    for row in rows:
-        table.add_row(*(Text(_shown(value)) for value in row.values()))
-    console.print(table)
+    columns = list(rows[0])
+    print_table(
+        columns,
+        [[_shown(value, is_prose=column.startswith(PROSE)) for column, value in row.items()] for row in rows],
+        numbers=[column for column in columns if any(isinstance(row[column], int | float) for row in rows)],
+        prose=[column for column in columns if column.startswith(PROSE)],
+    )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, *, is_prose: bool) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
@@ -84,4 +79,4 @@ def _shown(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64 and value.isalnum():
         return value[:16]  # an image's digest; its published file has these as its name
     text = "".join(char if char.isprintable() else " " for char in str(value))
-    return text if len(text) <= 160 else f"{text[:159]}…"
+    return f"{text[:159]}…" if is_prose and len(text) > 160 and sys.stdout.isatty() else text

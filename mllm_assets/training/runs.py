@@ -160,6 +160,13 @@ def train_request(
     }
 
 
+def describe_resume(run_dir: Path) -> str:
+    """What the same run goes on from when it is started again."""
+    steps = [int(path.name.split("-")[1]) for path in run_dir.glob("checkpoint-*") if is_complete(path)]
+    where = f"goes on from checkpoint-{max(steps)}" if steps else "begins anew: no checkpoint was saved yet"
+    return f"Started again, the run {where}."
+
+
 def point_latest(plan: RunPlan) -> None:
     """Let `latest` beside a finished run point to it, for people and for recipes that start from it."""
     if is_complete(plan.directory):

@@ -1,10 +1,12 @@
 """Killed at any instant and materialised again, a run ends with the weights of one that was never interrupted."""
 
 import random
+import re
 import signal
 import subprocess
 from pathlib import Path
 
+import dagster as dg
 import psutil
 import pytest
 
@@ -93,3 +95,11 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_was_done(project: Project) -> N
     assert command.returncode != 0
     wait_for(lambda: not processes_of(project.root), "all processes to end", 30)
     assert list((project.layout.outputs / "victim").glob("*/checkpoint-6"))
+    with dg.DagsterInstance.from_config(str(project.home)) as instance:
+        [run] = instance.get_runs(limit=1)
+        failures = [
+            entry.dagster_event.step_failure_data.user_failure_data.description
+            for entry in instance.all_logs(run.run_id, dg.DagsterEventType.STEP_FAILURE)
+        ]
+    [said] = failures
+    assert re.search(r"Stopped at: train \d+/2000.*the run goes on from checkpoint-\d+", said), said

@@ -68,3 +68,21 @@ def test_a_command_ends_quietly_when_its_reader_goes_away(line: str, unbuffered:
     done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, env=env)
     os.close(writes)
     assert (done.returncode, done.stderr) == (EXIT_READER_GONE, "")
+
+
+@pytest.mark.parametrize("command", [["serve", "emoji_sft"], ["chat", "emoji_sft"]])
+def test_a_server_says_that_packages_are_missing_before_it_asks_for_a_key(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who had made a key was told only then that nothing could start."""
+    monkeypatch.delenv("MLLM_ASSETS_API_KEY", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*command, "--host", "0.0.0.0"]) == 2
+    assert "This command needs" in capsys.readouterr().err
+
+
+def test_inspect_finds_a_missing_recipe_before_it_loads_torch(tmp_path: Path) -> None:
+    """A typing error in the path took fifteen seconds."""
+    code = "import sys; from mllm_assets.cli import main; main(['inspect', 'nope.yaml']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert "There is no recipe nope.yaml" in done.stderr and done.stdout == "False\n"

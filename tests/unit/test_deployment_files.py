@@ -1,5 +1,6 @@
 """The files that Dagster reads, through Dagster's own loaders."""
 
+import subprocess
 from pathlib import Path
 
 import yaml
@@ -37,3 +38,12 @@ def test_the_yaml_examples_of_the_readme_are_valid() -> None:
     blocks = (ROOT / "README.md").read_text().split("```yaml\n")[1:]
     examples = [yaml.safe_load(block.split("```")[0]) for block in blocks]
     assert [example["attributes"].get("name") for example in examples] == ["birds", None]
+
+
+def test_the_first_make_says_what_it_installs_and_how_long_it_takes() -> None:
+    """Minutes of silence look like a hang."""
+    done = subprocess.run(
+        ["make", "-n", "-W", "pyproject.toml", "install"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    said, installed = done.stdout.index("2 to 4 minutes"), done.stdout.index("pip install")
+    assert said < installed

@@ -64,6 +64,7 @@ def test_a_folder_with_captions(home: Path, capsys: pytest.CaptureFixture[str]) 
     output = capsys.readouterr().out
     assert output.startswith("10 samples; wrote ")
     assert "dg launch --assets '+key:\"garden_birds/dataset_info\"'" in output
+    assert "note: 'Garden Birds' is called garden_birds here" in output
 
 
 def test_folders_by_class(home: Path) -> None:

@@ -117,8 +117,44 @@ def test_a_changed_bit_is_named(two: list[Release], name: str) -> None:
         path.write_text(path.read_text().replace("v1", "v9"))
     else:
         flip_a_bit(path)
-    with pytest.raises(IntegrityError, match=f"{name} (does not match its digest|was changed). Use another release"):
+    with pytest.raises(
+        IntegrityError, match=f"{name} (does not match its digest|was changed). Use another release "
+    ) as caught:
         require_intact(two[0].directory)
+    assert "(mllm-assets releases rollback pets v2), or make a new version" in str(caught.value)
+
+
+def test_where_no_release_is_sound_there_is_nothing_to_roll_back_to(two: list[Release], tmp_path: Path) -> None:
+    """The suggestion named a version that the reader had to find out."""
+    for one in two:
+        (one.directory / "README.md").unlink()
+    with pytest.raises(IntegrityError, match="No sound release lies beside it; make a new .*pets/released_model"):
+        require_intact(two[0].directory)
+    for one in two:
+        (one.directory / "manifest.json").unlink()
+    with pytest.raises(IntegrityError, match="There is none to point it to. Make one: dg launch --assets"):
+        current_release(Layout(tmp_path), "pets")
+
+
+def test_a_broken_current_names_the_version_to_go_to(two: list[Release], tmp_path: Path) -> None:
+    (two[1].directory / "manifest.json").unlink()
+    with pytest.raises(IntegrityError, match="Point it to one that is: mllm-assets releases rollback pets v1$"):
+        current_release(Layout(tmp_path), "pets")
+
+
+def test_where_nothing_is_released_a_recipe_that_was_trained_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path))
+    assert main(["releases", "list"]) == 0
+    assert "no recipe is there: put one into configs/." in capsys.readouterr().out
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "cats.yaml").touch()
+    (tmp_path / "outputs" / "pets" / "latest").mkdir(parents=True)
+    assert main(["releases", "list"]) == 0
+    assert "Make a release, for example: dg launch" in (said := capsys.readouterr().out)
+    assert "'+key:\"pets/released_model\"'" in said
 
 
 def test_list_shows_each_version_which_is_current_and_which_was_changed(
@@ -168,15 +204,6 @@ def test_rollback_says_what_was_and_what_is(two: list[Release], capsys: pytest.C
     assert capsys.readouterr().out.startswith("pets: v1 is the current release, v2 was.\n")
     assert main(["releases", "rollback", "pets", "v1"]) == 0
     assert capsys.readouterr().out == "pets: v1 is the current release already.\n"
-
-
-def test_nothing_released_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path))
-    assert main(["releases", "list"]) == 0
-    assert capsys.readouterr().out.startswith("Nothing is released yet.")
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_model_is_not_asked_through_a_release_that_was_changed(two: list[Release], tmp_path: Path) -> None:

@@ -99,3 +99,11 @@ def test_what_is_no_model_is_named_with_what_there_is(layout: Layout, name: str,
     (layout.root / "notes.txt").write_text("")
     with pytest.raises(ModelError, match=message):
         find_named_model(name, layout)
+
+
+def test_a_checkpoint_of_a_recipe_without_latest_says_why_and_what_to_run(layout: Layout) -> None:
+    """It said that the folder `latest`, which is not there, holds no checkpoint-400."""
+    run = make_run(layout, "birds")
+    (run.parent / "latest").unlink()
+    with pytest.raises(ModelError, match=r"latest is missing; finished runs: abc\. .*\+key:\"birds/checkpoint\""):
+        find_named_model("birds@checkpoint-400", layout)

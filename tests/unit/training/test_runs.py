@@ -11,6 +11,7 @@ from mllm_assets.errors import RecipeError
 from mllm_assets.training.recipe import Recipe, load_recipe
 from mllm_assets.training.runs import (
     RunPlan,
+    describe_resume,
     plan_run,
     point_latest,
     train_request,
@@ -112,3 +113,13 @@ def test_resume_from_checkpoint_names_a_checkpoint_of_a_run_and_makes_another_ru
     (named / "optimizer.pt").write_bytes(b"two")
     write_manifest(named, {"conditions": {}})
     assert plan_run(recipe, root=project).fingerprint != plan.fingerprint, "another optimizer state, another run"
+
+
+def test_what_a_stopped_run_goes_on_from_is_its_newest_complete_checkpoint(tmp_path: Path) -> None:
+    """A person who pressed Ctrl-C was not told whether anything was kept."""
+    assert describe_resume(tmp_path) == "Started again, the run begins anew: no checkpoint was saved yet."
+    for step in (4, 20, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (4, 20):
+        write_manifest(tmp_path / f"checkpoint-{step}", {})
+    assert describe_resume(tmp_path) == "Started again, the run goes on from checkpoint-20."
