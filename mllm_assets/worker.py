@@ -5,7 +5,6 @@ Only here does torch get loaded, and only by the task that needs it.
 
 import importlib
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from mllm_assets.artifacts import write_json_atomic
 from mllm_assets.errors import MachineError, MllmAssetsError
 from mllm_assets.redaction import redacted, redacted_output
 from mllm_assets.training.protocol import EXIT_OK, EXIT_USER_ERROR, Reporter, error_payload, open_reporter
+from mllm_assets.training.ranks import is_first_rank
 from mllm_assets.training.supervisor import die_with_parent
 
 Task = Callable[[dict[str, Any], Reporter], dict[str, Any]]
@@ -53,7 +53,7 @@ def run(request: dict[str, Any], result_path: Path) -> int:
             # Any rank may be the one that found it: the file is replaced in one step, so the last one wins
             write_json_atomic(result_path, {"error": error_payload(error)})
             return EXIT_USER_ERROR
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_rank():
         write_json_atomic(result_path, {"result": result})
     return EXIT_OK
 
@@ -61,7 +61,7 @@ def run(request: dict[str, Any], result_path: Path) -> int:
 @contextmanager
 def _alone_in_run_directory(request: dict[str, Any]) -> Iterator[None]:
     """Hold the run's lock; the kernel gives it back however this process ends."""
-    if "run_dir" not in request or int(os.environ.get("RANK", "0")) != 0:
+    if "run_dir" not in request or not is_first_rank():
         yield
         return
     run_dir = Path(request["run_dir"])

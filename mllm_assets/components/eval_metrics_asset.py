@@ -67,7 +67,7 @@ def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = Fal
                 "weights_digest": predicted["weights_digest"],
                 "predictions": predicted["data_version"],
                 "predictions_path": layout.relative(predictions_dir),
-                "data_digests": predicted.get("data_digests", {}),
+                "data_digests": predicted["data_digests"],
             }
             directory = layout.metrics(node.name, digest_json([__version__, inputs, metrics])[:16])
             manifest = write_metrics(directory, metrics, inputs)

@@ -30,16 +30,16 @@ def find_origin(context: dg.AssetExecutionContext, node: Node) -> Origin:
     if node.model.path[0] == "pretrained":
         model = _described(name, facts, facts)
         return {"base_model": model, "pretrained_model": model}
-    pretrained = facts.get("pretrained_model")
-    base = _described(name, facts, {"license": (pretrained or {}).get("license")})
-    return {"base_model": base, "pretrained_model": pretrained or base}
+    pretrained = facts["pretrained_model"]
+    return {
+        "base_model": _described(name, facts, {"license": pretrained["license"]}),
+        "pretrained_model": pretrained,
+    }
 
 
 def recorded_origin(context: dg.AssetExecutionContext, node: Node) -> Origin:
     """What `find_origin` said when the recipe's checkpoint was made."""
     recorded = upstream(context, node.key("checkpoint"))
-    if "base_model" not in recorded:  # made by an earlier version
-        return find_origin(context, node)
     return {"base_model": recorded["base_model"], "pretrained_model": recorded["pretrained_model"]}
 
 

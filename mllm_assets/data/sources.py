@@ -185,20 +185,11 @@ def read_raw(raw: Path) -> Iterator[dict[str, Any]]:
     Raises:
         IntegrityError: The file is missing, or a page does not match its checksum.
     """
-    yield from _read_batches(raw, None)
-
-
-def read_image_ids(raw: Path) -> set[str]:
-    """The digests of all images of an ingested source, without reading an image."""
-    return {image_id for row in _read_batches(raw, ["image_ids"]) for image_id in row["image_ids"]}
-
-
-def _read_batches(raw: Path, columns: list[str] | None) -> Iterator[dict[str, Any]]:
     path = raw / SAMPLES_FILE
     try:
         # pre-buffering would keep what was read until the file is closed
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=16, columns=columns):
+            for batch in file.iter_batches(batch_size=16):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         cause = str(error).splitlines()[0]

@@ -49,5 +49,5 @@ def read_judgement(metrics_dir: Path, layout: Layout) -> Judgement:
         metrics=read_metrics(metrics_dir),
         predictions=read_predictions(predictions_dir),
         weights_digest=inputs["weights_digest"],
-        data_digests=inputs.get("data_digests", {}),
+        data_digests=inputs["data_digests"],
     )

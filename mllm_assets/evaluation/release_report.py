@@ -99,7 +99,7 @@ def show_text(facts: Mapping[str, Any]) -> str:
     """A release on one screen; its README.md has the rest."""
     lineage, base = facts["lineage"], facts["lineage"]["base_model"]
     models = {"base model": base}
-    if (pretrained := lineage.get("pretrained_model", base))["name"] != base["name"]:
+    if (pretrained := lineage["pretrained_model"])["name"] != base["name"]:
         models["pretrained"] = pretrained
     lines = [
         f"{facts['recipe']} {facts['version']}{', the current release' if facts['is_current'] else ''}",

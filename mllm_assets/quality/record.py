@@ -7,7 +7,6 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.data.raw_files import SAMPLES_FILE
@@ -38,10 +37,7 @@ def define_rows(connection: duckdb.DuckDBPyConnection, raw: Path, quality: Path)
         "image_rows": quality / IMAGES_FILE,
         "pair_rows": quality / DUPLICATES_FILE,
     }
-    texts = "sample_id, row_index, caption, label, "
-    # a source that was ingested by an earlier version does not say where its samples were found
-    is_located = "source_location" in pq.read_schema(files["texts"]).names
-    texts += "source_location" if is_located else "NULL::VARCHAR AS source_location"
+    texts = "sample_id, row_index, caption, label, source_location"
     for name, path in files.items():
         columns = texts if name == "texts" else "*"
         quoted = str(path).replace("'", "''")

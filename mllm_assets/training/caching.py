@@ -4,7 +4,6 @@ What a step does not need is not in memory either: its weights are dropped when 
 from the model's directory when the trained model is published.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from mllm_assets.training.freezing import TrainableSet
 from mllm_assets.training.inputs import Inputs, make_collator
 from mllm_assets.training.memory import MemoryEstimate, checkpoints_activations, estimate
 from mllm_assets.training.model import load_model
+from mllm_assets.training.ranks import num_ranks, rank
 from mllm_assets.training.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class _Work:
         if self.settings.features_dir is None:
             features.compute_missing(
                 model, self.pixels, features.images_by_digest(inputs.images), directory, self.precision, self.reporter,
-                num_workers=self.spec.dataloader_num_workers, part=_part(),
+                num_workers=self.spec.dataloader_num_workers, part=(rank(), num_ranks()),
             )  # fmt: skip
         reader = features.FeatureReader(directory)
         features.require_match(reader, model, self.pixels, inputs.images, self.precision)
@@ -230,7 +230,7 @@ class _Work:
                 collator = make_collator(self.spec, self.inputs.processor, features=self.feature_reader())
                 own_tower = tower.install(model)
             hidden_states.compute_missing(
-                model, boundary, collator, rows, directory, self.precision, self.reporter, part=_part()
+                model, boundary, collator, rows, directory, self.precision, self.reporter, part=(rank(), num_ranks())
             )
             if own_tower is not None:
                 tower.uninstall(model, own_tower)
@@ -267,7 +267,3 @@ def restore(model: Any, cached: Cached, model_dir: Path, dtype: torch.dtype) -> 
     for path, module in modules.items():
         model.set_submodule(path, module)
     model.main_input_name = type(model).main_input_name
-
-
-def _part() -> tuple[int, int]:
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

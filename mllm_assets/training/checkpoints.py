@@ -100,16 +100,16 @@ def require_same_conditions(checkpoint: Path, here: Mapping[str, Any]) -> None:
     Raises:
         MachineError: They differ. Names each, and what to set.
     """
-    there = read_manifest(checkpoint).get("conditions", {})
-    differ = [name for name in here if there.get(name) != here[name]]
+    there = read_manifest(checkpoint)["conditions"]
+    differ = [name for name in here if there[name] != here[name]]
     if not differ:
         return
-    shown = "; ".join(f"{name} was {there.get(name)} and is {here[name]} now" for name in differ)
+    shown = "; ".join(f"{name} was {there[name]} and is {here[name]} now" for name in differ)
     remedies = {
-        "num_processes": f"start it with {there.get('num_processes')} process(es)",
+        "num_processes": f"start it with {there['num_processes']} process(es)",
         "precision": "set bf16, fp16 and pure_bf16 as they were",
         "sharding": "set fsdp and deepspeed as they were",
-        "device": f"start it on {there.get('device')}",
+        "device": f"start it on {there['device']}",
     }
     advice = " and ".join(remedies[name] for name in differ)
     raise MachineError(

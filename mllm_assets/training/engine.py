@@ -5,7 +5,6 @@ The run's folder fills in this order: `run.json` (what resume must not change), 
 """
 
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from mllm_assets.training.model import (
     quiet_libraries,
     weights_digest,
 )
+from mllm_assets.training.ranks import is_first_rank
 from mllm_assets.training.run_file import keep_for_life
 from mllm_assets.training.spec import TrainSpec
 from mllm_assets.training.trainer import make_trainer, require_distribution, run_training, training_facts
@@ -194,15 +194,14 @@ def clean_and_find_resumable(
 
     A run that has none of its own begins with `resume_from`, where the recipe names one.
     """
-    is_first_rank = int(os.environ.get("RANK", "0")) == 0
-    for leftover in run_dir.glob(".*.tmp") if is_first_rank else ():
+    for leftover in run_dir.glob(".*.tmp") if is_first_rank() else ():
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
     resumable = find_resumable(run_dir)
     if resume_from is not None and resumable.path is None:
-        if is_first_rank:
+        if is_first_rank():
             seed_run(run_dir, Path(resume_from), with_best=spec.evaluation_selects)
         while not is_complete(run_dir / Path(resume_from).name):  # where the first rank fails, torchrun ends this one
             time.sleep(0.1)

@@ -15,6 +15,7 @@ from typing import IO, Any
 from mllm_assets import errors
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.redaction import redacted_value
+from mllm_assets.training.ranks import is_first_rank
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2  # never retried; every other code is a crash, and a new attempt resumes
@@ -131,7 +132,7 @@ def open_reporter() -> Iterator[Reporter]:
     """The reporter for this process: to Dagster under Pipes, otherwise to the terminal; silent on every rank but 0."""
     with ExitStack() as stack:
         emit, stream = None, None
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first_rank():
             if all(name in os.environ for name in PIPES_VARIABLES):
                 from dagster_pipes import open_dagster_pipes
 

@@ -1,7 +1,6 @@
 """transformers' `Trainer` with the recipe's arguments, LLaMA-Factory's loss and this project's reporting."""
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from mllm_assets.training.encode import EncodedRow
 from mllm_assets.training.inputs import Inputs
 from mllm_assets.training.model import base_model
 from mllm_assets.training.packed_attention import separate_rows
+from mllm_assets.training.ranks import num_ranks
 from mllm_assets.training.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def require_distribution(spec: TrainSpec, reporter: "Reporter") -> None:
     Raises:
         MachineError: `fsdp` with one process, or `deepspeed` that is not installed.
     """
-    if spec.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if spec.fsdp and num_ranks() == 1:
         raise MachineError(
             "fsdp spreads the model over processes, and this run has one. Set num_processes of the accelerator "
             "(MLLM_ASSETS_NUM_PROCESSES, --num-processes) to 2 or more, or delete fsdp from the recipe."

@@ -1,12 +1,12 @@
 """What a run was named by must be what it reads: rows and model are looked at again before it trains."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from mllm_assets.data.sharegpt import entry_digest
 from mllm_assets.errors import IntegrityError
 from mllm_assets.training.model_directory import model_fingerprint
+from mllm_assets.training.ranks import is_first_rank
 
 
 def require_same_data(data_dir: Path, digests: Mapping[str, str]) -> None:
@@ -29,7 +29,7 @@ def require_same_model(model_dir: Path, fingerprint: str | None) -> None:
     Raises:
         IntegrityError: Names the file where a manifest speaks for it.
     """
-    if fingerprint is None or int(os.environ.get("RANK", "0")) != 0:
+    if fingerprint is None or not is_first_rank():
         return
     found = model_fingerprint(model_dir, deep=True)
     if found != fingerprint:
