@@ -16,7 +16,7 @@ from mllm_assets.errors import DataError
 from mllm_assets.inference.answerer import Answerer
 from mllm_assets.inference.chat_request import RequestError, checked, parts_of, picture
 from mllm_assets.inference.stop_texts import StoppingQueue, before_stop
-from mllm_assets.training.encode import control_token_pattern
+from mllm_assets.training.turns import control_token_pattern
 
 
 class OneModel(ModelManager):
@@ -148,7 +148,7 @@ class ChatHandler(ChatCompletionHandler):
     def _part(self, part: Any, where: str) -> dict[str, Any]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            if self._control_token is not None and (found := self._control_token.search(part["text"])):
+            if found := self._control_token.search(part["text"]):
                 raise RequestError(where, f"{where}: the text holds {found.group()!r}, which steers the model.")
             return {"type": "text", "text": part["text"]}
         if kind == "image_url":

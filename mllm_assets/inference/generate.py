@@ -9,13 +9,12 @@ from transformers import TextStreamer
 
 from mllm_assets.data.images import require_decodable
 from mllm_assets.data.sharegpt import SYSTEM, USER, Message, Row
+from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.errors import DataError
 from mllm_assets.inference.answerer import Answerer, Sampling
 from mllm_assets.inference.naming import NamedModel, find_model
 from mllm_assets.training.device import pick_device
-from mllm_assets.training.encode import IMAGE_PLACEHOLDER, EncodedRow
-
-__all__ = ["FileAnswer", "Generation", "answer_files", "ask", "find_model", "generate", "open_model", "prompt_row"]
+from mllm_assets.training.encode import EncodedRow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,10 +226,10 @@ def _encoded(answerer: Answerer, row: Row) -> EncodedRow:
     """
     encoder = answerer.encoder
     *system, question = row.messages
-    texts = {"prompt": question.content, "system text": system[0].content if system else encoder.system or ""}
+    texts = {"prompt": question.content, "system text": system[0].content if system else encoder.turns.system or ""}
     for name, text in texts.items():
         for part in text.split(IMAGE_PLACEHOLDER):
-            if encoder.control_token is not None and (found := encoder.control_token.search(part)):
+            if found := encoder.turns.control_token.search(part):
                 raise DataError(
                     f"The {name} holds {found.group()!r}, which steers the model and would be read as that, not as "
                     "text. Take it out."

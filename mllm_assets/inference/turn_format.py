@@ -8,8 +8,9 @@ from typing import Any
 from PIL import Image
 
 from mllm_assets.data.sharegpt import ASSISTANT, SYSTEM, USER, Message, Row
+from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.errors import ModelError
-from mllm_assets.training.encode import IMAGE_PLACEHOLDER, Encoder
+from mllm_assets.training.encode import Encoder
 
 _PICTURE = Image.linear_gradient("L").convert("RGB")
 _QUESTION, _ANSWER, _SYSTEM = "What is shown in this image?", "A gradient.", "You answer in one sentence."

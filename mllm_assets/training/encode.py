@@ -1,29 +1,26 @@
-r"""A ShareGPT row becomes token ids and labels exactly as LLaMA-Factory makes them.
+"""A ShareGPT row becomes token ids and labels exactly as LLaMA-Factory makes them.
 
-For Gemma 3: `<bos>` once, then for each turn `<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n`; a
-system text stands before the first user text with a blank line; `<image>` becomes the processor's full image sequence;
-nothing is trimmed. What is supervised: each assistant answer with its `<end_of_turn>\n`, newline included. Question
-and answer are tokenised apart. Other families differ as `templates.py` and `image_slots.py` say.
-Source: llamafactory 0.9.5, `data/template.py`, `data/mm_plugin.py` and `data/processor/supervised.py`.
+`turns.py` says how a conversation is tokenised. Here it is cut to `cutoff_len`, and each token of an answer, its end of
+turn included, becomes a label; so do those of a question with `train_on_prompt`.
+Source: llamafactory 0.9.5, `data/mm_plugin.py` and `data/processor/supervised.py`.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.errors import DataError, ModelError
 from mllm_assets.training.cutting import ImageTurns, Lengths, kept_lengths, smallest_cutoff_len
 from mllm_assets.training.families import find_template, processor_family
 from mllm_assets.training.image_files import image_size
 from mllm_assets.training.image_slots import ImageSlot, image_slots
-from mllm_assets.training.templates import fill
+from mllm_assets.training.turns import Turn, TurnTokenizer
 
 if TYPE_CHECKING:
-    from mllm_assets.data.sharegpt import Message, Row
+    from mllm_assets.data.sharegpt import Row
 
-IMAGE_PLACEHOLDER = "<image>"
 IGNORE_INDEX = -100
 
 
@@ -89,17 +86,13 @@ class Encoder:
         image_min_pixels: int = 32 * 32,
     ) -> None:
         family = processor_family(processor)
-        self.tokenizer = processor.tokenizer
         self.cutoff_len = cutoff_len
-        self.system = system
         self.template = find_template(template, family)
+        self.turns = TurnTokenizer(processor.tokenizer, self.template, system=system, enable_thinking=enable_thinking)
         self.train_on_prompt = train_on_prompt
         self.mask_history = mask_history
-        self.enable_thinking = enable_thinking
         self._drops_history_thought = mask_history and not preserve_thinking
-        self.image_token = family.image_token
-        self.image_token_id: int = image_token_id(processor)
-        self.control_token = control_token_pattern(processor.tokenizer)
+        self.image_token_id = image_token_id(processor)
         self._slots = image_slots(family, processor)
         self._image_limits = {"max_pixels": image_max_pixels, "min_pixels": image_min_pixels}
 
@@ -114,14 +107,14 @@ class Encoder:
         slots = self._image_slots(row)
         input_ids = self._leading_images(slots)
         labels = [IGNORE_INDEX] * len(input_ids)
-        pairs = self._pairs(row, slots, for_last_answer=self._drops_history_thought)
-        lengths = [(len(source), len(target)) for source, target in pairs]
+        turns = self._turns(row, slots, for_last_answer=self._drops_history_thought)
+        lengths = [(len(source), len(target)) for source, target in turns]
         kept = kept_lengths(lengths, self.cutoff_len - len(input_ids), last_first=self.mask_history)
         num_tokens_cut = sum(map(sum, lengths)) - sum(map(sum, kept))
         if num_tokens_cut:
-            self._require_whole_images(row, pairs, kept, num_leading=len(input_ids))
-        for index, ((source, target), (source_len, target_len)) in enumerate(zip(pairs, kept, strict=True)):
-            is_history = self.mask_history and index < len(pairs) - 1
+            self._require_whole_images(row, turns, kept, num_leading=len(input_ids))
+        for index, ((source, target), (source_len, target_len)) in enumerate(zip(turns, kept, strict=True)):
+            is_history = self.mask_history and index < len(turns) - 1
             source, target = source[:source_len], target[:target_len]
             input_ids += source + target
             labels += source if self.train_on_prompt else [IGNORE_INDEX] * source_len
@@ -141,9 +134,9 @@ class Encoder:
             DataError: The text itself holds control tokens, or an image is damaged. Names the row.
         """
         slots = self._image_slots(row)
-        pairs = self._pairs(row, slots)
+        *earlier, (question, _) = self._turns(row, slots)
         input_ids = self._leading_images(slots)
-        input_ids += [token for source, target in pairs[:-1] for token in source + target] + pairs[-1][0]
+        input_ids += [token for source, target in earlier for token in source + target] + question
         return self._row(row, slots, input_ids, [IGNORE_INDEX] * len(input_ids), 0)
 
     def _row(
@@ -168,116 +161,48 @@ class Encoder:
         sizes = (image_size(path, row_id=row.id, **self._image_limits) for path in row.images)
         return [self._slots.slot(*self._slots.fitted(*size)) for size in sizes]
 
+    def _turns(self, row: "Row", slots: Sequence[ImageSlot], *, for_last_answer: bool = False) -> list[Turn]:
+        # images that stand before the first text leave nothing in the place of their placeholders
+        texts = ["" if self.template.images_first else slot.text for slot in slots]
+        return self.turns.tokenize(row, texts, for_last_answer=for_last_answer)
+
     def _leading_images(self, slots: Sequence[ImageSlot]) -> list[int]:
         num_tokens = sum(slot.num_tokens for slot in slots) if self.template.images_first else 0
         return [self.image_token_id] * num_tokens
 
-    def _pairs(
-        self, row: "Row", slots: Sequence[ImageSlot], *, for_last_answer: bool = False
-    ) -> list[tuple[list[int], list[int]]]:
-        """Return (question, answer) token ids per exchange; the answer of a row that ends with a question is empty.
-
-        `for_last_answer` takes the reasoning out of all earlier answers.
-        """
-        template = self.template
-        messages: Sequence[Message] = row.messages
-        system = self.system
-        if messages and messages[0].role == "system":
-            system, messages = messages[0].content, messages[1:]
-        if system:
-            self._refuse_control_tokens(row, "the system text", system)
-        system = system or template.default_system
-        texts = iter([""] * len(slots) if template.images_first else [slot.text for slot in slots])
-        pairs = []
-        for index in range(0, len(messages), 2):
-            question = messages[index].content
-            for part in question.split(IMAGE_PLACEHOLDER):
-                self._refuse_control_tokens(row, f"message {index}", part)
-            image_first = template.user_image_first is not None and question.startswith(IMAGE_PLACEHOLDER)
-            user = template.user_image_first if image_first else template.user
-            content = _expanded(question, texts)
-            source: list[int] = []
-            if index == 0:
-                if template.starts_with_bos and self.tokenizer.bos_token_id is not None:
-                    source.append(self.tokenizer.bos_token_id)
-                source += self._tokens(template.prefix)
-                if system and template.system_in_user:
-                    content = fill(template.system, system) + content
-                elif system:
-                    source += self._tokens(fill(template.system, system))
-            source += self._tokens(fill(user or template.user, content))
-            if index + 1 < len(messages):
-                answer = messages[index + 1].content
-                is_history = for_last_answer and index + 2 < len(messages)
-                if self.enable_thinking is False or is_history:
-                    answer = template.without_thought(answer)
-                for part in template.without_thought(answer).split(IMAGE_PLACEHOLDER):
-                    self._refuse_control_tokens(row, f"message {index + 1}", part)
-                before, target = self._answer(_expanded(answer, texts), is_history=is_history)
-                pairs.append((source + before, target))
-            else:
-                pairs.append((source, []))
-        return pairs
-
-    def _answer(self, answer: str, *, is_history: bool = False) -> tuple[list[int], list[int]]:
-        """Return what an answer adds to its question, and its own token ids."""
-        template = self.template
-        target = self._tokens(fill(template.assistant, answer))
-        if template.ends_with_eos and self.tokenizer.eos_token_id is not None:
-            target.append(self.tokenizer.eos_token_id)
-        if template.thought is None or is_history or not template.lacks_thought(answer):
-            return [], target
-        thought = self._tokens("".join(template.thought))
-        return ([], thought + target) if self.enable_thinking else (thought, target)
-
-    def _refuse_control_tokens(self, row: "Row", place: str, text: str) -> None:
-        """A tokenizer takes `<end_of_turn>` in a text for the end of the turn, and so does LLaMA-Factory.
-
-        Encoding it as plain characters instead would train what no chat program sends, and other ids than
-        LLaMA-Factory's from the same file.
-        """
-        if self.control_token is not None and (found := self.control_token.search(text)):
-            raise DataError(
-                f"Row {row.id}: {place} holds {found.group()!r}, which steers the model and would be read as that, not "
-                "as text. Take it out, or drop the row."
-            )
-
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
-
     def _require_whole_images(
-        self, row: "Row", pairs: Sequence[tuple[list[int], list[int]]], kept: Sequence[Lengths], *, num_leading: int
+        self, row: "Row", turns: Sequence[Turn], kept: Sequence[Lengths], *, num_leading: int
     ) -> None:
         """Refuse a cut into an image.
 
         Raises:
             ImageCutError: Names the row.
         """
-        turns = self._image_turns(pairs, num_leading)
-        if turns.fits(self.cutoff_len, last_first=self.mask_history):
+        image_turns = self._image_turns(turns, num_leading)
+        if image_turns.fits(self.cutoff_len, last_first=self.mask_history):
             return
         parts = [
-            part[:length] for pair, k in zip(pairs, kept, strict=True) for part, length in zip(pair, k, strict=True)
+            part[:length] for turn, k in zip(turns, kept, strict=True) for part, length in zip(turn, k, strict=True)
         ]
         left = sum(part.count(self.image_token_id) for part in parts)
-        total = sum(part.count(self.image_token_id) for pair in pairs for part in pair)
-        least = smallest_cutoff_len([turns], self.cutoff_len, last_first=self.mask_history)
+        total = sum(part.count(self.image_token_id) for turn in turns for part in turn)
+        least = smallest_cutoff_len([image_turns], self.cutoff_len, last_first=self.mask_history)
         raise ImageCutError(
             f"Row {row.id} is cut inside its images: cutoff_len {self.cutoff_len} leaves {left} of {total} image "
             f"tokens. Set cutoff_len: {least} or more, or drop the row.",
-            turns,
+            image_turns,
         )
 
     def image_turns(self, row: "Row") -> ImageTurns:
         """Return how short a row may be cut."""
         slots = self._image_slots(row)
-        pairs = self._pairs(row, slots, for_last_answer=self._drops_history_thought)
-        return self._image_turns(pairs, len(self._leading_images(slots)))
+        turns = self._turns(row, slots, for_last_answer=self._drops_history_thought)
+        return self._image_turns(turns, len(self._leading_images(slots)))
 
-    def _image_turns(self, pairs: Sequence[tuple[list[int], list[int]]], num_leading: int) -> ImageTurns:
+    def _image_turns(self, turns: Sequence[Turn], num_leading: int) -> ImageTurns:
         return ImageTurns(
-            lengths=[(len(source), len(target)) for source, target in pairs],
-            needed=[(self._end_of_images(source), self._end_of_images(target)) for source, target in pairs],
+            lengths=[(len(source), len(target)) for source, target in turns],
+            needed=[(self._end_of_images(source), self._end_of_images(target)) for source, target in turns],
             num_leading=num_leading,
         )
 
@@ -294,13 +219,6 @@ class Encoder:
         )
 
 
-def control_token_pattern(tokenizer: Any) -> re.Pattern[str] | None:
-    """What matches each special token of a tokenizer, None where it has none."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    longest_first = sorted(special, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, longest_first))) if special else None
-
-
 def image_token_id(processor: Any) -> int:
     """Return the id of the token that stands for an image's features.
 
@@ -315,9 +233,3 @@ def image_token_id(processor: Any) -> int:
             f"Use the tokenizer files of {processor_family(processor).example} or of a model made from it."
         )
     return ids[0]
-
-
-def _expanded(text: str, images: Iterator[str]) -> str:
-    """Put what stands for the images in the place of their placeholders, in order."""
-    first, *rest = text.split(IMAGE_PLACEHOLDER)
-    return first + "".join(next(images) + part for part in rest)

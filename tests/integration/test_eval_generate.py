@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from mllm_assets.errors import DataError, IntegrityError, MllmAssetsError, ModelError
-from mllm_assets.inference.generate import find_model, generate
+from mllm_assets.inference.generate import generate
+from mllm_assets.inference.naming import find_model
 
 pytestmark = pytest.mark.integration
 GOLDEN = Path(__file__).parents[1] / "golden" / "parity"
