@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from mllm_assets.artifacts import is_complete, read_manifest, write_manifest
 from mllm_assets.training import caching, freezing, loss, memory, reporting, trackers
+from mllm_assets.training.cache_plan import plan_caches
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.checkpoint_model import remember_beginning
 from mllm_assets.training.checkpoints import Resumable, find_resumable, load_trainable, seed_run
@@ -74,7 +75,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     settings = CacheSettings.parse(request)
     shape = freezing.apply(spec, model_on_meta(load_config(model_dir), dtype=precision.weights))
     num_processes = int(accelerator.get("num_processes") or 1)
-    cache_plan = caching.plan(shape, spec, settings, inputs, precision, num_processes=num_processes)
+    cache_plan = plan_caches(shape, spec, settings, inputs, precision, num_processes=num_processes)
 
     def estimate_for(some: TrainSpec) -> memory.MemoryEstimate:
         return caching.estimate_memory(shape, some, device, precision, inputs, cache_plan)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mllm_assets.errors import RecipeError
 from mllm_assets.training import caching, freezing
+from mllm_assets.training.cache_plan import plan_caches
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.collate import Collator
 from mllm_assets.training.describing import trainable_lines
@@ -72,7 +73,7 @@ def inspect(
     shape = freezing.apply(spec, model_on_meta(load_config(model_dir), dtype=precision.weights))
     yield from trainable_lines(shape.table, shape.num_params)
     yield ""
-    plan = caching.plan(shape, spec, CacheSettings(features_root=image_dir), inputs, precision)
+    plan = plan_caches(shape, spec, CacheSettings(features_root=image_dir), inputs, precision)
     needed = caching.estimate_memory(shape, spec, found, precision, inputs, plan)
     yield f"memory: {needed.describe()} of {found.memory_gib:.1f} GiB on {found.name} ({found.kind})"
     for note in [*recipe.notes, *reporter.warnings, *shape.warnings]:

@@ -10,7 +10,7 @@ import pytest
 from mllm_assets.components.checkpoint_asset import CheckpointConfig
 from mllm_assets.components.dataset_yaml import Output, Quality, Source, Split
 from mllm_assets.components.fine_tuning import Gates, PushToHub, read_recipes
-from mllm_assets.components.image_text_dataset import raw_code_version
+from mllm_assets.components.raw_asset import raw_code_version
 from mllm_assets.components.reporting import unreadable_assets
 from mllm_assets.data.spec import DatasetSpec, OutputSpec, QualitySpec, SourceSpec, SplitSpec
 from mllm_assets.definitions import defs

@@ -202,7 +202,7 @@ def test_a_release_checks_placeholders_and_counts_of_its_datasets_again(layout: 
 
 def test_a_hub_dataset_for_the_guide_reads_other_rows_than_for_groups(layout: Layout) -> None:
     """The guide's shuffle is over all rows, so both cannot share an ingested file."""
-    from mllm_assets.components.image_text_dataset import raw_code_version
+    from mllm_assets.components.raw_asset import raw_code_version
 
     source = SourceSpec(kind="huggingface", repo="a/b")
     specs = [replace(made_spec(source=source), split=SplitSpec(strategy=name)) for name in ("guide", "grouped")]

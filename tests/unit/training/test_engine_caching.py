@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mllm_assets.errors import IntegrityError, MachineError
-from mllm_assets.training import caching, freezing
+from mllm_assets.training import freezing
+from mllm_assets.training.cache_plan import CachePlan, plan_caches
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.device import Precision
 from mllm_assets.training.encode import EncodedRow
@@ -26,7 +27,7 @@ def make_plan(
     config: dict[str, Any] | None = None,
     num_images: int = 1,
     **values: Any,
-) -> caching.CachePlan:
+) -> CachePlan:
     spec = TrainSpec(model_name_or_path="m", dataset="d", template="gemma3", do_train=True, **values)
     shape_config = load_config(parity_dir / "model")
     for part, overrides in (config or {}).items():
@@ -36,7 +37,7 @@ def make_plan(
     images = (Path("a.png"),) * num_images
     rows = [EncodedRow(id=str(i), input_ids=(1, 2, i), labels=(-100, 2, i), images=images) for i in range(48)]
     inputs = Inputs(processor=None, train_rows=rows, eval_rows=[])
-    return caching.plan(shape, spec, settings, inputs, FP32)
+    return plan_caches(shape, spec, settings, inputs, FP32)
 
 
 @pytest.fixture
