@@ -12,7 +12,7 @@ from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.evaluated import evaluated_runs, evaluation_of, how_to_evaluate
-from mllm_assets.evaluation.metrics import read_metrics
+from mllm_assets.evaluation.metrics_file import read_metrics
 from mllm_assets.evaluation.release_versions import Release, current_release
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import dev_command, materialize_command, why_no_latest

@@ -17,7 +17,9 @@ from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.evaluation.gates import GateSpec, evaluate_gates, leakage_gate
 from mllm_assets.evaluation.intervals import gain_text
-from mllm_assets.evaluation.metrics import compute_metrics, gains_over_release, metric_rows, write_metrics
+from mllm_assets.evaluation.metrics import compute_metrics
+from mllm_assets.evaluation.metrics_file import metric_rows, write_metrics
+from mllm_assets.evaluation.over_release import gains_over_release
 from mllm_assets.evaluation.release import read_judged
 from mllm_assets.evaluation.release_versions import current_release
 from mllm_assets.evaluation.table import read_predictions

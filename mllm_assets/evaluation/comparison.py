@@ -14,7 +14,8 @@ from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.evaluated import evaluated_runs, evaluation_of, how_to_evaluate
 from mllm_assets.evaluation.gallery import HTML_THUMBNAIL_PX, MAX_HTML_SAMPLES, evenly_spaced, thumbnail
 from mllm_assets.evaluation.intervals import gain_text
-from mllm_assets.evaluation.metrics import gains_over_release, read_metrics
+from mllm_assets.evaluation.metrics_file import read_metrics
+from mllm_assets.evaluation.over_release import gains_over_release
 from mllm_assets.evaluation.over_steps import find_run
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout

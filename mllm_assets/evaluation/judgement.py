@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from mllm_assets.artifacts import find_damage, read_manifest
 from mllm_assets.errors import IntegrityError
-from mllm_assets.evaluation.metrics import METRICS_FILE, read_metrics
+from mllm_assets.evaluation.metrics_file import METRICS_FILE, read_metrics
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, read_predictions
 from mllm_assets.layout import Layout
 

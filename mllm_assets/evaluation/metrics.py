@@ -1,23 +1,18 @@
 """Metrics of the base and the tuned model per entry, beside the answer that a model without eyes could give."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from mllm_assets.artifacts import digest_json, is_complete, read_manifest, staged_directory, write_manifest
-from mllm_assets.artifacts import write_json_atomic as write_json
+from mllm_assets.artifacts import digest_json
 from mllm_assets.errors import DataError, IntegrityError, ModelError
 from mllm_assets.evaluation import scores
 from mllm_assets.evaluation.intervals import paired_gain
-from mllm_assets.evaluation.table import with_run
 
-METRICS_FILE = "eval_metrics.json"
 MOST_COMMON = "most_common_answer"
 _SAMPLE_METRICS = ("loss", "rouge_1", "rouge_2", "rouge_l", "cider_d", "exact_match", "label_accuracy")
 
@@ -56,10 +51,10 @@ def _entry_metrics(entry: str, rows: list[dict[str, Any]], most_common: str) -> 
     by_model = _rows_by_model(entry, rows)
     first = next(iter(by_model.values()))
     references = [row["reference"] for row in first]
-    labels = [row["label"] for row in first] if all(row["label"] is not None for row in first) else None
+    labels = labels_of(first)
 
     models: dict[str, dict[str, float]] = {}
-    samples = {model: _samples(model_rows, references, labels) for model, model_rows in by_model.items()}
+    samples = {model: per_sample(model_rows, references, labels) for model, model_rows in by_model.items()}
     for model, model_rows in by_model.items():
         corpus = scores.corpus_scores([row["answer"] for row in model_rows], references)
         models[model] = {**_means(samples[model]), **corpus, **_losses(model_rows)}
@@ -90,13 +85,18 @@ def sample_metrics(predictions: pa.Table) -> list[dict[str, float]]:
         positions.setdefault((row["entry"], row["model"]), []).append(position)
     for group in positions.values():
         some = [rows[position] for position in group]
-        labels = [row["label"] for row in some]
         references = [row["reference"] for row in some]
-        scored = _text_samples([row["answer"] for row in some], references, None if None in labels else labels)
+        scored = _text_samples([row["answer"] for row in some], references, labels_of(some))
         for metric, values in scored.items():
             for position, value in zip(group, values, strict=True):
                 result[position][metric] = float(value)
     return result
+
+
+def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """The true label of each row, None unless all have one."""
+    labels = [row["label"] for row in rows]
+    return None if None in labels else labels
 
 
 def _rows_by_model(entry: str, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -117,9 +117,10 @@ def _rows_by_model(entry: str, rows: list[dict[str, Any]]) -> dict[str, list[dic
     return by_model
 
 
-def _samples(
+def per_sample(
     rows: Sequence[Mapping[str, Any]], references: Sequence[str], labels: Sequence[str] | None
 ) -> dict[str, np.ndarray]:
+    """Each metric's value for each row of one model."""
     losses = np.array([row["loss_nats"] for row in rows])
     return {**_text_samples([row["answer"] for row in rows], references, labels), "loss": losses}
 
@@ -165,14 +166,14 @@ def _gains(
     said = {model: [row["answer"] for row in rows] for model, rows in by_model.items()} | {MOST_COMMON: constant}
     references = [row["reference"] for row in by_model["tuned"]]
     return {
-        f"tuned_over_{other}": _gain_over(samples["tuned"], samples[other])
+        f"tuned_over_{other}": gain_over(samples["tuned"], samples[other])
         | scores.corpus_gains(said["tuned"], said[other], references)
         for other in ("base", MOST_COMMON)
         if other in samples
     }
 
 
-def _gain_over(tuned: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def gain_over(tuned: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Paired differences of the metrics that both have; a lower loss counts as a gain."""
     shared = [metric for metric in _SAMPLE_METRICS if metric in tuned and metric in other]
     return {m: paired_gain((tuned[m] - other[m]) * (-1 if m == "loss" else 1)) for m in shared}
@@ -184,41 +185,6 @@ def _image_gain(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"loss": paired_gain(np.array([shuffled - true for shuffled, true in pairs]))} if pairs else {}
 
 
-def gains_over_release(predictions: pa.Table, released: pa.Table) -> dict[str, dict[str, Any]]:
-    """Paired differences of two tuned models, per entry that asks both the same of the same samples.
-
-    Args:
-        predictions: Those of the model at hand.
-        released: Those that the released model was judged by.
-
-    Returns:
-        `{entry: {metric: gain}}`, positive when better than the release; other entries are left out.
-    """
-    now, then = _tuned_by_entry(predictions), _tuned_by_entry(released)
-    result = {}
-    for entry in sorted(now.keys() & then.keys()):
-        if _asked(now[entry]) == _asked(then[entry]):
-            references = [row["reference"] for row in now[entry]]
-            labels = [row["label"] for row in now[entry]]
-            known = None if None in labels else labels
-            pair = [_samples(rows[entry], references, known) for rows in (now, then)]
-            tuned, released_one = ([row["answer"] for row in rows[entry]] for rows in (now, then))
-            result[entry] = _gain_over(*pair) | scores.corpus_gains(tuned, released_one, references)
-    return result
-
-
-def _tuned_by_entry(predictions: pa.Table) -> dict[str, list[dict[str, Any]]]:
-    by_entry: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(predictions.to_pylist(), key=lambda row: row["row_index"]):
-        if row["model"] == "tuned":
-            by_entry.setdefault(row["entry"], []).append(row)
-    return by_entry
-
-
-def _asked(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    return [(row["sample_id"], row["prompt"], row["reference"], row["label"]) for row in rows]
-
-
 def confusion(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
     """Count true labels (rows) against named ones (columns; the last two are "(none)" and "(several)")."""
     known = sorted(set(labels))
@@ -227,35 +193,3 @@ def confusion(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[
     for row, label in zip(rows, labels, strict=True):
         counts[known.index(label)][columns.index(scores.find_label(row["answer"], known))] += 1
     return {"labels": known, "named": columns, "counts": counts}
-
-
-def metric_rows(metrics: Mapping[str, Any], *, run_id: str, recipe: str, checkpoint_digest: str) -> pa.Table:
-    """The rows of DuckDB's `eval_metrics`."""
-    rows = [
-        {"model": model, "entry": entry, "metric": metric, "value": value, "num_samples": scored["num_samples"]}
-        for entry, scored in metrics["entries"].items()
-        for model, values in scored["models"].items()
-        for metric, value in values.items()
-    ]
-    return with_run(pa.Table.from_pylist(rows), run_id=run_id, recipe=recipe, checkpoint_digest=checkpoint_digest)
-
-
-def write_metrics(target: Path, metrics: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Publish `eval_metrics.json` in `target` and return the manifest; `digest` in it is the data version.
-
-    Args:
-        target: A directory named by what is scored; a complete one is kept as it is.
-        metrics: What `compute_metrics` returned.
-        inputs: What the metrics were made from (digests of predictions and checkpoint), for the manifest.
-    """
-    if not is_complete(target):
-        with staged_directory(target) as staging:
-            write_json(staging / METRICS_FILE, metrics)
-            write_manifest(staging, {"inputs": dict(inputs), "digest": digest_json(metrics)})
-    return read_manifest(target)
-
-
-def read_metrics(directory: Path) -> dict[str, Any]:
-    """Read `eval_metrics.json` of a complete directory."""
-    read_manifest(directory)
-    return json.loads((directory / METRICS_FILE).read_text(encoding="utf-8"))

@@ -24,8 +24,9 @@ from mllm_assets.evaluation.gates import (
     leakage_gate,
     reload_gate,
 )
-from mllm_assets.evaluation.metrics import METRICS_FILE, gains_over_release
+from mllm_assets.evaluation.metrics_file import METRICS_FILE
 from mllm_assets.evaluation.model_card import Lineage, write_model_card
+from mllm_assets.evaluation.over_release import gains_over_release
 from mllm_assets.evaluation.release_files import (
     PARTS,
     copy_files,

@@ -7,7 +7,7 @@ from typing import Any
 from mllm_assets.artifacts import read_manifest, slug
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.intervals import gain_text
-from mllm_assets.evaluation.metrics import read_metrics
+from mllm_assets.evaluation.metrics_file import read_metrics
 from mllm_assets.evaluation.release_integrity import find_release_damage
 from mllm_assets.evaluation.release_versions import current_release, find_release, released_recipes, version_folders
 from mllm_assets.layout import Layout

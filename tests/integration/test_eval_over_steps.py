@@ -13,7 +13,8 @@ import pytest
 
 from mllm_assets.artifacts import point_symlink, read_manifest, staged_directory, write_manifest
 from mllm_assets.cli import main
-from mllm_assets.evaluation.metrics import compute_metrics, write_metrics
+from mllm_assets.evaluation.metrics import compute_metrics
+from mllm_assets.evaluation.metrics_file import write_metrics
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout

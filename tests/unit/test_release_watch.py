@@ -10,7 +10,7 @@ import pytest
 from mllm_assets.artifacts import staged_directory, write_manifest
 from mllm_assets.components.automation_yaml import ReleaseWatch
 from mllm_assets.components.release_watch import released_model_regression
-from mllm_assets.evaluation.metrics import write_metrics
+from mllm_assets.evaluation.metrics_file import write_metrics
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, SCHEMA, to_table
 from mllm_assets.layout import Layout
 

@@ -7,7 +7,8 @@ from made_predictions import prediction, predictions
 
 from mllm_assets.errors import RecipeError
 from mllm_assets.evaluation.gates import GateResult, GateSpec, evaluate_gates, failed
-from mllm_assets.evaluation.metrics import compute_metrics, gains_over_release
+from mllm_assets.evaluation.metrics import compute_metrics
+from mllm_assets.evaluation.over_release import gains_over_release
 from mllm_assets.evaluation.table import to_table
 
 TRAIN = ["cat", "cat", "dog"]

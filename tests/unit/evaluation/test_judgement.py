@@ -9,7 +9,8 @@ from made_predictions import predictions
 from mllm_assets.artifacts import write_manifest
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.judgement import read_judgement
-from mllm_assets.evaluation.metrics import METRICS_FILE, compute_metrics, write_metrics
+from mllm_assets.evaluation.metrics import compute_metrics
+from mllm_assets.evaluation.metrics_file import METRICS_FILE, write_metrics
 from mllm_assets.evaluation.table import PREDICTIONS_FILE
 from mllm_assets.layout import Layout
 

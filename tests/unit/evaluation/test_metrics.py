@@ -12,13 +12,9 @@ from mllm_assets.artifacts import find_damage
 from mllm_assets.errors import DataError, IntegrityError, ModelError
 from mllm_assets.evaluation import intervals
 from mllm_assets.evaluation.intervals import SEED, gain_text, paired_gain
-from mllm_assets.evaluation.metrics import (
-    compute_metrics,
-    gains_over_release,
-    metric_rows,
-    sample_metrics,
-    write_metrics,
-)
+from mllm_assets.evaluation.metrics import compute_metrics, sample_metrics
+from mllm_assets.evaluation.metrics_file import metric_rows, write_metrics
+from mllm_assets.evaluation.over_release import gains_over_release
 from mllm_assets.evaluation.scores import corpus_gains, corpus_scores, definitions
 from mllm_assets.evaluation.table import STORE_COLUMNS, predictions_digest, store_table, to_table
 from mllm_assets.quality.store import QualityStore

@@ -13,7 +13,8 @@ from made_predictions import prediction, predictions
 from mllm_assets.artifacts import find_damage, read_manifest, write_manifest
 from mllm_assets.errors import GateError, IntegrityError
 from mllm_assets.evaluation.gates import GateSpec
-from mllm_assets.evaluation.metrics import compute_metrics, read_metrics
+from mllm_assets.evaluation.metrics import compute_metrics
+from mllm_assets.evaluation.metrics_file import read_metrics
 from mllm_assets.evaluation.model_card import Lineage
 from mllm_assets.evaluation.release import publish
 from mllm_assets.evaluation.release_report import show_facts, show_text
