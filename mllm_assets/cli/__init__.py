@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mllm_assets.cli import data, models, operations, releases, results, servers, training
+from mllm_assets.cli.options import help_without_verb
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.redaction import redacted_output
 from mllm_assets.training.launch import WorkerCrashed
@@ -58,7 +59,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mllm-assets", description="Fine-tune vision-language models.")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(metavar="VERB")
+    help_without_verb(parser)
     for group in GROUPS:
         group.add_commands(verbs)
     return parser

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from typing import TypeAlias
 
 from mllm_assets.errors import MachineError
@@ -24,3 +25,13 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def help_without_verb(parser: argparse.ArgumentParser) -> None:
+    """Let a parser that is given no verb print its help, which lists them, as an error."""
+
+    def print_help(_: argparse.Namespace) -> int:
+        parser.print_help(sys.stderr)
+        return 2
+
+    parser.set_defaults(run=print_help)

@@ -5,13 +5,14 @@ import json
 import os
 from pathlib import Path
 
-from mllm_assets.cli.options import Verbs
+from mllm_assets.cli.options import Verbs, help_without_verb
 from mllm_assets.layout import Layout
 
 
 def add_commands(verbs: Verbs) -> None:
     releases = verbs.add_parser("releases", help="the released models of a recipe: list, show, rollback")
-    actions = releases.add_subparsers(required=True, metavar="ACTION")
+    actions = releases.add_subparsers(metavar="ACTION")
+    help_without_verb(releases)
 
     listed = actions.add_parser("list", help="versions, which is current, and whether each is as it was released")
     listed.add_argument("recipe", nargs="?", help="recipe name; all recipes by default")

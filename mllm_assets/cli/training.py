@@ -12,7 +12,9 @@ from mllm_assets.layout import Layout
 def add_commands(verbs: Verbs) -> None:
     train = verbs.add_parser("train", help="train a LLaMA-Factory recipe on a ShareGPT directory, without Dagster")
     train.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="recipe keys that win over the file's"
+    )
     train.add_argument("--device", choices=DEVICES, default=device_from_environment())
     train.add_argument("--num-processes", type=int, default=os.environ.get("MLLM_ASSETS_NUM_PROCESSES", "1"))
     train.add_argument("--force", action="store_true", help="train again although this very run is finished")
@@ -26,7 +28,9 @@ def add_commands(verbs: Verbs) -> None:
 
     inspect = verbs.add_parser("inspect", help="what the model will see of a recipe's rows, and what trains")
     inspect.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    inspect.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="recipe keys that win over the file's"
+    )
     inspect.add_argument("--row", type=int, default=0, help="training row, from 0; negative ones count from the end")
     inspect.add_argument("--device", choices=DEVICES, default=device_from_environment())
     inspect.set_defaults(run=_inspect)

@@ -86,3 +86,17 @@ def test_inspect_finds_a_missing_recipe_before_it_loads_torch(tmp_path: Path) ->
     code = "import sys; from mllm_assets.cli import main; main(['inspect', 'nope.yaml']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert "There is no recipe nope.yaml" in done.stderr and done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(("command", "verb"), [([], "train"), (["releases"], "rollback")])
+def test_without_a_verb_the_help_lists_them(command: list[str], verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It said only that a VERB is required."""
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert f"    {verb} " in said.err and said.out == ""
+
+
+def test_overrides_are_not_said_to_be_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: RECIPE.yaml\n")
