@@ -31,6 +31,13 @@ def _require(condition: bool, message: str) -> None:
         raise RecipeError(message)
 
 
+def _require_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    _require(
+        value in known,
+        f"{name}: expected one of {', '.join(known)}, got {value!r}. Correct it in the dataset's YAML.",
+    )
+
+
 def _require_positive(spec: Any, *names: str) -> None:
     for name in names:
         value = getattr(spec, name)
@@ -64,11 +71,7 @@ class SourceSpec:
     messages_column: str | None = None
 
     def __post_init__(self) -> None:
-        _require(
-            self.kind in SOURCE_KINDS,
-            f"source.kind: expected one of {', '.join(SOURCE_KINDS)}, got {self.kind!r}. "
-            "Correct it in the dataset's YAML.",
-        )
+        _require_one_of("source.kind", self.kind, SOURCE_KINDS)
         if not isinstance(self.path, str):
             object.__setattr__(self, "path", tuple(self.path))
         needed = "repo" if self.kind == "huggingface" else "path"
@@ -108,10 +111,7 @@ class SplitSpec:
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_train", "num_val")
-        _require(
-            self.strategy in STRATEGIES,
-            f"split.strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}. Correct it.",
-        )
+        _require_one_of("split.strategy", self.strategy, STRATEGIES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,10 +122,7 @@ class OutputSpec:
     image_prefix: str | None = None
 
     def __post_init__(self) -> None:
-        _require(
-            self.format in OUTPUT_FORMATS,
-            f"output.format: expected one of {', '.join(OUTPUT_FORMATS)}, got {self.format!r}. Correct it.",
-        )
+        _require_one_of("output.format", self.format, OUTPUT_FORMATS)
         _require(
             self.image_prefix is None or self.image_prefix == slug(self.image_prefix),
             f"output.image_prefix: {self.image_prefix!r} must be of lower-case letters, digits and '_'.",
@@ -172,10 +169,7 @@ class QualitySpec:
         )
         object.__setattr__(self, "reject_flags", tuple(self.reject_flags))
         for flag in self.reject_flags:
-            _require(
-                flag in FLAGS,
-                f"quality.reject_flags: {flag!r} is not a flag. Use one of {', '.join(FLAGS)}.",
-            )
+            _require_one_of("quality.reject_flags", flag, FLAGS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

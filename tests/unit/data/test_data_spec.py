@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mllm_assets.data.spec import DatasetSpec, QualitySpec, SourceSpec, SplitSpec, as_json
+from mllm_assets.data.spec import DatasetSpec, OutputSpec, QualitySpec, SourceSpec, SplitSpec, as_json
 from mllm_assets.errors import RecipeError
 
 SOURCE = SourceSpec(kind="parquet", path="a.parquet")
@@ -22,8 +22,10 @@ def dataset(**fields: Any) -> DatasetSpec:
         (lambda: SourceSpec(kind="parquet"), "source.path is empty"),
         (lambda: SplitSpec(num_train=0), "num_train: expected a whole number of at least 1, got 0"),
         (lambda: SplitSpec(num_val=True), "num_val: expected a whole number of at least 1, got True"),
+        (lambda: SplitSpec(strategy="random"), "split.strategy: expected one of grouped, guide, got 'random'"),
+        (lambda: OutputSpec(format="csv"), "output.format: expected one of json, jsonl, parquet, got 'csv'"),
         (lambda: QualitySpec(duplicate_distance_bits=40), "duplicate_distance_bits: expected 0 to 16"),
-        (lambda: QualitySpec(reject_flags=("blurry",)), "'blurry' is not a flag. Use one of image_dark"),
+        (lambda: QualitySpec(reject_flags=("blurry",)), "quality.reject_flags: expected one of image_dark"),
         (lambda: dataset(name="My Data"), "Use 'my_data'"),
         (lambda: dataset(prompts=()), "'made' has no prompts. Give at least one question"),
         (lambda: dataset(prompts=("ok", " ")), "prompts[1]: expected a text"),
