@@ -1,5 +1,6 @@
 """What launcher and worker say to each other."""
 
+import gc
 import io
 import json
 import os
@@ -119,6 +120,20 @@ def test_a_ranks_crash_does_not_hide_another_ranks_error(tmp_path: Path) -> None
 def test_an_unknown_task_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="Unknown task 'trian': expected one of build_pretrained, train,"):
         worker.find_task("trian")
+
+
+def test_garbage_is_collected_again_once_the_libraries_of_a_task_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_to_load.py").write_text(
+        "import gc\ncollected = gc.isenabled()\n\ndef task(request, reporter):\n    return collected\n"
+    )
+    (tmp_path / "broken.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert worker.find_task("slow_to_load:task")({}, Reporter()) is False  # while it was loaded
+    with pytest.raises(ModuleNotFoundError):
+        worker.find_task("broken:task")
+    assert gc.isenabled()
 
 
 def test_only_people_errors_are_people_errors() -> None:
