@@ -57,13 +57,13 @@ install: $(CORE)
 
 $(CORE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v.major}.{v.minor}. Try: make PYTHON=python3.12 ...")'
-	@echo "Installing PyTorch, transformers, Dagster and what they need into .venv; 2 to 4 minutes, without a word of pip's."
+	@echo "Installing PyTorch, transformers, Dagster and their dependencies into .venv (2 to 4 minutes; pip is silent)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 $(EXTRAS): $(CORE) requirements-ui.txt
-	@echo "Installing what the extras need (Ray, MLflow, Playwright, MkDocs, ...) into .venv; a few minutes."
+	@echo "Installing what the extras need (Ray, MLflow, Playwright, MkDocs, ...) into .venv (a few minutes)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray,serve,s3,postgres,k8s]'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-ui.txt
 	@touch $@
