@@ -15,6 +15,7 @@ from mllm_assets.components.starting_model import find_origin, model_directory
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.checks import CheckOutcome
 from mllm_assets.data.leaks import datasets_share_no_image
+from mllm_assets.data.stages import stages_behind
 from mllm_assets.errors import DataError
 from mllm_assets.evaluation.gates import GateSpec, reload_gate
 from mllm_assets.evaluation.model_card import Origin
@@ -61,7 +62,7 @@ def checkpoint_asset(
         with_features: Whether an asset upstream computes the vision features.
         feature_cache: Whether hidden states may be kept.
         max_hidden_states_gib: Most that they may take on disk.
-        allow_leakage: Only warn where one dataset trains on pictures that another evaluates on.
+        allow_leakage: Only warn where it is evaluated on pictures that another dataset or stage trains on.
         regroup: Whether micro-batches may be regrouped.
     """
     features = [node.key("vision_features")] if with_features else []
@@ -84,18 +85,19 @@ def checkpoint_asset(
     ) -> dg.MaterializeResult:
         layout = project.layout
         with failures_for_people():
-            bring_data(context, node.data, project)
+            bring_data(context, [*node.data, *node.earlier_data], project)
             recipe = load_recipe(node.recipe.path, config.overrides())
+            model_dir = model_directory(context, node, project)
             apart = datasets_share_no_image(
                 layout.root / recipe.spec.dataset_dir,
                 recipe.spec.train_entries,
                 recipe.spec.eval_entries,
                 store=project.quality_store,
+                stages=stages_behind(model_dir, layout.root),
             )
             if not apart.passed and not allow_leakage:
                 # before it trains: the figures would be worth nothing
                 raise DataError(f"{recipe.path.name}: {apart.description}")
-            model_dir = model_directory(context, node, project)
             origin = find_origin(context, node)
             find_plan = partial(
                 plan_run,

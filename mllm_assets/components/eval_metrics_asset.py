@@ -52,7 +52,7 @@ def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = Fal
     def eval_metrics(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         layout, spec = project.layout, node.recipe.spec
         with failures_for_people():
-            bring_data(context, node.data, project)
+            bring_data(context, [*node.data, *node.earlier_data], project)
             predictions_dir = upstream_path(context, node.key("predictions"), project)
             rows = read_predictions(predictions_dir)
             answers = _train_answers(layout.root / spec.dataset_dir, spec.train_entries)

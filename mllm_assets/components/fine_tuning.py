@@ -77,8 +77,8 @@ class Settings(dg.Model, dg.Resolvable):
     )
     allow_leakage: bool = Field(
         default=False,
-        description="Only warn, train and release all the same, where an evaluation entry holds pictures that a "
-        "training entry holds too: of another dataset, or of a split that was given (strategy guide, val_split). The "
+        description="Only warn, train and release all the same, where an evaluation entry holds pictures that were "
+        "trained on: of another dataset, an earlier stage, or a split that was given (strategy guide, val_split). The "
         "model card says so.",
     )
     regroup_micro_batches: bool = Field(

@@ -9,6 +9,7 @@ from mllm_assets.components.lineage import upstream_path
 from mllm_assets.components.resources import ProjectResource
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.leaks import release_leaks
+from mllm_assets.data.stages import stages_of
 from mllm_assets.evaluation.gates import GATES, GateResult
 
 RELOADS = "checkpoint_reloads_strictly"
@@ -59,4 +60,5 @@ def find_leaks(
         run["data_digests"],
         evaluated_digests,
         store=project.quality_store,
+        stages=stages_of(run, project.layout.root)[:-1],
     )

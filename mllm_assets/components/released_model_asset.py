@@ -48,7 +48,7 @@ def released_model_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = F
         with failures_for_people():
             if mirror := project.mirror(context):
                 mirror.follow_current(node.name, all_versions=True)  # the next version's number comes after all
-            bring_data(context, node.data, project)
+            bring_data(context, [*node.data, *node.earlier_data], project)
             run_dir = upstream_path(context, node.key("checkpoint"), project)
             metrics_dir = upstream_path(context, node.key("eval_metrics"), project)
             judgement = read_judgement(metrics_dir, layout)

@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import dagster as dg
@@ -22,6 +22,7 @@ class Node:
     model: dg.AssetKey
     train_data: Mapping[str, dg.AssetKey]  # entry of dataset_info.json -> the asset that writes it
     eval_data: Mapping[str, dg.AssetKey]
+    earlier_data: Sequence[dg.AssetKey] = ()  # what the stages before it train on; no edges, they come by its model
 
     @property
     def name(self) -> str:
@@ -71,7 +72,7 @@ def resolve(recipe: Recipe, around: Surroundings) -> Node:
 
 
 def split_circles(nodes: Sequence[Node]) -> tuple[list[Node], list[tuple[Node, RecipeError]]]:
-    """Part the recipes that lead back to themselves from those that can be built."""
+    """Part the recipes that lead back to themselves from those that can be built; these get their `earlier_data`."""
     by_name = {node.name: node for node in nodes}
     sound: list[Node] = []
     circular: list[tuple[Node, RecipeError]] = []
@@ -88,7 +89,18 @@ def split_circles(nodes: Sequence[Node]) -> tuple[list[Node], list[tuple[Node, R
             "Let one of them start from a model below pretrains/."
         )
         circular.append((node, RecipeError(text)))
-    return sound, circular
+    return _with_earlier_data(sound), circular
+
+
+def _with_earlier_data(nodes: Sequence[Node]) -> list[Node]:
+    """Tell each recipe what the recipes that it starts from are trained on."""
+    by_name = {node.name: node for node in nodes}
+
+    def earlier(node: Node) -> set[dg.AssetKey]:
+        base = by_name.get(node.model.path[0])
+        return {*base.train_data.values(), *earlier(base)} if base is not None else set()
+
+    return [replace(node, earlier_data=sorted(earlier(node) - set(node.data))) for node in nodes]
 
 
 def lines_of(nodes: Sequence[Node]) -> dict[str, list[str]]:

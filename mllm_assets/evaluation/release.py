@@ -173,6 +173,7 @@ def _payload(
         "digest": digest,
         "weights_digest": run["weights_digest"],
         "fingerprint": run["fingerprint"],
+        "stages": run.get("stages", []),
         "gates": [asdict(result) for result in results],
         "lineage": dict(lineage),
         "verification": dict(verification),

@@ -127,6 +127,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
         "fingerprint": request.get("fingerprint"),
         "recipe": spec.to_dict(),
         "data_digests": request.get("data_digests") or {},
+        "stages": request.get("stages") or [],
         "model_dir": "model",
         "weights_digest": weights_digest(run_dir / "model"),
         **facts,

@@ -7,6 +7,7 @@ from typing import Any
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.data.leaks import datasets_share_no_image
+from mllm_assets.data.stages import stages_behind
 from mllm_assets.layout import Layout
 from mllm_assets.quality.store import QualityStore
 from mllm_assets.training.cache_settings import CacheSettings
@@ -44,7 +45,7 @@ def train(
 ) -> LocalRun:
     """Train, resume, or return a finished run.
 
-    `warn` is told, before it trains, where the recipe evaluates one dataset on pictures that another trains on.
+    `warn` is told, before it trains, where the recipe evaluates on pictures that another dataset or stage trains on.
     With `feature_cache` what the frozen parts compute is kept below `cache/`, and found there by the next run. With
     `regroup` a step's samples are regrouped into the largest micro-batch that fits.
 
@@ -58,6 +59,7 @@ def train(
         recipe.spec.train_entries,
         recipe.spec.eval_entries,
         store=QualityStore(layout.quality_db),
+        stages=stages_behind(layout.root / recipe.model_name_or_path, layout.root),
     )
     if not apart.passed:
         warn(f"{recipe.path.name}: {apart.description}")

@@ -4,13 +4,14 @@
 `<fingerprint>-2`, `-3`, ... Nothing overwrites another run's output.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mllm_assets.artifacts import digest_json, is_complete, point_symlink, read_manifest
 from mllm_assets.data.sharegpt import entry_digest
+from mllm_assets.data.stages import Stage, stages_behind
 from mllm_assets.errors import RecipeError
 from mllm_assets.training.cache_settings import CacheSettings
 from mllm_assets.training.fingerprint import run_fingerprint
@@ -32,6 +33,7 @@ class RunPlan:
         state: "new": no directory yet; "unfinished": to be resumed; "finished": nothing is left to do.
         data_digests: Of each entry that it trains on or evaluates, by name.
         pretrained_fingerprint: Of the model that it starts from.
+        stages: The runs that this model went through, and last this one, each with what it trains on.
         regroup: Whether micro-batches may be regrouped to the largest that fits, which changes the loss a little.
         resume_from: The checkpoint that the recipe's `resume_from_checkpoint` names, or None.
     """
@@ -45,6 +47,7 @@ class RunPlan:
     state: Literal["new", "unfinished", "finished"]
     data_digests: Mapping[str, str]
     pretrained_fingerprint: str
+    stages: Sequence[Stage]
     regroup: bool = False
     resume_from: Path | None = None
 
@@ -110,6 +113,12 @@ def plan_run(
         resume_digest=digest_json(read_manifest(resume_from)["files"]) if resume_from else None,
     )
     directory = _choose(output_dir or root / recipe.spec.output_dir, name, force=force)
+    own = Stage(
+        recipe=recipe.name,
+        fingerprint=directory.name,
+        data_dir=data_dir,
+        entries={name: digests[name] for name in spec.train_entries},
+    )
     state = "finished" if is_complete(directory) else "unfinished" if directory.exists() else "new"
     return RunPlan(
         recipe=recipe,
@@ -121,6 +130,7 @@ def plan_run(
         state=state,
         data_digests=digests,
         pretrained_fingerprint=pretrained_fingerprint,
+        stages=[*stages_behind(model_dir, root), own],
         regroup=regroup,
         resume_from=resume_from,
     )
@@ -152,6 +162,7 @@ def train_request(
         "fingerprint": plan.fingerprint,
         "data_digests": dict(plan.data_digests),
         "pretrained_fingerprint": plan.pretrained_fingerprint,
+        "stages": [stage.to_dict(plan.root) for stage in plan.stages],
         **(cache or CacheSettings()).to_request(),
         "resume_from": str(plan.resume_from) if plan.resume_from is not None else None,
         "notes": list(plan.recipe.notes),

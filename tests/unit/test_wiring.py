@@ -80,6 +80,20 @@ def test_recipes_that_start_from_one_another_in_a_circle_are_refused_by_name(tmp
     assert lines_of(sound) == {"c": ["c"]}
 
 
+def test_a_recipe_knows_what_the_stages_before_it_train_on(tmp_path: Path) -> None:
+    """Another machine must have that data too, to see whether it is evaluated on."""
+    others = {name: dg.AssetKey([name, "dataset_info"]) for name in ("x", "y")}
+    recipes = {f"outputs/{n}": dg.AssetKey([n, "checkpoint"]) for n in ("a", "b", "c")}
+    around = replace(AROUND, entries={**AROUND.entries, **others}, recipes=recipes)
+    keys = {
+        "a": {"dataset": "x", "eval_dataset": "y"},
+        "b": {"model_name_or_path": "outputs/a/latest/model"},
+        "c": {"model_name_or_path": "outputs/b/latest/model", "dataset": "y"},
+    }
+    sound, _ = split_circles([resolve(write_recipe(tmp_path, name, **values), around) for name, values in keys.items()])
+    assert {node.name: list(node.earlier_data) for node in sound} == {"a": [], "b": [others["x"]], "c": [others["x"]]}
+
+
 def test_entries_written_by_hand_are_found_beside_those_that_datasets_write(tmp_path: Path) -> None:
     path = tmp_path / "dataset_info.json"
     path.write_text('{"emoji_train": {}, "my-own": {}}')

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from made_datasets import encode, made_spec, picture, png, run_line, write_source
 
+from mllm_assets.artifacts import write_manifest
 from mllm_assets.cli import main
-from mllm_assets.data.leaks import datasets_share_no_image
+from mllm_assets.data.leaks import datasets_share_no_image, release_leaks
+from mllm_assets.data.sharegpt import entry_digest
+from mllm_assets.data.stages import Stage, stages_behind, stages_of
 from mllm_assets.layout import Layout
 from mllm_assets.quality import decoding
 from mllm_assets.quality.probes import DecodeLimits, ImageMeasurement
@@ -90,6 +93,75 @@ def test_what_was_measured_once_is_not_decoded_again(two: Layout, monkeypatch: p
     monkeypatch.setattr(decoding, "measure_images", counted)
     assert not datasets_share_no_image(two.data, ["left_train"], ["right_val"], store=store).passed
     assert decoded == []
+
+
+def stage(layout: Layout, *entries: str) -> Stage:
+    digests = {entry: entry_digest(layout.data, entry) for entry in entries}
+    return Stage(recipe="first", fingerprint="f" * 16, data_dir=layout.data, entries=digests)
+
+
+def test_what_an_earlier_stage_trained_on_must_not_be_evaluated_on(two: Layout) -> None:
+    """The second recipe's own entries are of one dataset, and its base model has seen the other one."""
+    shared = shown(two, "left_train") & shown(two, "right_val")
+    outcome = datasets_share_no_image(two.data, ["right_train"], ["right_val"], stages=[stage(two, "left_train")])
+    assert not outcome.passed and outcome.metadata["num_problems"] == len(shared)
+    assert outcome.description.startswith(
+        f"{len(shared)} pictures that are evaluated on were trained on in an earlier stage, the first: images/"
+    )
+    assert " of left_train, which the earlier stage first (run ffffffffffffffff) trained on, ~ images/" in (
+        outcome.description
+    )
+    assert "start from another model" in outcome.description
+    assert datasets_share_no_image(two.data, ["right_train"], ["right_val"], stages=[stage(two, "right_train")]).passed
+
+
+def test_an_earlier_stage_may_not_train_on_the_very_entry_that_is_evaluated(two: Layout) -> None:
+    outcome = datasets_share_no_image(two.data, ["left_train"], ["left_val"], stages=[stage(two, "left_val")])
+    assert outcome.metadata["num_problems"] == 4
+
+
+def test_an_earlier_stages_entry_that_is_gone_is_named_and_stops_a_release_only(two: Layout) -> None:
+    lost = stage(two, "left_train")
+    info = json.loads(two.dataset_info.read_text())
+    del info["left_train"]
+    two.dataset_info.write_text(json.dumps(info))
+    outcome = datasets_share_no_image(two.data, ["right_train"], ["right_val"], stages=[lost])
+    assert outcome.passed
+    assert "cannot be read any more: left_train of the earlier stage first (run ffffffffffffffff)." in (
+        outcome.description
+    )
+    now = {entry: entry_digest(two.data, entry) for entry in ("right_train", "right_val")}
+    assert release_leaks(two.data, ["right_train"], ["right_val"], now, now) == []
+    [text] = release_leaks(two.data, ["right_train"], ["right_val"], now, now, stages=[lost])
+    assert text.startswith("left_train is not what the earlier stage first (run ffffffffffffffff) was trained on any")
+    assert text.endswith("materialise the checkpoint of first, then this one, again.")
+
+
+def test_a_release_looks_at_what_earlier_stages_trained_on(two: Layout) -> None:
+    now = {entry: entry_digest(two.data, entry) for entry in ("right_train", "right_val")}
+    stages = [stage(two, "left_train")]
+    [text] = release_leaks(two.data, ["right_train"], ["right_val"], now, now, stages=stages)
+    assert "were trained on in an earlier stage" in text
+
+
+def test_a_model_says_which_stages_it_went_through(layout: Layout) -> None:
+    """Also a release, and a run that was trained before runs recorded their line."""
+    first = Stage(recipe="first", fingerprint="1", data_dir=layout.data, entries={"a": "d"})
+    second = Stage(recipe="second", fingerprint="2", data_dir=layout.data, entries={"b": "e"})
+    run, release, older = (layout.root / name for name in ("outputs/second/2", "releases/second/v1", "outputs/first/1"))
+    line = {"stages": [stage.to_dict(layout.root) for stage in (first, second)]}
+    own = {"recipe": {"dataset": "a, c", "dataset_dir": "data"}, "data_digests": {"a": "d", "held": "x"}}
+    for directory, facts in (
+        (run, line),
+        (release, line),
+        (older, {**own, "recipe_name": "first", "fingerprint": "1"}),
+    ):
+        (directory / "model").mkdir(parents=True)
+        write_manifest(directory, facts)
+    assert line["stages"][0]["dataset_dir"] == "data", "a project may move"
+    assert stages_behind(run / "model", layout.root) == stages_behind(release, layout.root) == [first, second]
+    assert stages_behind(older / "model", layout.root) == [first]
+    assert stages_behind(layout.root / "nowhere", layout.root) == stages_of({}, layout.root) == []
 
 
 def test_training_from_the_command_line_warns_in_the_same_words(

@@ -35,6 +35,20 @@ def test_a_run_is_new_then_unfinished_then_finished(recipe: Recipe, project: Pat
     assert plan_run(recipe, root=project).state == "finished"
 
 
+def test_a_run_records_the_stages_before_it_and_itself(recipe: Recipe, project: Path) -> None:
+    """What a later recipe starts from must say what all of its line was trained on."""
+    first = plan_run(recipe, root=project)
+    assert [stage.recipe for stage in first.stages] == [recipe.name]
+    assert first.stages[0].entries == {"gemma3_vlm_train": first.data_digests["gemma3_vlm_train"]}
+    model = first.directory / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    write_manifest(first.directory, {"stages": train_request(first)["stages"]})
+    second = plan_run(recipe, root=project, model_dir=model, output_dir=project / "outputs" / "s")
+    assert [stage.fingerprint for stage in second.stages] == [first.fingerprint, second.fingerprint]
+    assert second.stages[0].data_dir == project / "data"
+
+
 def test_force_trains_again_beside_the_finished_run(recipe: Recipe, project: Path) -> None:
     first = plan_run(recipe, root=project)
     finish(first)
