@@ -64,9 +64,9 @@ def membership(
 
     def batches() -> Iterator[pa.RecordBatch]:
         for start in range(0, len(samples), BATCH_ROWS):
-            part = samples.slice(start, BATCH_ROWS).select(["sample_id", "reject_reason"]).to_pylist()
-            rows = [{**common, **_row(assignments, number, row)} for number, row in enumerate(part, start)]
-            yield from table_for("split_membership", rows).to_batches()
+            part = samples.slice(start, BATCH_ROWS)
+            columns = {name: [value] * len(part) for name, value in common.items()} | _columns(assignments, start, part)
+            yield from pa.table(columns, schema=arrow_schema("split_membership")).to_batches()
         for start in range(0, len(copies), BATCH_ROWS):
             part = copies[start : start + BATCH_ROWS]
             rows = [{**common, "sample_id": key, "split": AUGMENTED, "reason": fate} for key, fate in part]
@@ -75,12 +75,18 @@ def membership(
     return pa.RecordBatchReader.from_batches(arrow_schema("split_membership"), batches())
 
 
-def _row(assignments: Assignments, number: int, sample: dict[str, Any]) -> dict[str, Any]:
-    reason, position = int(assignments.reasons_S[number]), int(assignments.positions_S[number])
+def _columns(assignments: Assignments, start: int, samples: pa.Table) -> dict[str, Any]:
+    """What differs from sample to sample, of those from `start` on."""
+    some = slice(start, start + len(samples))
+    reasons, positions = assignments.reasons_S[some].tolist(), assignments.positions_S[some]
+    rejected = samples["reject_reason"].to_pylist()
     return {
-        "sample_id": sample["sample_id"],
-        "duplicate_group": assignments.groups.key(number),
-        "split": SPLITS[assignments.splits_S[number]],
-        "reason": sample["reject_reason"] if reason == NONE else UNUSED_REASONS[reason],
-        "position": None if position == NONE else position,
+        "sample_id": samples["sample_id"],
+        "duplicate_group": [assignments.groups.key(number) for number in range(start, start + len(samples))],
+        "split": [SPLITS[number] for number in assignments.splits_S[some].tolist()],
+        "reason": [
+            reject_reason if reason == NONE else UNUSED_REASONS[reason]
+            for reason, reject_reason in zip(reasons, rejected, strict=True)
+        ],
+        "position": pa.array(positions, mask=positions == NONE),
     }

@@ -1,6 +1,7 @@
 """Write what a split holds: images by content or by number, and the rows that name them."""
 
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -69,7 +70,7 @@ class ImageWriter:
     def _passed_before(self, data: bytes, source_id: str) -> str | None:
         """The file that holds these very bytes, where there is one: they need not be looked into again."""
         names = (f"images/{source_id[:16]}.{extension}" for extension in EXTENSIONS.values())
-        return next((name for name in names if _is_in_place(self._data / name, data)), None)
+        return next((name for name in names if _is_in_place(f"{self._data}/{name}", data)), None)
 
     def _remember(self, name: str, image_id: str, source_id: str) -> str:
         if len(self._names) == MAX_REMEMBERED:
@@ -165,12 +166,19 @@ def _messages(spec: DatasetSpec, sample: Mapping[str, Any], position: int, num_i
     return messages
 
 
-def _is_in_place(path: Path, content: bytes) -> bool:
+def _is_in_place(path: str | Path, content: bytes) -> bool:
     """Whether a file is there and whole; if so it is in use from now on."""
-    if not (path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content):
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
         return False
+    if not stat.S_ISREG(found.st_mode) or found.st_size != len(content):
+        return False
+    with open(path, "rb", buffering=0) as file:
+        if file.read(len(content) + 1) != content:
+            return False
     # The rows that name it come later; until then its time of change tells `mllm-assets gc` that it is in use
-    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+    os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
     return True
 
 

@@ -99,10 +99,15 @@ def _as_texts(digests: NDArray[np.void]) -> pa.StringArray:
 
 def read_texts(raw: Path, columns: Sequence[str]) -> Iterator[dict]:
     """Rows without their images, one by one."""
+    for batch in read_text_batches(raw, columns, 1024):
+        yield from batch.to_pylist()
+
+
+def read_text_batches(raw: Path, columns: Sequence[str], num_rows: int) -> Iterator[pa.RecordBatch]:
+    """Likewise as Arrow, so many at a time; a batch is never empty."""
     assert "images" not in columns
     with open_raw(raw) as file:
-        for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
-            yield from batch.to_pylist()
+        yield from file.iter_batches(batch_size=num_rows, columns=list(columns))
 
 
 def read_group_images(file: pq.ParquetFile, group: int) -> pa.Array:

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -76,22 +77,22 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], format: str) -> None:
 
     Args:
         path: The new file.
-        rows: Can be iterated over more than once.
+        rows: Texts, and lists and objects of them. Can be iterated over more than once.
         format: "json" (one list), "jsonl" or "parquet".
     """
     if format == "parquet":
         _write_parquet(path, rows)
         return
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with path.open("wb") as file:
         if format == "jsonl":
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
             return
         # what json.dumps makes of the whole list, without the list
-        between = "[\n  "
+        between = b"[\n  "
         for row in rows:
-            file.write(between + json.dumps(row, indent=2, ensure_ascii=False).replace("\n", "\n  "))
-            between = ",\n  "
-        file.write("[]\n" if between.startswith("[") else "\n]\n")
+            file.write(between + orjson.dumps(row, option=orjson.OPT_INDENT_2).replace(b"\n", b"\n  "))
+            between = b",\n  "
+        file.write(b"[]\n" if between.startswith(b"[") else b"\n]\n")
 
 
 def _write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:

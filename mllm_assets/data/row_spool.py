@@ -1,12 +1,12 @@
 """Rows that come in one order and are wanted in another, on the disk meanwhile."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import orjson
 
 
 class RowSpool:
@@ -29,7 +29,7 @@ class RowSpool:
         self._end = 0
 
     def add(self, number: int, row: dict[str, Any]) -> None:
-        content = json.dumps(row, ensure_ascii=False).encode()
+        content = orjson.dumps(row)
         self._file.write(content)
         self._starts[number], self._lengths[number] = self._end, len(content)
         self._end += len(content)
@@ -41,7 +41,7 @@ class RowSpool:
         self._file.flush()
         for number in np.flatnonzero(self._lengths).tolist():
             content = os.pread(self._file.fileno(), int(self._lengths[number]), int(self._starts[number]))
-            yield json.loads(content)
+            yield orjson.loads(content)
 
     def __enter__(self) -> Self:
         return self

@@ -189,8 +189,9 @@ def read_raw(raw: Path) -> Iterator[dict[str, Any]]:
     try:
         # pre-buffering would keep what was read until the file is closed
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=16):
-                yield from batch.to_pylist()
+            for group in range(file.num_row_groups):  # no batch is larger than a row group then
+                for batch in file.iter_batches(batch_size=64, row_groups=[group]):
+                    yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         cause = str(error).splitlines()[0]
         raise IntegrityError(

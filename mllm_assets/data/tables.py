@@ -26,14 +26,14 @@ def read_tables(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
     files = find_files(source, root)
     folder = common_folder(files)
     for path in files:
-        first = start
+        first, name = start, location_of(path, folder)
         try:
             with _open(path, source.kind) as (schema, batches_of):
                 names = class_names(schema, source.label_column)
                 for batch in batches_of(needed_columns(source, schema, path.name)):
                     for part in (batch.slice(at, BATCH_ROWS) for at in range(0, batch.num_rows, BATCH_ROWS)):
                         indices = range(start, start + part.num_rows)
-                        locations = [location_of(path, folder, f"row {index - first}") for index in indices]
+                        locations = [f"{name}:row {index - first}" for index in indices]
                         yield from rows_of_batch(part, source, names, indices, locations)
                         start += part.num_rows
         except (pa.ArrowException, OSError) as error:

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from mllm_assets.artifacts import publish, read_manifest, staging_directory, write_manifest
 from mllm_assets.data.images import sha256
-from mllm_assets.data.raw_files import ImageIndex, index_images, read_texts
+from mllm_assets.data.raw_files import ImageIndex, index_images, read_text_batches, read_texts
 from mllm_assets.data.spec import DatasetSpec, as_json
 from mllm_assets.layout import Layout
 from mllm_assets.quality.files import DUPLICATES_FILE, IMAGES_FILE, PAIRS_FILE, QUALITY_FILE
@@ -124,31 +125,44 @@ def _write_samples(
     groups: SampleGroups,
     path: Path,
 ) -> _Counts:
-    counts = _Counts(Counter(), Counter())
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(read_texts(raw, TEXT_COLUMNS)):
-            uses = index.uses_T[index.offsets_S1[number] : index.offsets_S1[number + 1]]
-            flags = flag_names(int(np.bitwise_or.reduce(images.flags_U[uses])) if len(uses) else 0)
-            reason = reasons[number]
-            if reason is not None:
-                counts.reasons[reason] += 1
-            counts.flags.update(flags)
-            yield {
-                "sample_id": row["sample_id"],
-                "row_index": row["row_index"],
-                "image_ids": [index.ids[use].as_py() for use in uses.tolist()],
-                "source_split": row["source_split"],
-                "caption_sha256": None if row["caption"] is None else sha256(row["caption"].encode()),
-                **measure_caption(row["caption"]),
+    """Write a row a sample, column by column: as dictionaries they take three times as long."""
+    counts = _Counts(Counter(reason for reason in reasons if reason is not None), Counter())
+    schema = _sample_schema()
+    named: dict[int, list[str]] = {}  # the flags of each bit field
+    first = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        for texts in read_text_batches(raw, ("sample_id", "row_index", "source_split", "caption"), BATCH_ROWS):
+            last = first + len(texts)
+            offsets = index.offsets_S1[first : last + 1]
+            uses = index.uses_T[offsets[0] : offsets[-1]]
+            captions = texts["caption"].to_pylist()
+            measured = [measure_caption(caption) for caption in captions]
+            flags = [named.setdefault(bits, flag_names(bits)) for bits in _flag_bits(images, uses, offsets)]
+            counts.flags.update(chain.from_iterable(flags))
+            columns = {
+                "sample_id": texts["sample_id"],
+                "row_index": texts["row_index"],
+                "image_ids": pa.ListArray.from_arrays((offsets - offsets[0]).astype(np.int32), index.ids.take(uses)),
+                "source_split": texts["source_split"],
+                "caption_sha256": [None if caption is None else sha256(caption.encode()) for caption in captions],
+                **{name: [values[name] for values in measured] for name in measured[0]},
                 "flags": flags,
-                "reject_reason": reason,
-                "duplicate_group": groups.key(number),
-                "group_size": groups.size(number),
+                "reject_reason": reasons[first:last],
+                "duplicate_group": [groups.key(sample) for sample in range(first, last)],
+                "group_size": [groups.size(sample) for sample in range(first, last)],
             }
-
-    _write_parquet(path, _sample_schema(), rows())
+            writer.write_table(pa.table(columns, schema=schema))
+            first = last
     return counts
+
+
+def _flag_bits(images: Images, uses: NDArray[np.int32], offsets: NDArray[np.int64]) -> list[int]:
+    """All flags of each sample's images; `offsets` as in `ImageIndex`, of some samples."""
+    bits = np.zeros(len(offsets) - 1, np.uint32)
+    some = np.flatnonzero(np.diff(offsets))
+    if len(some):
+        bits[some] = np.bitwise_or.reduceat(images.flags_U[uses], (offsets - offsets[0])[some])
+    return bits.tolist()
 
 
 def _sample_schema() -> pa.Schema:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ COLUMNS = [field.name for field in fields(ImageMeasurement)]
 SCHEMA = pa.schema([*(arrow_schema("image_quality").field(name) for name in COLUMNS), pa.field("look", pa.string())])
 BATCH_IMAGES = 2048
 BATCH_FILES = 8192
+BATCH_IDS = 16_384  # a query each
+_VALUES = attrgetter(*COLUMNS)
 # measurements that end at a limit of the spec are not complete, so they are not used again under other limits
 _CUT_SHORT = (
     "image_too_many_bytes",
@@ -70,16 +73,16 @@ def measure_images(limits: QualitySpec, raw: Path, index: ImageIndex, store: Qua
     )
     num_unknown = int((~is_known).sum())
     measured = decoding.measure_images(_unmeasured(raw, index, is_known), decode_limits)
+    stored = _known_measurements(store, index.ids, is_known)
     judge = Judge(limits, len(index.ids))
     with pq.ParquetWriter(target, SCHEMA) as writer:
         for first in range(0, len(index.ids), BATCH_IMAGES):
             last = min(first + BATCH_IMAGES, len(index.ids))
-            stored = iter(_known_measurements(store, index.ids[first:last]) if is_known[first:last].any() else ())
             images = [next(stored if is_known[number] else measured) for number in range(first, last)]
             judge.add(first, images)
             looks = [None if image.phash_64 is None else look_of(image) for image in images]
-            columns = {name: [getattr(image, name) for image in images] for name in COLUMNS}
-            writer.write_table(pa.table({**columns, "look": looks}, schema=SCHEMA))
+            columns = zip(*map(_VALUES, images), strict=True)
+            writer.write_table(pa.table([*map(list, columns), looks], schema=SCHEMA))
     return judge.finish(num_unknown)
 
 
@@ -107,7 +110,8 @@ def measure_files(paths: Sequence[Path], limits: DecodeLimits, store: QualitySto
     ids = [sha256_file(path) if path.is_file() else None for path in paths]
     known: dict[str | None, ImageMeasurement] = {}
     if store is not None:
-        found = _known_measurements(store, pa.array(sorted({name for name in ids if name}), pa.string()))
+        names = pa.array(sorted({name for name in ids if name}), pa.string())
+        found = _known_measurements(store, names, np.ones(len(names), bool))
         known = {image.image_sha256: image for image in found if image.defect is None}
     unknown = {name: path for name, path in zip(ids, paths, strict=True) if name is not None and name not in known}
     contents = (path.read_bytes() for path in unknown.values())
@@ -152,15 +156,22 @@ def look_at_files(folder: Path, names: Sequence[str], limits: DecodeLimits, stor
 def _are_known(store: QualityStore, ids: pa.StringArray) -> NDArray[np.bool_]:
     """Which images have measurements of earlier runs."""
     known = np.zeros(len(ids), bool)
-    for first in range(0, len(ids), BATCH_FILES):
-        known[first + _known(store, ids[first : first + BATCH_FILES], ())["number"].to_numpy()] = True
+    for first in range(0, len(ids), BATCH_IDS):
+        known[first + _known(store, ids[first : first + BATCH_IDS], ())["number"].to_numpy()] = True
     return known
 
 
-def _known_measurements(store: QualityStore, ids: pa.StringArray) -> list[ImageMeasurement]:
-    """Measurements of earlier runs, in the order of the ids; those that are not known are left out."""
-    rows = _known(store, ids, COLUMNS).drop_columns(["number"]).to_pylist()
-    return [ImageMeasurement(**row) for row in rows]
+def _known_measurements(
+    store: QualityStore, ids: pa.StringArray, is_known: NDArray[np.bool_]
+) -> Iterator[ImageMeasurement]:
+    """Measurements of earlier runs, in the order of the ids; of no others, which another process may measure now."""
+    for first in range(0, len(ids), BATCH_IDS):
+        part = slice(first, first + BATCH_IDS)
+        if not is_known[part].any():
+            continue
+        found = _known(store, ids[part].filter(pa.array(is_known[part])), COLUMNS).drop_columns(["number"])
+        for batch in found.to_batches(max_chunksize=1024):
+            yield from (ImageMeasurement(**row) for row in batch.to_pylist())
 
 
 def _known(store: QualityStore, ids: pa.StringArray, columns: Sequence[str]) -> pa.Table:

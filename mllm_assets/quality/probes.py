@@ -171,11 +171,19 @@ def measure_caption(caption: str | None) -> dict[str, Any]:
         "caption_num_unique_words": len(set(words)),
         "caption_num_tokens": len(TOKEN.findall(text)),
         "caption_repeated_share": _repeated_share(words),
-        "caption_ascii_share": _rounded(sum(map(str.isascii, text)) / len(text)) if text else 0.0,
+        "caption_ascii_share": _ascii_share(text),
     }
 
 
+def _ascii_share(text: str) -> float:
+    if not text:
+        return 0.0
+    return 1.0 if text.isascii() else _rounded(sum(map(str.isascii, text)) / len(text))
+
+
 def _repeated_share(words: list[str]) -> float:
+    if len(set(pairwise(words))) >= len(words) - 1:
+        return 0.0
     pairs = Counter(pairwise(words))
     count, length = max(((n, len(a) + len(b)) for (a, b), n in pairs.items() if n > 1), default=(0, 0))
     return _rounded(min(count * length / max(sum(map(len, words)), 1), 1.0))

@@ -7,7 +7,7 @@ import yaml
 
 from tests.integration.conftest import Project
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def add_emoji_again(project: Project) -> None:
