@@ -59,7 +59,7 @@ def train(
         recipe.spec.train_entries,
         recipe.spec.eval_entries,
         store=QualityStore(layout.quality_db),
-        stages=stages_behind(layout.root / recipe.model_name_or_path, layout.root),
+        stages=stages_behind(layout.root / recipe.spec.model_name_or_path, layout.root),
     )
     if not apart.passed:
         warn(f"{recipe.path.name}: {apart.description}")
