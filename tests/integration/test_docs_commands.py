@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+from tests.integration.conftest import IN_PROCESS
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
@@ -49,13 +51,20 @@ def commands(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of the repository in which the emoji line was made, with few steps and gates that anything passes."""
+    """A copy of the repository in which the emoji line was made: few samples and steps, gates that anything passes."""
     root = tmp_path_factory.mktemp("docs") / "mllm_assets"
     shutil.copytree(REPOSITORY, root, ignore=_ignored)
     (root / ".venv").symlink_to(sys.prefix)
     recipe = root / "configs" / "emoji_sft.yaml"
-    recipe.write_text(recipe.read_text().replace("max_steps: 400", "max_steps: 8").replace("steps: 100", "steps: 4"))
-    settings = root / "mllm_assets" / "defs" / "recipes" / "defs.yaml"
+    text = recipe.read_text().replace("max_steps: 400", "max_steps: 8").replace("steps: 100", "steps: 4")
+    recipe.write_text(text.replace("train_batch_size: 16", "train_batch_size: 4"))
+    defs = root / "mllm_assets" / "defs"
+    (defs / "executor.py").write_text(IN_PROCESS)
+    emoji = defs / "datasets" / "emoji" / "defs.yaml"
+    emoji.write_text(
+        emoji.read_text().replace("num_train: 680", "num_train: 80").replace("num_val: 120", "num_val: 24")
+    )
+    settings = defs / "recipes" / "defs.yaml"
     values = yaml.safe_load(settings.read_text())
     gates = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
     values["attributes"]["defaults"] = {"gates": gates, "evaluation": {"max_samples": 16, "max_new_tokens": 8}}
@@ -86,7 +95,7 @@ def run(root: Path, command: str) -> subprocess.CompletedProcess[str]:
     }
     return subprocess.run(
         ["bash", "-c", command], cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL, timeout=300, check=False,
+        stdin=subprocess.DEVNULL, timeout=600, check=False,
     )  # fmt: skip
 
 
