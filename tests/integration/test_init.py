@@ -63,6 +63,10 @@ def test_an_installed_wheel_makes_a_project_that_runs_the_emoji_line(installed: 
 
     recipe = project / "configs" / "emoji_sft.yaml"
     recipe.write_text(recipe.read_text().replace("max_steps: 400", "max_steps: 4").replace("steps: 100", "steps: 4"))
+    emoji = project / "birds" / "defs" / "datasets" / "emoji" / "defs.yaml"
+    emoji.write_text(
+        emoji.read_text().replace("num_train: 680", "num_train: 80").replace("num_val: 120", "num_val: 24")
+    )
     settings = project / "birds" / "defs" / "recipes" / "defs.yaml"
     values = yaml.safe_load(settings.read_text())
     values["attributes"]["defaults"] = {"gates": LAX, "evaluation": {"max_samples": 8, "max_new_tokens": 4}}
