@@ -7,7 +7,7 @@ import os
 from mllm_assets.cli.options import DEVICES, Verbs, at_least_one, device_from_environment
 from mllm_assets.errors import MachineError
 from mllm_assets.inference import HOW_TO_NAME
-from mllm_assets.inference.addresses import is_loopback
+from mllm_assets.inference.addresses import is_loopback, listen
 from mllm_assets.layout import Layout
 
 KEY_VARIABLE = "MLLM_ASSETS_API_KEY"
@@ -49,21 +49,22 @@ def _serve(arguments: argparse.Namespace) -> int:
             f"--no-auth on {arguments.host} would let everyone in the network use the model. Set {KEY_VARIABLE}, or "
             "leave --host out."
         )
-    model = find_named_model(arguments.model, Layout.from_environment())
+    with listen(arguments.host, arguments.port) as listening:  # before libraries and model, which take long to load
+        model = find_named_model(arguments.model, Layout.from_environment())
 
-    from mllm_assets.inference.serving import serve
+        from mllm_assets.inference.serving import serve
 
-    try:
-        serve(
-            model,
-            host=arguments.host,
-            port=arguments.port,
-            api_key=api_key,
-            device=arguments.device,
-            max_new_tokens=arguments.max_new_tokens,
-        )
-    except KeyboardInterrupt:
-        print("stopped")
+        try:
+            serve(
+                model,
+                listening,
+                host=arguments.host,
+                api_key=api_key,
+                device=arguments.device,
+                max_new_tokens=arguments.max_new_tokens,
+            )
+        except KeyboardInterrupt:
+            print("stopped")
     return 0
 
 
@@ -72,6 +73,8 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     _require("pip install --no-deps -r requirements-ui.txt", "gradio")
     password = None if is_loopback(arguments.host) else _api_key("leave --host out: then only this machine asks")
+    with listen(arguments.host, arguments.port) as free:  # before libraries and models, which take long to load
+        port = free.getsockname()[1]
     if len(arguments.models) > 2:
         raise MachineError(f"{len(arguments.models)} models do not fit side by side. Name one or two.")
     layout = Layout.from_environment()
@@ -85,7 +88,7 @@ def _chat(arguments: argparse.Namespace) -> int:
             data_dir=layout.data,
             entry=arguments.samples,
             host=arguments.host,
-            port=arguments.port,
+            port=port,
             password=password,
             device=arguments.device,
         )

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 import dagster as dg
+from dagster._core.errors import DagsterAssetCheckFailedError
 
 from mllm_assets.alerts import WEBHOOK_VARIABLE, post_alert, run_link, webhook_url
 from mllm_assets.components.retraining import RETRAINING_TAG
@@ -45,7 +46,7 @@ def describe_failure(context: dg.RunFailureSensorContext, recipes: Collection[st
     """What an alert says of a failed run; `text` is the whole in one line, as chat programs show it."""
     run, failures = context.dagster_run, context.get_step_failure_events()
     step = failures[0].step_key if failures else None
-    error = _error_text(failures[0]) if failures else context.failure_event.message or "The run failed."
+    error = _error_text(failures[0], context) if failures else context.failure_event.message or "The run failed."
     error = scrubbed(error)[:MAX_ERROR_CHARS]
     first = (step or "").partition("__")[0]
     recipe = first if first in recipes else run.tags.get(RETRAINING_TAG)
@@ -64,12 +65,28 @@ def describe_failure(context: dg.RunFailureSensorContext, recipes: Collection[st
     }
 
 
-def _error_text(event: dg.DagsterEvent) -> str:
-    """The message that was written for people, where there is one, otherwise the error's own first line."""
+def _error_text(event: dg.DagsterEvent, context: dg.RunFailureSensorContext) -> str:
+    """The message that was written for people, where there is one, otherwise the error's own."""
     data = event.step_failure_data
     if data.user_failure_data is not None and data.user_failure_data.description:
         return data.user_failure_data.description
     error = data.error
+    if error is not None and error.cls_name == DagsterAssetCheckFailedError.__name__:
+        return _failed_checks(context, event.step_key)
     while error is not None and error.cause is not None:
         error = error.cause
     return error.message.strip() if error is not None else "no message"
+
+
+def _failed_checks(context: dg.RunFailureSensorContext, step_key: str | None) -> str:
+    """Each blocking check that failed in a step, with what it says; Dagster's error gives their names alone."""
+    told = []
+    for record in context.instance.all_logs(
+        context.dagster_run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION
+    ):
+        check = record.get_dagster_event().asset_check_evaluation_data
+        stops = check.blocking and check.severity is dg.AssetCheckSeverity.ERROR
+        if record.step_key == step_key and stops and not check.passed:
+            said = f": {check.description}" if check.description else ""
+            told.append(f"{check.check_name} of {check.asset_key.to_user_string()}{said}")
+    return f"{'check' if len(told) == 1 else f'{len(told)} checks'} failed: {'; '.join(told)}"

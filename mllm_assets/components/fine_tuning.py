@@ -1,7 +1,5 @@
 """Every recipe in `configs/` as assets: features, checkpoint, predictions, metrics, release."""
 
-from pathlib import Path, PurePosixPath
-
 import dagster as dg
 from pydantic import Field
 
@@ -16,16 +14,16 @@ from mllm_assets.components.recipe_assets import (
     build_recipe_assets,
     hand_written_asset,
 )
+from mllm_assets.components.recipe_files import read_recipes
 from mllm_assets.components.release_watch import released_model_regression
 from mllm_assets.components.reporting import failing_asset
 from mllm_assets.components.retraining import retraining_job, weekly_retraining
 from mllm_assets.components.wiring import Node, Surroundings, hand_written_entries, lines_of, resolve, split_circles
-from mllm_assets.errors import MllmAssetsError, RecipeError
+from mllm_assets.errors import MllmAssetsError
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.hub_push import PushSpec
 from mllm_assets.layout import Layout
 from mllm_assets.training.cache_settings import DEFAULT_MAX_HIDDEN_STATES_GIB
-from mllm_assets.training.recipe import Recipe, load_recipe
 
 
 class Evaluation(dg.Model, dg.Resolvable):
@@ -165,36 +163,6 @@ class FineTuning(dg.Component, dg.Model, dg.Resolvable):
     def _with_freshness(self, asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
         policy = self.freshness.policy_of(asset.key)
         return asset.map_asset_specs(lambda spec: spec.replace_attributes(freshness_policy=policy)) if policy else asset
-
-
-def read_recipes(project_root: Path, pattern: str) -> tuple[list[Recipe], list[dg.AssetsDefinition]]:
-    """Read the recipe files; each one that cannot be read becomes an asset that fails with the message."""
-    by_name: dict[str, list[Path]] = {}
-    for path in sorted(project_root.glob(pattern)):
-        by_name.setdefault(slug(path.stem), []).append(path)
-    recipes: list[Recipe] = []
-    unreadable: list[dg.AssetsDefinition] = []
-    for name, paths in by_name.items():
-        try:
-            recipes.append(_read_recipe(paths, recipes))
-        except MllmAssetsError as error:
-            unreadable.append(failing_asset(dg.AssetKey([name, "checkpoint"]), "train", error))
-    return recipes, unreadable
-
-
-def _read_recipe(paths: list[Path], earlier: list[Recipe]) -> Recipe:
-    if len(paths) > 1:
-        raise RecipeError(
-            f"{' and '.join(path.name for path in paths)} would both be the recipe {slug(paths[0].stem)!r}. Rename one."
-        )
-    recipe = load_recipe(paths[0])
-    for other in earlier:
-        if PurePosixPath(other.spec.output_dir) == PurePosixPath(recipe.spec.output_dir):
-            raise RecipeError(
-                f"{recipe.path.name}: output_dir {recipe.spec.output_dir!r} is also that of {other.path.name}. "
-                f"Give it one of its own, for example outputs/{recipe.name}."
-            )
-    return recipe
 
 
 def _made_entries(context: dg.ComponentLoadContext) -> dict[str, dg.AssetKey]:

@@ -110,6 +110,7 @@ def _tick(lines: Mapping[str, Sequence[str]], context: dg.ScheduleEvaluationCont
         asked = retrain_line(context.repository_def, context.instance, first, members)
         if isinstance(asked, str):
             skipped.append(f"{first}: {asked}")
+            context.log.info(skipped[-1])  # a tick that launches something has no skip reason to show
         else:
             context.log.info(f"{first} is retrained. {asked.tags[REASON_TAG]}")
             yield asked

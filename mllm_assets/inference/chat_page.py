@@ -18,7 +18,7 @@ from mllm_assets.data.sharegpt import ASSISTANT, USER, Row, load_rows
 from mllm_assets.data.spec import MAX_IMAGE_BYTES
 from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
 from mllm_assets.errors import DataError, MllmAssetsError
-from mllm_assets.inference.addresses import is_loopback, listen, names_of, url
+from mllm_assets.inference.addresses import is_loopback, names_of, url
 from mllm_assets.inference.answerer import Answerer, Sampling
 from mllm_assets.inference.generate import ask, open_model, prompt_row
 from mllm_assets.inference.naming import NamedModel
@@ -149,15 +149,13 @@ def chat(
         data_dir: The folder of `dataset_info.json`.
         entry: The entry whose samples can be picked, or None.
         host: Address to listen on.
-        port: Port to listen on; 0 for a free one.
+        port: Port to listen on.
         password: What a visitor must know, with the name `user`; None for no question.
         device: auto, cuda, mps or cpu.
 
     Raises:
-        MllmAssetsError: A model or the entry cannot be read, or the port cannot be had.
+        MllmAssetsError: A model or the entry cannot be read.
     """
-    with listen(host, port) as free:  # before the models: they take long to load
-        port = free.getsockname()[1]
     samples = load_samples(data_dir, entry) if entry else None
     page = build_page([(model, open_model(model, device=device)) for model in models], samples)
     # or a page of a stranger could ask by a name that it points to this machine

@@ -1,6 +1,7 @@
 """An OpenAI-compatible server for one model: transformers' own, behind a check of the key."""
 
 import hmac
+import socket
 from typing import Any
 
 import uvicorn
@@ -14,7 +15,7 @@ from transformers import AutoProcessor
 from transformers.cli.serving.server import build_server
 
 from mllm_assets.errors import ModelError
-from mllm_assets.inference.addresses import is_loopback, listen, names_of, url
+from mllm_assets.inference.addresses import is_loopback, names_of, url
 from mllm_assets.inference.answerer import Answerer
 from mllm_assets.inference.chat_handler import ChatHandler, OneModel, OneThread
 from mllm_assets.inference.chat_request import RequestError
@@ -28,30 +29,34 @@ MAX_BODY_BYTES = 32 * 2**20
 
 
 def serve(
-    model: NamedModel, *, host: str, port: int, api_key: str | None, device: str = "auto", max_new_tokens: int = 1024
+    model: NamedModel,
+    listening: socket.socket,
+    *,
+    host: str,
+    api_key: str | None,
+    device: str = "auto",
+    max_new_tokens: int = 1024,
 ) -> None:
     """Serve a model until the process is told to stop.
 
     Args:
         model: What is served, under the name that it has here.
-        host: Address to listen on.
-        port: Port to listen on; 0 for a free one.
+        listening: Where; see `mllm_assets.inference.addresses.listen`.
+        host: The address that was asked for.
         api_key: What each request must bring; None for no check.
         device: auto, cuda, mps or cpu.
         max_new_tokens: Most tokens of an answer.
 
     Raises:
         ModelError: The model cannot be loaded, or its chat template is another than what it was trained in.
-        MachineError: The port is taken, or the device is not there.
+        MachineError: The device is not there.
     """
-    listening = listen(host, port)  # before the model: it takes long to load
-    with listening:
-        answerer = open_model(model, device=device)
-        app = build_app(model, answerer, host=host, api_key=api_key, max_new_tokens=max_new_tokens)
-        address = url(host, listening.getsockname()[1])
-        print(f"{model.name} answers on {address}/v1 as model {model.name!r}; Ctrl-C ends it", flush=True)
-        config = uvicorn.Config(app, log_level="info", server_header=False, timeout_graceful_shutdown=2)
-        uvicorn.Server(config).run(sockets=[listening])
+    answerer = open_model(model, device=device)
+    app = build_app(model, answerer, host=host, api_key=api_key, max_new_tokens=max_new_tokens)
+    address = url(host, listening.getsockname()[1])
+    print(f"{model.name} answers on {address}/v1 as model {model.name!r}; Ctrl-C ends it", flush=True)
+    config = uvicorn.Config(app, log_level="info", server_header=False, timeout_graceful_shutdown=2)
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 def build_app(

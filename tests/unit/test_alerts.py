@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 
 from mllm_assets.alerts import WEBHOOK_VARIABLE, post_alert
-from mllm_assets.components.alerting import failure_alert
+from mllm_assets.components.alerting import describe_failure, failure_alert
 from mllm_assets.errors import SourceError
 
 SECRET = "planted-secret"
@@ -123,6 +123,38 @@ def test_a_failed_run_is_told_with_recipe_step_and_the_message_for_people(
         "link": link,
         "text": f"mine__checkpoint of run {result.run_id[:8]} failed: mine.yaml: unknown key 'learning_rte'. {link}",
     }
+
+
+@dg.asset(
+    key=["mine", "eval_metrics"],
+    check_specs=[
+        dg.AssetCheckSpec(name, asset=["mine", "eval_metrics"], blocking=blocking)
+        for name, blocking in (("beats_base_model", True), ("uses_the_image", True), ("is_fast", False))
+    ],
+)
+def weak() -> dg.MaterializeResult:
+    results = [
+        dg.AssetCheckResult(
+            check_name="beats_base_model", passed=False, description="loss 1.2, base 1.1: expected -0.1."
+        ),
+        dg.AssetCheckResult(check_name="uses_the_image", passed=True, description="gain 0.3."),
+        dg.AssetCheckResult(check_name="is_fast", passed=False, description="12 s."),
+    ]
+    return dg.MaterializeResult(check_results=results)
+
+
+def test_failed_gates_are_told_with_their_figures() -> None:
+    """The alert began with the name of Dagster's exception and held the checks' names alone."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([weak], instance=instance, raise_on_error=False)
+        context = dg.build_run_status_sensor_context(
+            sensor_name="failure_alert",
+            dagster_instance=instance,
+            dagster_run=result.dagster_run,
+            dagster_event=result.get_run_failure_event(),
+        ).for_run_failure()
+        alert = describe_failure(context, ["mine"])
+    assert alert["error"] == "check failed: beats_base_model of mine/eval_metrics: loss 1.2, base 1.1: expected -0.1."
 
 
 def test_without_a_webhook_the_sensor_is_off(monkeypatch: pytest.MonkeyPatch) -> None:

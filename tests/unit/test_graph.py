@@ -9,8 +9,9 @@ import pytest
 
 from mllm_assets.components.checkpoint_asset import CheckpointConfig
 from mllm_assets.components.dataset_yaml import Output, Quality, Source, Split
-from mllm_assets.components.fine_tuning import Gates, PushToHub, read_recipes
+from mllm_assets.components.fine_tuning import Gates, PushToHub
 from mllm_assets.components.raw_asset import raw_code_version
+from mllm_assets.components.recipe_files import read_recipes
 from mllm_assets.components.reporting import unreadable_assets
 from mllm_assets.data.spec import DatasetSpec, OutputSpec, QualitySpec, SourceSpec, SplitSpec
 from mllm_assets.definitions import defs
@@ -108,6 +109,39 @@ def test_two_files_with_the_same_slug_are_refused_by_name(tmp_path: Path) -> Non
     assert (
         "a-b.yaml and a_b.yaml would both be the recipe 'a_b'. Rename one." in asset.specs_by_key[asset.key].description
     )
+
+
+RECIPE = """stage: sft
+do_train: true
+finetuning_type: full
+model_name_or_path: pretrains/gemma3_tiny
+dataset: emoji_train
+template: gemma3
+output_dir: outputs/mine
+"""
+
+
+def test_of_two_recipes_with_one_output_dir_the_one_that_it_is_named_after_keeps_it(tmp_path: Path) -> None:
+    """A copy with an earlier name made the recipe that was there before the one that cannot be built."""
+    for name in ("a_copy", "mine"):
+        (tmp_path / f"{name}.yaml").write_text(RECIPE)
+    recipes, [copy] = read_recipes(tmp_path, "*.yaml")
+    assert [recipe.name for recipe in recipes] == ["mine"]
+    assert copy.key.to_user_string() == "a_copy/checkpoint"
+    assert (
+        "a_copy.yaml: output_dir 'outputs/mine' is also that of mine.yaml. Give it one of its own, for example "
+        "outputs/a_copy." in (copy.specs_by_key[copy.key].description or "")
+    )
+
+
+def test_recipes_with_one_output_dir_that_is_named_after_neither_are_both_told_of_the_other(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.yaml").write_text(RECIPE)
+    recipes, assets = read_recipes(tmp_path, "*.yaml")
+    assert recipes == []
+    first, second = (asset.specs_by_key[asset.key].description or "" for asset in assets)
+    assert "first.yaml: output_dir 'outputs/mine' is also that of second.yaml." in first
+    assert "second.yaml: output_dir 'outputs/mine' is also that of first.yaml." in second
 
 
 def _nodes(shipped: dg.Definitions) -> dict[dg.AssetKey, Any]:
