@@ -64,7 +64,7 @@ $(CORE): pyproject.toml constraints.txt
 
 $(EXTRAS): $(CORE) requirements-ui.txt
 	@echo "Installing what the extras need (Ray, MLflow, Playwright, MkDocs, ...) into .venv (a few minutes)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray,serve,s3,postgres,k8s]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray,serve,s3,postgres,k8s,qlora]'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-ui.txt
 	@touch $@
 

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from mllm_assets.artifacts import write_json_atomic
 from mllm_assets.errors import MachineError, MllmAssetsError
+from mllm_assets.hub_kernels import refuse_hub_kernels
 from mllm_assets.redaction import redacted, redacted_output
 from mllm_assets.training.protocol import EXIT_OK, EXIT_USER_ERROR, Reporter, error_payload, open_reporter
 from mllm_assets.training.ranks import is_first_rank
@@ -88,6 +89,7 @@ def _alone_in_run_directory(request: dict[str, Any]) -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the worker process."""
+    refuse_hub_kernels()
     die_with_parent()  # a rank of torchrun too, whose parent is not the supervisor
     request_path, result_path = (Path(argument) for argument in sys.argv[1:3])
     with redacted_output():

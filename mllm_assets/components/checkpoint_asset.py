@@ -169,6 +169,7 @@ def _checkpoint_result(
             "peak_memory_gib": shown(result["peak_memory_gib"]),
             "memory_estimate_gib": shown(result["memory_estimate_gib"]),
             "num_trainable_params": result["num_trainable_params"],
+            **({"quantization": result["quantization"]} if result.get("quantization") else {}),
             "model_path": layout.relative(plan.directory / result["model_dir"]),
             "path": layout.relative(plan.directory),
             "fingerprint": plan.fingerprint,

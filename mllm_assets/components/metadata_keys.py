@@ -65,6 +65,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "peak_memory_gib": "Most memory in use: of the GPU, or of the process on a CPU.",
         "memory_estimate_gib": "What was expected before anything was loaded.",
         "num_trainable_params": "Parameters that train.",
+        "quantization": "How the base was held while adapters trained on it, with `quantization_bit`.",
         "model_path": "The model in Hugging Face's format.",
         "path": "The run's directory.",
         "fingerprint": "Digest of all that the run depends on; names its directory.",

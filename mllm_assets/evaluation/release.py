@@ -174,6 +174,7 @@ def _payload(
         "weights_digest": run["weights_digest"],
         "fingerprint": run["fingerprint"],
         "stages": run.get("stages", []),
+        "quantization": run.get("quantization"),
         "gates": [asdict(result) for result in results],
         "lineage": dict(lineage),
         "verification": dict(verification),

@@ -54,6 +54,7 @@ def estimate_memory(
         num_supervised=max(sum(label >= 0 for label in row.labels) for row in rows),
         checkpointed=checkpoints_activations(spec, device),
         tower_cached=cache_plan.tower,
+        merges_here=precision.quantization is not None and device.kind == "cpu",
     )
 
 
@@ -75,9 +76,8 @@ def prepare(
         tower.require_frozen(shape.names, shape.family)
     if cache_plan.boundary is None and not cache_plan.tower:
         return Cached(collator=make_collator(spec, inputs.processor))
-    work = _Work(
-        settings, spec, inputs, load_model(model_dir, dtype=precision.weights), device_kind, precision, reporter
-    )
+    model = load_model(model_dir, dtype=precision.weights, quantization=precision.quantization)
+    work = _Work(settings, spec, inputs, model, device_kind, precision, reporter)
     if cache_plan.boundary is None:
         return Cached(
             collator=make_collator(spec, inputs.processor, features=work.feature_reader()),

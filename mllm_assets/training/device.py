@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mllm_assets.errors import MachineError
+from mllm_assets.training.quantization import Quantization, pick_quantization
 from mllm_assets.training.spec import TrainSpec
 
 GIB = 2**30
@@ -31,10 +32,14 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
-    """`weights`: the dtype that frozen weights have; `autocast`: bf16, fp16 or no mixed precision."""
+    """`weights`: the dtype that frozen weights have; `autocast`: bf16, fp16 or no mixed precision.
+
+    With `quantization`, frozen linear layers have 4 or 8 bits, and `weights` is what they compute in.
+    """
 
     weights: torch.dtype
     autocast: str | None
+    quantization: Quantization | None = None
 
     def context(self, device_kind: str) -> AbstractContextManager[Any]:
         """Return what a forward pass outside the trainer runs in, so that it computes what a training step does."""
@@ -43,7 +48,8 @@ class Precision:
         return torch.autocast(device_kind, dtype=torch.bfloat16 if self.autocast == "bf16" else torch.float16)
 
     def describe(self) -> str:
-        return f"{str(self.weights).removeprefix('torch.')}, autocast {self.autocast}"
+        quantized = f", {self.quantization.describe()}" if self.quantization else ""
+        return f"{str(self.weights).removeprefix('torch.')}, autocast {self.autocast}{quantized}"
 
 
 def pick_device(wanted: str = "auto", *, use_cpu: bool = False) -> Device:
@@ -83,19 +89,21 @@ def pick_precision(spec: TrainSpec, device: Device) -> Precision:
     """Read `bf16`, `fp16` and `pure_bf16` as LLaMA-Factory does: frozen weights in that dtype, the step under autocast.
 
     Raises:
-        MachineError: The device cannot do it.
+        MachineError: The device cannot do it, or what `quantization_bit` needs is not installed.
     """
+    quantization = pick_quantization(spec, device.kind)
     if spec.fp16:
         if device.kind != "cuda":
             raise MachineError(
                 f"fp16 needs a CUDA device, and this run is on {device.kind}. Set fp16: false or bf16: true."
             )
-        return Precision(weights=weights_dtype(spec), autocast="fp16")
+        return Precision(weights=weights_dtype(spec), autocast="fp16", quantization=quantization)
     if spec.bf16 or spec.pure_bf16:
         if device.kind == "cuda" and not torch.cuda.is_bf16_supported():
             raise MachineError(f"{device.name} has no bf16. Set bf16: false and fp16: true.")
-        return Precision(weights=weights_dtype(spec), autocast="bf16" if spec.bf16 else None)
-    return Precision(weights=weights_dtype(spec), autocast=None)
+        autocast = "bf16" if spec.bf16 else None
+        return Precision(weights=weights_dtype(spec), autocast=autocast, quantization=quantization)
+    return Precision(weights=weights_dtype(spec), autocast=None, quantization=quantization)
 
 
 def peak_memory_gib(device: Device) -> float:

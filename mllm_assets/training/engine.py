@@ -30,6 +30,7 @@ from mllm_assets.training.model import (
     model_on_meta,
     publish_model,
     quiet_libraries,
+    release,
     weights_digest,
 )
 from mllm_assets.training.ranks import is_first_rank
@@ -68,6 +69,8 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     num_threads = fix_num_threads(run_dir, accelerator.get("num_threads"))
 
     require_distribution(spec, reporter)
+    for note in precision.quantization.notes(device.kind) if precision.quantization else ():
+        reporter.warn(note)
     model_dir = Path(request["model_dir"])
     require_same_data(Path(request["data_dir"]), request.get("data_digests") or {})
     require_same_model(model_dir, request.get("pretrained_fingerprint"))
@@ -91,7 +94,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
         cache_plan, settings, spec, shape, inputs, model_dir, device.kind, precision, reporter
     )  # fmt: skip
     set_seed(spec.seed)
-    model = load_model(model_dir, dtype=precision.weights)
+    model = load_model(model_dir, dtype=precision.weights, quantization=precision.quantization)
     trainable = freezing.apply(spec, model)
     caching.install(base_model(trainable.model), cache_plan)
     if not (spec.fsdp or spec.deepspeed):  # they need the output layer where they can spread it
@@ -105,12 +108,14 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
     train_loss = run_training(trainer, resumable, reporter)
     train_wall_s = time.monotonic() - trained_s
     facts = training_facts(trainer, train_loss, train_wall_s, resumable)
-    whole = trainer.gather_trainable() if trainer.is_sharded else None
+    whole = trainer.gather_trainable() if trainer.is_sharded or precision.quantization else None
     if not trainer.is_world_process_zero():
         return {}
 
     reporter.progress("publish", 0, 1)
-    if whole is not None:  # the model here is spread over the processes, and cannot be put together in place
+    if precision.quantization:
+        release(trainable.model)
+    if whole is not None:  # the model here is spread over the processes, or quantised: what is published is neither
         trainable = freezing.apply(spec, load_model(model_dir, dtype=precision.weights))
         load_trainable(trainable.model, whole)
     else:
@@ -137,6 +142,7 @@ def train_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
         "num_train_samples": len(inputs.train_rows),
         "num_eval_samples": len(inputs.eval_rows),
         "num_threads": num_threads,
+        "quantization": precision.quantization.describe() if precision.quantization else None,
         "caches": dict(cache_plan.facts),
         "trackers": trackers.tracked(run_dir),
         "warnings": reporter.warnings,

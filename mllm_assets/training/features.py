@@ -221,7 +221,7 @@ def features_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, An
         for entry in (*spec.train_entries, *spec.eval_entries)
         for row in load_rows(Path(request["data_dir"]), entry, max_samples=spec.max_samples)
     )
-    model = load_model(model_dir, dtype=precision.weights).eval()
+    model = load_model(model_dir, dtype=precision.weights, quantization=precision.quantization).eval()
     fingerprint = tower.tower_fingerprint(model, processor, spec, precision)
     tower.move(model, device.kind)
     index, count = request.get("part") or (0, 1)

@@ -26,6 +26,10 @@ def semantic_values(spec: TrainSpec) -> dict[str, Any]:
         idle.add("preprocessing_")
     if len(spec.train_entries) == 1 and len(spec.eval_entries) < 2:
         idle |= {"mix_strategy", "interleave_probs"}
+    if spec.quantization_bit is None:
+        idle |= {"quantization_", "double_quantization"}
+    elif spec.quantization_bit != 4:
+        idle |= {"quantization_type", "double_quantization"}
     return {
         f.name: getattr(spec, f.name)
         for f in dataclasses.fields(spec)

@@ -15,6 +15,7 @@ from torch import nn
 
 from mllm_assets.errors import RecipeError
 from mllm_assets.training.families import FAMILIES, Family
+from mllm_assets.training.quantization import num_values
 from mllm_assets.training.spec import TrainSpec
 from mllm_assets.training.spec_rules import split_names
 
@@ -53,7 +54,7 @@ def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
         RecipeError: A named module does not exist, or nothing trains.
     """
     family = model_family(model)
-    num_params = sum(p.numel() for p in model.parameters())
+    num_params = sum(num_values(p) for p in model.parameters())
     notes: list[str] = []
     if spec.finetuning_type == "lora":
         model = _add_lora(spec, model)

@@ -33,6 +33,12 @@ def _reasons(spec: TrainSpec) -> Iterator[tuple[str, str]]:
             yield from ((key, f"finetuning_type is {spec.finetuning_type}, not {method}") for key in keys)
     if spec.finetuning_type == "lora" and not spec.freeze_multi_modal_projector:
         yield "freeze_multi_modal_projector", "LoRA trains adapters only, and the projector gets none"
+    if spec.quantization_bit is None:
+        for key in ("quantization_type", "double_quantization"):
+            yield key, "quantization_bit is not set, so nothing is quantised"
+    elif spec.quantization_bit != 4:
+        for key in ("quantization_type", "double_quantization"):
+            yield key, f"quantization_bit is {spec.quantization_bit}, and only 4 bits have kinds"
     if not spec.packs:
         for key in ("preprocessing_num_workers", "preprocessing_batch_size"):
             yield key, "rows are encoded while they are read, and nothing is cached"

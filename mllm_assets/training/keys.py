@@ -77,10 +77,11 @@ _REFUSED = {
         additional_target:str?=null""",
     "a run starts from a whole model. Name the model/ directory of the adapter's run in model_name_or_path, where the "
     "adapter is merged.": "adapter_name_or_path:str?=null adapter_folder:str?=null",
-    "QLoRA needs bitsandbytes and a CUDA GPU, and is not built yet, whether they are here or not: a run trains on "
-    "weights of 16 or 32 bits. Delete the line; finetuning_type: lora with bf16: true needs the least memory.": """
-        quantization_bit:int?=null""",
-    "the weights are trained in 16 or 32 bits. Delete the line; finetuning_type: lora needs the least memory.": """
+    "a quantised model trains on one device. Delete the line.": "quantization_device_map:str?=null",
+    "only bitsandbytes quantises here. Set quantization_method: bnb, or delete the line.": """
+        quantization_method:str=bnb""",
+    "the weights are trained in 16 or 32 bits. Delete the line; finetuning_type: lora with quantization_bit: 4 needs "
+    "the least memory.": """
         fp8:bool=false fp16_full_eval:bool=false bf16_full_eval:bool=false""",
     "another training backend. Delete the line.": """
         use_unsloth:bool=false use_kt:bool=false use_mca:bool=false use_hyper_parallel:bool=false
@@ -168,8 +169,7 @@ _NO_EFFECT = {
         hyper_parallel_args:str?=null fp8_backend:str=auto
         fp8_enable_fsdp_float8_all_gather:bool=false pissa_iter:int=16 create_new_adapter:bool=false
         loraplus_lr_embedding:float=1e-6 asft_alpha:float=0.1 eaft_alpha:float=1.0 moe_aux_loss_coef:float?=null
-        init_special_tokens:str=noise_init quantization_method:str=bnb quantization_type:str=nf4
-        double_quantization:bool=true quantization_device_map:str?=null kt_weight_path:str?=null
+        init_special_tokens:str=noise_init kt_weight_path:str?=null
         kt_expert_checkpoint_path:str?=null kt_use_lora_experts:bool?=null kt_lora_expert_num:int?=null
         kt_lora_expert_intermediate_size:int?=null module_dropout:float=0.0 oft_rank:int=0 oft_block_size:int=32
         oft_target:str=all galore_target:str=all galore_rank:int=16 galore_update_interval:int=200

@@ -15,6 +15,8 @@ import torch
 from mllm_assets.errors import MachineError
 from mllm_assets.training.device import GIB, Device, Precision
 from mllm_assets.training.freezing import TrainableSet
+from mllm_assets.training.model import base_model
+from mllm_assets.training.quantization import quantized_weights
 from mllm_assets.training.spec import TrainSpec
 
 SAFE_SHARE = 0.8  # of the device's memory that a batch chosen by the estimate may take: it is right within a third
@@ -33,15 +35,18 @@ class MemoryEstimate:
     gradients_gib: float
     optimizer_gib: float
     activations_gib: float
+    merge_gib: float = 0.0  # the unquantised model, alone, when a quantised run is over
 
     @property
     def total_gib(self) -> float:
-        return self.weights_gib + self.gradients_gib + self.optimizer_gib + self.activations_gib
+        steps_gib = self.weights_gib + self.gradients_gib + self.optimizer_gib + self.activations_gib
+        return max(steps_gib, self.merge_gib)
 
     def describe(self) -> str:
         return (
             f"about {self.total_gib:.2f} GiB (weights {self.weights_gib:.2f}, gradients and optimizer "
-            f"{self.gradients_gib + self.optimizer_gib:.2f}, activations {self.activations_gib:.2f})"
+            f"{self.gradients_gib + self.optimizer_gib:.2f}, activations {self.activations_gib:.2f}"
+            f"{f'; at the end the unquantised model, {self.merge_gib:.2f}' if self.merge_gib else ''})"
         )
 
 
@@ -64,6 +69,7 @@ def estimate(
     num_supervised: int,
     checkpointed: bool,
     tower_cached: bool,
+    merges_here: bool = False,
 ) -> MemoryEstimate:
     """Estimate one device's peak from the model's shape, which may be on `meta`.
 
@@ -77,12 +83,15 @@ def estimate(
         num_supervised: Supervised tokens in the row that has most.
         checkpointed: Whether activations are computed twice.
         tower_cached: Whether the tower's output comes from the cache, so that the tower is not there.
+        merges_here: Whether the device holds the unquantised model at the end, to merge the adapter into it.
     """
     model = trainable.model
     config = model.config
     names = set(trainable.names)
+    quantization = precision.quantization
+    quantized = quantized_weights(base_model(model)) if quantization else set()
     weights = sum(
-        p.numel() * p.element_size()
+        quantization.weight_bytes(p) if quantization and id(p) in quantized else p.numel() * p.element_size()
         for name, p in model.named_parameters()
         if not (tower_cached and any(key in name for key in trainable.family.vision_keys))
     )
@@ -105,6 +114,7 @@ def estimate(
         gradients_gib=trained / GIB,
         optimizer_gib=2 * trained / GIB,
         activations_gib=(kept + logits) / GIB,
+        merge_gib=sum(p.numel() * p.element_size() for p in model.parameters()) / GIB if merges_here else 0.0,
     )
 
 
@@ -167,7 +177,7 @@ def require_memory(needed: MemoryEstimate, device: Device) -> None:
             needed.activations_gib,
             "Halve per_device_train_batch_size and double gradient_accumulation_steps",
         ),
-        "weights": (needed.weights_gib, "Set bf16: true"),
+        "weights": (max(needed.weights_gib, needed.merge_gib), "Set bf16: true"),
         "gradients and optimizer": (
             needed.gradients_gib + needed.optimizer_gib,
             "Train less of the model: finetuning_type: lora, or freeze_language_model: true",

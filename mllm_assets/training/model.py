@@ -15,6 +15,7 @@ from mllm_assets.errors import IntegrityError, ModelError
 from mllm_assets.training import processors
 from mllm_assets.training.checkpoints import no_space_is_an_error
 from mllm_assets.training.families import FAMILIES, find_family
+from mllm_assets.training.quantization import Quantization, keep_trainable
 
 
 def quiet_libraries() -> None:
@@ -53,18 +54,28 @@ def load_processor(directory: Path) -> Any:
     return processors.load(directory, FAMILIES[config.model_type], config)
 
 
-def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+def load_model(
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantization: Quantization | None = None,
+) -> Any:
     """Load weights strictly: every key of the model is in the files and every key of the files in the model.
 
     Args:
         directory: A Hugging Face model directory with safetensors.
         dtype: Of all weights; None keeps the directory's own.
         device: Where the model goes.
+        quantization: How to hold frozen linear layers. Computed on the CPU, so that every device has the same values.
 
     Raises:
         ModelError: No known family, no weights, or keys are missing or unexpected.
     """
     load_config(directory)
+    quantized: dict[str, Any] = {}
+    if quantization is not None:
+        quantized = {"quantization_config": quantization.config(dtype or torch.float32), "device_map": {"": "cpu"}}
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory,
@@ -72,6 +83,7 @@ def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: tor
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
+            **quantized,
         )
     except (OSError, ValueError, RuntimeError) as error:
         if not any(directory.glob("*.safetensors")) and (pickled := sorted(directory.glob("*.bin"))):
@@ -91,6 +103,7 @@ def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: tor
             f"The weights in {directory} do not fit the model: {counts} keys, such as {first}. "
             f"Make or download the model again."
         )
+    keep_trainable(model)
     return model.to(device)
 
 

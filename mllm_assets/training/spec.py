@@ -59,6 +59,9 @@ class TrainSpec:
     use_dora: bool = field(default=False, metadata=SEMANTIC)
     disable_gradient_checkpointing: bool = field(default=False, metadata=OPERATIONAL)
     pure_bf16: bool = field(default=False, metadata=SEMANTIC)
+    quantization_bit: Literal[4, 8] | None = field(default=None, metadata=SEMANTIC)
+    quantization_type: Literal["nf4", "fp4"] = field(default="nf4", metadata=SEMANTIC)
+    double_quantization: bool = field(default=True, metadata=SEMANTIC)
     # data
     dataset: str = field(metadata=OPERATIONAL)  # the entries' content is hashed, not their names
     eval_dataset: str | None = field(default=None, metadata=OPERATIONAL)

@@ -73,6 +73,12 @@ def _conflicts(spec: "TrainSpec") -> Iterator[tuple[str, str]]:
         if name not in TRACKERS:
             known = ", ".join(("none", "tensorboard", *TRACKERS))
             yield "report_to", f"report_to names {name!r}: expected of {known}. Change it or delete the line."
+    if spec.quantization_bit and spec.finetuning_type != "lora":
+        text = f"quantization_bit leaves only adapters to train, and finetuning_type is {spec.finetuning_type}. "
+        yield "quantization_bit", f"{text}Set finetuning_type: lora, or delete quantization_bit."
+    if spec.quantization_bit and (spec.fsdp or spec.deepspeed):
+        text = "quantization_bit holds the whole model on each device, and fsdp or deepspeed spreads it. Delete one."
+        yield "quantization_bit", text
     if spec.fsdp and spec.deepspeed:
         yield "deepspeed", "fsdp and deepspeed are both set, and a model is spread in one way only. Delete one."
     if spec.fsdp_config and not spec.fsdp:

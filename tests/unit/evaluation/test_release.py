@@ -227,3 +227,15 @@ def test_the_card_says_where_the_evaluation_leaked_into_the_training(tmp_path: P
     card = (made.directory / "README.md").read_text()
     assert "| no_leakage | no, allowed | 3 problems, the first: images/a.png = images/a.png. |" in card
     assert "**These figures may say too much:** 3 problems, the first: images/a.png = images/a.png.\n" in card
+
+
+def test_a_release_says_that_it_was_trained_on_a_quantised_base(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    kind = "4-bit nf4, double, bitsandbytes 0.50.2"
+    write_manifest(run_dir, {**RUN, "recipe": {**RUN["recipe"], "quantization_bit": 4}, "quantization": kind})
+    directory = release(run_dir, tmp_path).directory
+    assert read_manifest(directory)["quantization"] == kind
+    card = (directory / "README.md").read_text()
+    assert f"- Trained with `quantization_bit: 4`: adapters on a quantised base ({kind}), merged into the" in card
+    plain = release(make_run(tmp_path / "plain"), tmp_path / "another").directory
+    assert "quantised" not in (plain / "README.md").read_text()

@@ -1,6 +1,8 @@
 """Device, precision, memory, and numbers that are none: each message says what to do."""
 
+import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from mllm_assets.training import freezing, memory
 from mllm_assets.training.device import Device, Precision, pick_device, pick_precision
 from mllm_assets.training.memory import MemoryEstimate
 from mllm_assets.training.model import load_config, model_on_meta
+from mllm_assets.training.quantization import Quantization
 from mllm_assets.training.reporting import check_finite, plot_loss, read_log, smooth
 from mllm_assets.training.spec import TrainSpec
 
@@ -53,6 +56,50 @@ def test_fp16_on_the_cpu_is_refused() -> None:
 def test_bf16_means_bf16_weights_under_autocast() -> None:
     assert pick_precision(make_spec(bf16=True), CPU) == Precision(weights=torch.bfloat16, autocast="bf16")
     assert pick_precision(make_spec(), CPU) == Precision(weights=torch.float32, autocast=None)
+
+
+def test_quantisation_without_bitsandbytes_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MachineError, match=r"quantization_bit: 4 needs bitsandbytes, .*pip install .*\[qlora\]"):
+        pick_precision(make_spec(quantization_bit=4), CPU)
+
+
+def test_quantisation_on_metal_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"quantization_bit needs a CUDA device, .* this run is on mps\. Delete"):
+        pick_precision(make_spec(quantization_bit=8), dataclasses.replace(CPU, kind="mps"))
+
+
+@pytest.mark.parametrize(("bits", "double", "bytes_a_weight"), [(4, True, 0.516), (4, False, 0.5625), (8, True, 1.05)])
+def test_the_estimate_counts_quantised_layers_by_their_bits(
+    parity_dir: Path, bits: int, double: bool, bytes_a_weight: float
+) -> None:
+    spec = make_spec(quantization_bit=bits)
+    shape = freezing.apply(spec, model_on_meta(load_config(parity_dir / "model")))
+    linear = [
+        module.weight
+        for name, module in shape.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name and "lm_head" not in name
+    ]
+    num_quantized = sum(weight.numel() for weight in linear)
+    assert num_quantized > 150_000
+
+    def needed(quantization: Quantization | None) -> MemoryEstimate:
+        precision = Precision(weights=torch.float32, autocast=None, quantization=quantization)
+        return memory.estimate(
+            shape, spec, precision, num_tokens=64, num_images=1, num_patches=None, num_supervised=8,
+            checkpointed=False, tower_cached=False, merges_here=quantization is not None,
+        )  # fmt: skip
+
+    whole, quantized = needed(None), needed(Quantization(bits=bits, type="nf4", double=double))
+    saved = (whole.weights_gib - quantized.weights_gib) * 2**30
+    assert saved == pytest.approx(num_quantized * (4 - bytes_a_weight), rel=0.02)
+    assert quantized.merge_gib == pytest.approx(whole.weights_gib)
+
+
+def test_a_run_whose_unquantised_model_does_not_fit_is_refused() -> None:
+    needed = MemoryEstimate(weights_gib=1, gradients_gib=0, optimizer_gib=0, activations_gib=1, merge_gib=9)
+    with pytest.raises(MachineError, match=r"needs about 9\.0 GiB .*weights 9\.0.* has 8\.0 GiB\. Set bf16: true"):
+        memory.require_memory(needed, CPU)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_largest_part_and_its_cure() -> None:

@@ -35,6 +35,7 @@ def name_of(train: str = "t1", val: str = "v1", model: str = "m1", num_processes
         {"warmup_ratio": 0.1},
         {"finetuning_type": "full"},
         {"bf16": True},
+        {"quantization_bit": 4},
         {"cutoff_len": 64},
         {"max_samples": 9},
         {"train": "t2"},
@@ -78,6 +79,7 @@ def test_what_changes_the_weights_changes_the_name(change: dict) -> None:
         {"preprocessing_batch_size": 10},  # nothing is packed
         {"mix_strategy": "interleave_under"},  # of one entry
         {"freeze_trainable_layers": 3},  # it is a LoRA recipe
+        {"quantization_type": "fp4", "double_quantization": False},  # nothing is quantised
     ],
     ids=str,
 )
@@ -101,6 +103,8 @@ def test_evaluation_counts_where_it_picks_the_weights(change: dict) -> None:
         ({"interleave_probs": "0.3,0.7"}, {"dataset": "a,c", "mix_strategy": "interleave_over", "eval_dataset": None}),
         ({"preprocessing_batch_size": 10}, {"packing": True}),
         ({"preprocessing_num_workers": 2}, {"packing": True}),
+        ({"quantization_type": "fp4"}, {"quantization_bit": 4}),
+        ({"double_quantization": False}, {"quantization_bit": 4}),
     ],
     ids=str,
 )

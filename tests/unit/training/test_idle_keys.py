@@ -25,6 +25,14 @@ BASE = "model_name_or_path: m\ndataset: d\ntemplate: gemma3\ndo_train: true\n"
         ),
         ("mix_strategy: interleave_over", "mix_strategy has no effect: there is one entry, and nothing to mix."),
         ("max_steps: 5\nnum_train_epochs: 2", "num_train_epochs has no effect: max_steps is set and wins."),
+        (
+            "quantization_type: fp4",
+            "quantization_type has no effect: quantization_bit is not set, so nothing is quantised.",
+        ),
+        (
+            "quantization_bit: 8\ndouble_quantization: false",
+            "double_quantization has no effect: quantization_bit is 8, and only 4 bits have kinds.",
+        ),
         ("eval_steps: 10", "eval_steps has no effect: eval_strategy is no."),
         ("save_strategy: epoch\nsave_steps: 10", "save_steps has no effect: save_strategy is epoch."),
         (

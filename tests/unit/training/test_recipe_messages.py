@@ -47,9 +47,17 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "Delete the line and choose one with optim.",
         ),
         (
-            "quantization_bit: 4",
-            "r.yaml:5: quantization_bit is not supported with this value: QLoRA needs bitsandbytes and a CUDA GPU, and "
-            "is not built yet, whether they are here or not",
+            "quantization_bit: 4\nfinetuning_type: full",
+            "r.yaml:5: quantization_bit leaves only adapters to train, and finetuning_type is full. Set",
+        ),
+        ("quantization_bit: 3", "r.yaml:5: quantization_bit: expected one of 4, 8 or null, got 3. Change the value."),
+        (
+            "quantization_bit: 4\nfsdp: true",
+            "r.yaml:5: quantization_bit holds the whole model on each device, and fsdp or deepspeed spreads it. Delete",
+        ),
+        (
+            "quantization_method: hqq",
+            "r.yaml:5: quantization_method is not supported with this value: only bitsandbytes quantises here. Set",
         ),
         ("stage: dpo", "r.yaml:5: stage is not supported with this value: only supervised fine-tuning is done here."),
         ("val_size: 1.5", "r.yaml:5: val_size is 1.5: expected a share above 0 and below 1, or a number of rows"),
