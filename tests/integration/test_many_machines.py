@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(150
 
 EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 
+FEW = {"num_train": 80, "num_val": 24}  # each image is sent, and fetched on every machine
+
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
@@ -48,6 +50,7 @@ def scores(project: Project) -> dict[str, float]:
 def test_a_second_machine_scores_what_the_first_one_trained(
     project: Project, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    project.set_split(**FEW)
     project.write_recipe("mine", max_steps=3, freeze_vision_tower=True)
     project.set_defaults(gates=EVERYTHING_PASSES)
     output = made(project, '+key:"mine/released_model"')
@@ -86,6 +89,7 @@ def test_a_second_machine_scores_what_the_first_one_trained(
 
 
 def test_a_failed_upload_fails_the_asset_and_the_next_one_only_sends(project: Project, s3: S3Server) -> None:
+    project.set_split(**FEW)
     project.write_recipe("mine", max_steps=1)
     made(project, 'key:"emoji/train" or key:"emoji/val" or key:"emoji/dataset_info"')
     s3.forbidden = ("PUT", "POST")
