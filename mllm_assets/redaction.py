@@ -1,7 +1,8 @@
 """Secrets out of every text that leaves a process: messages, logs, metadata, model cards.
 
-What counts: the values of environment variables that are named like a secret, and what has the form of a well-known
-token. A secret shorter than `MIN_CHARS`, or cut in two by whoever printed it, is not recognised.
+What counts: the values of environment variables that are named like a secret, what has the form of a well-known
+token, the user of an address, and the value of a setting that is named like a secret. A secret shorter than
+`MIN_CHARS`, or cut in two by whoever printed it, is not recognised.
 """
 
 import os
@@ -15,7 +16,10 @@ from urllib.parse import quote
 MIN_CHARS = 8  # a shorter value would be found inside ordinary words
 REDACTED = "[secret]"
 
-_NAMED_LIKE_A_SECRET = re.compile(r"(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|WEBHOOK|CREDENTIALS?)$")
+_NAMED_LIKE_A_SECRET = re.compile(
+    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|WEBHOOK(?:_UR[LI])?|CREDENTIALS?)$"
+    r"|^PGPASS(?!FILE$)"  # Postgres' own; the file's is a path
+)
 _TOKEN = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS access key id
@@ -24,10 +28,14 @@ _TOKEN = re.compile(
     r"|\bxox[abeprs]-[A-Za-z0-9-]{10,}"  # Slack
     r"|(?<=hooks\.slack\.com/services/)[A-Za-z0-9/]+"
 )
-_USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@'\"]*:[^\s/@'\"]*@")  # https://name:password@host
+# https://name:password@host; a password may hold / and @, but what begins as a port does is one: http://host:80/a@b
+_USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@:'\"]*:(?!\d{1,5}/)(?:(?!://)[^\s'\"])*@")
+_TOKEN_OF_ADDRESS = re.compile(r"(?<=://)([^\s/@:'\"]+)@")  # https://token@host
 _SETTING = re.compile(
-    r"(?i)(\b\w*(?:hub_token|api_key|password|secret|access_key)['\"]?\s*[=:]\s*['\"]?)(?!null|None|\[secret\]|\$[({])[^\s'\",}]+"
+    r"(?i)(?P<before>\b(?P<name>\w*(?:hub_token|api_key|password|secret|access_key))(?P<sign>['\"]?\s*[=:]\s*['\"]?))"
+    r"(?!null|None|\[secret\]|\$[({])(?P<value>[^\s'\",}]+)"
 )
+_PLAIN_WORDS = {"password", "secret"}  # prose has these too: "The secret: patience"
 
 
 def environment_secrets() -> dict[str, str]:
@@ -45,7 +53,19 @@ def redacted(text: str) -> str:
         for form in {value, quote(value, safe="")}:
             text = text.replace(form, name)
     text = _USER_OF_ADDRESS.sub("", _TOKEN.sub(REDACTED, text))
-    return _SETTING.sub(rf"\g<1>{REDACTED}", text)
+    text = _TOKEN_OF_ADDRESS.sub(lambda found: "" if _looks_random(found[1]) else found[0], text)
+    return _SETTING.sub(_without_value, text)
+
+
+def _without_value(found: re.Match[str]) -> str:
+    prose = found["name"].lower() in _PLAIN_WORDS and re.fullmatch(r"\s*:\s+|\s+=\s+", found["sign"])
+    return found[0] if prose and not _looks_random(found["value"]) else found["before"] + REDACTED
+
+
+def _looks_random(value: str) -> bool:
+    """Whether a text is no word or name of people: long, or with digits, signs or capitals inside."""
+    value = value.rstrip(".,;:!?)")
+    return len(value) >= MIN_CHARS and bool(re.search(r"\d|[a-z][A-Z]|[!#$%&*+=?@^~]|.{20}", value))
 
 
 def redacted_value(value: Any) -> Any:

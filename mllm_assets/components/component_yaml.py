@@ -11,7 +11,9 @@ import yaml
 from dagster_shared.yaml_utils import parse_yamls_with_source_position
 from dagster_shared.yaml_utils.source_position import ValueAndSourcePositionTree
 
+from mllm_assets.components.component_secrets import ADVICE, secret_places, shown_place
 from mllm_assets.project.read import root_module
+from mllm_assets.redaction import redacted
 
 
 def find_mistakes(project: Path) -> list[str]:
@@ -36,6 +38,8 @@ def _mistakes_of(document: ValueAndSourcePositionTree) -> Iterator[tuple[int, st
     from jsonschema.exceptions import best_match
 
     value = document.value if isinstance(document.value, dict) else {}
+    for place in secret_places(value):
+        yield _line(document, list(place)), f"{shown_place(place)} {ADVICE}"
     kind = value.get("type")
     if not isinstance(kind, str):
         yield 1, "`type:` is missing, for example mllm_assets.components.ImageTextDataset"
@@ -53,7 +57,7 @@ def _mistakes_of(document: ValueAndSourcePositionTree) -> Iterator[tuple[int, st
     ):
         best = best_match([error]) or error
         place = ["attributes", *best.absolute_path]
-        yield _line(document, place), f"{'.'.join(str(part) for part in place)}: {best.message}"
+        yield _line(document, place), f"{shown_place(tuple(place))}: {redacted(best.message)}"
 
 
 def _line(document: ValueAndSourcePositionTree, place: list[str | int]) -> int:

@@ -6,6 +6,7 @@ from pydantic import Field
 from mllm_assets.artifacts import slug
 from mllm_assets.components.alerting import failure_alert
 from mllm_assets.components.automation_yaml import Freshness, ReleaseWatch, Retraining
+from mllm_assets.components.component_secrets import refused_for_secret
 from mllm_assets.components.image_text_dataset import ImageTextDataset
 from mllm_assets.components.pretrained_model import Model, PretrainedModels
 from mllm_assets.components.recipe_assets import (
@@ -122,6 +123,8 @@ class FineTuning(dg.Component, dg.Model, dg.Resolvable):
     freshness: Freshness = Freshness()
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        if refused := refused_for_secret(self, context, dg.AssetKey(["recipes"]), "train"):
+            return refused
         layout = Layout.from_environment()
         recipes, assets = read_recipes(context.project_root, self.recipes)
         made = _made_entries(context)

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from mllm_assets.artifacts import slug
 from mllm_assets.components.automation_yaml import Watch
+from mllm_assets.components.component_secrets import refused_for_secret
 from mllm_assets.components.data_automation import automation_sensor, made_when_inputs_changed
 from mllm_assets.components.dataset_info_asset import dataset_info_asset
 from mllm_assets.components.dataset_yaml import Entries, Output, Quality, Source, Split
@@ -78,12 +79,13 @@ class ImageTextDataset(dg.Component, dg.Model, dg.Resolvable):
         return self.entries.train or f"{slug(self.name)}_train", self.entries.val or f"{slug(self.name)}_val"
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        in_its_place = dg.AssetKey([slug(self.name), "dataset_info"])
+        if refused := refused_for_secret(self, context, in_its_place, "curate"):
+            return refused
         try:
             spec = self.spec()
         except MllmAssetsError as error:
-            return dg.Definitions(
-                assets=[failing_asset(dg.AssetKey([slug(self.name), "dataset_info"]), "curate", error)]
-            )
+            return dg.Definitions(assets=[failing_asset(in_its_place, "curate", error)])
         raw = raw_asset(spec, self.description, self.license)
         derived = [sample_quality_asset(spec), splits_asset(spec), dataset_info_asset(spec)]
         sensors = source_sensors(spec, self.watch.to_domain(), Layout.from_environment())

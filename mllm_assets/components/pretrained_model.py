@@ -9,6 +9,7 @@ import dagster as dg
 from pydantic import Field
 
 from mllm_assets.artifacts import slug
+from mllm_assets.components.component_secrets import refused_for_secret
 from mllm_assets.components.progress import OBSERVE_EVERY_S
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
 from mllm_assets.training.pretrained import PretrainedResult, describe_model, fetch_snapshot
@@ -41,6 +42,8 @@ class PretrainedModels(dg.Component, dg.Model, dg.Resolvable):
     models: list[Model]
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        if refused := refused_for_secret(self, context, dg.AssetKey(["pretrained"]), "ingest"):
+            return refused
         return dg.Definitions(assets=[_pretrained_asset(model) for model in self.models])
 
 

@@ -19,6 +19,18 @@ TOKEN = "hf_" + "aB3" * 12
         ("s3://AKIAABCDEFGHIJKLMNOP/x", "s3://[secret]/x"),
         ("https://me:pass/word@hub.test/a".replace("/word", "word"), "https://hub.test/a"),
         ("postgresql+psycopg2://dagster:secret1@db:5432/d", "postgresql+psycopg2://db:5432/d"),
+        ("postgresql://u:pa/ss@w0rd1@db/x", "postgresql://db/x"),
+        ("https://tokenonly1234567@host/x", "https://host/x"),
+        ("https://a:b@one.test/x,https://c:d@two.test/y", "https://one.test/x,https://two.test/y"),
+        ("http://127.0.0.1:3000/runs/a@b and ssh://git@github.com/a/b", None),
+        ("postgresql://dagster@db/dagster", None),
+        ("The secret: ingredient is love", None),
+        ("password : none was given. A secret: patience!", None),
+        ("The password: hunter2hunter", "The password: [secret]"),
+        ("secret: correcthorsebatterystaple", "secret: [secret]"),
+        ("password=abc", "password=[secret]"),
+        ("my_secret: abc", "my_secret: [secret]"),
+        ('{"secret": "abc"}', '{"secret": "[secret]"}'),
         ("https://hooks.slack.com/services/T0/B0/xyz", "https://hooks.slack.com/services/[secret]"),
         ("argument 'hub_token=abc'", "argument 'hub_token=[secret]'"),
         ('{"swanlab_api_key": "abc"}', '{"swanlab_api_key": "[secret]"}'),
@@ -37,6 +49,9 @@ def test_values_of_the_environment_are_named_in_place(monkeypatch: pytest.Monkey
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a/b+c=defgh")
     monkeypatch.setenv("SHORT_TOKEN", "a")  # would be found in every word
+    monkeypatch.setenv("TEAMS_WEBHOOK_URL", "https://chat.test/hooks/abcdef")
+    monkeypatch.setenv("PGPASS", "elephants")
+    assert redacted("at https://chat.test/hooks/abcdef with elephants") == "at TEAMS_WEBHOOK_URL with PGPASS"
     assert redacted("key 0123456789abcdef, a/b+c=defgh, a%2Fb%2Bc%3Ddefgh") == (
         "key WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, AWS_SECRET_ACCESS_KEY"
     )
