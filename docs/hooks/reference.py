@@ -95,13 +95,13 @@ def assets() -> str:
     shipped = defs()
     graph = shipped.resolve_asset_graph()
     specs = {spec.key: spec for spec in shipped.resolve_all_asset_specs()}
-    lines = ["# Assets and checks", "", "In the order in which they are made; `*` is a dataset's or a recipe's name."]
+    lines = ["# Assets and checks", "", "In the order in which they are made, each by an example of the shipped graph."]
     for prefix, title in (("emoji", "A dataset"), ("pretrained", "A model"), ("emoji_projector_sft", "A recipe")):
         keys = [key for key in graph.toposorted_asset_keys if key.path[0] == prefix and key in specs]
         keys = keys[:1] if prefix == "pretrained" else keys
         rows = (
             (
-                f"`{'pretrained/*' if prefix == 'pretrained' else '*/' + key.path[-1]}`",
+                f"`{key.to_user_string()}`",
                 ", ".join(sorted(specs[key].kinds)),
                 specs[key].group_name or "",
                 _one_line((specs[key].description or "").split("\n\nNote:")[0]),
@@ -110,14 +110,15 @@ def assets() -> str:
         )
         lines += ["", f"## {title}", "", *_table(("asset", "kinds", "group", ""), rows)]
         checks = sorted((key for key in graph.asset_check_keys if key.asset_key in keys), key=str)
-        found = ((f"`*/{k.asset_key.path[-1]}`", f"`{k.name}`", *_check(graph, k)) for k in checks)
+        found = ((f"`{k.asset_key.to_user_string()}`", f"`{k.name}`", *_check(graph, k)) for k in checks)
         if checks:
             lines += ["", *_table(("asset", "check", "blocking", ""), found)]
     lines += [
         "",
         "## Metadata",
         "",
-        "What a materialisation says, in the order of the page. Figures are plotted over time.",
+        "What a materialisation says, in the order of the page; `*` is a dataset's or a recipe's name. Figures are plotted",
+        "over time.",
     ]
     for name, keys in METADATA_KEYS.items():
         title = "pretrained/*" if name == "pretrained" else f"*/{name}"
@@ -201,7 +202,8 @@ def _by_note(keys: Mapping[str, Key]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """A description on one line, its `<placeholders>` kept from being read as HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
