@@ -1,5 +1,6 @@
 # Two commands for a new user: `make demo` and `make test`. Each sets up what it needs.
 PYTHON ?= python3
+PORT ?= 3000
 BIN := .venv/bin
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export DAGSTER_DISABLE_TELEMETRY := 1
@@ -39,8 +40,8 @@ check: $(EXTRAS) ## style, types, sound definitions and YAML files, packages wit
 docs: $(EXTRAS) ## the documentation on http://127.0.0.1:8000
 	$(BIN)/mkdocs serve -a 127.0.0.1:8000
 
-dev: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the Dagster UI on http://127.0.0.1:3000
-	$(BIN)/dg dev -h 127.0.0.1 -p 3000
+dev: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the Dagster UI on http://127.0.0.1:3000; another port: make dev PORT=3001
+	$(BIN)/dg dev -h 127.0.0.1 -p $(PORT)
 
 bench: $(CORE)
 	$(BIN)/python benchmarks/load_graph.py

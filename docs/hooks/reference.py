@@ -117,8 +117,8 @@ def assets() -> str:
         "",
         "## Metadata",
         "",
-        "What a materialisation says, in the order of the page; `*` is a dataset's or a recipe's name. Figures are plotted",
-        "over time.",
+        "What a materialisation says, in the order of the page. `*` is a dataset's or a recipe's name.",
+        "Figures are plotted over time.",
     ]
     for name, keys in METADATA_KEYS.items():
         title = "pretrained/*" if name == "pretrained" else f"*/{name}"

@@ -76,7 +76,12 @@ def checkpoint_asset(
         code_version=digest_json(semantic_values(node.recipe.spec))[:16],
         check_specs=[
             *gate_specs(node.key("checkpoint"), [RELOADS]),
-            dg.AssetCheckSpec(APART, asset=node.key("checkpoint"), blocking=True),
+            dg.AssetCheckSpec(
+                APART,
+                asset=node.key("checkpoint"),
+                blocking=True,
+                description="No picture of its evaluation entries was trained on, in this stage or in one before it.",
+            ),
         ],
         description=_describe(node.recipe),
     )

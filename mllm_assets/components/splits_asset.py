@@ -13,6 +13,13 @@ from mllm_assets.data.splits import split
 COUNTS = ("num_raw", "num_train", "num_val", "num_unused", "num_rejected", "num_augmented")
 
 
+CHECKS = {
+    "counts_add_up": "Every sample of the source trains, validates, is unused or is rejected, each with a reason.",
+    "every_image_has_a_placeholder": "Each row has as many <image> placeholders as images, and its files are there.",
+    "splits_share_no_image": "No image, nor a near-duplicate of it, is in both splits.",
+}
+
+
 def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
     raw_key, quality_key = dg.AssetKey([spec.name, "raw"]), dg.AssetKey([spec.name, "sample_quality"])
     train_key, val_key = dg.AssetKey([spec.name, "train"]), dg.AssetKey([spec.name, "val"])
@@ -38,7 +45,9 @@ def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
             asset_spec(val_key, _val_description(spec)),
         ],
         check_specs=[
-            dg.AssetCheckSpec(name, asset=key, blocking=True) for key, names in checks.items() for name in names
+            dg.AssetCheckSpec(name, asset=key, blocking=True, description=CHECKS[name])
+            for key, names in checks.items()
+            for name in names
         ],
     )
     def splits(context: dg.AssetExecutionContext, project: ProjectResource):
