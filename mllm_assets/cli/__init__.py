@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from mllm_assets.cli import data, models, operations, releases, results, servers, training
 from mllm_assets.cli.options import help_without_verb
 from mllm_assets.errors import MllmAssetsError
+from mllm_assets.hub_kernels import refuse_hub_kernels
 from mllm_assets.redaction import redacted_output
 from mllm_assets.training.launch import WorkerCrashed
 
@@ -18,6 +19,7 @@ EXIT_READER_GONE = 128 + signal.SIGPIPE  # what a shell shows for a program that
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Exit code 2 says that something is for the user to mend; the message says what."""
+    refuse_hub_kernels()
     try:
         try:
             with redacted_output():

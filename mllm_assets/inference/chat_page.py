@@ -99,7 +99,9 @@ def build_page(models: Sequence[tuple[NamedModel, Answerer]], samples: Samples |
                     found = ask(answerer, row, max_new_tokens=int(length), sampling=sampling)
                 except MllmAssetsError as error:
                     raise gr.Error(html.escape(str(error)), print_exception=False) from None
-                said[index] = f"{found.text}\n\n{found.num_tokens} tokens in {found.time_s:.2f} s"
+                said[index] = (
+                    f"{found.text}\n\n{found.num_tokens} token{'s' * (found.num_tokens != 1)} in {found.time_s:.2f} s"
+                )
                 yield said
 
         question: list[Any] = [image, prompt, system, length, temperature]

@@ -35,6 +35,21 @@ def test_help_loads_neither_torch_nor_dagster() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_no_command_lets_a_library_import_what_fetches_and_runs_code_of_the_hub(tmp_path: Path) -> None:
+    """bitsandbytes, which PEFT imports, asks the package `kernels` for compiled code."""
+    (tmp_path / "kernels.py").write_text("print('kernels was imported')")
+    code = """
+import sys; from mllm_assets.cli import main; main(["releases", "list"])
+try: import kernels
+except ModuleNotFoundError: print("refused")
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    environment["MLLM_ASSETS_ROOT"] = str(tmp_path)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "refused"
+
+
 @pytest.mark.parametrize(
     "line",
     [
