@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from mllm_assets.artifacts import write_json_atomic
 from mllm_assets.errors import MachineError, MllmAssetsError
-from mllm_assets.hub_kernels import refuse_hub_kernels
+from mllm_assets.hub_kernels import leave_out_bitsandbytes, refuse_hub_kernels
 from mllm_assets.redaction import redacted, redacted_output
 from mllm_assets.training.protocol import EXIT_OK, EXIT_USER_ERROR, Reporter, error_payload, open_reporter
 from mllm_assets.training.ranks import is_first_rank
@@ -99,7 +99,10 @@ def main() -> None:
 
 def _run_file(request_path: Path, result_path: Path) -> int:
     try:
-        return run(json.loads(request_path.read_text(encoding="utf-8")), result_path)
+        request = json.loads(request_path.read_text(encoding="utf-8"))
+        if not request.get("recipe", {}).get("quantization_bit"):
+            leave_out_bitsandbytes()
+        return run(request, result_path)
     except BaseException as crash:  # Ctrl-C and sys.exit within the libraries too: the launcher must hear of them
         if not result_path.exists():  # what a person can mend in one rank counts for more than the others' fall
             write_json_atomic(result_path, {"traceback": redacted(traceback.format_exc())})

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 
-WHERE_ASKED_FOR = {"source_listing", "eval_loss", "mlflow_run", "wandb_run"}
+WHERE_ASKED_FOR = {"source_listing", "eval_loss", "mlflow_run", "wandb_run", "quantization"}
 
 
 def config(recipe: str, **values: Any) -> dict[str, Any]:

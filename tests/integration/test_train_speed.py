@@ -21,6 +21,7 @@ from mllm_assets.training.model import load_processor
 from mllm_assets.training.protocol import Reporter
 from mllm_assets.training.run_file import RUN_FILE
 from mllm_assets.training.trainer import FineTuner
+from mllm_assets.training.turns import TurnTokenizer
 from tests.integration.test_train_hidden_states import losses, make_request
 
 pytestmark = pytest.mark.integration
@@ -38,7 +39,7 @@ class Counts:
         self.logit_rows: set[int] = set()
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
-        step, load_image, tokens = FineTuner.training_step, image_files.load_image, encode.Encoder._tokens
+        step, load_image, tokens = FineTuner.training_step, image_files.load_image, TurnTokenizer._tokens
 
         def counted_step(trainer: FineTuner, *args: Any, **kwargs: Any) -> torch.Tensor:
             hook = nn.modules.module.register_module_forward_pre_hook(self._count)
@@ -51,14 +52,14 @@ class Counts:
             self.decoded[path] += 1
             return load_image(path, **kwargs)
 
-        def counted_tokens(encoder: encode.Encoder, text: str) -> list[int]:
+        def counted_tokens(tokenizer: TurnTokenizer, text: str) -> list[int]:
             self.tokenized[text] += 1
-            return tokens(encoder, text)
+            return tokens(tokenizer, text)
 
         with (
             patch.object(FineTuner, "training_step", counted_step),
             patch("mllm_assets.training.collate.load_image", counted_load),
-            patch.object(encode.Encoder, "_tokens", counted_tokens),
+            patch.object(TurnTokenizer, "_tokens", counted_tokens),
         ):
             return train_task(request, Reporter())
 
@@ -131,6 +132,7 @@ from pathlib import Path
 from mllm_assets.training import engine
 from mllm_assets.training.protocol import Reporter
 from mllm_assets.training.trainer import FineTuner
+from mllm_assets.training.turns import TurnTokenizer
 
 step = FineTuner.training_step
 
