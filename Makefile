@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 3000
 BIN := .venv/bin
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
+SETTINGS := .dagster_home/dagster.yaml# relative: make cannot have a target whose path holds a space
 export DAGSTER_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 CORE := .venv/.core-installed
@@ -13,7 +14,7 @@ PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-r
 
 .PHONY: demo test collect test-all chromium postgres check docs dev bench torture install constraints clean
 
-demo: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the whole line of emoji_sft, raw images to released model
+demo: $(CORE) $(SETTINGS) ## the whole line of emoji_sft, raw images to released model
 	@$(BIN)/mllm-assets slots free --quiet
 	$(BIN)/dg launch --job emoji_demo
 	@$(BIN)/mllm-assets summary emoji_sft
@@ -40,7 +41,7 @@ check: $(EXTRAS) ## style, types, sound definitions and YAML files, packages wit
 docs: $(EXTRAS) ## the documentation on http://127.0.0.1:8000
 	$(BIN)/mkdocs serve -a 127.0.0.1:8000
 
-dev: $(CORE) $(DAGSTER_HOME)/dagster.yaml ## the Dagster UI on http://127.0.0.1:3000; another port: make dev PORT=3001
+dev: $(CORE) $(SETTINGS) ## the Dagster UI on http://127.0.0.1:3000; another port: make dev PORT=3001
 	$(BIN)/dg dev -h 127.0.0.1 -p $(PORT)
 
 bench: $(CORE)
@@ -52,7 +53,7 @@ bench: $(CORE)
 	$(BIN)/python benchmarks/grouping.py
 
 torture: $(CORE) ## twenty kills -9 of each kind of run at random moments; about 10 minutes
-	PYTHONPATH=$(CURDIR) $(BIN)/python -m benchmarks.torture --jobs 2
+	PYTHONPATH="$(CURDIR)" $(BIN)/python -m benchmarks.torture --jobs 2
 
 install: $(CORE)
 
@@ -76,9 +77,9 @@ postgres:
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { echo "installing Debian's postgresql for the test of Dagster's storage"; apt-get update -qq && apt-get install -y -qq postgresql >/dev/null; }
 
 # With DAGSTER_HOME set only the dagster.yaml in it counts, and without one the pool limits are gone
-$(DAGSTER_HOME)/dagster.yaml: dagster.yaml
-	@mkdir -p $(DAGSTER_HOME)
-	@ln -sf $(CURDIR)/dagster.yaml $@
+$(SETTINGS): dagster.yaml
+	@mkdir -p $(@D)
+	@ln -sf ../dagster.yaml $@
 
 constraints: $(EXTRAS)
 	@{ echo "# The exact versions that this project is tested with; regenerate with: make constraints"; \

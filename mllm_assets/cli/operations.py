@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from mllm_assets.cli.options import Verbs, at_least_one, device_from_environment
@@ -45,7 +47,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
     written = create_project(arguments.folder, name=arguments.name)
     print(f"wrote {', '.join(written)} into {arguments.folder}")
-    print(f"Next: cd {arguments.folder} && make demo")
+    print(f"Next: cd {shlex.quote(str(arguments.folder))} && make demo")
     return 0
 
 
@@ -55,11 +57,10 @@ def _free_slots(arguments: argparse.Namespace) -> int:
             "DAGSTER_HOME is not set, so no run outlives its command. Set it as `make dev` does: "
             "export DAGSTER_HOME=$PWD/.dagster_home"
         )
-    from dagster import DagsterInstance
-
+    from mllm_assets.components.instance import opened_instance
     from mllm_assets.components.slots import end_dead_runs
 
-    with DagsterInstance.get() as instance:
+    with opened_instance() as instance:
         dead = end_dead_runs(instance)
     for run_id in dead:
         print(f"run {run_id}: ended, its process is gone; its slots are free")
@@ -107,10 +108,22 @@ def _gc(arguments: argparse.Namespace) -> int:
     layout, project = Layout.from_environment(), Path.cwd()
     policy = Policy(keep_runs=arguments.keep_runs, older_than_s=arguments.older_than)
     named, in_progress = latest_metadata()
-    named += project_names(project, find_root_module(project))
+    package = find_root_module(project)
+    named += project_names(project, package)
     plan = find_garbage(layout, policy, also_named=named, in_progress=in_progress)
-    print_plan(layout, plan, deleted=delete(plan) if arguments.delete else None)
+    notes = [*plan.notes, *_not_looked_at(project, package)]
+    print_plan(layout, replace(plan, notes=notes), deleted=delete(plan) if arguments.delete else None)
     return 0
+
+
+def _not_looked_at(project: Path, package: str | None) -> list[str]:
+    """What may name artefacts and was not asked, on one line each."""
+    notes = []
+    if not os.environ.get("DAGSTER_HOME"):
+        notes.append("DAGSTER_HOME is not set: what Dagster's latest materialisations and runs name was not looked at")
+    if package is None:
+        notes.append(f"{project} is no project: what recipes and defs.yaml of one name was not looked at")
+    return notes
 
 
 def _duration_s(text: str) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 import dagster as dg
 import yaml
 
+from mllm_assets.components.instance import why_not_open
 from mllm_assets.components.pretrained_model import PretrainedModels
 from mllm_assets.components.reporting import load_project, unreadable_assets
 from mllm_assets.components.slots import find_dead_runs, find_leftover_holders
@@ -60,9 +61,7 @@ def _check_instance(project: Path) -> list[Finding]:
             finding = Finding("instance", "ok", f"{home}, {instance.get_runs_count()} runs")
             return [finding, _check_pool(instance, Path(home)), _check_slots(instance)]
     except Exception as error:  # settings of dagster.yaml raise what they like: a database's driver, a bad value
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        step = f"Correct {home}/dagster.yaml, or start the storage that it names."
-        return [Finding("instance", "fail", f"{home} does not open: {first}", step)]
+        return [Finding("instance", "fail", *why_not_open(error))]
 
 
 def _check_pool(instance: dg.DagsterInstance, home: Path) -> Finding:

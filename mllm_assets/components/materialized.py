@@ -4,6 +4,7 @@ import os
 
 import dagster as dg
 
+from mllm_assets.components.instance import opened_instance
 from mllm_assets.components.slots import find_dead_runs
 
 IN_PROGRESS = [
@@ -21,7 +22,7 @@ def latest_metadata() -> tuple[str, str | None]:
     """
     if not os.environ.get("DAGSTER_HOME"):
         return "", None
-    with dg.DagsterInstance.get() as instance:
+    with opened_instance() as instance:
         texts = []
         for key in instance.all_asset_keys():
             event = instance.get_latest_materialization_event(key)

@@ -6,12 +6,13 @@ checkout at its top.
 
 import importlib.util
 import keyword
+import os
 import shutil
 from pathlib import Path
 
 from mllm_assets import __version__
 from mllm_assets.artifacts import slug
-from mllm_assets.errors import RecipeError
+from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.pages import page_template
 
 PACKAGE = Path(__file__).parents[1]
@@ -29,8 +30,22 @@ def create_project(folder: Path, *, name: str | None = None) -> list[str]:
 
     Raises:
         RecipeError: The folder holds something, or the name cannot be a package's. Nothing was written.
+        MachineError: The folder cannot be made or written.
     """
     folder = folder.absolute()
+    was_there = os.path.lexists(folder)
+    try:
+        return _create_project(folder, name)
+    except OSError as error:
+        if not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
+        where = "" if error.filename is None or Path(error.filename) == folder else f" at {error.filename}"
+        raise MachineError(
+            f"{folder} cannot be made: {error.strerror or error}{where}. Name a folder that this user may write to."
+        ) from None
+
+
+def _create_project(folder: Path, name: str | None) -> list[str]:
     there = sorted(path.name for path in folder.iterdir() if path.name not in MAY_BE_THERE) if folder.is_dir() else []
     if there or (folder.exists() and not folder.is_dir()):
         what = f"holds {', '.join(there[:5])}{' and more' if len(there) > 5 else ''}" if there else "is a file"

@@ -5,6 +5,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import yaml
+
 from mllm_assets.artifacts import slug
 from mllm_assets.errors import RecipeError
 from mllm_assets.layout import Layout
@@ -32,6 +34,23 @@ def find_root_module(project: Path) -> str | None:
         return root_module(project)
     except RecipeError:
         return None
+
+
+def declared_models(project: Path) -> set[str]:
+    """Names below `pretrains/` of the models that have an asset: those of the project, elsewhere of this package."""
+    package = find_root_module(project)
+    defs = (project / package.replace(".", "/") if package else Path(__file__).parents[1]) / "defs"
+    names = set()
+    for path in defs.rglob("defs.yaml"):
+        try:
+            documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # `check-graph` says what is wrong with it
+        for document in documents:
+            if isinstance(document, dict) and str(document.get("type")).endswith(".PretrainedModels"):
+                models = (document.get("attributes") or {}).get("models") or []
+                names |= {model["name"] for model in models if isinstance(model, dict) and "name" in model}
+    return names
 
 
 def materialize_command(asset: str) -> str:

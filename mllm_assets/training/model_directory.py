@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from mllm_assets.artifacts import MANIFEST, digest_json, find_damage, is_complete, read_manifest, sha256_file
+from mllm_assets.artifacts import MANIFEST, digest_json, find_damage, is_complete, read_manifest, sha256_file, slug
 from mllm_assets.errors import IntegrityError, MllmAssetsError, ModelError
+from mllm_assets.project.read import declared_models, materialize_command
 from mllm_assets.training.recipe import Recipe, load_recipe
 
 PUBLISHED = ("model", "adapter")  # what a finished run holds for others to use; the second only with LoRA
@@ -40,6 +41,8 @@ def _how_to_get(directory: Path, recipe: Recipe, root: Path) -> str:
             return f"Train the recipe that makes it first: mllm-assets train {path}"
     if directory.is_relative_to(root.resolve() / "outputs"):
         return "Train the recipe whose output_dir it is in first: mllm-assets train RECIPE.yaml"
+    if directory.parent == (root / "pretrains").resolve() and directory.name in declared_models(Path.cwd()):
+        return f"Make it with: {materialize_command(f'pretrained/{slug(directory.name)}')}"
     return f"Download the model there, for example: hf download google/gemma-3-4b-it --local-dir {directory}"
 
 

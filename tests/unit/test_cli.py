@@ -1,8 +1,10 @@
 """The command line, before it starts any work."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,62 @@ def test_overrides_are_not_said_to_be_required(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main(["train"])
     assert capsys.readouterr().err.endswith("the following arguments are required: RECIPE.yaml\n")
+
+
+@pytest.mark.parametrize("verb", ["slots free", "gc"])
+@pytest.mark.parametrize("damage", ["no folder", "postgres"])
+def test_an_instance_that_does_not_open_is_a_message(
+    verb: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both ended in Dagster's traceback, where `doctor` had a message."""
+    home = tmp_path / "home"
+    if damage == "postgres":
+        pytest.importorskip("dagster_postgres")
+        home.mkdir()
+        (home / "dagster.yaml").write_text(
+            "storage: {postgres: {postgres_db: {hostname: 127.0.0.1, port: 9, username: u, password: p, db_name: d}}}"
+        )
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path))
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # Dagster tries several times
+    assert main(verb.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {home} does not open: ")
+    assert f"Correct {home}/dagster.yaml, or start the storage that it names." in error
+
+
+def test_gc_says_what_it_could_not_look_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.chdir(tmp_path)
+    assert main(["gc"]) == 0
+    said = capsys.readouterr().out
+    assert "DAGSTER_HOME is not set: what Dagster's latest materialisations and runs name was not looked at" in said
+    assert f"{tmp_path} is no project: what recipes and defs.yaml of one name was not looked at" in said
+
+
+def test_init_where_a_file_is_in_the_way_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "birds"
+    assert main(["init", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder} cannot be made: ")
+    assert error.endswith("Name a folder that this user may write to.\n")
+
+
+def test_init_makes_parents_and_quotes_a_path_with_a_space_where_make_works_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`cd a b` and `mkdir -p .../a b/.dagster_home` are two paths each."""
+    folder = tmp_path / "not there" / "a b"
+    assert main(["init", str(folder)]) == 0
+    assert f"Next: cd '{folder}' && make demo" in capsys.readouterr().out
+    for makefile in (folder / "Makefile", Path(__file__).parents[2] / "Makefile"):
+        command = ["make", "-f", str(makefile), ".dagster_home/dagster.yaml"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        assert (folder / ".dagster_home" / "dagster.yaml").resolve() == (folder / "dagster.yaml").resolve()
+        shutil.rmtree(folder / ".dagster_home")
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["a b"]

@@ -13,6 +13,8 @@ from mllm_assets.training.recipe import Recipe, load_recipe
 from mllm_assets.training.runs import plan_run
 from mllm_assets.training.unchanged import require_same_model
 
+REPOSITORY = Path(__file__).parents[3]
+
 
 @pytest.fixture
 def run_dir(project: Path, recipe: Recipe) -> Path:
@@ -142,3 +144,18 @@ def test_a_run_in_place_of_its_model_names_the_folder_in_it(project: Path, run_d
     (run_dir.parent / "latest").symlink_to(run_dir.name)
     with pytest.raises(ModelError, match=r"which is a run; .* Write model_name_or_path: outputs/r/latest/model$"):
         find_model_dir(second_stage(project, "outputs/r/latest/"), project)
+
+
+def test_a_missing_model_that_the_project_declares_names_its_asset(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a fresh clone it advised to download Gemma 3 4B into the folder of the tiny model that is built in code."""
+    monkeypatch.chdir(REPOSITORY)
+    recipe = load_recipe(project / "configs" / "r.yaml", ["model_name_or_path=pretrains/gemma3_tiny"])
+    with pytest.raises(ModelError, match=r"dg launch --assets '\+key:\"pretrained/gemma3_tiny\"'$"):
+        find_model_dir(recipe, project)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(ModelError, match=r"dg launch -m mllm_assets.definitions --assets '\+key:"):
+        find_model_dir(recipe, project)
