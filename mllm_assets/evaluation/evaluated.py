@@ -1,12 +1,22 @@
 """Which runs of a recipe were evaluated, and what by: a plain `mllm-assets train` makes a newest run that was not."""
 
+import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mllm_assets.artifacts import is_complete, read_manifest
+from mllm_assets.artifacts import is_complete, read_manifest, slug
+from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import materialize_command
+from mllm_assets.training.fingerprint import semantic_values
+from mllm_assets.training.recipe import load_recipe, with_config_files
+from mllm_assets.training.spec import TrainSpec
+
+# What a launch can say in place of the recipe: the fields of `CheckpointConfig`
+LAUNCHPAD = {"max_steps", "num_train_epochs", "learning_rate", "max_samples"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,12 +41,33 @@ def evaluated_runs(layout: Layout, recipe: str) -> Iterator[EvaluatedRun]:
 
 
 def how_to_evaluate(layout: Layout, run_dir: Path) -> str:
-    """What to do for a run's metrics."""
+    """What to do for a run's metrics: the asset takes this very run where it is told to train what it trained."""
     recipe = run_dir.parent.name
-    return (
-        f"To evaluate {layout.relative(run_dir)}: {materialize_command(f'{recipe}/eval_metrics')} (it takes this run "
-        "where the recipe's file says the same, and trains otherwise)."
-    )
+    command, shown = materialize_command(f"{recipe}/eval_metrics"), layout.relative(run_dir)
+    other = _other_values(layout, run_dir)
+    if other and set(other) <= LAUNCHPAD and None not in other.values():
+        config = json.dumps({"ops": {f"{recipe}__checkpoint": {"config": other}}})
+        command += f" --config-json {shlex.quote(config)}"
+    elif other:
+        values = ", ".join(f"{key}: {json.dumps(value)}" for key, value in other.items())
+        return (
+            f"To evaluate {shown}: `mllm-assets evaluate {shlex.quote(shown)}` scores its checkpoints. Its recipe's "
+            f"file says otherwise now; with {values} in there, this takes the run: {command}"
+        )
+    return f"To evaluate {shown}: {command} (it takes this run while data and model are as they were)."
+
+
+def _other_values(layout: Layout, run_dir: Path) -> dict[str, Any]:
+    """What a run trained otherwise than its recipe's file says now: by an override, or before the file changed."""
+    trained = semantic_values(TrainSpec.from_dict(read_manifest(run_dir)["recipe"]))
+    for path in layout.root.glob("configs/*.yaml"):
+        if slug(path.stem) == run_dir.parent.name:
+            try:
+                written = semantic_values(with_config_files(load_recipe(path), layout.root).spec)
+            except MllmAssetsError:
+                return {}  # the command says what is wrong with it
+            return {key: value for key, value in trained.items() if value != written.get(key)}
+    return {}
 
 
 def evaluation_of(layout: Layout, run_dir: Path) -> EvaluatedRun | None:
