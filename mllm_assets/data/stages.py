@@ -49,7 +49,7 @@ def stages_of(manifest: Mapping[str, Any], root: Path) -> list[Stage]:
             data_dir=root / stage["dataset_dir"],
             entries=stage["entries"],
         )
-        for stage in manifest.get("stages") or _own_stage(manifest)
+        for stage in manifest.get("stages", [])
     ]
 
 
@@ -59,19 +59,3 @@ def stages_behind(model_dir: Path, root: Path) -> list[Stage]:
         if is_complete(owner) and (stages := stages_of(read_manifest(owner), root)):
             return stages
     return []
-
-
-def _own_stage(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of a run that was trained before runs recorded their line; what it started from was recorded nowhere."""
-    recipe, digests = manifest.get("recipe"), manifest.get("data_digests")
-    if not isinstance(recipe, Mapping) or not digests:
-        return []
-    names = [name.strip() for name in str(recipe.get("dataset") or "").split(",")]
-    return [
-        {
-            "recipe": manifest.get("recipe_name") or "",
-            "fingerprint": manifest.get("fingerprint") or "",
-            "dataset_dir": recipe["dataset_dir"],
-            "entries": {name: digests[name] for name in names if name in digests},
-        }
-    ]
