@@ -9,24 +9,28 @@ import dagster as dg
 from mllm_assets.errors import MachineError
 
 
+class InstanceError(MachineError):
+    """The instance does not open; says what is wrong with it, and what to do."""
+
+    def __init__(self, error: Exception) -> None:
+        home = os.environ.get("DAGSTER_HOME", "")
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self.problem = f"{home} does not open: {first}"
+        self.next_step = f"Correct {home}/dagster.yaml, or start the storage that it names."
+        super().__init__(f"{self.problem} {self.next_step}")
+
+
 @contextmanager
 def opened_instance() -> Iterator[dg.DagsterInstance]:
     """The instance, its storage reached once.
 
     Raises:
-        MachineError: The folder is not there, its settings are wrong, or the storage does not answer.
+        InstanceError: The folder is not there, its settings are wrong, or the storage does not answer.
     """
     with ExitStack() as stack:
         try:
             instance = stack.enter_context(dg.DagsterInstance.get())
             instance.get_runs_count()
         except Exception as error:  # settings of dagster.yaml raise what they like: a database's driver, a bad value
-            raise MachineError(" ".join(why_not_open(error))) from None
+            raise InstanceError(error) from None
         yield instance
-
-
-def why_not_open(error: Exception) -> tuple[str, str]:
-    """What is wrong with the instance, and what to do."""
-    home = os.environ.get("DAGSTER_HOME", "")
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{home} does not open: {first}", f"Correct {home}/dagster.yaml, or start the storage that it names."

@@ -6,7 +6,7 @@ from pathlib import Path
 import dagster as dg
 import yaml
 
-from mllm_assets.components.instance import why_not_open
+from mllm_assets.components.instance import InstanceError, opened_instance
 from mllm_assets.components.pretrained_model import PretrainedModels
 from mllm_assets.components.reporting import load_project, unreadable_assets
 from mllm_assets.components.slots import find_dead_runs, find_leftover_holders
@@ -57,11 +57,11 @@ def _check_instance(project: Path) -> list[Finding]:
         unset = Finding("instance", "warn", "DAGSTER_HOME is not set: each command forgets its runs", step)
         return [unset, _pool_finding(_limit_in(project / "dagster.yaml"), project)]
     try:
-        with dg.DagsterInstance.get() as instance:
+        with opened_instance() as instance:
             finding = Finding("instance", "ok", f"{home}, {instance.get_runs_count()} runs")
             return [finding, _check_pool(instance, Path(home)), _check_slots(instance)]
-    except Exception as error:  # settings of dagster.yaml raise what they like: a database's driver, a bad value
-        return [Finding("instance", "fail", *why_not_open(error))]
+    except InstanceError as error:
+        return [Finding("instance", "fail", error.problem, error.next_step)]
 
 
 def _check_pool(instance: dg.DagsterInstance, home: Path) -> Finding:
