@@ -105,6 +105,7 @@ def worker_command(
     command = [python]
     if num_processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+        command += [f"--log-dir={request_path.parent}"]  # else a folder stays in the system's for temporary files
     return [*command, "-m", "mllm_assets.worker", str(request_path), str(result_path)]
 
 

@@ -52,7 +52,10 @@ def test_two_processes_give_the_losses_of_one_and_resume_to_the_same_bits(
     how: dict[str, Any], parity_dir: Path, tmp_path: Path, one_process: Path
 ) -> None:
     request = make_request(parity_dir, tmp_path / "whole", num_processes=2, **VALUES, **how)
-    whole = run_worker(request)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    whole = run_worker(request, env={"TMPDIR": str(temporary)})
+    assert list(temporary.glob("torchelastic*")) == []  # torchrun's own choice is left there
     for key in ("loss", "eval_loss"):
         expected = losses(one_process, key)
         assert losses(tmp_path / "whole", key) == pytest.approx(expected, abs=1e-5, rel=0), key
