@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -22,9 +23,10 @@ from mllm_assets.training.turns import control_token_pattern
 class OneModel(ModelManager):
     """Serves a model that is loaded already, under one name."""
 
-    def __init__(self, name: str, answerer: Answerer, processor: Any) -> None:
+    def __init__(self, name: str, directory: Path, answerer: Answerer, processor: Any) -> None:
         super().__init__(device=str(answerer.device), model_timeout=-1)
-        self.force_model = name  # set late: the constructor would load it
+        self.name = self.force_model = name  # set late: the constructor would load it
+        self._created_s = int(directory.stat().st_mtime)
         self._loaded = (answerer.model, processor)
 
     @staticmethod
@@ -35,7 +37,7 @@ class OneModel(ModelManager):
         return self._loaded
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return [{"id": self.force_model, "object": "model", "owned_by": "mllm-assets", "created": 0}]
+        return [{"id": self.name, "object": "model", "owned_by": "mllm-assets", "created": self._created_s}]
 
 
 class OneThread(GenerationState):
@@ -100,6 +102,7 @@ class ChatHandler(ChatCompletionHandler):
         image_limits: Mapping[str, int],
     ) -> None:
         super().__init__(manager, generation_state)
+        self._model_name = manager.name
         self._stop_ids = answerer.stop_ids
         self._vocab_size = len(answerer.tokenizer)
         self._control_token = control_token_pattern(answerer.tokenizer)
@@ -107,7 +110,7 @@ class ChatHandler(ChatCompletionHandler):
         self._image_limits = image_limits
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        asked = checked(body, vocab_size=self._vocab_size)
+        asked = checked(body, model_name=self._model_name, vocab_size=self._vocab_size)
         try:
             response = await super().handle_request(asked, request_id)
         except TemplateError as error:  # such as roles that do not alternate

@@ -28,8 +28,8 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class RequestError(HTTPException):
     """A request that cannot be answered; `param` is the field that must change, as OpenAI's clients read it."""
 
-    def __init__(self, param: str | None, message: str) -> None:
-        super().__init__(400, message)
+    def __init__(self, param: str | None, message: str, status: int = 400) -> None:
+        super().__init__(status, message)
         self.param = param
 
 
@@ -67,16 +67,18 @@ class ChatRequest(BaseModel):
     store: bool | None = None
 
 
-def checked(body: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:
+def checked(body: Mapping[str, Any], *, model_name: str, vocab_size: int) -> dict[str, Any]:
     """Return the fields of a request that count.
 
     Raises:
-        RequestError: One cannot be used. Names it.
+        RequestError: One cannot be used. Names it; another model than `model_name` is not found (404).
     """
     try:
         request = ChatRequest.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
         raise _refusal(error) from None
+    if request.model not in (None, model_name):
+        raise RequestError("model", f"This server has the model {model_name!r} alone, no {request.model[:64]!r}.", 404)
     if beyond := [token for token in request.logit_bias or () if int(token) >= vocab_size]:
         raise RequestError("logit_bias", f"logit_bias: the model has {vocab_size} tokens, so none has id {beyond[0]}.")
     said = request.model_dump(exclude_none=True)

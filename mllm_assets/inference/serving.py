@@ -69,7 +69,7 @@ def build_app(
     """
     processor = _whole_processor(answerer)
     require_same_format(answerer.encoder, processor, str(model.directory))
-    manager, state = OneModel(model.name, answerer, processor), OneThread(answerer)
+    manager, state = OneModel(model.name, model.directory, answerer, processor), OneThread(answerer)
     limits = {"max_pixels": model.image_max_pixels, "min_pixels": model.image_min_pixels}
     chat = ChatHandler(
         manager, answerer, state, max_new_tokens=max_new_tokens, image_limits=limits
