@@ -1,28 +1,20 @@
 """`<recipe>/eval_metrics` and the gates of a release as its checks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json
 from mllm_assets.components.gate_checks import OF_METRICS, find_leaks, gate_checks, gate_specs
 from mllm_assets.components.lineage import bring_data, run_columns, upstream, upstream_path
 from mllm_assets.components.reporting import shown, table
 from mllm_assets.components.resources import ProjectResource, failures_for_people
 from mllm_assets.components.wiring import Node
-from mllm_assets.data.sharegpt import load_rows
 from mllm_assets.evaluation.gates import GateSpec, evaluate_gates, leakage_gate
 from mllm_assets.evaluation.intervals import gain_text
-from mllm_assets.evaluation.metrics import compute_metrics
-from mllm_assets.evaluation.metrics_file import metric_rows, write_metrics
-from mllm_assets.evaluation.over_release import gains_over_release
-from mllm_assets.evaluation.release import read_judged
-from mllm_assets.evaluation.release_versions import current_release
-from mllm_assets.evaluation.table import read_predictions
+from mllm_assets.evaluation.scoring import score_predictions
 
 MAX_CONFUSION_LABELS = 20  # a table with more columns cannot be read
 MAX_MISTAKES = 100
@@ -50,42 +42,27 @@ def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = Fal
         "over the base model and the release, and the gates of a release as checks.",
     )
     def eval_metrics(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
-        layout, spec = project.layout, node.recipe.spec
         with failures_for_people():
             bring_data(context, [*node.data, *node.earlier_data], project)
             predictions_dir = upstream_path(context, node.key("predictions"), project)
-            rows = read_predictions(predictions_dir)
-            answers = _train_answers(layout.root / spec.dataset_dir, spec.train_entries)
             if mirror := project.mirror(context):
                 mirror.follow_current(node.name)
-            release = current_release(layout, node.name)
-            metrics = compute_metrics(rows, answers)
-            metrics |= {
-                "release": release.version if release else None,
-                "over_release": gains_over_release(rows, read_judged(release)) if release else None,
-            }
             predicted = upstream(context, node.key("predictions"))
-            inputs = {
-                "weights_digest": predicted["weights_digest"],
-                "predictions": predicted["data_version"],
-                "predictions_path": layout.relative(predictions_dir),
-                "data_digests": predicted["data_digests"],
-            }
-            directory = layout.metrics(node.name, digest_json([__version__, inputs, metrics])[:16])
-            manifest = write_metrics(directory, metrics, inputs)
-            leakage = leakage_gate(find_leaks(context, node, project, inputs["data_digests"]), allowed=allow_leakage)
-            results = [leakage, *evaluate_gates(metrics, gates, metrics["over_release"])]
-            scores = metric_rows(metrics, **run_columns(context, node.name, predicted["weights_digest"]))
-            project.quality_store.write({"eval_metrics": scores})
+            scored = score_predictions(project.layout, node.name, node.recipe.spec, predictions_dir, predicted)
+            columns = run_columns(context, node.name, predicted["weights_digest"])
+            project.quality_store.write({"eval_metrics": scored.rows(**columns)})
+            leaks = find_leaks(context, node, project, predicted["data_digests"])
+        metrics = scored.metrics
+        results = [leakage_gate(leaks, allowed=allow_leakage), *evaluate_gates(metrics, gates, metrics["over_release"])]
         return project.recorded(
             context,
             dg.MaterializeResult(
-                data_version=dg.DataVersion(manifest["digest"]),
+                data_version=dg.DataVersion(scored.digest),
                 check_results=gate_checks(results, OF_METRICS),
                 metadata={
                     **_headline(metrics),
-                    "num_samples": sum(scored["num_samples"] for scored in metrics["entries"].values()),
-                    "path": layout.relative(directory),
+                    "num_samples": scored.num_samples,
+                    "path": project.layout.relative(scored.directory),
                     "metrics": _metrics_table(metrics),
                     **_confusion_tables(metrics),
                     "definitions": dg.MetadataValue.json(metrics["definitions"]),
@@ -94,10 +71,6 @@ def eval_metrics_asset(node: Node, gates: GateSpec, *, allow_leakage: bool = Fal
         )
 
     return eval_metrics
-
-
-def _train_answers(data_dir: Path, entries: Sequence[str]) -> list[str]:
-    return [row.messages[-1].content for entry in entries for row in load_rows(data_dir, entry)]
 
 
 def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:
