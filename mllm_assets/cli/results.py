@@ -14,7 +14,11 @@ def add_commands(verbs: Verbs) -> None:
     summary.set_defaults(run=_summary)
 
     evaluate = verbs.add_parser("evaluate", help="metrics of a run's checkpoints over steps, and the best of them")
-    evaluate.add_argument("of", metavar="RUN", help="run directory, or a recipe's name for its newest finished run")
+    evaluate.add_argument(
+        "of",
+        metavar="RUN",
+        help="run directory, <recipe>/<fingerprint>, or a recipe's name for its newest finished run",
+    )
     evaluate.add_argument("--checkpoint", default="all", help="a step; by default all")
     evaluate.add_argument("--max-samples", type=at_least_one, help="of each evaluation entry; all by default")
     evaluate.add_argument("--max-new-tokens", type=at_least_one, default=64)
@@ -25,7 +29,10 @@ def add_commands(verbs: Verbs) -> None:
 
     compare = verbs.add_parser("compare", help="a page that shows what two evaluated runs say of the same samples")
     compare.add_argument(
-        "runs", nargs=2, metavar="RUN", help="run directory, or a recipe's name for its newest evaluated run"
+        "runs",
+        nargs=2,
+        metavar="RUN",
+        help="run directory, <recipe>/<fingerprint>, or a recipe's name for its newest evaluated run",
     )
     compare.add_argument("--output", type=Path, default=Path("comparison.html"), help="comparison.html by default")
     compare.set_defaults(run=_compare)

@@ -49,17 +49,17 @@ class OverSteps:
 
 
 def find_run(layout: Layout, name: str) -> Path:
-    """The run directory that a path or a recipe's name stands for; the name for its newest finished run.
+    """The run directory that a path, `<recipe>/<fingerprint>` or a recipe's name (its newest finished run) stands for.
 
     Raises:
         IntegrityError: There is none. Says what can be given.
     """
-    for directory in (Path(name), layout.outputs / name / "latest"):
+    for directory in (Path(name), layout.outputs / name, layout.outputs / name / "latest"):
         if directory.is_dir() and (directory / "run.json").is_file():
             return directory.resolve()
     raise IntegrityError(
         f"{name} is neither the directory of a training run nor a recipe that was trained below {layout.outputs}. Give "
-        "one such as outputs/<recipe>/latest."
+        "one such as outputs/<recipe>/latest or <recipe>/<fingerprint>."
     )
 
 

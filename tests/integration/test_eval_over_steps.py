@@ -168,7 +168,9 @@ def test_two_runs_are_compared_on_one_page_that_needs_no_other_file(
     root: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     page = tmp_path / "page.html"
-    code, output = said(capsys, monkeypatch, root, "compare", "slowly", "quickly", "--output", str(page))
+    code, output = said(
+        capsys, monkeypatch, root, "compare", "slowly", "quickly/0123456789abcdef", "--output", str(page)
+    )
     assert code == 0, output.err
     html = page.read_text()
     assert html.count("<article") == 8 and "slowly and quickly" in html
