@@ -143,7 +143,7 @@ class QualitySpec:
     max_image_bytes: int = MAX_IMAGE_BYTES
     max_frames: int = 1000  # of an animation, of which the first is used; counting them walks the whole file
     max_decode_s: float = 10.0  # CPU time for one image; 89 million pixels of PNG take about 2 s
-    max_caption_chars: int = 8192  # the default cutoff_len of 2048 tokens at about 4 characters a token
+    max_caption_chars: int = 8192  # LLaMA-Factory's cutoff_len of 2048 tokens at about 4 characters a token
     # Measured on 200 emoji: finds 98.5 % of JPEG copies (quality 50), 99.5 % at half the size, 100 % at twice it;
     # colours of such copies differ by at most 2.5, those of a blue and a brown heart by 46.
     duplicate_distance_bits: int = 4

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.training.spec import CUTOFF_LEN, IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS, TrainSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +50,9 @@ class EvaluateRequest:
     features_root: Path | None = None
     recipe: TrainSpec | None = None
     system: str | None = None
-    cutoff_len: int = 2048
-    image_max_pixels: int = 768 * 768
-    image_min_pixels: int = 32 * 32
+    cutoff_len: int = CUTOFF_LEN
+    image_max_pixels: int = IMAGE_MAX_PIXELS
+    image_min_pixels: int = IMAGE_MIN_PIXELS
     template: str | None = None
     enable_thinking: bool | None = True
     part: tuple[int, int] | None = None

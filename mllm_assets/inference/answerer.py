@@ -21,6 +21,7 @@ from mllm_assets.training.collate import Collator, ImageFeatures
 from mllm_assets.training.encode import EncodedRow, Encoder
 from mllm_assets.training.families import processor_family, require_template
 from mllm_assets.training.model import load_model, load_processor, quiet_libraries
+from mllm_assets.training.spec import CUTOFF_LEN, IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS
 
 T = TypeVar("T")
 
@@ -78,9 +79,9 @@ class Answerer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         system: str | None = None,
-        cutoff_len: int = 2048,
-        image_max_pixels: int = 768 * 768,
-        image_min_pixels: int = 32 * 32,
+        cutoff_len: int = CUTOFF_LEN,
+        image_max_pixels: int = IMAGE_MAX_PIXELS,
+        image_min_pixels: int = IMAGE_MIN_PIXELS,
         template: str | None = None,
         enable_thinking: bool | None = True,
     ) -> None:

@@ -15,6 +15,7 @@ from mllm_assets.inference import HOW_TO_NAME
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import why_no_latest
 from mllm_assets.training.run_file import read_run_file
+from mllm_assets.training.spec import IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,8 @@ class NamedModel:
     directory: Path
     template: str | None = None
     enable_thinking: bool | None = True
-    image_max_pixels: int = 768 * 768
-    image_min_pixels: int = 32 * 32
+    image_max_pixels: int = IMAGE_MAX_PIXELS
+    image_min_pixels: int = IMAGE_MIN_PIXELS
 
 
 def find_named_model(name: str | Path, layout: Layout) -> NamedModel:

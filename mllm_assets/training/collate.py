@@ -16,6 +16,7 @@ from mllm_assets.training.encode import IGNORE_INDEX, EncodedRow, image_token_id
 from mllm_assets.training.families import processor_family
 from mllm_assets.training.image_files import load_image
 from mllm_assets.training.image_slots import TileSlots, image_slots
+from mllm_assets.training.spec import IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,8 +66,8 @@ class Collator:
         self,
         processor: Any,
         *,
-        image_max_pixels: int = 768 * 768,
-        image_min_pixels: int = 32 * 32,
+        image_max_pixels: int = IMAGE_MAX_PIXELS,
+        image_min_pixels: int = IMAGE_MIN_PIXELS,
         pad_to_multiple_of: int = 8,
         padding_side: str = "right",
         select_logits: bool = True,

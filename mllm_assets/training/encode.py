@@ -16,6 +16,7 @@ from mllm_assets.training.cutting import ImageTurns, Lengths, kept_lengths, smal
 from mllm_assets.training.families import find_template, processor_family
 from mllm_assets.training.image_files import image_size
 from mllm_assets.training.image_slots import ImageSlot, image_slots
+from mllm_assets.training.spec import CUTOFF_LEN, IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS
 from mllm_assets.training.turns import Turn, TurnTokenizer
 
 if TYPE_CHECKING:
@@ -75,15 +76,15 @@ class Encoder:
         self,
         processor: Any,
         *,
-        cutoff_len: int = 2048,
+        cutoff_len: int = CUTOFF_LEN,
         system: str | None = None,
         template: str | None = None,
         train_on_prompt: bool = False,
         mask_history: bool = False,
         enable_thinking: bool | None = True,
         preserve_thinking: bool = False,
-        image_max_pixels: int = 768 * 768,
-        image_min_pixels: int = 32 * 32,
+        image_max_pixels: int = IMAGE_MAX_PIXELS,
+        image_min_pixels: int = IMAGE_MIN_PIXELS,
     ) -> None:
         family = processor_family(processor)
         self.cutoff_len = cutoff_len

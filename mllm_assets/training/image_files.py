@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mllm_assets.errors import DataError
 from mllm_assets.training.image_slots import ImageSlots, fit
+from mllm_assets.training.spec import IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS
 
 if TYPE_CHECKING:
     from mllm_assets.training.encode import EncodedRow
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 def load_image(
     path: Path,
     *,
-    max_pixels: int = 768 * 768,
-    min_pixels: int = 32 * 32,
+    max_pixels: int = IMAGE_MAX_PIXELS,
+    min_pixels: int = IMAGE_MIN_PIXELS,
     row_id: str = "",
     slots: ImageSlots | None = None,
 ) -> Image.Image:
@@ -37,7 +38,7 @@ def load_image(
         return image if slots is None else fit(image, slots)
 
 
-def fit_area(image: Image.Image, *, max_pixels: int = 768 * 768, min_pixels: int = 32 * 32) -> Image.Image:
+def fit_area(image: Image.Image, *, max_pixels: int, min_pixels: int) -> Image.Image:
     """Bring a decoded image to RGB and to an area within the limits, as `load_image` does."""
     for size in _sizes_in_area(*image.size, max_pixels, min_pixels):
         image = image.resize(size)

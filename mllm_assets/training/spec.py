@@ -13,6 +13,11 @@ from typing import Any, Literal
 from mllm_assets.errors import RecipeError
 from mllm_assets.training.spec_rules import problems, split_names
 
+# also where no recipe says anything: a published model is asked, an image is served
+CUTOFF_LEN = 2048
+IMAGE_MAX_PIXELS = 768 * 768
+IMAGE_MIN_PIXELS = 32 * 32
+
 # What a field is for. "semantic" fields decide which weights come out and are hashed into the run's name;
 # "selection" fields do so only where evaluation picks the best model, stops the run or steers the learning rate;
 # "operational" fields never do. `hf`: transformers' TrainingArguments has a field of that name.
@@ -69,7 +74,7 @@ class TrainSpec:
     template: str = field(metadata=SEMANTIC)
     enable_thinking: bool | None = field(default=True, metadata=SEMANTIC)
     preserve_thinking: bool = field(default=False, metadata=SEMANTIC)
-    cutoff_len: int = field(default=2048, metadata=SEMANTIC)
+    cutoff_len: int = field(default=CUTOFF_LEN, metadata=SEMANTIC)
     max_samples: int | None = field(default=None, metadata=SEMANTIC)
     mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = field(
         default="concat", metadata=SEMANTIC
@@ -82,8 +87,8 @@ class TrainSpec:
     neat_packing: bool = field(default=False, metadata=SEMANTIC)
     preprocessing_batch_size: int = field(default=1000, metadata=SEMANTIC)  # rows that are packed together
     preprocessing_num_workers: int | None = field(default=None, metadata=SEMANTIC)
-    image_max_pixels: int = field(default=768 * 768, metadata=SEMANTIC)
-    image_min_pixels: int = field(default=32 * 32, metadata=SEMANTIC)
+    image_max_pixels: int = field(default=IMAGE_MAX_PIXELS, metadata=SEMANTIC)
+    image_min_pixels: int = field(default=IMAGE_MIN_PIXELS, metadata=SEMANTIC)
     disable_shuffling: bool = field(default=False, metadata=SEMANTIC)
     dataloader_num_workers: int = field(default=0, metadata=HF_OPERATIONAL)
     dataloader_pin_memory: bool = field(default=True, metadata=HF_OPERATIONAL)
