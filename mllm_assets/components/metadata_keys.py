@@ -63,7 +63,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "samples_per_s": "Training samples a second.",
         "tokens_per_s": "Training tokens a second, prompt and image included.",
         "peak_memory_gib": "Most memory in use: of the GPU, or of the process on a CPU.",
-        "memory_estimate_gib": "What was expected before anything was loaded.",
+        "memory_estimate_gib": "What the model was expected to need; on a CPU the libraries come on top, about 1 GiB.",
         "num_trainable_params": "Parameters that train.",
         "quantization": "How the base was held while adapters trained on it, with `quantization_bit`.",
         "model_path": "The model in Hugging Face's format.",
