@@ -14,6 +14,7 @@ from mllm_assets.errors import SourceError
 
 WEBHOOK_VARIABLE = "MLLM_ASSETS_ALERT_WEBHOOK"
 UI_VARIABLE = "MLLM_ASSETS_UI_URL"
+CURE = "Correct it where the code location is started, which posts the alerts."
 TIMEOUT_S = 5.0
 WAITS_S = (1.0, 4.0)  # between the attempts; with the timeouts a tick of Dagster's 60 s is not used up
 PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -29,14 +30,33 @@ def run_link(run_id: str) -> str:
     return f"{os.environ.get(UI_VARIABLE, 'http://127.0.0.1:3000').rstrip('/')}/runs/{run_id}"
 
 
+def check_address(url: str) -> None:
+    """Refuse what cannot be posted to, without showing it.
+
+    Raises:
+        SourceError: It is no address of http or https, or holds a user's name, which would not be sent.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:  # its message may show the address
+        parts, is_address = None, False
+    if parts is None or not is_address:
+        raise SourceError(f"{WEBHOOK_VARIABLE} is no address of http or https. {CURE}")
+    if parts.username is not None:
+        raise SourceError(
+            f"{WEBHOOK_VARIABLE} holds a user's name, which is not sent. Give an address that holds its key in the "
+            "path, or a relay's."
+        )
+
+
 def post_alert(url: str, alert: Mapping[str, Any], *, waits_s: Sequence[float] = WAITS_S) -> None:
     """Post an alert as JSON; what passes (no connection, 429, 5xx) is tried again after each wait.
 
     Raises:
         SourceError: It was not taken. Says why and how often it was tried.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise SourceError(f"{WEBHOOK_VARIABLE} is no address of http or https. Correct it where the daemon is started.")
+    check_address(url)
     body = json.dumps(dict(alert), ensure_ascii=False).encode()
     reason, num_attempts = "", 0
     for wait_s in (*waits_s, None):

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm_assets.cli.options import DEVICES, Verbs, at_least_one, device_from_environment
+from mllm_assets.cli.options import Verbs, add_device_option, at_least_one
 from mllm_assets.errors import DataError
 from mllm_assets.inference import HOW_TO_NAME
 from mllm_assets.layout import Layout
@@ -35,7 +35,7 @@ def add_commands(verbs: Verbs) -> None:
     generate.add_argument("--top-p", type=float, help="of the sampling, 1.0 by default")
     generate.add_argument("--seed", type=int, help="of the sampling")
     generate.add_argument("--batch-size", type=at_least_one, default=8, help="of a folder's images, 8 by default")
-    generate.add_argument("--device", choices=DEVICES, default=device_from_environment())
+    add_device_option(generate)
     generate.add_argument("--json", action="store_true", help="print a JSON object, of a folder one a line")
     generate.set_defaults(run=_generate)
 

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mllm_assets.cli.options import Verbs, at_least_one, device_from_environment
+from mllm_assets.cli.options import Verbs, at_least_one
 from mllm_assets.errors import MachineError
 from mllm_assets.layout import Layout
 
@@ -71,6 +71,7 @@ def _free_slots(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from mllm_assets.components.instance_checks import check_dagster
+    from mllm_assets.operations.alert_access import check_alerts
     from mllm_assets.operations.findings import print_findings
     from mllm_assets.operations.hub_access import check_hub
     from mllm_assets.operations.machine import check_device, check_disk, check_versions, check_write_access
@@ -83,7 +84,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     dagster, models = check_dagster(Path.cwd(), layout)
     findings = [
         *check_versions(),
-        check_device(device_from_environment()),
+        check_device(),
+        *check_alerts(),
         check_disk(layout.root),
         check_write_access(layout, *([Path(home)] if home else [])),
         *dagster,

@@ -1,24 +1,23 @@
 """Options that several commands take, and how their values are read."""
 
 import argparse
-import os
 import sys
 from typing import TypeAlias
 
-from mllm_assets.errors import MachineError
+from mllm_assets.settings import DEVICES, device_from_environment
 
-DEVICES = ("auto", "cuda", "mps", "cpu")
+DEVICE_OF_THE_MACHINE = "MLLM_ASSETS_DEVICE, or auto"
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def device_from_environment() -> str:
-    device = os.environ.get("MLLM_ASSETS_DEVICE", "auto")
-    if device not in DEVICES:
-        raise MachineError(
-            f"MLLM_ASSETS_DEVICE is {device!r}: expected one of {', '.join(DEVICES)}. Correct or unset it."
-        )
-    return device
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=DEVICES, default=DEVICE_OF_THE_MACHINE, type=_device)
+
+
+def _device(text: str) -> str:
+    """Asked when this very command is run: another one, such as `doctor`, stands a wrong setting."""
+    return device_from_environment() if text == DEVICE_OF_THE_MACHINE else text
 
 
 def at_least_one(text: str) -> int:

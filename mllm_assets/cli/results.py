@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mllm_assets.cli.options import DEVICES, Verbs, at_least_one, device_from_environment
+from mllm_assets.cli.options import Verbs, add_device_option, at_least_one
 from mllm_assets.layout import Layout
 
 
@@ -23,7 +23,7 @@ def add_commands(verbs: Verbs) -> None:
     evaluate.add_argument("--max-samples", type=at_least_one, help="of each evaluation entry; all by default")
     evaluate.add_argument("--max-new-tokens", type=at_least_one, default=64)
     evaluate.add_argument("--batch-size", type=at_least_one, default=16)
-    evaluate.add_argument("--device", choices=DEVICES, default=device_from_environment())
+    add_device_option(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=_evaluate)
 

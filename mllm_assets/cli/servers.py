@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import os
 
-from mllm_assets.cli.options import DEVICES, Verbs, at_least_one, device_from_environment
+from mllm_assets.cli.options import Verbs, add_device_option, at_least_one
 from mllm_assets.errors import MachineError
 from mllm_assets.inference import HOW_TO_NAME
 from mllm_assets.inference.addresses import is_loopback, listen
@@ -23,7 +23,7 @@ def add_commands(verbs: Verbs) -> None:
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--no-auth", action="store_true", help=f"without {KEY_VARIABLE}; on 127.0.0.1 only")
     serve.add_argument("--max-new-tokens", type=at_least_one, default=1024, help="most tokens of an answer")
-    serve.add_argument("--device", choices=DEVICES, default=device_from_environment())
+    add_device_option(serve)
     serve.set_defaults(run=_serve)
 
     chat = verbs.add_parser("chat", help="a local page where an image and a question go to one or two models")
@@ -31,14 +31,14 @@ def add_commands(verbs: Verbs) -> None:
     chat.add_argument("--samples", metavar="ENTRY", help="entry of dataset_info.json to pick samples from: emoji_val")
     chat.add_argument("--host", default="127.0.0.1", help=f"elsewhere {KEY_VARIABLE} is the password of `user`")
     chat.add_argument("--port", type=int, default=7860)
-    chat.add_argument("--device", choices=DEVICES, default=device_from_environment())
+    add_device_option(chat)
     chat.set_defaults(run=_chat)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     from mllm_assets.inference.naming import find_named_model
 
-    _require("pip install -c constraints.txt -e '.[serve]'", "fastapi", "uvicorn", "openai")
+    _require("pip install 'mllm-assets[serve]'", "fastapi", "uvicorn", "openai")
     api_key = (
         None
         if arguments.no_auth
@@ -71,7 +71,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     from mllm_assets.inference.naming import find_named_model
 
-    _require("pip install --no-deps -r requirements-ui.txt", "gradio")
+    _require("pip install --no-deps -r requirements-ui.txt, a file of mllm_assets' repository", "gradio")
     password = None if is_loopback(arguments.host) else _api_key("leave --host out: then only this machine asks")
     with listen(arguments.host, arguments.port) as free:  # before libraries and models, which take long to load
         port = free.getsockname()[1]

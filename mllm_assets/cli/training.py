@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from mllm_assets.cli.options import DEVICES, Verbs, device_from_environment
+from mllm_assets.cli.options import Verbs, add_device_option
 from mllm_assets.layout import Layout
 
 
@@ -15,7 +15,7 @@ def add_commands(verbs: Verbs) -> None:
     train.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="recipe keys that win over the file's"
     )
-    train.add_argument("--device", choices=DEVICES, default=device_from_environment())
+    add_device_option(train)
     train.add_argument("--num-processes", type=int, default=os.environ.get("MLLM_ASSETS_NUM_PROCESSES", "1"))
     train.add_argument("--force", action="store_true", help="train again although this very run is finished")
     train.add_argument("--no-feature-cache", action="store_true", help="compute the frozen parts anew in every step")
@@ -32,7 +32,7 @@ def add_commands(verbs: Verbs) -> None:
         "overrides", nargs="*", default=[], metavar="key=value", help="recipe keys that win over the file's"
     )
     inspect.add_argument("--row", type=int, default=0, help="training row, from 0; negative ones count from the end")
-    inspect.add_argument("--device", choices=DEVICES, default=device_from_environment())
+    add_device_option(inspect)
     inspect.set_defaults(run=_inspect)
 
 

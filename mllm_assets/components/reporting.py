@@ -75,10 +75,16 @@ def load_project(folder: Path) -> dg.Definitions:
 
     Raises:
         RecipeError: There is no project.
+        MachineError: A setting of the deployment is mistyped.
     """
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))  # a project need not be installed; dg and dagster do the same
-    return dg.load_from_defs_folder(path_within_project=folder / root_module(folder))
+    try:
+        return dg.load_from_defs_folder(path_within_project=folder / root_module(folder))
+    except Exception as error:
+        if isinstance(error.__cause__, MllmAssetsError):
+            raise error.__cause__ from None  # said for people already, such as a mistyped setting
+        raise
 
 
 def unreadable_assets(definitions: dg.Definitions) -> dict[str, str]:

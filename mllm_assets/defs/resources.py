@@ -6,6 +6,7 @@ import dagster as dg
 
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, RayCluster
 from mllm_assets.layout import Layout
+from mllm_assets.settings import LAUNCHERS, choice, device_from_environment, number
 from mllm_assets.training.ray_jobs import DEFAULT_ADDRESS
 
 
@@ -14,20 +15,20 @@ def resources() -> dg.Definitions:
     layout = Layout.from_environment()
     ray = RayCluster(
         address=os.environ.get("RAY_ADDRESS", DEFAULT_ADDRESS),
-        num_cpus=float(os.environ.get("MLLM_ASSETS_RAY_NUM_CPUS", "1")),
-        num_gpus=float(os.environ.get("MLLM_ASSETS_RAY_NUM_GPUS", "0")),
-        num_workers=int(os.environ.get("MLLM_ASSETS_RAY_NUM_WORKERS", "1")),
+        num_cpus=number("MLLM_ASSETS_RAY_NUM_CPUS", 1.0, least=0.0, kind=float),
+        num_gpus=number("MLLM_ASSETS_RAY_NUM_GPUS", 0.0, least=0.0, kind=float),
+        num_workers=number("MLLM_ASSETS_RAY_NUM_WORKERS", 1, least=1, kind=int),
         jobs_dir=str(layout.ray_jobs),
     )
     return dg.Definitions(
         resources={
             "project": ProjectResource(root=str(layout.root), store=os.environ.get("MLLM_ASSETS_STORE", "")),
             "gpu": AcceleratorResource(
-                device=os.environ.get("MLLM_ASSETS_DEVICE", "auto"),  # pyright: ignore[reportArgumentType]
-                num_processes=int(os.environ.get("MLLM_ASSETS_NUM_PROCESSES", "1")),
-                launcher=os.environ.get("MLLM_ASSETS_LAUNCHER", "local"),  # pyright: ignore[reportArgumentType]
+                device=device_from_environment(),  # pyright: ignore[reportArgumentType]
+                num_processes=number("MLLM_ASSETS_NUM_PROCESSES", 1, least=1, kind=int),
+                launcher=choice("MLLM_ASSETS_LAUNCHER", LAUNCHERS),  # pyright: ignore[reportArgumentType]
                 ray=ray,
-                max_retries=int(os.environ.get("MLLM_ASSETS_MAX_RETRIES", "2")),
+                max_retries=number("MLLM_ASSETS_MAX_RETRIES", 2, least=0, kind=int),
             ),
         }
     )

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from mllm_assets.errors import MachineError
 from mllm_assets.layout import Layout
 from mllm_assets.operations.findings import Finding
+from mllm_assets.settings import device_from_environment
 
 GIB = 2**30
 SHOWN = ("mllm-assets", "dagster", "torch", "transformers", "accelerate", "peft", "datasets", "duckdb")
@@ -53,8 +55,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def check_device(wanted: str) -> Finding:
+def check_device() -> Finding:
     """The device that models would run on, asked of PyTorch in a process of its own."""
+    try:
+        wanted = device_from_environment()
+    except MachineError as error:
+        what, _, step = str(error).partition(". ")
+        return Finding("device", "fail", f"{what}.", step)
     command = [sys.executable, "-m", "mllm_assets.operations.probe_device", wanted]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)

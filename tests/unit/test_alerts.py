@@ -13,6 +13,7 @@ import pytest
 from mllm_assets.alerts import WEBHOOK_VARIABLE, post_alert
 from mllm_assets.components.alerting import describe_failure, failure_alert
 from mllm_assets.errors import SourceError
+from mllm_assets.operations.alert_access import check_alerts
 
 SECRET = "planted-secret"
 
@@ -86,6 +87,26 @@ def test_an_address_that_does_not_answer_or_is_none_is_reported_without_it(url: 
     with pytest.raises(SourceError, match=WEBHOOK_VARIABLE) as caught:
         post_alert(url, {}, waits_s=(0.01,))
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (f"https://[::1/{SECRET}", "is no address of http or https. Correct it where the code location is started"),
+        (f"https:///{SECRET}", "is no address of http or https"),
+        (f"https://user:{SECRET}@127.0.0.1/hook", "holds a user's name, which is not sent"),
+    ],
+)
+def test_an_address_that_cannot_be_posted_to_is_found_before_the_first_alert(
+    url: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first was a ValueError that shows the address, the last never arrived, and doctor was content with all."""
+    with pytest.raises(SourceError, match=f"{WEBHOOK_VARIABLE} {message}") as caught:
+        post_alert(url, {})
+    assert SECRET not in str(caught.value)
+    monkeypatch.setenv(WEBHOOK_VARIABLE, url)
+    [finding] = check_alerts()
+    assert finding.status == "fail" and SECRET not in finding.detail + finding.next_step
 
 
 @dg.asset(key=["mine", "checkpoint"])

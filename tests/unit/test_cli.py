@@ -120,25 +120,56 @@ def test_overrides_are_not_said_to_be_required(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("verb", ["slots free", "gc"])
-@pytest.mark.parametrize("damage", ["no folder", "postgres"])
+@pytest.mark.parametrize(
+    ("damage", "problem", "next_step"),
+    [
+        (None, "DAGSTER_HOME is {home}, which is no folder.", "Make it, or set the one that the deployment uses."),
+        (
+            "concurrency: [",
+            "{home} does not open: dagster.yaml:1: expected the node content, but found '<stream end>'.",
+            "Correct {home}/dagster.yaml, or start the storage that it names.",
+        ),
+        (
+            "concurency: {}",
+            '{home} does not open: Received unexpected config entry "concurency" at the root.',
+            "Correct {home}/dagster.yaml, or start the storage that it names.",
+        ),
+        (
+            "storage: {postgres: {postgres_db: {hostname: 127.0.0.1, port: 9, username: u, password: p, db_name: d}}}",
+            "{home} does not open: ",
+            "Correct {home}/dagster.yaml, or start the storage that it names.",
+        ),
+        (
+            "storage: {postgres: {postgres_url: {env: NOWHERE_SET}}}",
+            "{home}/dagster.yaml names variables that are not set: NOWHERE_SET.",
+            "Set them here as for the services: their values are in the file that the services read.",
+        ),
+    ],
+    ids=["no folder", "no yaml", "unknown key", "postgres", "unset variable"],
+)
 def test_an_instance_that_does_not_open_is_a_message(
-    verb: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    verb: str,
+    damage: str | None,
+    problem: str,
+    next_step: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Both ended in Dagster's traceback, where `doctor` had a message."""
+    """Dagster's own words fill pages, and do not name what is missing."""
     home = tmp_path / "home"
-    if damage == "postgres":
-        pytest.importorskip("dagster_postgres")
+    if damage is not None:
         home.mkdir()
-        (home / "dagster.yaml").write_text(
-            "storage: {postgres: {postgres_db: {hostname: 127.0.0.1, port: 9, username: u, password: p, db_name: d}}}"
-        )
+        (home / "dagster.yaml").write_text(damage)
+        if "postgres" in damage:
+            pytest.importorskip("dagster_postgres")
     monkeypatch.setenv("DAGSTER_HOME", str(home))
     monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path))
     monkeypatch.setattr(time, "sleep", lambda _: None)  # Dagster tries several times
     assert main(verb.split()) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {home} does not open: ")
-    assert f"Correct {home}/dagster.yaml, or start the storage that it names." in error
+    assert error.startswith(f"error: {problem.format(home=home)}")
+    assert error.endswith(f" {next_step.format(home=home)}\n")
 
 
 def test_gc_says_what_it_could_not_look_at(
