@@ -74,7 +74,10 @@ def _check_data(arguments: argparse.Namespace) -> int:
     for report in check_directory(arguments.folder):
         wrong |= bool(report.problems)
         found = {"problems": report.problems, "warnings": report.warnings}
-        state = ", ".join(f"{len(texts)} {kind}" for kind, texts in found.items() if texts) or "fine"
+        state = (
+            ", ".join(f"{len(texts)} {kind if len(texts) > 1 else kind[:-1]}" for kind, texts in found.items() if texts)
+            or "fine"
+        )
         print(f"{report.name}: {report.num_rows} rows, {report.num_images} images: {state}")
         for texts in found.values():
             for text in texts[: arguments.limit]:

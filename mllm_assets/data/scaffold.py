@@ -61,6 +61,8 @@ def add_dataset(folder: Path, project: Path, root: Path, *, name: str | None = N
         DataError: Nothing in the folder is known, a file cannot be read, or fewer than two samples can be used.
         RecipeError: The dataset is declared already, or there is no project.
     """
+    if folder.is_file():
+        raise DataError(f"{folder} is a file. Name the folder that holds it: {folder.parent}.")
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. Name the folder that holds the images.")
     folder = folder.resolve()

@@ -38,6 +38,8 @@ def compare(layout: Layout, names: Sequence[str], output: Path, *, say: Callable
         IntegrityError: One of them is no run or was not evaluated, or they were asked nothing in common.
     """
     runs = [_read(layout, name, say) for name in names]
+    if runs[0]["directory"] == runs[1]["directory"]:
+        say(f"both are the same run, {layout.relative(runs[0]['directory'])}")
     if runs[0]["title"] == runs[1]["title"]:
         for run in runs:
             run["title"] += f", {run['directory'].name[:8]}"

@@ -77,6 +77,11 @@ def why_no_latest(layout: Layout, recipe: str) -> str:
     Raises:
         RecipeError: It is no recipe's name.
     """
+    if find_root_module(Path.cwd()) is None and not layout.outputs.is_dir():  # what is run here would begin anew here
+        return (
+            f"{layout.root} holds no trained recipe, and {Path.cwd()} is no project. Run the command in the folder of "
+            "your project, or set MLLM_ASSETS_ROOT to the folder that holds its data/ and outputs/."
+        )
     require_known_recipe(layout, recipe)
     if finished := sorted(path.parent.name for path in (layout.outputs / recipe).glob("*/manifest.json")):
         return (

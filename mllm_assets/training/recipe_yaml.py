@@ -83,7 +83,9 @@ def read_yaml(path: Path, name: str) -> dict[str, Entry]:
     try:
         return parse_yaml(path.read_text(encoding="utf-8"), name)
     except FileNotFoundError:
-        raise RecipeError(f"There is no recipe {name}. Check the path, or run from the project's root.") from None
+        near = path.parent / "configs" / f"{path.name}.yaml"
+        cure = f"Did you mean {near}?" if near.is_file() else "Check the path, or run from the project's root."
+        raise RecipeError(f"There is no recipe {name}. {cure}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{name} cannot be read as a text file ({error}). Name a YAML file.") from None
 

@@ -34,6 +34,9 @@ def problems(spec: "TrainSpec") -> Iterator[tuple[str, str]]:
 
 
 def _range_problems(spec: "TrainSpec") -> Iterator[tuple[str, str]]:
+    if spec.max_steps < -1:
+        text = f"max_steps is {spec.max_steps}: expected a number of steps, or -1 for num_train_epochs. Change it."
+        yield "max_steps", text
     for key in _POSITIVE:
         value = getattr(spec, key)
         if value is not None and value <= 0:

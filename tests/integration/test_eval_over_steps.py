@@ -185,6 +185,12 @@ def test_two_runs_are_compared_on_one_page_that_needs_no_other_file(
     assert gains == sorted(gains, key=abs, reverse=True)
 
 
+def test_a_run_beside_itself_is_said(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    names = ("slowly", "slowly/0123456789abcdef")
+    code, output = said(capsys, monkeypatch, root, "compare", *names, "--output", str(tmp_path / "page.html"))
+    assert code == 0 and "note: both are the same run, outputs/slowly/0123456789abcdef" in output.err
+
+
 def test_a_run_without_metrics_is_not_compared(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     copy = tmp_path / "outputs" / "other" / "run"
     shutil.copytree(root / "outputs" / "slowly" / "0123456789abcdef", copy)

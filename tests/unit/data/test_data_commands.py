@@ -204,6 +204,7 @@ def test_a_folder_elsewhere_is_named_by_its_absolute_path(home: Path, tmp_path_f
     ("arguments", "message"),
     [
         (["gone"], "There is no folder gone"),
+        (["a_file"], "a_file is a file. Name the folder that holds it"),
         (["empty"], "holds no images, no metadata.jsonl"),
         (["bare"], "none of its 2 samples has a caption or a class. Put a text file beside each image"),
         (["birds", "--name", "taken"], "exists already. Edit it, or give another name with --name"),
@@ -214,6 +215,7 @@ def test_what_cannot_be_added_is_said_and_leaves_nothing(
 ) -> None:
     (home / "empty").mkdir()
     (home / "bare").mkdir()
+    (home / "a_file").touch()
     for n in range(2):
         (home / "bare" / f"{n}.png").write_bytes(png(n))
     captioned(home / "birds")
@@ -243,7 +245,7 @@ def test_check_data_warns_of_an_answer_without_text(home: Path, capsys: pytest.C
     path.write_text(json.dumps(rows))
     assert main(["check-data", "data"]) == 0, "it can be trained on"
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "made_train: 3 rows, 3 images: 1 warnings"
+    assert said[0] == "made_train: 3 rows, 3 images: 1 warning"
     row_id = load_rows(home / "data", "made_train")[1].id
     assert said[1].startswith(f"  made/train.json ({row_id}), message 1: the answer is empty, and teaches the model to")
 
@@ -269,7 +271,7 @@ def test_check_data_finds_every_problem_of_every_entry(home: Path, capsys: pytes
     assert "made_train: 8 rows, 8 images: fine" in output and "mine: 8 rows, 6 images: 4 problems" in output
     for text in ("there is no image", "the last message is not the assistant's", "image_truncated", "control token"):
         assert text in output
-    assert "hub: 0 rows, 0 images: 1 problems\n  Entry 'hub' sets `hf_hub_url`" in output
+    assert "hub: 0 rows, 0 images: 1 problem\n  Entry 'hub' sets `hf_hub_url`" in output
     assert main(["check-data", "data", "--limit", "1"]) == 2
     assert "  and 3 more (--limit shows them)" in capsys.readouterr().out
     assert main(["check-data", "tables"]) == 2

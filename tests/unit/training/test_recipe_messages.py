@@ -81,6 +81,10 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "seed: 99999999999",
             "r.yaml:5: seed is 99999999999: expected a number below 2**32, numpy's limit. Change it.",
         ),
+        (
+            "max_steps: -5",
+            "r.yaml:5: max_steps is -5: expected a number of steps, or -1 for num_train_epochs. Change it.",
+        ),
         ("cutoff_len: 0", "r.yaml:5: cutoff_len is 0: expected a number above 0. Change it or delete the line."),
         ("max_samples: 0", "r.yaml:5: max_samples is 0: expected a number above 0. Change it or delete the line."),
         ("lora_dropout: 1", "r.yaml:5: lora_dropout is 1: expected 0 or more and below 1. Change it."),
@@ -168,6 +172,10 @@ def test_a_file_that_cannot_be_a_recipe_is_explained(load, text: str, message: s
 def test_a_missing_file_a_folder_and_a_binary_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^There is no recipe .*none.yaml. Check the path"):
         load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").touch()
+    with pytest.raises(RecipeError, match=r"^There is no recipe .*mine. Did you mean .*/configs/mine.yaml\?$"):
+        load_recipe(tmp_path / "mine")
     with pytest.raises(RecipeError, match=r"cannot be read as a text file \(.*Is a directory.*\). Name a YAML file.$"):
         load_recipe(tmp_path)
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
