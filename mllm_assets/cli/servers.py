@@ -71,8 +71,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     from mllm_assets.inference.naming import find_named_model
 
-    password = None if is_loopback(arguments.host) else _api_key("leave --host out: then only this machine asks")
     _require("pip install --no-deps -r requirements-ui.txt, a file of mllm_assets' repository", "gradio")
+    password = None if is_loopback(arguments.host) else _api_key("leave --host out: then only this machine asks")
     with listen(arguments.host, arguments.port) as free:  # before libraries and models, which take long to load
         port = free.getsockname()[1]
     if len(arguments.models) > 2:

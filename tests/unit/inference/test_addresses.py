@@ -32,6 +32,7 @@ def test_a_port_that_cannot_be_had_is_told_from_an_address_that_is_not_there() -
 def test_a_page_for_the_network_names_no_option_that_it_lacks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("gradio")  # its absence is said before
     monkeypatch.delenv("MLLM_ASSETS_API_KEY", raising=False)
     assert main(["chat", "nowhere", "--host", "0.0.0.0"]) == 2
     error = capsys.readouterr().err
