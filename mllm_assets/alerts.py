@@ -14,7 +14,6 @@ from mllm_assets.errors import SourceError
 
 WEBHOOK_VARIABLE = "MLLM_ASSETS_ALERT_WEBHOOK"
 UI_VARIABLE = "MLLM_ASSETS_UI_URL"
-CURE = "Correct it where the code location is started, which posts the alerts."
 TIMEOUT_S = 5.0
 WAITS_S = (1.0, 4.0)  # between the attempts; with the timeouts a tick of Dagster's 60 s is not used up
 PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -38,11 +37,13 @@ def check_address(url: str) -> None:
     """
     try:
         parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
     except ValueError:  # its message may show the address
-        parts, is_address = None, False
-    if parts is None or not is_address:
-        raise SourceError(f"{WEBHOOK_VARIABLE} is no address of http or https. {CURE}")
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SourceError(
+            f"{WEBHOOK_VARIABLE} is no address of http or https. Correct it where the code location is started, which "
+            "posts the alerts."
+        )
     if parts.username is not None:
         raise SourceError(
             f"{WEBHOOK_VARIABLE} holds a user's name, which is not sent. Give an address that holds its key in the "

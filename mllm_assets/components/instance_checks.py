@@ -41,7 +41,7 @@ def _check_definitions(project: Path, layout: Layout) -> tuple[Finding, list[Hub
             if model.kind == "huggingface"
         ]
     except Exception as error:  # whatever the project's own files raise is what was asked for
-        first = (str(innermost(error)).strip().splitlines() or [type(error).__name__])[0]
+        first = (str(_innermost(error)).strip().splitlines() or [type(error).__name__])[0]
         return Finding("definitions", "fail", f"{project} does not load: {first}", step), []
     if unreadable:
         listed = "; ".join(f"{key}: {message}" for key, message in unreadable.items())
@@ -50,7 +50,7 @@ def _check_definitions(project: Path, layout: Layout) -> tuple[Finding, list[Hub
     return Finding("definitions", "ok", f"{num_assets} assets"), models
 
 
-def innermost(error: BaseException) -> BaseException:
+def _innermost(error: BaseException) -> BaseException:
     """What Dagster's error was raised from, in the end."""
     while error.__cause__ is not None:
         error = error.__cause__
