@@ -81,9 +81,7 @@ def load_project(folder: Path) -> dg.Definitions:
         sys.path.insert(0, str(folder))  # a project need not be installed; dg and dagster do the same
     try:
         return dg.load_from_defs_folder(path_within_project=folder / root_module(folder))
-    except (
-        Exception
-    ) as error:  # Dagster's wrapper has no public class; all but what it wraps for people goes on as it is
+    except Exception as error:  # Dagster's wrapper has no public class
         if isinstance(error.__cause__, MllmAssetsError):
             raise error.__cause__ from None
         raise

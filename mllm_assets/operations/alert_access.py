@@ -12,6 +12,5 @@ def check_alerts() -> list[Finding]:
     try:
         check_address(url)
     except SourceError as error:
-        what, _, step = str(error).partition(". ")
-        return [Finding("alerts", "fail", f"{what}.", step)]
+        return [Finding.of_error("alerts", "fail", error)]
     return [Finding("alerts", "ok", "a webhook is set; nothing was posted to it")]

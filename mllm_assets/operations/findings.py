@@ -8,6 +8,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
+from mllm_assets.errors import MllmAssetsError
+
 MIN_WIDTH = 24
 STATUS_WIDTH = 6
 COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -28,6 +30,12 @@ class Finding:
     status: Literal["ok", "warn", "fail"]
     detail: str
     next_step: str = ""
+
+    @classmethod
+    def of_error(cls, check: str, status: Literal["warn", "fail"], error: MllmAssetsError) -> "Finding":
+        """An error for people: its first sentence is what was found, the rest what to do."""
+        what, _, next_step = str(error).partition(". ")
+        return cls(check, status, f"{what.removesuffix('.')}.", next_step)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -41,6 +41,5 @@ def _check_model(model: HubModel, endpoint: str | None) -> Finding:
     try:
         require_access(model_repo(model.repo, model.revision, model.directory, endpoint=endpoint))
     except SourceError as error:
-        what, _, step = str(error).partition(". ")
-        return Finding(check, "warn", f"{what}.", step)
+        return Finding.of_error(check, "warn", error)
     return Finding(check, "ok", "may be read; it is fetched when a recipe needs it")

@@ -60,8 +60,7 @@ def check_device() -> Finding:
     try:
         wanted = device_from_environment()
     except MachineError as error:
-        what, _, step = str(error).partition(". ")
-        return Finding("device", "fail", f"{what}.", step)
+        return Finding.of_error("device", "fail", error)
     command = [sys.executable, "-m", "mllm_assets.operations.probe_device", wanted]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)

@@ -1,5 +1,6 @@
 """Whether the artefact store answers, where one is set."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from mllm_assets.errors import SourceError
@@ -15,6 +16,6 @@ def check_store(url: str, root: Path) -> list[Finding]:
     try:
         Store(url, root).pointer("doctor")
     except SourceError as error:
-        what, _, step = str(error).partition(". ")
-        return [Finding("store", "fail", f"{what}.", step or f"Look at {SETTING}.")]
+        finding = Finding.of_error("store", "fail", error)
+        return [replace(finding, next_step=finding.next_step or f"Look at {SETTING}.")]
     return [Finding("store", "ok", f"{url} answers")]
