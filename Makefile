@@ -8,37 +8,39 @@ export DAGSTER_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 CORE := .venv/.core-installed
 EXTRAS := .venv/.extras-installed
+DOCS := .venv/.docs-installed
 # Three test processes on two cores, for most tests wait for subprocesses. Each file stays in one process, and files run in
 # the order of their folders: those of long tests first, so that in the end no process works on while the others are done
 PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+TORCH_UNITS := caches encoding loop models
 
-.PHONY: demo test collect test-all chromium postgres check docs dev bench torture install constraints clean
+.PHONY: demo test test-fast collect test-all chromium postgres faketime check docs dev bench torture attack install constraints clean
 
 demo: $(CORE) $(SETTINGS) ## the whole line of emoji_sft, raw images to released model
-	@$(BIN)/mllm-assets slots free --quiet
-	$(BIN)/dg launch --job emoji_demo
-	@$(BIN)/mllm-assets summary emoji_sft
+	$(BIN)/mllm-assets run emoji_sft
 
 test: $(CORE) ## unit and integration tests
 	$(PYTEST)
 
-collect: $(CORE)
-	env -u DAGSTER_HOME $(BIN)/pytest --collect-only -qq > /dev/null
+test-fast: $(CORE) ## unit tests without torch and without whole datasets: under a minute on two cores
+	$(PYTEST) tests/unit $(TORCH_UNITS:%=--ignore=tests/unit/training/%) -m 'not slow and not bench and not gpu and not not_fast'
 
-test-all: $(EXTRAS) chromium postgres ## everything, the browser included
+collect: $(CORE)
+	@collected=$$(env -u DAGSTER_HOME $(BIN)/pytest --collect-only -qq) || { echo "$$collected"; exit 1; }
+
+test-all: $(EXTRAS) chromium postgres faketime ## everything, the browser included
 	$(PYTEST) tests -m 'not bench and not gpu'
 
 check: $(EXTRAS) ## style, types, sound definitions and YAML files, packages without known vulnerabilities
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	@git rev-parse --git-dir > /dev/null || { echo "The checks ask git for the files. In a copy without git: git init && git add -A"; exit 1; }
+	$(BIN)/pre-commit run --all-files
 	$(BIN)/dg check yaml
 	$(BIN)/dg check defs
 	$(BIN)/mllm-assets check-graph
 	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python .ci/audit.py
 
-docs: $(EXTRAS) ## the documentation on http://127.0.0.1:8000
+docs: $(DOCS) ## the documentation on http://127.0.0.1:8000
 	$(BIN)/mkdocs serve -a 127.0.0.1:8000
 
 dev: $(CORE) $(SETTINGS) ## the Dagster UI on http://127.0.0.1:3000; another port: make dev PORT=3001
@@ -55,19 +57,26 @@ bench: $(CORE)
 torture: $(CORE) ## twenty kills -9 of each kind of run at random moments; about 10 minutes
 	PYTHONPATH="$(CURDIR)" $(BIN)/python -m benchmarks.torture --jobs 2
 
+attack: $(EXTRAS) faketime ## every test that attacks the product; the table is benchmarks/attacks.md
+	env -u DAGSTER_HOME PYTHONPATH="$(CURDIR)" $(BIN)/python -m benchmarks.attack
+
 install: $(CORE)
 
 $(CORE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v.major}.{v.minor}. Try: make PYTHON=python3.12 ...")'
-	@echo "Installing PyTorch, transformers, Dagster and their dependencies into .venv (2 to 4 minutes; pip is silent)"
+	@echo "Installing PyTorch, transformers, Dagster and their dependencies into .venv (under a minute on a fast line)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python .ci/install.py -c constraints.txt -e '.[dev]'
 	@touch $@
 
 $(EXTRAS): $(CORE) requirements-ui.txt
 	@echo "Installing what the extras need (Ray, MLflow, Playwright, MkDocs, ...) into .venv (a few minutes)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray,serve,s3,postgres,k8s,qlora]'
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-ui.txt
+	@$(BIN)/python .ci/install.py -c constraints.txt -e '.[dev,e2e,docs,mlflow,wandb,ray,serve,s3,postgres,k8s,qlora]'
+	@$(BIN)/python .ci/install.py --no-deps -r requirements-ui.txt
+	@touch $@
+
+$(DOCS): $(CORE)
+	@$(BIN)/python .ci/install.py -c constraints.txt -e '.[docs]'
 	@touch $@
 
 chromium:
@@ -75,6 +84,9 @@ chromium:
 
 postgres:
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { echo "installing Debian's postgresql for the test of Dagster's storage"; apt-get update -qq && apt-get install -y -qq postgresql >/dev/null; }
+
+faketime:
+	@ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1 || { echo "installing Debian's faketime for the tests of a clock that is set"; apt-get update -qq && apt-get install -y -qq faketime >/dev/null; }
 
 # With DAGSTER_HOME set only the dagster.yaml in it counts, and without one the pool limits are gone
 $(SETTINGS): dagster.yaml

@@ -26,12 +26,14 @@ from PIL import Image
 from speed_case import PROMPT, make_data, make_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mllm_assets.data.sharegpt import Row, load_rows
-from mllm_assets.inference.answerer import Answerer, in_batches
-from mllm_assets.inference.cached_images import use_cached_images
-from mllm_assets.training.device import pick_device
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.data.sharegpt.rows import Row
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.inference.answerer import Answerer, in_batches, use_cached_images
+from mllm_assets.recipe.asking import Sampling
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.models.device import pick_device
+from mllm_assets.worker.protocol import Reporter
 
 VOCABULARIES = {"8k": 8_192, "262k": 262_208}
 NUM_ROWS = BATCH_SIZE = 16  # one whole batch
@@ -72,13 +74,15 @@ def batched(model_dir: Path, rows: Sequence[Row], features_root: Path) -> Callab
     answerer = Answerer(model_dir, dtype=torch.float32)
     prompts = {row.id: answerer.encoder.encode_prompt(row) for row in rows}
     spec = TrainSpec(model_name_or_path="model", dataset="bench", template="gemma3", do_train=True)
-    use_cached_images(answerer, list(prompts.values()), features_root, spec, pick_device("cpu"), Reporter())
+    use_cached_images(
+        answerer, list(prompts.values()), features_root, spec, pick_device("cpu"), Reporter(), FileDigests()
+    )
 
     def answer(rows: Sequence[Row], num_new_tokens: int) -> list[str]:
         said: dict[int, str] = {}
         encoded = [answerer.encoder.encode_prompt(row) for row in rows]
         for positions, answers in in_batches(
-            encoded, BATCH_SIZE, lambda some: answerer.answers(some, max_new_tokens=num_new_tokens)
+            encoded, BATCH_SIZE, lambda some: answerer.answers(some, Sampling(max_new_tokens=num_new_tokens))
         ):
             assert all(answer.num_tokens == num_new_tokens for answer in answers)
             said |= {position: answer.text for position, answer in zip(positions, answers, strict=True)}
@@ -101,7 +105,7 @@ def compare(vocabulary: str, num_rounds: int) -> list[str]:
         model_dir, data_dir = Path(folder, "model"), Path(folder, "data")
         make_model(model_dir, vocab_size=VOCABULARIES[vocabulary])
         make_data(data_dir, num_rows=NUM_ROWS)
-        rows = load_rows(data_dir, "bench")
+        rows = Dataset(data_dir).entry("bench").rows
         ways: dict[str, Callable[[Sequence[Row], int], list[str]]] = {"one by one": one_by_one(model_dir)}
         ways["batched"], wall_s, cpu_s = timed(lambda: batched(model_dir, rows, Path(folder, "features")))
         print(f"{vocabulary}: loading and the features of {NUM_ROWS} pictures took {wall_s:.1f} s, {cpu_s:.1f} CPU-s")

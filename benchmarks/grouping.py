@@ -80,7 +80,7 @@ CASES: dict[str, tuple[str, Callable[[int, np.random.Generator], Inputs]]] = {
 
 
 def measure(case: str, count: int, seed: int) -> None:
-    from mllm_assets.quality.grouping import near_forest
+    from mllm_assets.data.quality.grouping import near_forest
 
     hashes, colors = CASES[case][1](count, np.random.default_rng(seed))
     near_forest(hashes[:10], colors[:10], distance_bits=4, color_distance=8.0)  # imports

@@ -29,16 +29,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mllm_assets.data.checks import every_image_has_a_placeholder, splits_share_no_image
-from mllm_assets.data.dataset_info import register
-from mllm_assets.data.sources import ingest
-from mllm_assets.data.spec import DatasetSpec, SourceSpec, SplitSpec
-from mllm_assets.data.splits import split
+from mllm_assets.data.curate.checks import every_image_has_a_placeholder, splits_share_no_image
+from mllm_assets.data.curate.register import register
+from mllm_assets.data.curate.splits import split
+from mllm_assets.data.ingest.sources import ingest
+from mllm_assets.data.ingest.spec import DatasetSpec, SourceSpec
+from mllm_assets.data.ingest.split_spec import SplitSpec
+from mllm_assets.data.quality.assess import assess
+from mllm_assets.data.quality.decoding import end_workers
+from mllm_assets.data.quality.report import write_report
+from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.layout import Layout
-from mllm_assets.quality.assess import assess
-from mllm_assets.quality.decoding import end_workers
-from mllm_assets.quality.report import write_report
-from mllm_assets.quality.store import QualityStore
 
 ASSETS = ("raw", "sample_quality", "splits", "dataset_info")
 MIN_RATIO_MEASURED, MIN_RATIO_PASSED, MAX_MEMORY_RATIO = 8, 50, 1.2
@@ -119,7 +120,6 @@ def run_script(root: Path, count: int) -> None:
 def run_line(root: Path, count: int) -> None:
     """Ingest, assess and split; prints CPU seconds of each, and what was decoded and written."""
     layout, spec = Layout(root), made_spec(count)
-    import imagehash  # noqa: F401  # as a process that works on many datasets has it
     import scipy.sparse.csgraph  # noqa: F401
 
     images = set(layout.images.iterdir()) if layout.images.is_dir() else set()

@@ -11,8 +11,7 @@ from PIL import Image
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
 from mllm_assets import sample_data
-from mllm_assets.training.tiny_gemma import processor_config
-from mllm_assets.training.tiny_tokenizer import build_tokenizer
+from mllm_assets.training.models.tiny import build_tokenizer, processor_config
 
 IMAGE_SIZE_PX, PATCH_SIZE_PX = 336, 14
 NUM_IMAGE_TOKENS = 36  # one for 4 x 4 patches, as in gemma-3-4b

@@ -33,9 +33,12 @@ class StepTimer(TrainerCallback):
 
 def train_with_engine(request: dict[str, Any], timer: StepTimer) -> dict[str, Any]:
     """The project's own worker task, with caches in an empty folder that it fills first."""
-    from mllm_assets.training import engine
-    from mllm_assets.training.protocol import Reporter
-    from mllm_assets.training.trainer import FineTuner
+    from mllm_assets.training.loop import engine
+    from mllm_assets.training.loop.trainer import FineTuner
+    from mllm_assets.worker.protocol import Reporter
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.worker_tasks import training
 
     initialise = FineTuner.__init__
 
@@ -46,19 +49,17 @@ def train_with_engine(request: dict[str, Any], timer: StepTimer) -> dict[str, An
     FineTuner.__init__ = with_timer
     work = Path(request["work_dir"])
     recipe = {"model_name_or_path": "model", "dataset_dir": "data", **request["recipe"]}
-    from mllm_assets.training.spec import TrainSpec
+    from mllm_assets.recipe.spec import TrainSpec
 
     known = set(TrainSpec.__dataclass_fields__)
     result = engine.train_task(
-        {
-            "recipe": TrainSpec(**{key: value for key, value in recipe.items() if key in known}).to_dict(),
-            "model_dir": request["model_dir"],
-            "data_dir": request["data_dir"],
-            "run_dir": str(work / "run"),
-            "features_root": str(work / "cache" / "features"),
-            "hidden_states_root": str(work / "cache" / "hidden_states"),
-            "accelerator": {"device": "cpu", "num_threads": 1},
-        },
+        training(
+            TrainSpec(**{key: value for key, value in recipe.items() if key in known}),
+            model_dir=Path(request["model_dir"]),
+            data_dir=Path(request["data_dir"]),
+            run_dir=work / "run",
+            cache_dir=work / "cache",
+        ),
         Reporter(),
     )
     return {"caches": result["caches"], "num_trainable_params": result["num_trainable_params"]}

@@ -52,7 +52,7 @@ def torture(case: str, num_kills: int, seed: str) -> tuple[list[str], int]:
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in a worker that nobody spawned
     rng, lines, num_different, moments = random.Random(seed), [], 0, Counter[str]()
 
-    def say(text: str) -> None:
+    def notify(text: str) -> None:
         lines.append(f"{case} {text}")
         print(lines[-1], flush=True)
 
@@ -64,11 +64,11 @@ def torture(case: str, num_kills: int, seed: str) -> tuple[list[str], int]:
             num_different += not kill.is_exact
             moments["inside a save" if "inside" in kill.moment else kill.moment.split(":")[0]] += 1
             found = "no checkpoint yet" if not kill.kept_step else "same bits" if kill.is_exact else "DIFFERENT BITS"
-            say(f"kill {number:2} {kill.moment}; newest whole checkpoint {kill.kept_step}: {found}")
+            notify(f"kill {number:2} {kill.moment}; newest whole checkpoint {kill.kept_step}: {found}")
         for what, is_same in run.finish():
             num_different += not is_same
-            say(f"end of {num_steps} steps, {what}: {'same' if is_same else 'DIFFERENT'}")
-    say("kills: " + ", ".join(f"{number} {kind}" for kind, number in sorted(moments.items())))
+            notify(f"end of {num_steps} steps, {what}: {'same' if is_same else 'DIFFERENT'}")
+    notify("kills: " + ", ".join(f"{number} {kind}" for kind, number in sorted(moments.items())))
     return lines, num_different
 
 

@@ -1,4 +1,4 @@
-"""Artefacts on disk: built beside their place, renamed into it, complete if and only if `manifest.json` exists."""
+"""Artefacts on disk: built in a sibling directory, renamed, complete if and only if `manifest.json` exists."""
 
 import hashlib
 import json
@@ -6,17 +6,20 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TextIO
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn, TextIO
 
 from filelock import FileLock, Timeout
 
 from mllm_assets import __version__
+from mllm_assets.disk import full_disk_is_an_error
 from mllm_assets.errors import DataError, IntegrityError, RecipeError
 
 MANIFEST = "manifest.json"
+DIGEST = "manifest_digest"  # its key with the digest of all others
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 3000  # what Linux takes for a name, and for a path below a deep root
 
 
 def slug(name: str) -> str:
@@ -54,7 +57,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """Likewise; the text is never in memory as a whole."""
+    """Replace a file's JSON in the same way; the complete text is never in memory."""
     with _replacing(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
@@ -62,17 +65,18 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[TextIO]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # gone already where all went well
-    fsync_path(path.parent)
+    with full_disk_is_an_error(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # it exists only after an error
+        fsync_path(path.parent)
 
 
 @contextmanager
@@ -80,16 +84,20 @@ def staging_directory(parent: Path) -> Iterator[Path]:
     """A hidden directory below `parent` for content whose name is known only at the end; see `publish`.
 
     Those of processes that were killed are deleted first: a living one holds a lock on its own.
+
+    Raises:
+        MachineError: The disk is full.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    _sweep(parent)
     staging = parent / f".{uuid.uuid4().hex[:8]}.tmp"
-    with _owner_lock(staging):
-        staging.mkdir()
-        try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with full_disk_is_an_error(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep(parent)
+        with _owner_lock(staging):
+            staging.mkdir()
+            try:
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
@@ -103,7 +111,10 @@ def _owner_lock(staging: Path) -> Iterator[None]:
 
 
 def _sweep(parent: Path) -> None:
+    """A staging directory has a lock next to it, which is made first and deleted last."""
     for staging in parent.glob(".????????.tmp"):
+        if not re.fullmatch(r"\.[0-9a-f]{8}\.tmp", staging.name) or not staging.with_suffix(".lock").is_file():
+            continue
         try:
             with _owner_lock(staging):
                 shutil.rmtree(staging, ignore_errors=True)
@@ -111,21 +122,37 @@ def _sweep(parent: Path) -> None:
             continue  # its owner lives
 
 
+def lock_path(directory: Path) -> Path:
+    """The file by which a process locks a directory."""
+    return directory.with_name(f".{directory.name}.lock")
+
+
 def publish(staging: Path, target: Path) -> None:
     """Rename a finished staging directory to `target`.
 
-    A complete `target` that already exists is kept (its content is named by digest, so it is the same); an
-    incomplete one is replaced. Of two that publish at once the first wins.
+    A sound `target` that already exists is kept (its content is named by digest, so it is the same); an incomplete or
+    damaged one is moved aside. Of two that publish at once the first wins.
     """
-    if is_complete(target):
+    if is_sound(target):
         return
-    shutil.rmtree(target, ignore_errors=True)
+    if target.is_symlink() or target.exists():
+        move_aside(target)
     try:
         staging.rename(target)
     except OSError:
         if not is_complete(target):
             raise
     fsync_path(target.parent)
+
+
+def move_aside(path: Path, folder: Path | None = None) -> Path:
+    """Rename what is damaged, or what nothing says whose it is, to a name that `mllm-assets gc` deletes in time.
+
+    It stays in its folder unless another is given.
+    """
+    aside = path.rename((folder or path.parent) / f".{path.name.strip('.')}.{uuid.uuid4().hex[:8]}.tmp")
+    os.utime(aside, follow_symlinks=False)
+    return aside
 
 
 @contextmanager
@@ -140,13 +167,10 @@ def staged_directory(target: Path) -> Iterator[Path]:
 
 
 def write_manifest(directory: Path, payload: Mapping[str, Any], *, skip: Collection[str] = ()) -> dict[str, Any]:
-    """Flush every file, then publish sizes and digests beside `payload`: the directory is complete from now on.
+    """Flush every file, then publish sizes and digests together with `payload`: the directory is complete from now on.
 
-    Args:
-        directory: What the manifest speaks for.
-        payload: What else it says.
-        skip: Names right below `directory` that it does not speak for, because they are complete or deleted on their
-            own, such as a run's checkpoints.
+    Names in `skip`, right below `directory`, are left out: they are complete or deleted on their own, such as a run's
+    checkpoints.
     """
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
@@ -155,45 +179,105 @@ def write_manifest(directory: Path, payload: Mapping[str, Any], *, skip: Collect
             continue
         fsync_path(path)
         files[name.as_posix()] = {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    manifest = {**payload, "engine_version": __version__, "files": files}
+    manifest = json.loads(json.dumps({**payload, "engine_version": __version__, "files": files}))
+    manifest[DIGEST] = digest_json(manifest)
     write_json_atomic(directory / MANIFEST, manifest)
     return manifest
+
+
+def next_number(parent: Path) -> int:
+    """One more than any artefact below `parent` has: their order, whatever the clock says. `payload` names it."""
+    return 1 + max((made_order(path.parent)[0] for path in parent.glob(f"[!.]*/{MANIFEST}")), default=0)
+
+
+def made_order(directory: Path) -> tuple[int, int]:
+    """The sort key of complete artefacts by the order in which they were made; older ones have no number."""
+    return read_manifest(directory).get("number", 0), (directory / MANIFEST).stat().st_mtime_ns
 
 
 def is_complete(directory: Path) -> bool:
     return (directory / MANIFEST).is_file()
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def is_sound(directory: Path) -> bool:
+    """Whether an artefact is complete, and each of its files is as it was written: only such a one is used again."""
+    try:
+        return is_complete(directory) and find_damage(directory) is None
+    except IntegrityError:  # the manifest itself
+        return False
+
+
+class MissingKey(IntegrityError, KeyError):
+    """A manifest lacks a key; also a `KeyError`, which templates take for an undefined value."""
+
+
+class Manifest(dict[str, Any]):
+    """The keys of a manifest; a missing key is an error that names the file."""
+
+    def __init__(self, values: Mapping[str, Any], place: str, cure: str):
+        super().__init__(values)
+        self._place, self._cure = place, cure
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise MissingKey(f"{self._place} has no {key!r}. {self._cure}")
+
+
+def parse_manifest(text: str | bytes, place: str, cure: str) -> Manifest:
+    """A manifest of the disk or of a store: an object whose `files`, where it has any, are names with digests.
+
+    Raises:
+        IntegrityError: It is something else, or a name does not stay inside the directory. Names `place`, says `cure`.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise IntegrityError(f"{place} is not JSON. {cure}") from None
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{place}: expected an object, found {type(value).__name__}. {cure}")
+    files = value.get("files", {})
+    if not isinstance(files, dict):
+        raise IntegrityError(f"{place}: expected `files` to be an object, found {type(files).__name__}. {cure}")
+    for name, entry in files.items():
+        is_folder_too = any(parent.as_posix() in files for parent in Path(require_name(name, what=place)).parents)
+        described = isinstance(entry, dict) and is_digest(entry.get("sha256")) and type(entry.get("num_bytes")) is int
+        if not described or entry["num_bytes"] < 0 or is_folder_too:
+            raise IntegrityError(f"{place}: expected size and sha256 of the file {name!r}, found none. {cure}")
+    return Manifest(value, place, cure)
+
+
+def is_digest(value: object) -> bool:
+    """Whether a value is a sha256 as it is written everywhere here."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def read_manifest(directory: Path) -> Manifest:
     """Read a complete artefact's manifest.
 
     Raises:
-        IntegrityError: There is none, so the artefact was never finished.
+        IntegrityError: It is missing, so the artefact was never finished, or it is damaged.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict):
-            raise ValueError("no object")
-        return manifest
+        text = (directory / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise IntegrityError(
             f"{directory} has no {MANIFEST}, so it was never finished. Materialise the asset that makes it again."
         ) from None
-    except ValueError:
-        raise IntegrityError(
-            f"{directory / MANIFEST} is not JSON. Delete {directory} and materialise it again."
-        ) from None
+    return parse_manifest(text, str(directory / MANIFEST), "Run: mllm-assets doctor --repair")
 
 
-def find_damage(directory: Path, *, deep: bool = True, only: Collection[str] = ()) -> str | None:
-    """Say what does not match the manifest, or None.
+def find_damage(
+    directory: Path, *, deep: bool = True, only: Collection[str] = (), digest: Callable[[Path], str] = sha256_file
+) -> str | None:
+    """Describe what does not match the manifest, or None.
 
-    Args:
-        directory: A complete artefact.
-        deep: Compare digests, otherwise sizes only.
-        only: Names right below `directory` to look at; all by default.
+    Sizes are compared, and digests if `deep`; of `only` these names right below `directory`, all by default. The
+    `digest` of `FileDigests` remembers what it read.
     """
-    for name, expected in read_manifest(directory)["files"].items():
+    manifest = read_manifest(directory)
+    said = manifest.pop(DIGEST, None)  # earlier versions wrote none
+    if said is not None and said != digest_json(manifest):
+        return f"{MANIFEST} was changed"
+    for name, expected in manifest["files"].items():
         if only and name.split("/")[0] not in only:
             continue
         path = directory / name
@@ -201,9 +285,19 @@ def find_damage(directory: Path, *, deep: bool = True, only: Collection[str] = (
             return f"{name} is missing"
         if path.stat().st_size != expected["num_bytes"]:
             return f"{name} has {path.stat().st_size} bytes, expected {expected['num_bytes']}"
-        if deep and sha256_file(path) != expected["sha256"]:
+        if deep and digest(path) != expected["sha256"]:
             return f"{name} does not match its digest"
     return None
+
+
+def require_sound(directory: Path, cure: str, *, only: Collection[str] = ()) -> None:
+    """Refuse a complete artefact that is not as it was written; see `find_damage`.
+
+    Raises:
+        IntegrityError: Names the file, and says `cure`.
+    """
+    if damage := find_damage(directory, only=only):
+        raise IntegrityError(f"{directory} is damaged: {damage}. {cure}")
 
 
 def point_symlink(link: Path, target: Path) -> None:
@@ -219,12 +313,38 @@ def point_symlink(link: Path, target: Path) -> None:
 
 
 def path_inside(root: Path, path: str | Path, *, what: str) -> Path:
-    """Resolve `path` against `root` and refuse one that leaves it, symlinks included."""
+    """Resolve a `path` of the user's against `root`, and refuse one that leaves it, symlinks included."""
     try:
         resolved = (root / path).resolve()
-        resolved.is_file()  # what the system takes for no path at all, it says here
+        resolved.is_file()  # raises if the system does not accept it as a path
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL or half a character in it, links in a circle
         raise DataError(f"{what}: {str(path)[:80]!r} cannot be a path ({error}). Correct it.") from None
     if not resolved.is_relative_to(root.resolve()):
         raise DataError(f"{what}: the path {str(path)!r} leaves {root}. Use a path inside that folder.")
     return resolved
+
+
+def require_name(name: object, *, what: str) -> str:
+    """A file's name as a manifest, a store, a hub or an archive gives it: a plain path below its owner's folder.
+
+    Raises:
+        IntegrityError: It is absolute, climbs, is written in two ways, or cannot be a path.
+    """
+    try:
+        is_plain = (
+            isinstance(name, str)
+            and name not in ("", ".")
+            and PurePosixPath(name).as_posix() == name
+            and all(part not in ("/", "..") and len(part.encode()) <= MAX_NAME_BYTES for part in Path(name).parts)
+            and len(name.encode()) <= MAX_PATH_BYTES
+            and not re.search(r"[\x00-\x1f\x7f]", name)
+        )
+    except UnicodeEncodeError:
+        is_plain = False
+    if not is_plain:
+        raise IntegrityError(
+            f"{what} names {str(name)[:80]!r}, which is not a plain path below its folder, so nothing of it was used. "
+            "Whoever can write there may want to write elsewhere: find out who did, then make it again."
+        )
+    assert isinstance(name, str)
+    return name

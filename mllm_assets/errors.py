@@ -1,10 +1,38 @@
-"""Errors for people: each class says who should act; each message says what is wrong, where, and one next step."""
+"""The user's errors: each class says who should act; each message says what is wrong, where, and one next step."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 from mllm_assets.redaction import redacted
 
+LETTERS_A_MISTAKE = 10  # one mistake in a name, two from 20 letters: what differs by more is another name
+MIN_LETTERS = 3  # any two letters are like any others
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """The known names that `name` may be a typing mistake of, the likeliest first."""
+    if len(name) < MIN_LETTERS:
+        return []
+    mistakes = max(1, len(name) // LETTERS_A_MISTAKE)
+    names = {other.lower(): other for other in sorted(known) if abs(len(other) - len(name)) <= mistakes}
+    likeness = 1 - mistakes / len(name) - 1e-9  # difflib's ratio of two names that differ in so many letters
+    return [names[found] for found in get_close_matches(name.lower(), names, n=most, cutoff=likeness)]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question for a message, with a space after it, or nothing."""
+    return "".join(f"Did you mean {near!r}? " for near in nearest(name, known))
+
+
+def all_of(problems: Iterable[str], most: int = 20) -> str:
+    """The text of an error of several problems, one a line."""
+    lines = list(dict.fromkeys(problems))
+    more = [f"and {len(lines) - most} more."] if len(lines) > most else []
+    return "\n".join([*lines[:most], *more])
+
 
 class MllmAssetsError(Exception):
-    """Something a person can mend. Shown without a traceback; never retried. Its text holds no secret."""
+    """Something that the user can fix. Shown without a traceback; never retried. Its text holds no secret."""
 
     def __str__(self) -> str:
         return redacted(super().__str__())

@@ -1,4 +1,4 @@
-"""Where things lie below one root (`MLLM_ASSETS_ROOT`, by default the working directory)."""
+"""The folders below one root (`MLLM_ASSETS_ROOT`, by default the working directory)."""
 
 import os
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Layout:
         return self.data / ".quality" / dataset / digest
 
     def history(self, dataset: str) -> Path:
-        """What DuckDB knows of a dataset, as the artefact store has it."""
+        """A dataset's rows in DuckDB, as the artefact store has them."""
         return self.data / ".history" / dataset
 
     def version(self, dataset: str, digest: str) -> Path:
@@ -76,5 +76,5 @@ class Layout:
         return self.root / "releases" / recipe
 
     def relative(self, path: Path) -> str:
-        """The path as metadata shows it: relative to the root where it lies below it."""
+        """The path as metadata shows it: relative to the root if it is below it."""
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)

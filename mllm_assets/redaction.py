@@ -1,41 +1,70 @@
-"""Secrets out of every text that leaves a process: messages, logs, metadata, model cards.
+"""Remove secrets from every text that leaves a process: messages, logs, metadata, model cards.
 
 What counts: the values of environment variables that are named like a secret, what has the form of a well-known
 token, the user of an address, and the value of a setting that is named like a secret. A secret shorter than
-`MIN_CHARS`, or cut in two by whoever printed it, is not recognised.
+`MIN_CHARS`, or split when printed, is not recognised.
 """
 
+import base64
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, TextIO
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 MIN_CHARS = 8  # a shorter value would be found inside ordinary words
 REDACTED = "[secret]"
 
+_KEYS = (
+    "api access account auth client database db encryption host license master private service shared shared_?access "
+    "sign signing ssh storage"
+).split()
+_TOKENS = "access api app auth bearer deploy hub id job private refresh security session".split()
 _NAMED_LIKE_A_SECRET = re.compile(
-    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|WEBHOOK(?:_UR[LI])?|CREDENTIALS?)$"
+    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|_PASS|_PWD|_KEY|APIKEY|WEBHOOK(?:_UR[LI])?|CREDENTIALS?|JWT"
+    r"|COOKIE|SIGNATURE|_SAS|_AUTH|DSN|CONN(?:ECTION)?_?STR(?:ING)?)(?:_\d+|_BASE64|_B64)?$"
     r"|^PGPASS(?!FILE$)"  # Postgres' own; the file's is a path
 )
+# the shapes of well-known tokens, as detect-secrets keeps them (a test compares)
 _TOKEN = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS access key id
+    r"|(?:A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA)[A-Z0-9]{16}"  # AWS access key id
     r"|\bsk-[A-Za-z0-9_-]{20,}"  # OpenAI and others
-    r"|\b(?:gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{20,}"  # GitHub, GitLab
-    r"|\bxox[abeprs]-[A-Za-z0-9-]{10,}"  # Slack
-    r"|(?<=hooks\.slack\.com/services/)[A-Za-z0-9/]+"
+    r"|(?:gh[pousr]_|github_pat_|gl[a-z]{2,5}-|GR1348941)[A-Za-z0-9_-]{20,}"  # GitHub, GitLab
+    r"|(?i:xox[a-z]-\d+-)[A-Za-z0-9-]+|xox[abeprs]-[A-Za-z0-9-]{10,}"  # Slack
+    r"|(?<=(?i:hooks\.slack\.com/services/))[A-Za-z0-9/_]+"
+    r"|\bAIza[A-Za-z0-9_-]{35}"  # Google
+    r"|[rs]k_(?:live|test)_[A-Za-z0-9]{24,}|sq0csp-[\w\\-]{43,}"  # Stripe, Square
+    r"|SG\.[\w-]{22}\.[\w-]{43}|[0-9a-z]{32}-us[0-9]{1,2}|(?:AC|SK)[a-z0-9]{32}"  # SendGrid, Mailchimp, Twilio
+    r"|npm_[A-Za-z0-9]{36}|(?<=:_authToken=)\S+|pypi-[A-Za-z0-9_-]{50,}"  # registries
+    r"|[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27}|\b\d{8,10}:[0-9A-Za-z_-]{35}"  # Discord, Telegram
+    r"|(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]+=*\.[A-Za-z0-9_-]+=*(?:\.[A-Za-z0-9_.+/=-]*)?"  # JSON web tokens
+    r"|-{0,5}(?:BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY|PuTTY-User-Key-File)"
+    r"[\s\S]*?(?:END [A-Z0-9 ]{0,30}PRIVATE KEY[A-Z ]*-{0,5}|\Z)"
+)
+# what signs an address: Azure's SAS, and what Amazon, Google and CloudFront put into a presigned one
+_SIGNED = re.compile(
+    r"(?i)(?<![a-z0-9])(?P<before>(?:sig|(?:x-(?:amz|goog)-)?(?:signature|credential|security-token)|awsaccesskeyid"
+    r"|key-pair-id)(?:=|%3D))[^&\s'\"\\]{6,}"
+)
+_AWS_SECRET = re.compile(r"(?i)(?P<before>aws.{0,80}?['\"])[0-9a-z/+]{40}(?=['\"])")
+_HEADER = re.compile(
+    r"(?i)(?P<before>\b(?:authorization\\*['\"]?\s*[:=]\s*\\*['\"]?(?:[a-z]+\s+)?|(?:set-)?cookie:\s*"
+    r"|(?P<prose>(?:bearer|basic)\s+)))(?!\[secret\])(?P<value>[^\s'\",}\\]{6,})"
 )
 # https://name:password@host; a password may hold / and @, but what begins as a port does is one: http://host:80/a@b
 _USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@:'\"]*:(?!\d{1,5}/)(?:(?!://)[^\s'\"])*@")
 _TOKEN_OF_ADDRESS = re.compile(r"(?<=://)([^\s/@:'\"]+)@")  # https://token@host
 _SETTING = re.compile(
-    r"(?i)(?P<before>\b(?P<name>\w*(?:hub_token|api_key|password|secret|access_key))(?P<sign>['\"]?\s*[=:]\s*['\"]?))"
-    r"(?!null|None|\[secret\]|\$[({])(?P<value>[^\s'\",}]+)"
+    rf"(?i)(?P<before>\b(?P<name>\w*(?:(?:{'|'.join(_KEYS)})[_-]?key|(?:{'|'.join(_TOKENS)})[_-]?token|password|passwd"
+    r"|passphrase|secret(?:[_-]?key)?|_pwd|_pass|connection[_-]?string))(?P<sign>\\*['\"]?\s*(?::=|=>|[=:])\s*)"
+    r"(?P<open>\\*['\"])?)(?!null|None|\[secret\]|\$[({])(?P<value>(?(open)(?:(?!\\*['\"])[^\n])+|[^\s'\",}]+))"
 )
-_PLAIN_WORDS = {"password", "secret"}  # prose has these too: "The secret: patience"
+_PLAIN_WORDS = {"password", "passphrase", "secret"}  # prose has these too: "The secret: patience"
 
 
 def environment_secrets() -> dict[str, str]:
@@ -48,22 +77,41 @@ def environment_secrets() -> dict[str, str]:
 
 
 def redacted(text: str) -> str:
-    """A text in which a variable's name stands for its secret value, and `[secret]` for what looks like a token."""
+    """A text with the variable's name instead of a secret value, and `[secret]` instead of what looks like a token."""
     for name, value in environment_secrets().items():
-        for form in {value, quote(value, safe="")}:
+        for form in _forms(value):
             text = text.replace(form, name)
+    text = _AWS_SECRET.sub(rf"\g<before>{REDACTED}", text)
+    text = _SIGNED.sub(rf"\g<before>{REDACTED}", _HEADER.sub(_without_header, text))
     text = _USER_OF_ADDRESS.sub("", _TOKEN.sub(REDACTED, text))
     text = _TOKEN_OF_ADDRESS.sub(lambda found: "" if _looks_random(found[1]) else found[0], text)
     return _SETTING.sub(_without_value, text)
 
 
+@lru_cache(256)
+def _forms(value: str) -> list[str]:
+    """How a value is written: as it is, in an address, in JSON, in base64, and line by line; the longest first."""
+    data = value.encode("utf-8", "surrogateescape")
+    packed = {base64.b64encode(data).decode(), base64.urlsafe_b64encode(data).decode()}
+    packed |= {text.rstrip("=") for text in packed}
+    lines = {line for line in value.splitlines() if len(line) >= 2 * MIN_CHARS}  # such as those of a private key
+    forms = {value, quote(data), quote(data, safe=""), quote_plus(data), json.dumps(value)[1:-1], repr(value)[1:-1]}
+    return sorted(forms | packed | lines, key=len, reverse=True)
+
+
+def _without_header(found: re.Match[str]) -> str:
+    return found[0] if found["prose"] and not _looks_random(found["value"]) else found["before"] + REDACTED
+
+
 def _without_value(found: re.Match[str]) -> str:
-    prose = found["name"].lower() in _PLAIN_WORDS and re.fullmatch(r"\s*:\s+|\s+=\s+", found["sign"])
+    prose = (
+        found["name"].lower() in _PLAIN_WORDS and not found["open"] and re.fullmatch(r"\s*:\s+|\s+=\s+", found["sign"])
+    )
     return found[0] if prose and not _looks_random(found["value"]) else found["before"] + REDACTED
 
 
 def _looks_random(value: str) -> bool:
-    """Whether a text is no word or name of people: long, or with digits, signs or capitals inside."""
+    """Whether a text is not a word or a name: long, or with digits, signs or capitals inside."""
     value = value.rstrip(".,;:!?)")
     return len(value) >= MIN_CHARS and bool(re.search(r"\d|[a-z][A-Z]|[!#$%&*+=?@^~]|.{20}", value))
 

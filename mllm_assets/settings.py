@@ -8,6 +8,7 @@ from mllm_assets.errors import MachineError
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 LAUNCHERS = ("local", "ray")
+PLUGINS = "MLLM_ASSETS_PLUGINS"  # modules that register model families, metrics, ...; see `plugins.load_plugins`
 
 Number = TypeVar("Number", int, float)
 
@@ -16,7 +17,7 @@ def device_from_environment() -> str:
     """Where models compute.
 
     Raises:
-        MachineError: `MLLM_ASSETS_DEVICE` is none of `DEVICES`.
+        MachineError: `MLLM_ASSETS_DEVICE` is not one of `DEVICES`.
     """
     return choice("MLLM_ASSETS_DEVICE", DEVICES)
 
@@ -34,10 +35,10 @@ def choice(name: str, known: Sequence[str]) -> str:
 
 
 def number(name: str, default: Number, *, least: Number, kind: Callable[[str], Number]) -> Number:
-    """A number, whole where `kind` is int.
+    """A number; an integer if `kind` is int.
 
     Raises:
-        MachineError: It is no such number. Names the variable.
+        MachineError: It is not such a number. Names the variable.
     """
     text = os.environ.get(name) or str(default)
     try:

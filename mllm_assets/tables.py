@@ -1,4 +1,4 @@
-"""Rows on a terminal without cutting what somebody copies: as a table where it fits, otherwise a few lines a row."""
+"""Rows on a terminal without cutting what a user may copy: as a table if it fits, otherwise a few lines per row."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -20,13 +20,9 @@ def print_table(
     numbers: Collection[str] = (),
     prose: Collection[str] = (),
 ) -> None:
-    """Print rows of text; where the output is no terminal its width does not count.
+    """Print rows with a text for each column; if the output is not a terminal its width does not count.
 
-    Args:
-        columns: Their names.
-        rows: A text for each column.
-        numbers: Columns that are aligned to the right.
-        prose: Columns whose text may go on in the next line; all others stay whole.
+    Columns in `numbers` are aligned to the right. The text of those in `prose` may be wrapped, that of no other.
     """
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
@@ -53,7 +49,7 @@ def print_table(
 
 
 def _filled(pieces: Sequence[str], width: int) -> Iterator[str]:
-    """Lines of whole pieces; one that is wider than the terminal has a line of its own, which the terminal wraps."""
+    """Lines of complete pieces; one that is wider than the terminal has a line of its own, which the terminal wraps."""
     line = ""
     for piece in pieces:
         if line and cell_len(line) + cell_len(piece) + 4 > width:

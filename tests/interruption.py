@@ -14,19 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_assets import worker
 from mllm_assets.artifacts import read_manifest
-from mllm_assets.training.checkpoints import find_resumable
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.loop.checkpoints import find_resumable
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.worker import run as worker
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import Accelerator, TrainTask, to_json
+from tests.worker_tasks import training
 
 NUM_STEPS = 40
 SAVE_STEPS = 5
 # of a checkpoint; the others hold wall times
 EXACT_FILES = ("trainable.safetensors", "optimizer.pt", "scheduler.pt")
 
-# What has a state of its own that a resume must bring back; the first is what `make_request` makes without overrides
+# What has a state of its own that a resume must bring back; the first is what `make_task` makes without overrides
 CASES: dict[str, dict[str, Any]] = {
     "lora_accumulation": {},
     "loader_workers": {"finetuning_type": "full", "gradient_accumulation_steps": 1, "dataloader_num_workers": 2},
@@ -37,7 +39,9 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_request(parity_dir: Path, run_dir: Path, *, num_processes: int = 1, **overrides: Any) -> dict[str, Any]:
+def make_task(
+    parity_dir: Path, run_dir: Path, *, num_processes: int = 1, cache_dir: Path | None = None, **overrides: Any
+) -> TrainTask:
     """Shuffled rows, dropout, accumulation and warm-up: each has state that a resume must bring back."""
     values = {
         "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "eval_dataset": "gemma3_vlm_val",
@@ -47,26 +51,22 @@ def make_request(parity_dir: Path, run_dir: Path, *, num_processes: int = 1, **o
         "max_steps": NUM_STEPS, "logging_steps": 1, "save_steps": SAVE_STEPS, "eval_strategy": "steps",
         "eval_steps": 10,
     }  # fmt: skip
-    return {
-        "task": "train",
-        "recipe": TrainSpec(**{**values, **overrides}).to_dict(),
-        "model_dir": str(parity_dir / "model"),
-        "data_dir": str(parity_dir / "data"),
-        "run_dir": str(run_dir),
-        "fingerprint": "f",
-        "accelerator": {"device": "cpu", "num_threads": 1, "num_processes": num_processes},
-    }
+    return training(
+        TrainSpec(**{**values, **overrides}), model_dir=parity_dir / "model", data_dir=parity_dir / "data",
+        run_dir=run_dir, accelerator=Accelerator(device="cpu", num_threads=1, num_processes=num_processes),
+        cache_dir=cache_dir,
+    )  # fmt: skip
 
 
-def run_until(request: dict[str, Any], folder: Path, reached: Callable[[Path], bool]) -> int:
+def run_until(task: TrainTask, folder: Path, reached: Callable[[Path], bool]) -> int:
     """Start the real worker, wait for a moment, kill -9."""
-    request_path = folder / "request.json"
-    request_path.write_text(json.dumps(request))
-    command = [sys.executable, "-m", "mllm_assets.worker", str(request_path), str(folder / "result.json")]
+    task_path = folder / "task.json"
+    task_path.write_text(json.dumps(to_json(task)))
+    command = [sys.executable, "-m", "mllm_assets.worker", str(task_path), str(folder / "result.json")]
     with (folder / "stderr.txt").open("w") as errors:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
     deadline = time.monotonic() + 240
-    while not reached(Path(request["run_dir"])):
+    while not reached(task.run_dir):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.002)
         assert process.returncode is None, (folder / "stderr.txt").read_text()
@@ -109,18 +109,18 @@ class Kill:
 
 
 # What a worker spends most of its start on; it is loaded once and forked for every kill
-PRELOAD = ["mllm_assets.worker", "mllm_assets.training.engine", "transformers.trainer", "peft", "matplotlib.pyplot",
+PRELOAD = ["mllm_assets.worker.run", "mllm_assets.training.loop.engine", "transformers.trainer", "peft",
            "transformers.models.gemma3.modeling_gemma3", "transformers.models.gemma3.processing_gemma3",
-           "transformers.models.siglip.modeling_siglip", "torch._dynamo"]  # fmt: skip
+           "transformers.models.siglip.modeling_siglip", "torch._dynamo", "matplotlib.pyplot"]  # fmt: skip
 
 
-def work(request: dict[str, Any], folder: Path) -> None:
+def work(task: TrainTask, folder: Path) -> None:
     """The body of a worker's process."""
     multiprocessing.set_start_method("fork", force=True)  # as it is in a worker that nobody forked
     errors = os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(errors, 1)
     os.dup2(errors, 2)
-    sys.exit(worker.run(request, folder / "result.json"))
+    worker.run(task, folder / "result.json")
 
 
 class KilledRun:
@@ -135,19 +135,17 @@ class KilledRun:
 
     def __init__(self, case: str, parity_dir: Path, folder: Path, *, num_steps: int) -> None:
         self._folder = folder
-        self._requests = {
-            name: {
-                **make_request(parity_dir, folder / name / "run", **{**CASES[case], "max_steps": num_steps}),
-                "features_root": str(folder / name / "features"),
-                "hidden_states_root": str(folder / name / "hidden_states"),
-            }
+        self._tasks = {
+            name: make_task(
+                parity_dir, folder / name / "run", cache_dir=folder / name, **{**CASES[case], "max_steps": num_steps}
+            )
             for name in ("whole", "killed")
         }
         self._last_step = num_steps
         self._fork = multiprocessing.get_context("forkserver")
         self._fork.set_forkserver_preload(PRELOAD)
-        self.whole_dir, self.run_dir = (Path(request["run_dir"]) for request in self._requests.values())
-        self.whole = train_task(self._requests["whole"], Reporter())
+        self.whole_dir, self.run_dir = (task.run_dir for task in self._tasks.values())
+        self.whole = train_task(self._tasks["whole"], Reporter())
 
     def kill(self, kind: str, rng: random.Random) -> Kill:
         """Run on, kill -9 and compare what is left.
@@ -181,7 +179,7 @@ class KilledRun:
         return Kill(moment=f"{kind}: {at}", kept_step=kept.step, is_exact=is_exact)
 
     def _run_until(self, reached: Callable[[Path], bool]) -> None:
-        process = self._fork.Process(target=work, args=(self._requests["killed"], self._folder))
+        process = self._fork.Process(target=work, args=(self._tasks["killed"], self._folder))
         process.start()
         deadline = time.monotonic() + 240
         while not reached(self.run_dir):
@@ -194,7 +192,7 @@ class KilledRun:
     def finish(self) -> Iterator[tuple[str, bool]]:
         """Run to the end; yield what was compared with the run that was never killed, and whether it is the same."""
         kept_step = find_resumable(self.run_dir).step
-        result = train_task(self._requests["killed"], Reporter())
+        result = train_task(self._tasks["killed"], Reporter())
         yield f"resumed from step {kept_step}", (result["resumed_from_step"] or 0) == kept_step
         yield "weights of the published model", result["weights_digest"] == self.whole["weights_digest"]
         yield "last checkpoint with its optimizer state", self._same_files(f"checkpoint-{self._last_step}")

@@ -4,19 +4,21 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal
 
-from mllm_assets.cli import _parser
-from mllm_assets.components.metadata_keys import METADATA_KEYS, PROGRESS_KEYS
-from mllm_assets.data.spec import OutputSpec, QualitySpec, SourceSpec, SplitSpec
-from mllm_assets.evaluation.gates import GateSpec
-from mllm_assets.training.keys import ALIASES, KEYS, Key
+from metadata_keys import COST_KEYS, METADATA_KEYS, PROGRESS_KEYS
 
-SPECS = {"Source": SourceSpec, "Split": SplitSpec, "Quality": QualitySpec, "Output": OutputSpec, "Gates": GateSpec}
+from mllm_assets.cli import _parser
+from mllm_assets.data.ingest.flags import PROBES
+from mllm_assets.data.ingest.kinds import KINDS
+from mllm_assets.data.ingest.spec import QualitySpec
+from mllm_assets.evaluation.gates import GATES
+from mllm_assets.evaluation.scores import METRICS, definitions
+from mllm_assets.families.family import FAMILIES
+from mllm_assets.recipe.keys import ALIASES, KEYS, Key
 
 
 def recipe_keys() -> str:
@@ -77,8 +79,8 @@ def yaml_keys() -> str:
                 (
                     f"`{key}`",
                     _json_type(found),
-                    "required" if key in required else _yaml_default(title, key, found),
-                    _one_line(found.get("description") or _described(component, title, key)),
+                    "required" if key in required else _yaml_default(found),
+                    _one_line(found["description"]),
                 )
                 for key, found in properties.items()
             )
@@ -123,9 +125,59 @@ def assets() -> str:
     for name, keys in METADATA_KEYS.items():
         title = "pretrained/*" if name == "pretrained" else f"*/{name}"
         lines += ["", f"### {title}", "", *_table(("key", ""), ((f"`{key}`", text) for key, text in keys.items()))]
+    lines += ["", "### Cost", "", "Of every asset. The released model and its card have the sums of its line.", ""]
+    lines += _table(("key", ""), ((f"`{key}`", text) for key, text in COST_KEYS.items()))
     lines += ["", "### Progress", "", "Every few seconds while a worker runs, as an observation of its asset.", ""]
     lines += _table(("key", ""), ((f"`{key}`", text) for key, text in PROGRESS_KEYS.items()))
     assert isinstance(shipped, dg.Definitions)
+    return "\n".join(lines) + "\n"
+
+
+def registered() -> str:
+    """What is registered: model families, metrics, gates, kinds of source and quality probes."""
+    told = definitions()
+    defaults = {field.name: field.default for field in dataclasses.fields(QualitySpec)}
+    better = {True: "higher", False: "lower"}
+    tables = {
+        "Model families": (
+            ("family", "`model_type`", "`template`", "for example", "vision features", "hidden states", "packing"),
+            (
+                (f.name, f"`{f.model_type}`", ", ".join(f"`{name}`" for name in f.templates), f"`{f.example}`",
+                 *("yes" if has else "no" for has in (f.vision_cut, f.caches_hidden_states, f.packed_masks)))
+                for f in FAMILIES.values()
+            ),
+        ),
+        "Metrics": (
+            ("metric", "unit", "better", "headline", ""),
+            (
+                (f"`{m.name}`", m.unit, better[m.higher_is_better], "yes" if m.headline else "no", told[m.name])
+                for m in METRICS.values()
+            ),
+        ),
+        "Gates": (("gate", "true when it passes"), ((f"`{gate.name}`", gate.claim) for gate in GATES.values())),
+        "Sources": (("kind", ""), ((f"`{kind.name}`", kind.description) for kind in KINDS.values())),
+        "Quality probes": (
+            ("flag", "key of the limit", "limit", "score, 0 to 1"),
+            (
+                (f"`{p.name}`", f"`{p.setting}`" if p.setting else "",
+                 str(defaults[p.setting] if p.setting else p.limit), f"`{p.sql}`" if p.sql else "")
+                for p in PROBES.values()
+            ),
+        ),
+    }  # fmt: skip
+    lines = [
+        "# What is built in",
+        "",
+        "Each of these is one object that is registered in one place, also from outside of the package: a module with",
+        "`register(Metric(...))` that `MLLM_ASSETS_PLUGINS` names (several separated by commas), or",
+        '`plugins = ["my_project.plugins"]` below `[tool.mllm_assets]` in the `pyproject.toml` of the folder that',
+        "commands are run in. Graph, commands, worker and decoders import it when they start. The functions are",
+        "`mllm_assets.families.family.register`, `mllm_assets.evaluation.scores.register`,",
+        "`mllm_assets.evaluation.gates.register`, `mllm_assets.data.ingest.kinds.register` and",
+        "`mllm_assets.data.ingest.flags.register`.",
+    ]
+    for title, (header, rows) in tables.items():
+        lines += ["", f"## {title}", "", *_table(header, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -150,19 +202,9 @@ def _objects(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]
             yield name.removesuffix("Model"), found["properties"], set(found.get("required", ()))
 
 
-def _yaml_default(title: str, key: str, schema: Mapping[str, Any]) -> str:
-    """The default that counts: where the YAML's is null, the domain's."""
+def _yaml_default(schema: Mapping[str, Any]) -> str:
     default = schema.get("default")
-    if default is None and title in SPECS:
-        default = {field.name: field.default for field in dataclasses.fields(SPECS[title])}.get(key)
-    return "" if default == "__DAGSTER_UNSET_DEFAULT__" else f"`{json.dumps(default, default=list)}`"
-
-
-def _described(component: type, title: str, key: str) -> str:
-    """The description in the component's own class; the schema that Dagster derives from it loses some."""
-    owner = getattr(sys.modules[component.__module__], title or component.__name__, None)
-    field = getattr(owner, "model_fields", {}).get(key)
-    return (field.description or "") if field else ""
+    return "" if default == "__DAGSTER_UNSET_DEFAULT__" else f"`{json.dumps(default)}`"
 
 
 def _json_type(schema: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`mllm-assets`: what can be done without Dagster. A module for each group of commands; torch loads only when used."""
+"""`mllm-assets`: the commands that need no Dagster run, a module per group; torch loads only when used."""
 
 import argparse
 import os
@@ -6,19 +6,43 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from mllm_assets.cli import data, models, operations, releases, results, servers, training
-from mllm_assets.cli.options import help_without_verb
+from mllm_assets import __version__
+from mllm_assets.cli import data, models, operations, results, running, training
+from mllm_assets.cli.options import Parser, help_without_verb
 from mllm_assets.errors import MllmAssetsError
-from mllm_assets.hub_kernels import refuse_hub_kernels
+from mllm_assets.plugins import load_plugins
 from mllm_assets.redaction import redacted_output
-from mllm_assets.training.launch import WorkerCrashed
+from mllm_assets.worker.launch import WorkerCrashed
+from mllm_assets.worker.run import refuse_hub_kernels
 
-GROUPS = (training, models, servers, results, releases, data, operations)
+GROUPS = (running, training, models, results, data, operations)
+EXAMPLES = {
+    "run": "emoji_sft max_steps=60 --dry-run",
+    "enable": "gemma3_lora_sft",
+    "train": "configs/emoji_sft.yaml max_steps=50",
+    "inspect": "configs/emoji_sft.yaml --row 3",
+    "generate": "--model releases/emoji_sft/v1 --image docs/images/melon.png --prompt 'What kind of emoji is this?'",
+    "chat": "emoji_sft",
+    "board": "",
+    "serve": "emoji_sft",
+    "summary": "emoji_sft max_steps=50",
+    "evaluate": "emoji_sft --max-samples 100",
+    "compare": "emoji_sft emoji_projector_sft",
+    "releases": "list emoji_sft",
+    "quality": "worst --dataset emoji",
+    "add-dataset": "my/photos --name birds",
+    "check-data": "data",
+    "init": "birds",
+    "doctor": "--repair",
+    "gc": "--keep-runs 3 --older-than 14d",
+    "slots": "free",
+    "check-graph": "",
+}
 EXIT_READER_GONE = 128 + signal.SIGPIPE  # what a shell shows for a program that the signal ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Exit code 2 says that something is for the user to mend; the message says what."""
+    """Run one subcommand. Exit code 2 means that the user must fix something; the message says what."""
     refuse_hub_kernels()
     try:
         try:
@@ -26,13 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _run(argv)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # `mllm-assets ... | head`: who read it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so when it ends
+    except BrokenPipeError:  # `mllm-assets ... | head`: the reader has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python prints the error at exit
         return EXIT_READER_GONE
 
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
+        load_plugins()
         arguments = parse(argv)
         return arguments.run(arguments) or 0
     except MllmAssetsError as error:
@@ -42,15 +67,15 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"error: {crash}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, and the same command goes on from it", file=sys.stderr)
+        print("interrupted; what was finished is kept, and the same command resumes from it", file=sys.stderr)
         return 130
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read a command line; `key=value` may stand before, between and behind the options."""
+    """Read a command line; `key=value` may come before, between and after the options."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse closes a list of positionals at the first option, and mixes the two in parsers without verbs only
+    # argparse ends a list of positionals at the first option; `parse_intermixed_args` does not support subparsers
     unknown = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -60,9 +85,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mllm-assets", description="Fine-tune vision-language models.")
+    parser = Parser(prog="mllm-assets", description="Fine-tune vision-language models.")
+    parser.add_argument("--version", action="version", version=f"mllm-assets {__version__}")
     verbs = parser.add_subparsers(metavar="VERB")
     help_without_verb(parser)
     for group in GROUPS:
         group.add_commands(verbs)
+    for verb, example in EXAMPLES.items():
+        verbs.choices[verb].epilog = f"example: mllm-assets {verb} {example}".rstrip()
     return parser

@@ -1,4 +1,4 @@
-"""What is known of datasets, and new ones: `quality`, `add-dataset`, `check-data`."""
+"""Datasets: `quality`, `add-dataset`, `check-data`."""
 
 import argparse
 from pathlib import Path
@@ -9,9 +9,9 @@ from mllm_assets.layout import Layout
 
 
 def add_commands(verbs: Verbs) -> None:
-    quality = verbs.add_parser("quality", help="what the quality database says of a dataset's samples")
+    quality = verbs.add_parser("quality", help="a dataset's samples in the quality database")
     views = ("worst", "leaks", "duplicates", "captions", "rejects", "hardest")
-    quality.add_argument("view", choices=views, help="hardest: what a recipe's model finds least likely; with --recipe")
+    quality.add_argument("view", choices=views, help="hardest: highest loss under a recipe's model; with --recipe")
     of = quality.add_mutually_exclusive_group(required=True)
     of.add_argument("--dataset")
     of.add_argument("--recipe", help="for `hardest`")
@@ -22,63 +22,98 @@ def add_commands(verbs: Verbs) -> None:
     add = verbs.add_parser("add-dataset", help="declare a folder of images, tables or tars as a dataset")
     add.add_argument("folder", type=Path, metavar="DIR")
     add.add_argument("--name", help="of the dataset; by default the folder's")
+    for role, what in (("image", "pictures"), ("question", "questions"), ("answer", "answers or captions"),
+                       ("label", "classes"), ("messages", "conversations, several with commas")):  # fmt: skip
+        add.add_argument(f"--{role}", metavar="COLUMN", help=f"the column of {what}, where several fit")
+    add.add_argument("--file", help="the file of rows, where several fit")
+    add.add_argument("--entry", help="the entry of a LLaMA-Factory directory, where it has several")
+    add.add_argument("--media-dir", type=Path, action="append", default=[], metavar="DIR",
+                     help="a folder that the images' paths are relative to; may be given several times")  # fmt: skip
+    add.add_argument("--several", choices=("rows", "first", "most"),
+                     help="of several captions or answers: all, the first, or the most frequent")  # fmt: skip
     add.set_defaults(run=_add_dataset)
 
     check_data = verbs.add_parser("check-data", help="validate a LLaMA-Factory directory (exit code 2 if it is wrong)")
     check_data.add_argument("folder", type=Path, metavar="DIR")
-    check_data.add_argument("--limit", type=at_least_one, default=20, help="problems to show of an entry")
+    check_data.add_argument("--limit", type=at_least_one, default=20, help="problems to show per entry")
     check_data.set_defaults(run=_check_data)
 
 
 def _quality(arguments: argparse.Namespace) -> int:
-    from mllm_assets.quality.queries import ask, print_rows
+    from mllm_assets.data.quality.queries import ask, print_rows
 
     name = arguments.recipe if arguments.view == "hardest" else arguments.dataset
     if name is None:
         wanted = "--recipe" if arguments.view == "hardest" else "--dataset"
-        raise RecipeError(f"quality {arguments.view} needs {wanted} NAME. Give it in place of the other one.")
+        raise RecipeError(f"quality {arguments.view} needs {wanted} NAME. Give it instead of the other one.")
     rows = ask(Layout.from_environment(), arguments.view, name, arguments.limit)
     print_rows(rows, view=arguments.view, name=name, as_json=arguments.json)
     return 0
 
 
 def _add_dataset(arguments: argparse.Namespace) -> int:
-    from mllm_assets.data.scaffold import add_dataset
+    from mllm_assets.data.curate.columns import Chosen
+    from mllm_assets.data.curate.reading import Options
+    from mllm_assets.data.curate.scaffold import add_dataset
     from mllm_assets.project.read import materialize_command
 
-    made = add_dataset(arguments.folder, Path.cwd(), Layout.from_environment().root, name=arguments.name)
+    columns = ("image", "question", "answer", "label", "messages")
+    options = Options(
+        chosen=Chosen(**{name: getattr(arguments, name) for name in columns}),
+        file=arguments.file,
+        entry=arguments.entry,
+        media_dir=tuple(path.resolve() for path in arguments.media_dir),
+        several=arguments.several,
+    )
+    root = Layout.from_environment().root
+    made = add_dataset(arguments.folder, Path.cwd(), root, name=arguments.name, options=options)
     print(f"{made.num_samples} samples; wrote {made.path}")
+    print(f"found {made.layout}" + (f"; {made.columns}" if made.columns else ""))
     if made.name != (given := arguments.name or arguments.folder.resolve().name):
-        print(f"note: {given!r} is called {made.name} here: keys hold a to z, 0 to 9 and _ only")
+        print(f"note: {given!r} is called {made.name} here: keys have only a to z, 0 to 9 and _")
     found = made.preview
-    looked_at = f" of the {found.num_checked} looked at" if found.num_checked < made.num_samples else ""
+    checked = f" of the {found.num_checked} checked" if found.num_checked < made.num_samples else ""
     for reason, count in found.reject_reasons.items():
-        print(f"  {count}{looked_at} will be rejected: {reason} (first: {found.first_rejected[reason]})")
+        print(f"  {count}{checked} will be rejected: {reason} (first: {found.first_rejected[reason]})")
     num_repeats = found.num_checked - found.num_usable - sum(found.reject_reasons.values())
     if num_repeats:
-        print(f"  {num_repeats}{looked_at} repeat another's images and texts, and stay unused")
+        print(f"  {num_repeats}{checked} repeat another's images and texts, and stay unused")
+    for line in made.files:
+        print(f"  {line}")
+    for warning in made.warnings:
+        print(f"  warning: {warning}")
+    print("the first rows as the model will see them:")
+    for row in made.shown:
+        print(f"  {row.location}")
+        for role, text in row.turns:
+            print(f"    {role}: {shown_text(text)}")
     train, val = made.entries
+    if not made.has_test:
+        print("  no test split: releases will be judged on the validation samples, which also chose")
     print("Read it (prompts, answer, split), then:")
     print("  mllm-assets check-graph")
-    print(f"  {materialize_command(f'{made.name}/dataset_info')}")
+    print(f"  {materialize_command(made.name)}")
     print(f"  mllm-assets quality rejects --dataset {made.name}")
     print("  mllm-assets check-data data")
     print(f"and put `dataset: {train}` and `eval_dataset: {val}` into a recipe in configs/.")
     return 0
 
 
+def shown_text(text: str) -> str:
+    """A text on one line of a terminal, cut where it is long."""
+    line = "".join(char if char.isprintable() else "\\n" if char == "\n" else " " for char in text)
+    return f"{line[:299]}…" if len(line) > 300 else line
+
+
 def _check_data(arguments: argparse.Namespace) -> int:
-    from mllm_assets.data.check_directory import check_directory
+    from mllm_assets.data.curate.checks import check_directory
 
     wrong = False
     for report in check_directory(arguments.folder):
         wrong |= bool(report.problems)
         found = {"problems": report.problems, "warnings": report.warnings}
-        state = (
-            ", ".join(f"{len(texts)} {kind if len(texts) > 1 else kind[:-1]}" for kind, texts in found.items() if texts)
-            or "fine"
-        )
-        print(f"{report.name}: {report.num_rows} rows, {report.num_images} images: {state}")
+        counts = [f"{len(texts)} {kind if len(texts) > 1 else kind[:-1]}" for kind, texts in found.items() if texts]
+        print(f"{report.name}: {report.num_rows} rows, {report.num_images} images: {', '.join(counts) or 'fine'}")
         for texts in found.values():
             for text in texts[: arguments.limit]:
                 print(f"  {text}")

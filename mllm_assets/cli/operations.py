@@ -6,30 +6,39 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mllm_assets.cli.options import Verbs, at_least_one
-from mllm_assets.errors import MachineError
 from mllm_assets.layout import Layout
+
+if TYPE_CHECKING:
+    from mllm_assets.operations.findings import Finding
 
 
 def add_commands(verbs: Verbs) -> None:
-    init = verbs.add_parser("init", help="make a project that runs the emoji line in an empty folder")
+    init = verbs.add_parser("init", help="make a project with the emoji example in an empty folder")
     init.add_argument("folder", type=Path, metavar="DIR")
     init.add_argument("--name", help="of the project's Python package; by default the folder's")
     init.set_defaults(run=_init)
 
     slots = verbs.add_parser("slots", help="pool slots that killed runs still hold")
     slots.add_argument("action", choices=("free",))
-    slots.add_argument("--quiet", action="store_true", help="say nothing where there is nothing to free")
+    slots.add_argument("--quiet", action="store_true", help="print nothing if no slot is held")
     slots.set_defaults(run=_free_slots)
 
     doctor = verbs.add_parser("doctor", help="what is wrong with this machine, and what to do (exit code 1 on a fail)")
+    doctor.add_argument(
+        "--repair",
+        action="store_true",
+        help="compare every artefact with its record, repair what can be made again",
+    )
     doctor.add_argument("--json", action="store_true", help="print a JSON list")
     doctor.set_defaults(run=_doctor)
 
-    gc = verbs.add_parser("gc", help="what can be deleted: old runs, and what nothing names any more")
+    gc = verbs.add_parser("gc", help="what can be deleted: old runs, and artefacts that nothing refers to")
     gc.add_argument("--keep-runs", type=at_least_one, default=3, metavar="N", help="newest runs of each recipe to keep")
     gc.add_argument("--older-than", type=_duration_s, default="14d", metavar="AGE", help="14d (default), 12h, 30m")
     gc.add_argument("--delete", action="store_true", help="delete it; by default it is only listed")
@@ -52,57 +61,61 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _free_slots(arguments: argparse.Namespace) -> int:
-    if not os.environ.get("DAGSTER_HOME"):
-        raise MachineError(
-            "DAGSTER_HOME is not set, so no run outlives its command. Set it as `make dev` does: "
-            "export DAGSTER_HOME=$PWD/.dagster_home"
-        )
-    from mllm_assets.components.instance import opened_instance
+    from mllm_assets.components.instance.home import open_instance, use_home
     from mllm_assets.components.slots import end_dead_runs
 
-    with opened_instance() as instance:
+    if text := use_home(Path.cwd()):
+        print(text, file=sys.stderr)
+    with open_instance() as instance:
         dead = end_dead_runs(instance)
     for run_id in dead:
         print(f"run {run_id}: ended, its process is gone; its slots are free")
     if not dead and not arguments.quiet:
-        print("Nothing to free: no run that was killed holds a slot.")
+        print("Nothing to free: no killed run holds a slot.")
     return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from mllm_assets.components.instance_checks import check_dagster
-    from mllm_assets.operations.alert_access import check_alerts
-    from mllm_assets.operations.findings import print_findings
-    from mllm_assets.operations.hub_access import check_hub
-    from mllm_assets.operations.machine import check_device, check_disk, check_versions, check_write_access
+    from mllm_assets.components.instance.doctor import check_dagster
+    from mllm_assets.operations import machine
+    from mllm_assets.operations.alerts import check_alerts
     from mllm_assets.operations.processes import check_database, check_orphans
-    from mllm_assets.operations.store_access import check_store
-    from mllm_assets.store_errors import SETTING
+    from mllm_assets.operations.repair import check_artefacts, repair
+    from mllm_assets.store.errors import SETTING
 
     layout = Layout.from_environment()
+    if arguments.repair:
+        return _shown(repair(layout), as_json=arguments.json)
     home = os.environ.get("DAGSTER_HOME")
     dagster, models = check_dagster(Path.cwd(), layout)
     findings = [
-        *check_versions(),
-        check_device(),
+        *machine.check_versions(),
+        machine.check_device(),
         *check_alerts(),
-        check_disk(layout.root),
-        check_write_access(layout, *([Path(home)] if home else [])),
+        machine.check_disk(layout.root),
+        machine.check_write_access(layout, *([Path(home)] if home else [])),
         *dagster,
         check_orphans(),
         check_database(layout.quality_db),
-        *check_hub(models),
-        *check_store(os.environ.get(SETTING, ""), layout.root),
+        check_artefacts(layout),
+        *machine.check_hub(models),
+        *machine.check_store(os.environ.get(SETTING, ""), layout.root),
     ]
-    if arguments.json:
-        print(json.dumps([finding.to_dict() for finding in findings], indent=2))
+    return _shown(findings, as_json=arguments.json)
+
+
+def _shown(findings: Sequence["Finding"], *, as_json: bool) -> int:
+    from mllm_assets.operations.findings import print_findings
+
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         print_findings(findings)
     return 1 if any(finding.status == "fail" for finding in findings) else 0
 
 
 def _gc(arguments: argparse.Namespace) -> int:
-    from mllm_assets.components.materialized import latest_metadata
+    from mllm_assets.components.instance.home import latest_metadata
     from mllm_assets.operations.artefacts import project_names
     from mllm_assets.operations.gc import Policy, delete, find_garbage, print_plan
     from mllm_assets.project.read import find_root_module
@@ -113,19 +126,13 @@ def _gc(arguments: argparse.Namespace) -> int:
     package = find_root_module(project)
     named += project_names(project, package)
     plan = find_garbage(layout, policy, also_named=named, in_progress=in_progress)
-    notes = [*plan.notes, *_not_looked_at(project, package)]
+    notes = list(plan.notes)
+    if not os.environ.get("DAGSTER_HOME"):
+        notes.append("DAGSTER_HOME is not set: Dagster's latest materialisations and runs were not checked")
+    if package is None:
+        notes.append(f"{project} is not a project: recipes and defs.yaml files were not checked")
     print_plan(layout, replace(plan, notes=notes), deleted=delete(plan) if arguments.delete else None)
     return 0
-
-
-def _not_looked_at(project: Path, package: str | None) -> list[str]:
-    """What may name artefacts and was not asked, on one line each."""
-    notes = []
-    if not os.environ.get("DAGSTER_HOME"):
-        notes.append("DAGSTER_HOME is not set: what Dagster's latest materialisations and runs name was not looked at")
-    if package is None:
-        notes.append(f"{project} is no project: what recipes and defs.yaml of one name was not looked at")
-    return notes
 
 
 def _duration_s(text: str) -> float:
@@ -136,8 +143,8 @@ def _duration_s(text: str) -> float:
 
 
 def _check_graph(arguments: argparse.Namespace) -> int:
-    from mllm_assets.components.component_yaml import find_mistakes
     from mllm_assets.components.reporting import load_project, unreadable_assets
+    from mllm_assets.components.yaml_checks import find_mistakes
 
     if mistakes := find_mistakes(Path.cwd()):
         print(*mistakes, sep="\n", file=sys.stderr)

@@ -1,23 +1,35 @@
 """Options that several commands take, and how their values are read."""
 
 import argparse
+import re
 import sys
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
+from mllm_assets.errors import did_you_mean
 from mllm_assets.settings import DEVICES, device_from_environment
 
-DEVICE_OF_THE_MACHINE = "MLLM_ASSETS_DEVICE, or auto"
+DEVICE_OF_ENVIRONMENT = "MLLM_ASSETS_DEVICE, or auto"
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors name the nearest of the words that it knows."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            word, known = found[1], re.findall(r"[\w-]+", found[2])
+            message = f"unknown: {word!r}. {did_you_mean(word, known)}There are: {', '.join(known)}"
+        super().error(message)
+
+
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=DEVICES, default=DEVICE_OF_THE_MACHINE, type=_device)
+    parser.add_argument("--device", choices=DEVICES, default=DEVICE_OF_ENVIRONMENT, type=_device)
 
 
 def _device(text: str) -> str:
-    """Asked when this very command is run: another one, such as `doctor`, stands a wrong setting."""
-    return device_from_environment() if text == DEVICE_OF_THE_MACHINE else text
+    """Read the variable only when the command runs, so that a wrong one does not stop others, such as `doctor`."""
+    return device_from_environment() if text == DEVICE_OF_ENVIRONMENT else text
 
 
 def at_least_one(text: str) -> int:
@@ -27,7 +39,7 @@ def at_least_one(text: str) -> int:
 
 
 def help_without_verb(parser: argparse.ArgumentParser) -> None:
-    """Let a parser that is given no verb print its help, which lists them, as an error."""
+    """Make a parser print its help, which lists the verbs, as an error if no verb is given."""
 
     def print_help(_: argparse.Namespace) -> int:
         parser.print_help(sys.stderr)

@@ -1,16 +1,19 @@
-"""What came of a recipe: `summary`, `evaluate`, `compare`."""
+"""The results of a recipe: `summary`, `evaluate`, `compare`, and its releases: `releases list`, `show`, `rollback`."""
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
 
-from mllm_assets.cli.options import Verbs, add_device_option, at_least_one
+from mllm_assets.cli.options import Verbs, add_device_option, at_least_one, help_without_verb
 from mllm_assets.layout import Layout
 
 
 def add_commands(verbs: Verbs) -> None:
-    summary = verbs.add_parser("summary", help="where a recipe's results are and what they say")
-    summary.add_argument("recipe", help="recipe name, for example emoji_sft")
+    summary = verbs.add_parser("summary", help="a recipe's results, and where they are")
+    summary.add_argument("recipe", help="recipe name, for example emoji_sft, or <recipe>/<fingerprint>")
+    summary.add_argument("overrides", nargs="*", metavar="key=value", help="what the run had otherwise than the recipe")
     summary.set_defaults(run=_summary)
 
     evaluate = verbs.add_parser("evaluate", help="metrics of a run's checkpoints over steps, and the best of them")
@@ -27,7 +30,7 @@ def add_commands(verbs: Verbs) -> None:
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=_evaluate)
 
-    compare = verbs.add_parser("compare", help="a page that shows what two evaluated runs say of the same samples")
+    compare = verbs.add_parser("compare", help="a page with the answers of two evaluated runs to the same samples")
     compare.add_argument(
         "runs",
         nargs=2,
@@ -37,16 +40,38 @@ def add_commands(verbs: Verbs) -> None:
     compare.add_argument("--output", type=Path, default=Path("comparison.html"), help="comparison.html by default")
     compare.set_defaults(run=_compare)
 
+    releases = verbs.add_parser("releases", help="the released models of a recipe: list, show, rollback")
+    actions = releases.add_subparsers(metavar="ACTION")
+    help_without_verb(releases)
+
+    listed = actions.add_parser("list", help="versions, which is current, and whether each is undamaged")
+    listed.add_argument("recipe", nargs="?", help="recipe name; all recipes by default")
+    listed.add_argument("--sizes-only", action="store_true", help="do not read the weights: compare sizes only")
+    listed.add_argument("--json", action="store_true", help="print one JSON array")
+    listed.set_defaults(run=_list)
+
+    show = actions.add_parser("show", help="what a release was made from, its gates and its metrics")
+    show.add_argument("recipe")
+    show.add_argument("version", nargs="?", help="for example v2; the current one by default")
+    show.add_argument("--json", action="store_true", help="print its manifest and metrics as one JSON object")
+    show.set_defaults(run=_show)
+
+    rollback = actions.add_parser("rollback", help="make another version the current one; nothing is deleted")
+    rollback.add_argument("recipe")
+    rollback.add_argument("version", nargs="?", help="for example v1; by default the one before the current one")
+    rollback.set_defaults(run=_roll_back)
+
 
 def _summary(arguments: argparse.Namespace) -> int:
-    from mllm_assets.summary import summarise
+    from mllm_assets.cli.summary import summarise
 
-    print(summarise(Layout.from_environment(), arguments.recipe))
+    print(summarise(Layout.from_environment(), arguments.recipe, arguments.overrides))
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from mllm_assets.evaluation.over_steps import PLOT_FILE, describe, evaluate_checkpoints, find_run, to_json
+    from mllm_assets.evaluation.checkpoint_metrics import PLOT_FILE, describe, evaluate_checkpoints, find_run
+    from mllm_assets.worker.tasks import Accelerator, EvaluationSettings
 
     layout = Layout.from_environment()
     run_dir = find_run(layout, arguments.of)
@@ -54,12 +79,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         layout,
         run_dir,
         arguments.checkpoint,
-        accelerator={"device": arguments.device, "num_threads": None},
-        max_samples=arguments.max_samples,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
+        accelerator=Accelerator(device=arguments.device),
+        settings=EvaluationSettings(
+            max_samples=arguments.max_samples,
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+        ),
     )
-    print(to_json(result) if arguments.json else describe(result))
+    print(json.dumps(result.to_dict(), indent=2) if arguments.json else describe(result))
     if len(result.steps) > 1:
         print(f"drawn in {layout.relative(run_dir / PLOT_FILE)}", file=sys.stderr)
     return 0
@@ -72,7 +99,48 @@ def _compare(arguments: argparse.Namespace) -> int:
         Layout.from_environment(),
         arguments.runs,
         arguments.output,
-        say=lambda text: print(f"note: {text}", file=sys.stderr),
+        notify=lambda text: print(f"note: {text}", file=sys.stderr),
     )
     print(f"wrote {page}")
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from mllm_assets.releases.report import list_facts, list_text, nothing_released
+
+    layout = Layout.from_environment()
+    facts = list_facts(layout, arguments.recipe, deep=not arguments.sizes_only)
+    if arguments.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        print(list_text(facts) if facts else nothing_released(layout))
+    return 2 if any(release["damage"] for release in facts) else 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from mllm_assets.releases.report import show_facts, show_text
+
+    facts = show_facts(Layout.from_environment(), arguments.recipe, arguments.version)
+    print(json.dumps(facts, indent=1) if arguments.json else show_text(facts))
+    return 2 if facts["damage"] else 0
+
+
+def _roll_back(arguments: argparse.Namespace) -> int:
+    from mllm_assets.releases.versions import roll_back
+    from mllm_assets.store.mirror import Mirror
+    from mllm_assets.store.objects import Store
+
+    layout = Layout.from_environment()
+    before, after = roll_back(layout, arguments.recipe, arguments.version)
+    if url := os.environ.get("MLLM_ASSETS_STORE"):
+        Mirror(Store(url, layout.root), layout).push_current(arguments.recipe)  # or the next run would undo it
+    if before == after:
+        print(f"{arguments.recipe}: {after.version} is already the current release.")
+        return 0
+    current = Path("releases", arguments.recipe, "current")
+    print(
+        f"{arguments.recipe}: {after.version} is the current release, {before.version} was.\n{current} and the gate "
+        f"no_regression_against_release follow it. To go back: mllm-assets releases rollback {arguments.recipe} "
+        f"{before.version}"
+    )
     return 0

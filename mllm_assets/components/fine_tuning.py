@@ -1,182 +1,218 @@
 """Every recipe in `configs/` as assets: features, checkpoint, predictions, metrics, release."""
 
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path, PurePosixPath
+
 import dagster as dg
 from pydantic import Field
 
 from mllm_assets.artifacts import slug
-from mllm_assets.components.alerting import failure_alert
-from mllm_assets.components.automation_yaml import Freshness, ReleaseWatch, Retraining
-from mllm_assets.components.component_secrets import refused_for_secret
+from mllm_assets.components.assets.recipe import build_recipe_assets, external_asset
+from mllm_assets.components.automation.failures import failure_alert
+from mllm_assets.components.automation.releases import ReleaseWatch, released_model_regression
+from mllm_assets.components.automation.retraining import retraining_job, weekly_retraining
 from mllm_assets.components.image_text_dataset import ImageTextDataset
-from mllm_assets.components.pretrained_model import Model, PretrainedModels
-from mllm_assets.components.recipe_assets import (
-    EvaluationSettings,
-    RecipeSettings,
-    build_recipe_assets,
-    hand_written_asset,
+from mllm_assets.components.jobs import LOGGERS, line_job
+from mllm_assets.components.pretrained_model import PretrainedModels
+from mllm_assets.components.reporting import failing_asset, in_line
+from mllm_assets.components.switches import SwitchesOn, off_asset, off_text
+from mllm_assets.components.wiring import (
+    KnownAssets,
+    Node,
+    Settings,
+    chains_of,
+    external_entries,
+    read_recipes,
+    resolve,
+    split_cycles,
 )
-from mllm_assets.components.recipe_files import read_recipes
-from mllm_assets.components.release_watch import released_model_regression
-from mllm_assets.components.reporting import failing_asset
-from mllm_assets.components.retraining import retraining_job, weekly_retraining
-from mllm_assets.components.wiring import Node, Surroundings, hand_written_entries, lines_of, resolve, split_circles
-from mllm_assets.errors import MllmAssetsError
-from mllm_assets.evaluation.gates import GateSpec
-from mllm_assets.evaluation.hub_push import PushSpec
+from mllm_assets.components.yaml_checks import refuse_secrets
+from mllm_assets.components.yaml_model import YamlModel
+from mllm_assets.errors import MllmAssetsError, RecipeError, did_you_mean
 from mllm_assets.layout import Layout
-from mllm_assets.training.cache_settings import DEFAULT_MAX_HIDDEN_STATES_GIB
+from mllm_assets.recipe.load import Recipe
 
 
-class Evaluation(dg.Model, dg.Resolvable):
-    """How predictions are made."""
+class Retraining(YamlModel):
+    """The schedule that retrains what changed.
 
-    max_new_tokens: int = 64
-    do_sample: bool = Field(default=False, description="Draw tokens in place of taking the likeliest.")
-    temperature: float = Field(default=1.0, description="Of the drawing.", gt=0)
-    top_p: float = Field(
-        default=1.0, description="Draw from the likeliest tokens that together have this share.", gt=0, le=1
-    )
-    seed: int = Field(default=42, description="Of the drawing.")
-    batch_size: int = 16
-    max_samples: int | None = Field(default=None, description="Validation samples to use; all by default.")
+    Attributes:
+        enabled: Whether it runs without being switched on in the UI.
+        cron_schedule: When; by default at 3 on Mondays, UTC.
+        max_runtime_h: Hours after which a run is ended and counts as failed; null for no limit.
+    """
 
-
-class Gates(dg.Model, dg.Resolvable):
-    """What a model must show before it is released: lower ends of 95 % intervals. Null keeps the default."""
-
-    min_loss_gain_nats: float | None = Field(default=None, description="How far its loss is below the base model's.")
-    min_answer_gain: float | None = Field(
-        default=None, description="How far its accuracy is above the constant answer's."
-    )
-    min_image_gain_nats: float | None = Field(default=None, description="How far the true image lowers its loss.")
-    max_regression_nats: float | None = Field(default=None, description="How far its loss may be above the release's.")
-    max_reload_difference: float | None = Field(
-        default=None, description="How far, relatively, the reloaded checkpoint's loss may be from the trained one's."
-    )
+    enabled: bool = False
+    cron_schedule: str = "0 3 * * 1"
+    max_runtime_h: float | None = Field(default=24.0, gt=0)
 
 
-class PushToHub(dg.Model, dg.Resolvable):
-    """Where the release goes on the Hugging Face Hub. HF_TOKEN of the environment is the only credential."""
+class Freshness(YamlModel):
+    """How old results may get before the UI says so; null for any age. Nothing is launched.
 
-    repo_id: str = Field(description="owner/name of a model repository; made where it is not there.")
-    private: bool = Field(default=True, description="The repository must be seen by its owner only.")
-    revision: str | None = Field(default=None, description="Branch; the default branch if null.")
-    dry_run: bool = Field(default=True, description="Only say what would be pushed.")
+    Attributes:
+        checkpoint_max_age_days: Of `<recipe>/checkpoint`.
+        metrics_max_age_days: Of `<recipe>/eval_metrics`.
+    """
 
+    checkpoint_max_age_days: float | None = Field(default=None, gt=0)
+    metrics_max_age_days: float | None = Field(default=None, gt=0)
 
-class Settings(dg.Model, dg.Resolvable):
-    """Settings of one recipe that LLaMA-Factory has no key for."""
-
-    feature_cache: bool = Field(
-        default=True, description="Keep what the frozen parts compute, the vision tower first, and train from it."
-    )
-    max_hidden_states_gib: float = Field(
-        default=DEFAULT_MAX_HIDDEN_STATES_GIB,
-        description="Most disk that one recipe's hidden states may take; above it they are computed in every step.",
-    )
-    allow_leakage: bool = Field(
-        default=False,
-        description="Only warn, train and release all the same, where an evaluation entry holds pictures that were "
-        "trained on: of another dataset, an earlier stage, or a split that was given (strategy guide, val_split). The "
-        "model card says so.",
-    )
-    regroup_micro_batches: bool = Field(
-        default=False,
-        description="Regroup batch size x accumulation into the largest micro-batch that fits. The loss is a mean of "
-        "micro-batch means, so it changes a little from LLaMA-Factory's.",
-    )
-    evaluation: Evaluation = Evaluation()
-    gates: Gates = Gates()
-    push_to_hub: PushToHub | None = Field(
-        default=None, description="Makes <recipe>/hub_model, which pushes the current release."
-    )
-
-    def to_domain(self) -> RecipeSettings:
-        return RecipeSettings(
-            feature_cache=self.feature_cache,
-            max_hidden_states_gib=self.max_hidden_states_gib,
-            allow_leakage=self.allow_leakage,
-            regroup_micro_batches=self.regroup_micro_batches,
-            evaluation=EvaluationSettings(**self.evaluation.model_dump()),
-            gates=GateSpec(**self.gates.model_dump(exclude_none=True)),
-            push_to_hub=PushSpec(**self.push_to_hub.model_dump()) if self.push_to_hub else None,
-        )
+    def policy_of(self, key: dg.AssetKey) -> dg.FreshnessPolicy | None:
+        """The policy of an asset; it warns at three quarters of the age."""
+        days = {"checkpoint": self.checkpoint_max_age_days, "eval_metrics": self.metrics_max_age_days}.get(key.path[-1])
+        if days is None:
+            return None
+        return dg.FreshnessPolicy.time_window(timedelta(days=days), warn_window=timedelta(days=days * 0.75))
 
 
 class RecipeOverride(Settings):
-    """Settings of one recipe, in place of the defaults."""
+    """Settings of one recipe, instead of the defaults.
 
-    recipe: str = Field(description="Name of the recipe: its file's stem.")
-
-
-class FineTuning(dg.Component, dg.Model, dg.Resolvable):
-    """LLaMA-Factory recipes as assets; a new file matching `recipes` becomes a new line of the graph.
-
-    Makes `<recipe>/vision_features`, `/checkpoint`, `/predictions`, `/eval_metrics` and `/released_model`.
+    Attributes:
+        recipe: Name of the recipe: its file's stem.
     """
 
-    recipes: str = Field(default="configs/*.yaml", description="Recipe files, below the project's root.")
-    defaults: Settings = Field(default=Settings(), description="Settings of every recipe.")
-    settings: list[RecipeOverride] = Field(default=[], description="Settings of single recipes.")
+    recipe: str
+
+
+class FineTuning(dg.Component, YamlModel, SwitchesOn):
+    """LLaMA-Factory recipes as assets; a new file matching `recipes` becomes a new branch of the graph.
+
+    Makes `<recipe>/vision_features`, `/checkpoint`, `/predictions`, `/eval_metrics` and `/released_model`.
+
+    Attributes:
+        recipes: Recipe files, below the project's root.
+        enabled: Recipes that are switched on with their model and data, where those are not (`enabled: false`).
+        defaults: Settings of every recipe.
+        settings: Settings of individual recipes.
+        weekly_retraining: The schedule that retrains what changed.
+        watch_releases: The sensor that checks whether released models got worse.
+        freshness: How old results may get before the UI says so.
+    """
+
+    recipes: str = "configs/*.yaml"
+    enabled: list[str] = []
+    defaults: Settings = Settings()
+    settings: list[RecipeOverride] = []
     weekly_retraining: Retraining = Retraining()
     watch_releases: ReleaseWatch = ReleaseWatch()
     freshness: Freshness = Freshness()
 
+    def switched_on(self, root: Path) -> set[str]:
+        recipes = self._enabled_recipes(read_recipes(root, self.recipes)[0]) if self.enabled else []
+        return {
+            name
+            for recipe in recipes
+            for name in (*recipe.spec.train_entries, *recipe.spec.eval_entries, recipe.spec.model_name_or_path)
+        }
+
+    def _enabled_recipes(self, recipes: Sequence[Recipe]) -> list[Recipe]:
+        """Those that are named, and those that they start from."""
+        on = [recipe for recipe in recipes if recipe.name in map(slug, self.enabled)]
+        for recipe in on:  # grows meanwhile
+            model = PurePosixPath(recipe.spec.model_name_or_path)
+            on += [base for base in recipes if base not in on and model.is_relative_to(base.spec.output_dir)]
+        return on
+
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        if refused := refused_for_secret(self, context, dg.AssetKey(["recipes"]), "train"):
+        if refused := refuse_secrets(self, context, dg.AssetKey(["recipes"])):
             return refused
         layout = Layout.from_environment()
         recipes, assets = read_recipes(context.project_root, self.recipes)
-        made = _made_entries(context)
-        by_hand = hand_written_entries(layout.dataset_info, made)
-        around = Surroundings(
-            entries={**by_hand, **made},
-            models={model.directory: model.key for model in _models(context)},
+        tree = context.component_tree
+        made = {
+            entry: dg.AssetKey([slug(dataset.name), "dataset_info"])
+            for dataset in tree.get_all_components(of_type=ImageTextDataset)
+            for entry in dataset.entry_names()
+        }
+        external = external_entries(layout.dataset_info, made)
+        known_assets = KnownAssets(
+            entries={**external, **made},
+            models={m.directory: m.key for c in tree.get_all_components(of_type=PretrainedModels) for m in c.models},
             recipes={recipe.spec.output_dir: dg.AssetKey([recipe.name, "checkpoint"]) for recipe in recipes},
         )
         settings = {slug(override.recipe): override for override in self.settings}
         nodes: list[Node] = []
         for recipe in recipes:
             try:
-                nodes.append(resolve(recipe, around))
+                nodes.append(resolve(recipe, known_assets))
             except MllmAssetsError as error:
-                assets.append(failing_asset(dg.AssetKey([recipe.name, "checkpoint"]), "train", error))
-        nodes, circular = split_circles(nodes)
+                assets.append(failing_asset(dg.AssetKey([recipe.name, "checkpoint"]), error))
+        nodes, circular = split_cycles(nodes)
         for node, error in circular:
-            assets.append(failing_asset(node.key("checkpoint"), "train", error))
+            assets.append(failing_asset(node.key("checkpoint"), error))
+        known = {key.path[0] for asset in assets for key in asset.keys} | {node.name for node in nodes}
+        assets += self._unknown_recipes(known)
+        off = self._switched_off(nodes, _declared_off(tree))
         for node in nodes:
-            built = build_recipe_assets(node, settings.get(node.name, self.defaults).to_domain())
-            tagged = (
-                asset.map_asset_specs(lambda spec, node=node: spec.merge_attributes(tags=node.tags)) for asset in built
-            )
-            assets.extend(self._with_freshness(asset) for asset in tagged)
+            built = build_recipe_assets(replace(node, settings=settings.get(node.name, self.defaults)))
+            if why := off.get(node.name):
+                built = [off_asset(asset, why) for asset in built]
+            assets += [asset.map_asset_specs(partial(self._with_tags_and_freshness, node)) for asset in built]
         used = {key for node in nodes for key in node.data}
-        by_hand_assets = [hand_written_asset(entry, key) for entry, key in by_hand.items() if key in used]
-        lines, retraining = lines_of(nodes), self.weekly_retraining
-        job = retraining_job(lines, retraining.max_runtime_h)
+        external_assets = [external_asset(entry, key) for entry, key in external.items() if key in used]
+        datasets = {slug(dataset.name) for dataset in tree.get_all_components(of_type=ImageTextDataset)}
+        jobs = [
+            line_job(node.key("released_model" if node.eval_data else "checkpoint"), _line_of(node), datasets)
+            for node in nodes
+        ]
+        chains, retraining = chains_of([node for node in nodes if node.name not in off]), self.weekly_retraining
+        job = retraining_job(chains, retraining.max_runtime_h)
         return dg.Definitions(
-            assets=[*assets, *by_hand_assets],
-            schedules=[weekly_retraining(lines, job, retraining.cron_schedule, retraining.enabled)],
+            assets=[*assets, *external_assets],
+            jobs=jobs,
+            loggers=LOGGERS,
+            schedules=[weekly_retraining(chains, job, retraining.cron_schedule, retraining.enabled)],
             sensors=[
-                released_model_regression(lines, job.name, layout, self.watch_releases.to_domain()),
+                released_model_regression(chains, job.name, layout, self.watch_releases),
                 failure_alert([node.name for node in nodes]),
             ],
         )
 
-    def _with_freshness(self, asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
-        policy = self.freshness.policy_of(asset.key)
-        return asset.map_asset_specs(lambda spec: spec.replace_attributes(freshness_policy=policy)) if policy else asset
+    def _unknown_recipes(self, known: Collection[str]) -> list[dg.AssetsDefinition]:
+        """An asset that fails for each name in `enabled` that no recipe has."""
+        return [
+            failing_asset(
+                dg.AssetKey([slug(name), "checkpoint"]),
+                RecipeError(f"enabled names {name!r}, which no recipe is called. {did_you_mean(slug(name), known)}"),
+            )
+            for name in self.enabled
+            if slug(name) not in known
+        ]
+
+    def _switched_off(self, nodes: Sequence[Node], off: Collection[dg.AssetKey]) -> dict[str, str]:
+        """Each recipe that needs what is off, and is not switched on itself, with the sentence that says so."""
+        on = {recipe.name for recipe in self._enabled_recipes([node.recipe for node in nodes])}
+        found: dict[str, str] = {}
+        for _ in nodes:  # a recipe may start from one that comes later
+            for node in nodes:
+                needs = [key for key in (*node.data, node.model) if key in off or key.path[0] in found]
+                if needs and node.name not in on:
+                    names = " and ".join(sorted(_owner_name(key) for key in needs))
+                    found[node.name] = off_text(node.name, f"needs {names}, which this project does not use yet")
+        return found
+
+    def _with_tags_and_freshness(self, node: Node, spec: dg.AssetSpec) -> dg.AssetSpec:
+        tagged = in_line(spec.merge_attributes(tags=node.tags), node.name)
+        return tagged.replace_attributes(freshness_policy=self.freshness.policy_of(spec.key))
 
 
-def _made_entries(context: dg.ComponentLoadContext) -> dict[str, dg.AssetKey]:
-    """Every entry that a dataset component writes -> the asset that writes it."""
-    datasets = context.component_tree.get_all_components(of_type=ImageTextDataset)
-    return {
-        entry: dg.AssetKey([slug(dataset.name), "dataset_info"])
-        for dataset in datasets
-        for entry in dataset.entry_names()
-    }
+def _declared_off(tree: dg.ComponentTree) -> set[dg.AssetKey]:
+    """Entries of datasets and models with `enabled: false`."""
+    models = [m for c in tree.get_all_components(of_type=PretrainedModels) for m in c.models if not m.enabled]
+    datasets = [d for d in tree.get_all_components(of_type=ImageTextDataset) if not d.enabled]
+    keys = {dg.AssetKey([slug(dataset.name), "dataset_info"]) for dataset in datasets}
+    return keys | {model.key for model in models}
 
 
-def _models(context: dg.ComponentLoadContext) -> list[Model]:
-    return [m for c in context.component_tree.get_all_components(of_type=PretrainedModels) for m in c.models]
+def _owner_name(key: dg.AssetKey) -> str:
+    return key.path[1] if key.path[0] == "pretrained" else key.path[0]
+
+
+def _line_of(node: Node) -> str:
+    last = "a released model" if node.eval_data else "a checkpoint"
+    return f"{node.recipe.path.name}: everything from its data and model to {last}."

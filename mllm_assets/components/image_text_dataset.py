@@ -1,97 +1,151 @@
-"""One dataset, from its source to its entries in `dataset_info.json`, as five assets declared by a `defs.yaml`."""
+"""One dataset, from its source to its entries in `dataset_info.json`, as assets declared by a `defs.yaml`."""
 
-from typing import Literal
+from typing import Any
 
 import dagster as dg
-from pydantic import Field
 
 from mllm_assets.artifacts import slug
-from mllm_assets.components.automation_yaml import Watch
-from mllm_assets.components.component_secrets import refused_for_secret
-from mllm_assets.components.data_automation import automation_sensor, made_when_inputs_changed
-from mllm_assets.components.dataset_info_asset import dataset_info_asset
-from mllm_assets.components.dataset_yaml import Entries, Output, Quality, Source, Split
-from mllm_assets.components.raw_asset import raw_asset
-from mllm_assets.components.reporting import MAX_TAG_LENGTH, failing_asset
-from mllm_assets.components.sample_quality_asset import sample_quality_asset
-from mllm_assets.components.source_watch import source_sensors
-from mllm_assets.components.splits_asset import splits_asset
-from mllm_assets.data.spec import DatasetSpec, OutputSpec, QualitySpec, SourceSpec, SplitSpec
-from mllm_assets.errors import MllmAssetsError
+from mllm_assets.components.assets.dataset import dataset_info_asset, raw_asset, sample_quality_asset, splits_asset
+from mllm_assets.components.automation.sources import Watch, automation_sensor, source_sensors, with_automation
+from mllm_assets.components.jobs import LOGGERS, line_job
+from mllm_assets.components.reporting import MAX_TAG_LENGTH, failing_asset, in_line
+from mllm_assets.components.switches import off_asset, off_text, switched_on
+from mllm_assets.components.yaml_checks import refuse_secrets
+from mllm_assets.components.yaml_model import YamlModel, yaml_of
+from mllm_assets.data.ingest.kinds import KINDS
+from mllm_assets.data.ingest.spec import Augmentation, DatasetSpec, OutputSpec, QualitySpec, SourceSpec
+from mllm_assets.data.ingest.split_spec import SIDES, SplitSpec
+from mllm_assets.errors import MllmAssetsError, RecipeError, all_of
 from mllm_assets.layout import Layout
 
 
-class ImageTextDataset(dg.Component, dg.Model, dg.Resolvable):
-    """An image-text dataset as a ShareGPT directory that LLaMA-Factory reads.
+class Source(yaml_of(SourceSpec, kind=KINDS)):
+    """Where the samples come from."""
 
-    Makes `<name>/raw`, `/sample_quality`, `/train`, `/val` and `/dataset_info`.
+
+class Split(yaml_of(SplitSpec)):
+    """How many samples go where. Groups of near-duplicates stay together."""
+
+
+class Output(yaml_of(OutputSpec)):
+    """How the splits are written."""
+
+
+class Quality(yaml_of(QualitySpec)):
+    """Thresholds that reject or flag a sample, or make it a near-duplicate. Null keeps the default."""
+
+
+class Entries(YamlModel):
+    """Names in `dataset_info.json`.
+
+    Attributes:
+        train: Of the training split; by default `<dataset>_train`.
+        val: Of the validation split; by default `<dataset>_val`.
+        test: Of the test split; by default `<dataset>_test`.
     """
 
-    name: str = Field(description="Name of the dataset; its slug is the first part of the asset keys.")
-    description: str = Field(default="", description="What the dataset is.")
-    license: str = Field(default="", description="Its licence, for the model card; for example apache-2.0.")
+    train: str = ""
+    val: str = ""
+    test: str = ""
+
+
+class ImageTextDataset(dg.Component, YamlModel):
+    """An image-text dataset as a ShareGPT directory that LLaMA-Factory reads.
+
+    Makes `<name>/raw`, `/sample_quality`, `/train`, `/val`, `/test` and `/dataset_info`.
+
+    Attributes:
+        name: Name of the dataset; its slug is the first part of the asset keys.
+        description: What the dataset is.
+        license: Its licence, for the model card; for example apache-2.0.
+        source: Where the samples come from.
+        prompts: Questions, used in turn by the sample's index within its split. Not for a source of conversations.
+        answer: Template of the answer, with {caption} and {label}.
+        system: System message of every sample that has none of its own.
+        split: How many samples go where.
+        augment: Adds to each training sample a changed copy per entry: mirrored (flip), cut to 80 to 100 % of each edge
+            (crop), or with other brightness, contrast and saturation (color). May repeat. Rows whose words name what it
+            changes get none: sides, places, writing, boxes, numbers of things, colours.
+        augment_all_rows: Entries of augment that make copies of such rows too.
+        quality: Thresholds that reject or flag a sample, or make it a near-duplicate.
+        output: How the splits are written.
+        entries: Names in `dataset_info.json`.
+        watch: The sensor that makes the dataset again when its source has something new.
+        automatic: Whether quality, splits and entries are made again automatically when their inputs changed. The
+            source itself is only read again by hand, by `watch`, or by a run that names it.
+        enabled: Whether it may be made; false until it, or a recipe that needs it, is switched on.
+    """
+
+    name: str
+    description: str = ""
+    license: str = ""
     source: Source
-    prompts: list[str] = Field(
-        default=[],
-        description="Questions, used in turn by the sample's index within its split. Not where the source holds "
-        "conversations.",
-    )
-    answer: str = Field(default="{caption}", description="Template of the answer, with {caption} and {label}.")
-    system: str | None = Field(default=None, description="System message of every sample that has none of its own.")
+    prompts: list[str] = []
+    answer: str = "{caption}"
+    system: str | None = None
     split: Split = Split()
-    augment: list[Literal["flip", "crop", "color"]] = Field(
-        default=[],
-        description="Adds to each training sample a changed copy per entry: mirrored (not where texts say left or "
-        "right), cut to 80 to 100 % of each edge, or with other brightness, contrast and saturation. May repeat.",
-    )
+    augment: list[Augmentation] = []
+    augment_all_rows: list[Augmentation] = []
     quality: Quality = Quality()
     output: Output = Output()
     entries: Entries = Entries()
     watch: Watch = Watch()
-    automatic: bool = Field(
-        default=False,
-        description="Whether quality, splits and entries are made again by themselves when what is above them changed. "
-        "The source itself is only read again by hand, by `watch`, or by a run that names it.",
-    )
+    automatic: bool = False
+    enabled: bool = True
 
     def spec(self) -> DatasetSpec:
         """Return the domain's description of this dataset.
 
         Raises:
-            RecipeError: A value cannot stand. Says which.
+            RecipeError: A value is not valid. Says which, of each part.
         """
+        parts: dict[str, Any] = {}
+        problems: list[str] = []
+        for name in ("source", "split", "quality", "output"):
+            try:
+                parts[name] = getattr(self, name).to_spec()
+            except RecipeError as error:
+                problems.append(str(error))
+        if problems:
+            raise RecipeError(all_of(problems))
         return DatasetSpec(
             name=slug(self.name),
-            source=SourceSpec(**self.source.model_dump()),
             prompts=tuple(self.prompts),
             answer=self.answer,
             system=self.system,
             train_entry=self.entries.train,
             val_entry=self.entries.val,
-            split=SplitSpec(**self.split.model_dump()),
-            quality=QualitySpec(**self.quality.model_dump(exclude_none=True)),
-            output=OutputSpec(**self.output.model_dump()),
+            test_entry=self.entries.test,
             augment=tuple(self.augment),
+            augment_all_rows=tuple(self.augment_all_rows),
+            **parts,
         )
 
-    def entry_names(self) -> tuple[str, str]:
-        """The names of the training and the validation entry, also of a dataset that cannot be read."""
-        return self.entries.train or f"{slug(self.name)}_train", self.entries.val or f"{slug(self.name)}_val"
+    def entry_names(self) -> list[str]:
+        """The names of the splits' entries, even of a dataset that cannot be built."""
+        return [getattr(self.entries, side) or f"{slug(self.name)}_{side}" for side in SIDES]
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        in_its_place = dg.AssetKey([slug(self.name), "dataset_info"])
-        if refused := refused_for_secret(self, context, in_its_place, "curate"):
+        fallback_key = dg.AssetKey([slug(self.name), "dataset_info"])
+        if refused := refuse_secrets(self, context, fallback_key):
             return refused
         try:
             spec = self.spec()
         except MllmAssetsError as error:
-            return dg.Definitions(assets=[failing_asset(in_its_place, "curate", error)])
+            return dg.Definitions(assets=[failing_asset(fallback_key, error)])
         raw = raw_asset(spec, self.description, self.license)
         derived = [sample_quality_asset(spec), splits_asset(spec), dataset_info_asset(spec)]
-        sensors = source_sensors(spec, self.watch.to_domain(), Layout.from_environment())
+        sensors = source_sensors(spec, self.watch, Layout.from_environment())
         if self.automatic:
-            derived = [made_when_inputs_changed(asset) for asset in derived]
+            derived = [with_automation(asset) for asset in derived]
             sensors.append(automation_sensor(spec.name, derived))
         tags = {"dataset": spec.name[:MAX_TAG_LENGTH]}
-        assets = [a.map_asset_specs(lambda asset: asset.merge_attributes(tags=tags)) for a in (raw, *derived)]
-        return dg.Definitions(assets=assets, sensors=sensors)
+        assets = [
+            a.map_asset_specs(lambda spec: in_line(spec.merge_attributes(tags=tags), tags["dataset"]))
+            for a in (raw, *derived)
+        ]
+        if not self.enabled and not switched_on(context) & set(self.entry_names()):
+            source = f"fetches {spec.source.repo} of the Hub" if spec.source.is_of_hub else "is not enabled"
+            assets = [off_asset(asset, off_text(spec.name, source)) for asset in assets]
+        job = line_job(fallback_key, f"{spec.name}: from its source to its entries in dataset_info.json.", set())
+        return dg.Definitions(assets=assets, sensors=sensors, jobs=[job], loggers=LOGGERS)

@@ -1,4 +1,4 @@
-"""Pretrained models as assets: `pretrained/<model>`, one per model of the `defs.yaml`."""
+"""Pretrained models as assets: `pretrained/<model>` for each model of the `defs.yaml`."""
 
 import time
 from collections.abc import Callable
@@ -6,25 +6,36 @@ from pathlib import Path
 from typing import Literal
 
 import dagster as dg
-from pydantic import Field
 
 from mllm_assets.artifacts import slug
-from mllm_assets.components.component_secrets import refused_for_secret
+from mllm_assets.components.assets.step import step
 from mllm_assets.components.progress import OBSERVE_EVERY_S
-from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
-from mllm_assets.training.pretrained import PretrainedResult, describe_model, fetch_snapshot
+from mllm_assets.components.resources import AcceleratorResource, ProjectResource
+from mllm_assets.components.switches import off_asset, off_text, switched_on
+from mllm_assets.components.yaml_checks import refuse_secrets
+from mllm_assets.components.yaml_model import YamlModel
+from mllm_assets.training.runs.models import PretrainedResult, describe_model, fetch_snapshot
+from mllm_assets.worker.tasks import BuildTask
 
 
-class Model(dg.Model, dg.Resolvable):
-    """One model directory below `pretrains/`."""
+class Model(YamlModel):
+    """One model directory below `pretrains/`.
 
-    name: str = Field(description="Folder below pretrains/, for example gemma3-4b-it.")
-    kind: Literal["huggingface", "local", "tiny_gemma3"] = Field(
-        description="A Hub snapshot, a directory that you put there yourself, or the tiny Gemma 3 built in code."
-    )
-    repo: str = Field(default="", description="Hub id, for example google/gemma-3-4b-it.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit; resolved to a commit and recorded.")
-    license: str = Field(default="", description="Its licence, for the model card; for example gemma.")
+    Attributes:
+        name: Folder below pretrains/, for example gemma3-4b-it.
+        kind: A Hub snapshot, a directory that you provide, or the tiny Gemma 3 built in code.
+        repo: Hub id, for example google/gemma-3-4b-it.
+        revision: Branch, tag or commit; resolved to a commit and recorded.
+        license: Its licence, for the model card; for example gemma.
+        enabled: Whether it may be fetched; false until a recipe that needs it is switched on.
+    """
+
+    name: str
+    kind: Literal["huggingface", "local", "tiny_gemma3"]
+    repo: str = ""
+    revision: str | None = None
+    license: str = ""
+    enabled: bool = True
 
     @property
     def key(self) -> dg.AssetKey:
@@ -36,15 +47,30 @@ class Model(dg.Model, dg.Resolvable):
         return f"pretrains/{self.name}"
 
 
-class PretrainedModels(dg.Component, dg.Model, dg.Resolvable):
-    """Models to start from. Each becomes `pretrained/<name>` with a fingerprint of its content as data version."""
+class PretrainedModels(dg.Component, YamlModel):
+    """Models to start from. Each becomes `pretrained/<name>` with a fingerprint of its content as data version.
+
+    Attributes:
+        models: Directories below `pretrains/`.
+    """
 
     models: list[Model]
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        if refused := refused_for_secret(self, context, dg.AssetKey(["pretrained"]), "ingest"):
+        if refused := refuse_secrets(self, context, dg.AssetKey(["pretrained"])):
             return refused
-        return dg.Definitions(assets=[_pretrained_asset(model) for model in self.models])
+        on = switched_on(context)
+        return dg.Definitions(
+            assets=[
+                _pretrained_asset(model) if model.enabled or model.directory in on else _off(model)
+                for model in self.models
+            ]
+        )
+
+
+def _off(model: Model) -> dg.AssetsDefinition:
+    source = f"needs {model.repo} of the Hub" if model.repo else "is not enabled"
+    return off_asset(_pretrained_asset(model), off_text(slug(model.name), source))
 
 
 def _pretrained_asset(model: Model) -> dg.AssetsDefinition:
@@ -52,28 +78,26 @@ def _pretrained_asset(model: Model) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=model.key,
-        group_name="ingest",
+        group_name="pretrained",
+        tags={"stage": "ingest"},
         kinds={"pytorch"},
         code_version=f"{model.kind}:{model.repo}:{model.revision}",
         description=f"{model.directory}: {source[model.kind]}.",
     )
+    @step
     def pretrained(
         context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
     ) -> dg.MaterializeResult:
-        with failures_for_people():
-            result = _obtain(model, project.layout.root / model.directory, context, gpu)
-        return project.recorded(
-            context,
-            dg.MaterializeResult(
-                data_version=dg.DataVersion(result.fingerprint),
-                metadata={
-                    "size_mib": round(result.num_bytes / 2**20, 1),
-                    "revision": result.revision or "",
-                    "hub_id": model.repo,
-                    "license": model.license,
-                    "model_path": project.layout.relative(result.directory),
-                },
-            ),
+        result = _obtain(model, project.layout.root / model.directory, context, gpu)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(result.fingerprint),
+            metadata={
+                "size_mib": round(result.num_bytes / 2**20, 1),
+                "revision": result.revision or "",
+                "hub_id": model.repo,
+                "license": model.license,
+                "model_path": project.layout.relative(result.directory),
+            },
         )
 
     return pretrained
@@ -83,20 +107,20 @@ def _obtain(
     model: Model, directory: Path, context: dg.AssetExecutionContext, gpu: AcceleratorResource
 ) -> PretrainedResult:
     if model.kind == "huggingface":
-        return fetch_snapshot(model.repo, model.revision, directory, say=_seldom(context.log.info))
+        return fetch_snapshot(model.repo, model.revision, directory, notify=_throttled(context.log.info))
     if model.kind == "tiny_gemma3":
-        gpu.run(context, {"task": "build_pretrained", "directory": str(directory)})
+        gpu.run(context, BuildTask(directory=directory))
     return describe_model(directory)
 
 
-def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Pass on what is said at most every few seconds: each line is a row of Dagster's event log."""
+def _throttled(notify: Callable[[str], None]) -> Callable[[str], None]:
+    """Pass on at most one message every few seconds: each is a row of Dagster's event log."""
     last_s = time.monotonic()
 
-    def said(text: str) -> None:
+    def notify_throttled(text: str) -> None:
         nonlocal last_s
         if time.monotonic() - last_s >= OBSERVE_EVERY_S:
             last_s = time.monotonic()
-            say(text)
+            notify(text)
 
-    return said
+    return notify_throttled

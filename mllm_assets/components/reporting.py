@@ -2,25 +2,30 @@
 
 import base64
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.errors import DagsterAssetCheckFailedError
+from dagster._core.events import RunFailureReason
 
-from mllm_assets.data.checks import CheckOutcome
+from mllm_assets.data.curate.checks import CheckOutcome
 from mllm_assets.errors import MllmAssetsError
+from mllm_assets.evaluation.gates import GATES, GateResult
 from mllm_assets.project.read import root_module
 
 UNREADABLE = "mllm_assets/unreadable"
-TOLD = ("num_", "final_", "eval_", "loss", "accuracy", "already", "version", "model_path", "report_path", "path")
-# How the lines begin that say of every asset what came of it, for terminals that show no events
-MADE, CHECK_FAILED = "made ", "check failed: "
+OFF = "mllm_assets/off"
+HEADLINE_KEYS = tuple("num_ final_ eval_ loss accuracy already version model_path report_path path".split())
+# The log lines that say what became of each asset, for terminals that show no events, begin with these
+MADE_PREFIX, CHECK_FAILED = "made ", "check failed: "
 MAX_TAG_LENGTH = 63  # Dagster's, of a tag's value
+RELOADS = "checkpoint_reloads_strictly"
 
 
 def counts_table(counts: Mapping[str, int], name: str) -> dg.TableMetadataValue:
-    """Counts as a table of two columns, the largest first."""
+    """Counts as a table of two columns, largest first."""
     rows = [{name: key, "num_samples": count} for key, count in sorted(counts.items(), key=lambda item: -item[1])]
     return table(rows, {name: "string", "num_samples": "int"})
 
@@ -49,19 +54,30 @@ def check_results(
     ]
 
 
-def failing_asset(key: dg.AssetKey, group: str, error: MllmAssetsError) -> dg.AssetsDefinition:
-    """An asset in place of one whose YAML cannot be read: it is there, and fails with the message."""
+def in_line(spec: dg.AssetSpec, owner: str) -> dg.AssetSpec:
+    """Group an asset by its dataset or recipe; the stage, which its definition has as its group, becomes a tag."""
+    return spec.merge_attributes(tags={"stage": spec.group_name or ""}).replace_attributes(group_name=owner)
+
+
+def failing_asset(key: dg.AssetKey, error: MllmAssetsError) -> dg.AssetsDefinition:
+    """An asset instead of one that cannot be built: it is in the graph, and fails with the message."""
     message = str(error)
 
-    @dg.asset(key=key, group_name=group, description=f"Cannot be built: {message}", tags={UNREADABLE: ""})
+    @dg.asset(
+        key=key,
+        group_name=key.path[0],
+        kinds={"broken"},
+        description=f"Cannot be built: {message}",
+        tags={UNREADABLE: ""},
+    )
     def unreadable() -> dg.MaterializeResult:
         raise dg.Failure(description=message, allow_retries=False)
 
     return unreadable
 
 
-def shown(value: float) -> float:
-    """A number as people read it; the artefact keeps all its digits."""
+def rounded(value: float) -> float:
+    """A number with five significant digits, for display; the artefact keeps all."""
     return float(f"{value:.5g}")
 
 
@@ -74,8 +90,8 @@ def load_project(folder: Path) -> dg.Definitions:
     """The definitions of the project in a folder.
 
     Raises:
-        RecipeError: There is no project.
-        MachineError: A setting of the deployment is mistyped.
+        RecipeError: The folder has no project.
+        MachineError: A setting of the deployment is not valid.
     """
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))  # a project need not be installed; dg and dagster do the same
@@ -87,23 +103,89 @@ def load_project(folder: Path) -> dg.Definitions:
         raise
 
 
+def innermost(error: BaseException) -> BaseException:
+    """What an error was raised from in the end: Dagster wraps those of a project's files."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def unreadable_assets(definitions: dg.Definitions) -> dict[str, str]:
-    """Key and message of each asset that stands in place of one that cannot be built."""
+    """Key and message of each asset that cannot be built."""
     specs = definitions.resolve_all_asset_specs()
     return {spec.key.to_user_string(): spec.description or "" for spec in specs if UNREADABLE in spec.tags}
 
 
+def failure_text(event: dg.DagsterEvent) -> str:
+    """The message of a failed step: that of our `dg.Failure`, otherwise of the innermost error."""
+    data = event.step_failure_data
+    if data.user_failure_data and data.user_failure_data.description:
+        return data.user_failure_data.description
+    error = data.error
+    while error and error.cause:
+        error = error.cause
+    return error.message.strip() if error else event.message or "no message"
+
+
+def failed_by_checks(event: dg.DagsterEvent) -> bool:
+    """Whether a step failed by its blocking checks, each of which has an event of its own with what it found."""
+    error = event.step_failure_data.error
+    return error is not None and error.cls_name == DagsterAssetCheckFailedError.__name__
+
+
+def is_interruption(event: dg.DagsterEvent) -> bool:
+    """Whether a run ended by Ctrl-C or SIGTERM, in a step or between two, which Dagster records as a failure."""
+    return (
+        event.event_type == dg.DagsterEventType.RUN_FAILURE
+        and event.job_failure_data.failure_reason is RunFailureReason.UNEXPECTED_TERMINATION
+    )
+
+
+def shown_step(event: dg.DagsterEvent) -> str:
+    """A step's name as its asset's: `emoji_sft/checkpoint`."""
+    return (event.step_key or "").replace("__", "/", 1)
+
+
 def facts_text(metadata: Mapping[str, Any]) -> str:
-    """The pieces of an asset's metadata that a terminal shows, on one line."""
-    plain = {name: getattr(value, "value", value) for name, value in metadata.items() if name.startswith(TOLD)}
+    """The part of an asset's metadata that a terminal shows, on one line."""
+    facts = {name: getattr(value, "value", value) for name, value in metadata.items() if name.startswith(HEADLINE_KEYS)}
     return ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in plain.items()
+        for name, value in facts.items()
         if isinstance(value, int | float | str)
     )
 
 
 def link(address: str) -> dg.MetadataValue:
-    """A page to open, or the path of something on this machine."""
+    """A link to a page, or a path on this machine."""
     is_page = address.startswith(("http://", "https://"))
     return dg.MetadataValue.url(address) if is_page else dg.MetadataValue.path(address)
+
+
+def metric_gates() -> list[str]:
+    """What `eval_metrics` can judge."""
+    return [name for name in GATES if name != RELOADS]
+
+
+def gate_specs(key: dg.AssetKey, names: Iterable[str]) -> list[dg.AssetCheckSpec]:
+    return [dg.AssetCheckSpec(name, asset=key, blocking=True, description=GATES[name].claim) for name in names]
+
+
+def gate_checks(results: Sequence[GateResult], names: Iterable[str]) -> list[dg.AssetCheckResult]:
+    """Results as Dagster's; a gate without a result, because nothing is released yet, passes."""
+    judged = {result.name: result for result in results}
+    return [_check(name, judged.get(name)) for name in names]
+
+
+def _check(name: str, result: GateResult | None) -> dg.AssetCheckResult:
+    if result is None:
+        text = "This recipe has no release yet."
+        return dg.AssetCheckResult(check_name=name, passed=True, description=text)
+    figures = {"observed": result.observed, "threshold": result.threshold}
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=result.passed,
+        severity=dg.AssetCheckSeverity.ERROR if result.required else dg.AssetCheckSeverity.WARN,
+        description=result.description,
+        metadata={figure: value for figure, value in figures.items() if value is not None},
+    )

@@ -1,37 +1,52 @@
-"""Runs whose process was killed: end them, so that the pool slots they hold are free again."""
+"""Ends runs whose process was killed, so that the pool slots that they hold are free again."""
 
 import json
 import os
 import socket
-import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict
 
 import dagster as dg
+from dagster._core.events import EngineEventData
 from dagster._core.storage.tags import GRPC_INFO_TAG
 
-HOST_TAG = "mllm_assets/host"  # of a run that has used the accelerator: the machine it runs on
-CLOCK_SLACK_S = 2.0  # a process names itself in an event some time after it began, never before
-HOLDING = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+from mllm_assets.process_id import ProcessId, pid_is_free
+
+PROCESSES = "processes"  # of an engine event's metadata: their ids
+HOST_TAG = ".dagster/mllm_assets_host"  # of a run that has used the accelerator: its machine; the UI hides the tag
+RUN_TAG = "run"  # of what `mllm-assets run` started, or a launchpad with other values: `emoji_sft max_steps=60`
+IN_PROGRESS = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
-def name_host(instance: dg.DagsterInstance, run_id: str) -> None:
-    """Tag a run with the machine it runs on: on another one that shares the instance its pids mean nothing."""
+def tag_host(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Tag a run with its machine: on another one that shares the instance its pids mean nothing."""
     instance.add_run_tags(run_id, {HOST_TAG: socket.gethostname()})
 
 
+def record_processes(instance: dg.DagsterInstance, run: dg.DagsterRun) -> None:
+    """Write the ids of this process, and of its parent if that belongs to the run too, into the run's events.
+
+    Dagster's own events have only pids and wall-clock times, which another process may have later.
+    """
+    named = {pid for pid, _ in _processes(instance, run.run_id)}
+    known = [ProcessId.of(pid) for pid in (os.getpid(), os.getppid()) if pid == os.getpid() or pid in named]
+    metadata = {PROCESSES: dg.MetadataValue.json([asdict(process) for process in known if process])}
+    instance.report_engine_event("Recorded who the run's processes are.", run, EngineEventData(metadata))
+
+
 def find_dead_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
-    """Runs of this machine that count as running, and whose processes are all gone."""
-    running = [run for run in instance.get_runs(dg.RunsFilter(statuses=HOLDING)) if _runs_here(instance, run)]
-    seen = {run.run_id: _processes(instance, run.run_id) for run in running}
+    """Runs of this machine that count as running although all their processes have ended."""
+    running = [run for run in instance.get_runs(dg.RunsFilter(statuses=IN_PROGRESS)) if _runs_here(instance, run)]
+    seen = {run.run_id: list(_processes(instance, run.run_id)) for run in running}
     return [
         run
         for run in running
-        if (processes := seen[run.run_id]) and not any(_is_alive(pid, seen_s) for pid, seen_s in processes.items())
+        if (processes := seen[run.run_id]) and all(_has_ended(pid, process) for pid, process in processes)
     ]
 
 
 def find_leftover_holders(instance: dg.DagsterInstance) -> list[str]:
-    """Ids of runs that hold a pool's slot though they have ended, or that the instance no longer knows."""
+    """Ids of runs that hold a pool's slot although they have ended, or are no longer in the instance."""
     storage = instance.event_log_storage
     slots = [
         slot for pool in storage.get_concurrency_keys() for slot in storage.get_concurrency_info(pool).claimed_slots
@@ -41,47 +56,42 @@ def find_leftover_holders(instance: dg.DagsterInstance) -> list[str]:
 
 
 def end_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Report the dead runs of this machine as failed, and free their slots and those of runs that have ended.
+    """Report this machine's dead runs as failed, free their slots and those of runs that have ended; return the ids.
 
     `kill -9` of a run leaves it "started" for ever, and its slot of the pool `gpu` taken: the next run would wait.
-
-    Returns:
-        The ids of those runs.
     """
-    dead = []
-    for run in find_dead_runs(instance):
-        dead.append(run.run_id)
+    dead = find_dead_runs(instance)
+    for run in dead:
         instance.report_run_failed(run, "Its process is gone (killed, or the machine was restarted).")
-    freed = list(dict.fromkeys([*dead, *find_leftover_holders(instance)]))
+    freed = list(dict.fromkeys([*(run.run_id for run in dead), *find_leftover_holders(instance)]))
     for run_id in freed:
         instance.event_log_storage.free_concurrency_slots_for_run(run_id)
     return freed
 
 
 def describe_holders(instance: dg.DagsterInstance, pool: str) -> str:
-    """Who holds a pool's slots, for a person who waits for one, and what can be done about it."""
+    """Who holds a pool's slots, and how a user who waits for one can free it."""
     slots = instance.event_log_storage.get_concurrency_info(pool).claimed_slots
     if not slots:
-        return "it is being given back."
+        return "it is being freed."
     holders = []
     for run_id, step_key in sorted({(slot.run_id, slot.step_key) for slot in slots}):
         run = instance.get_run_by_id(run_id)
         if run is None:
-            holders.append(f"run {run_id[:8]}, which this instance no longer knows, holds it")
+            holders.append(f"run {run_id[:8]}, which is no longer in this instance, holds it")
             continue
-        pids = ", ".join(
-            str(pid) for pid, seen_s in sorted(_processes(instance, run_id).items()) if _is_alive(pid, seen_s)
-        )
+        processes = sorted({pid for pid, process in _processes(instance, run_id) if not _has_ended(pid, process)})
+        pids = ", ".join(map(str, processes))
         alive = f"its processes are {pids}" if pids else "none of its processes is alive here"
         holders.append(f"run {run_id[:8]} ({run.job_name}, {run.status.value}) holds it for {step_key}; {alive}")
     return f"{'; '.join(holders)}. If a run is dead, `mllm-assets slots free` ends it; Ctrl-C stops waiting."
 
 
 def _runs_here(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    """Whether a run's pids are pids of this machine, so that they say whether it is alive.
+    """Whether a run's pids are of this machine, so that they show whether it is alive.
 
-    A launcher that looks after its runs itself (Kubernetes) starts each on a machine of its own. Other runs name their
-    machine once they use the accelerator; before, those that a code server started are where that server is.
+    A launcher that monitors its runs itself (Kubernetes) starts each on its own machine. Other runs are tagged with
+    their machine once they use the accelerator; before that, a run is on the machine of its code server.
     """
     if instance.run_launcher.supports_check_run_worker_health:
         return False
@@ -101,29 +111,20 @@ def _is_this_machine(host: str) -> bool:
     return True
 
 
-def _processes(instance: dg.DagsterInstance, run_id: str) -> dict[int, float]:
-    """Pid and Unix time of each process that the run's own events name: what executes it, and its step workers."""
-    pids = {}
+def _processes(instance: dg.DagsterInstance, run_id: str) -> Iterator[tuple[int, ProcessId | None]]:
+    """Each process that the run's events name, the run worker and its step workers, with its id if recorded."""
+    pids: set[int] = set()
+    known: list[ProcessId] = []
     for record in instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
         metadata = record.get_dagster_event().engine_event_data.metadata
         if "pid" in metadata:
-            pids[int(str(metadata["pid"].value))] = record.timestamp
-    return pids
+            pids.add(int(str(metadata["pid"].value)))
+        if isinstance(recorded := metadata.get(PROCESSES), dg.JsonMetadataValue):
+            assert isinstance(recorded.data, list)
+            known += [ProcessId(**values) for values in recorded.data]
+    yield from ((process.pid, process) for process in known)
+    yield from ((pid, None) for pid in pids - {process.pid for process in known})
 
 
-def _is_alive(pid: int, seen_s: float) -> bool:
-    """Whether the process that had this pid at a Unix time still runs; a later one with the same pid is another."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's process: it is there
-        pass
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        since_boot_s = float(Path("/proc/uptime").read_text().split()[0])
-    except OSError:  # no /proc: nothing more is known
-        return True
-    state, started_ticks = stat[0], int(stat[19])
-    started_s = time.time() - since_boot_s + started_ticks / os.sysconf("SC_CLK_TCK")
-    return state != "Z" and started_s <= seen_s + CLOCK_SLACK_S
+def _has_ended(pid: int, process: ProcessId | None) -> bool:
+    return pid_is_free(pid) if process is None else process.has_ended()

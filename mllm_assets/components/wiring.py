@@ -1,39 +1,86 @@
-"""Edges of the graph, read from the recipes' own keys: data by entry name, models by directory."""
+"""Recipes in the graph: settings, and edges from their own keys: data by entry name, models by directory."""
 
-import difflib
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import dagster as dg
 
 from mllm_assets.artifacts import slug
-from mllm_assets.components.reporting import MAX_TAG_LENGTH
-from mllm_assets.errors import RecipeError
-from mllm_assets.training.recipe import Recipe
+from mllm_assets.components.reporting import MAX_TAG_LENGTH, failing_asset
+from mllm_assets.components.yaml_model import YamlModel, yaml_of
+from mllm_assets.data.sharegpt.entries import read_dataset_info
+from mllm_assets.errors import DataError, MllmAssetsError, RecipeError, did_you_mean
+from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.recipe.load import Recipe, load_recipe
+from mllm_assets.releases.hub_push import PushSpec
+from mllm_assets.worker.tasks import DEFAULT_MAX_HIDDEN_STATES_GIB, EvaluationSettings
+
+
+class Evaluation(yaml_of(EvaluationSettings)):
+    """How predictions are made."""
+
+
+class Gates(yaml_of(GateSpec)):
+    """Thresholds for a release, compared with the lower ends of 95 % intervals. Null keeps the default."""
+
+
+class PushToHub(yaml_of(PushSpec)):
+    """Where the release goes on the Hugging Face Hub. HF_TOKEN of the environment is the only credential."""
+
+
+class Settings(YamlModel):
+    """Settings of one recipe that LLaMA-Factory has no key for.
+
+    Attributes:
+        feature_cache: Cache the output of the frozen parts, the vision tower first, and train from it.
+        max_hidden_states_gib: Most disk that one recipe's hidden states may take; above it they are computed in every
+            step.
+        allow_leakage: Only warn, and still train and release, where an evaluation entry holds pictures that were
+            trained on: from another dataset, an earlier stage, or a given split (strategy guide, val_split). The model
+            card says so.
+        regroup_micro_batches: Regroup batch size x accumulation into the largest micro-batch that fits. The loss is a
+            mean of micro-batch means, so it changes a little from LLaMA-Factory's.
+        evaluation: How predictions are made.
+        gates: Thresholds for a release.
+        push_to_hub: Makes <recipe>/hub_model, which pushes the current release.
+    """
+
+    feature_cache: bool = True
+    max_hidden_states_gib: float = DEFAULT_MAX_HIDDEN_STATES_GIB
+    allow_leakage: bool = False
+    regroup_micro_batches: bool = False
+    evaluation: Evaluation = Evaluation()
+    gates: Gates = Gates()
+    push_to_hub: PushToHub | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """One recipe with the assets that it reads."""
+    """One recipe with its settings and the assets that it reads."""
 
     recipe: Recipe
+    settings: Settings = field(default_factory=Settings)
     model: dg.AssetKey
     train_data: Mapping[str, dg.AssetKey]  # entry of dataset_info.json -> the asset that writes it
     eval_data: Mapping[str, dg.AssetKey]
-    earlier_data: Sequence[dg.AssetKey] = ()  # what the stages before it train on; no edges, they come by its model
+    ancestor_data: Sequence[dg.AssetKey] = ()  # of the stages before it; not edges, since `model` depends on them
 
     @property
     def name(self) -> str:
         return self.recipe.name
+
+    @property
+    def has_features(self) -> bool:
+        """Whether an asset computes the output of the frozen vision tower."""
+        return self.settings.feature_cache and self.recipe.spec.freeze_vision_tower
 
     def key(self, asset: str) -> dg.AssetKey:
         return dg.AssetKey([self.name, asset])
 
     @property
     def tags(self) -> dict[str, str]:
-        """Narrows the graph and the catalog to one line: `tag:recipe=emoji_sft`."""
+        """Tags that filter the graph and the catalog: `tag:recipe=emoji_sft`."""
         return {"recipe": self.name[:MAX_TAG_LENGTH], "finetuning_type": self.recipe.spec.finetuning_type}
 
     @property
@@ -43,7 +90,7 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Surroundings:
+class KnownAssets:
     """What recipes can refer to.
 
     Attributes:
@@ -57,22 +104,22 @@ class Surroundings:
     recipes: Mapping[str, dg.AssetKey]
 
 
-def resolve(recipe: Recipe, around: Surroundings) -> Node:
+def resolve(recipe: Recipe, known_assets: KnownAssets) -> Node:
     """Find the assets that a recipe reads.
 
     Raises:
-        RecipeError: An entry or a model that nothing makes. Names the nearest ones.
+        RecipeError: Nothing makes an entry or a model. Names the nearest ones.
     """
     return Node(
         recipe=recipe,
-        model=_model_key(recipe, around),
-        train_data=_entry_keys(recipe, "dataset", recipe.spec.train_entries, around.entries),
-        eval_data=_entry_keys(recipe, "eval_dataset", recipe.spec.eval_entries, around.entries),
+        model=_model_key(recipe, known_assets),
+        train_data=_entry_keys(recipe, "dataset", recipe.spec.train_entries, known_assets.entries),
+        eval_data=_entry_keys(recipe, "eval_dataset", recipe.spec.eval_entries, known_assets.entries),
     )
 
 
-def split_circles(nodes: Sequence[Node]) -> tuple[list[Node], list[tuple[Node, RecipeError]]]:
-    """Part the recipes that lead back to themselves from those that can be built; these get their `earlier_data`."""
+def split_cycles(nodes: Sequence[Node]) -> tuple[list[Node], list[tuple[Node, RecipeError]]]:
+    """Separate the recipes that lead back to themselves from the others, which get their `ancestor_data`."""
     by_name = {node.name: node for node in nodes}
     sound: list[Node] = []
     circular: list[tuple[Node, RecipeError]] = []
@@ -83,43 +130,38 @@ def split_circles(nodes: Sequence[Node]) -> tuple[list[Node], list[tuple[Node, R
         if start != node.name:
             sound.append(node)
             continue
-        circle = " <- ".join([*walk, node.name])
+        cycle = " <- ".join([*walk, node.name])
         text = (
-            f"{node.recipe.path.name}: model_name_or_path leads back to the recipe itself ({circle}). "
+            f"{node.recipe.path.name}: model_name_or_path leads back to the recipe itself ({cycle}). "
             "Let one of them start from a model below pretrains/."
         )
         circular.append((node, RecipeError(text)))
-    return _with_earlier_data(sound), circular
+    by_name = {node.name: node for node in sound}
 
-
-def _with_earlier_data(nodes: Sequence[Node]) -> list[Node]:
-    """Tell each recipe what the recipes that it starts from are trained on."""
-    by_name = {node.name: node for node in nodes}
-
-    def earlier(node: Node) -> set[dg.AssetKey]:
+    def ancestor_data(node: Node) -> set[dg.AssetKey]:
         base = by_name.get(node.model.path[0])
-        return {*base.train_data.values(), *earlier(base)} if base is not None else set()
+        return {*base.train_data.values(), *ancestor_data(base)} if base is not None else set()
 
-    return [replace(node, earlier_data=sorted(earlier(node) - set(node.data))) for node in nodes]
+    return [replace(node, ancestor_data=sorted(ancestor_data(node) - set(node.data))) for node in sound], circular
 
 
-def lines_of(nodes: Sequence[Node]) -> dict[str, list[str]]:
-    """Recipes that start from one another, by the first of each line."""
+def chains_of(nodes: Sequence[Node]) -> dict[str, list[str]]:
+    """First recipe of a chain -> the recipes that start from it or from one another, itself included."""
     parent = {node.name: node.model.path[0] for node in nodes}
-    lines: dict[str, list[str]] = {}
+    chains: dict[str, list[str]] = {}
     for name in parent:
         first = name
         while parent[first] in parent:
             first = parent[first]
-        lines.setdefault(first, []).append(name)
-    return lines
+        chains.setdefault(first, []).append(name)
+    return chains
 
 
-def hand_written_entries(dataset_info: Path, made: Iterable[str]) -> dict[str, dg.AssetKey]:
+def external_entries(dataset_info: Path, made: Iterable[str]) -> dict[str, dg.AssetKey]:
     """Entries that a user wrote into `dataset_info.json`: each is an external asset, `<entry>/dataset_info`."""
     try:
-        entries = json.loads(dataset_info.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # a broken file is reported, with its line, by whatever reads its rows
+        entries = read_dataset_info(dataset_info.parent)
+    except DataError:  # a broken file is reported, with its line, by whatever reads its rows
         return {}
     return {name: dg.AssetKey([slug(name), "dataset_info"]) for name in entries if name not in set(made)}
 
@@ -129,20 +171,19 @@ def _entry_keys(
 ) -> dict[str, dg.AssetKey]:
     for name in names:
         if name not in entries:
-            near = difflib.get_close_matches(name, entries, n=1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
             raise RecipeError(
-                f"{recipe.path.name}: {key} names {name!r}, which no dataset writes. {hint}Known entries: "
-                f"{', '.join(sorted(entries))}. Correct the recipe, or add the dataset below defs/datasets/."
+                f"{recipe.path.name}: {key} names {name!r}, which no dataset writes. {did_you_mean(name, entries)}"
+                f"Known entries: {', '.join(sorted(entries))}. Correct the recipe, or add the dataset below "
+                "defs/datasets/."
             )
     return {name: entries[name] for name in names}
 
 
-def _model_key(recipe: Recipe, around: Surroundings) -> dg.AssetKey:
+def _model_key(recipe: Recipe, known_assets: KnownAssets) -> dg.AssetKey:
     path = PurePosixPath(recipe.spec.model_name_or_path)
-    if (known := around.models.get(str(path))) is not None:
+    if (known := known_assets.models.get(str(path))) is not None:
         return known
-    for output_dir, checkpoint in around.recipes.items():
+    for output_dir, checkpoint in known_assets.recipes.items():
         if path.is_relative_to(output_dir):
             if checkpoint.path[0] == recipe.name:
                 raise RecipeError(
@@ -152,6 +193,45 @@ def _model_key(recipe: Recipe, around: Surroundings) -> dg.AssetKey:
             return checkpoint
     raise RecipeError(
         f"{recipe.path.name}: model_name_or_path is {str(path)!r}, which no asset makes. Known models: "
-        f"{', '.join(sorted(around.models))}; outputs of recipes: {', '.join(sorted(around.recipes))}. "
+        f"{', '.join(sorted(known_assets.models))}; outputs of recipes: {', '.join(sorted(known_assets.recipes))}. "
         "Correct the recipe, or declare the model in defs/pretrained/defs.yaml (kind: local for one of your own)."
     )
+
+
+def read_recipes(project_root: Path, pattern: str) -> tuple[list[Recipe], list[dg.AssetsDefinition]]:
+    """Read the recipe files; each that cannot be read becomes an asset that fails with the message."""
+    by_name: dict[str, list[Path]] = {}
+    for path in sorted(project_root.glob(pattern)):
+        by_name.setdefault(slug(path.stem), []).append(path)
+    recipes: list[Recipe] = []
+    errors: dict[str, MllmAssetsError] = {}
+    for name, paths in by_name.items():
+        if len(paths) > 1:
+            files = " and ".join(path.name for path in paths)
+            errors[name] = RecipeError(f"{files} would both be the recipe {name!r}. Rename one.")
+            continue
+        try:
+            recipes.append(load_recipe(paths[0]))
+        except MllmAssetsError as error:
+            errors[name] = error
+    errors |= _shared_output_dirs(recipes)
+    unreadable = [failing_asset(dg.AssetKey([name, "checkpoint"]), error) for name, error in errors.items()]
+    return [recipe for recipe in recipes if recipe.name not in errors], unreadable
+
+
+def _shared_output_dirs(recipes: list[Recipe]) -> dict[str, MllmAssetsError]:
+    """Name -> error of each recipe whose `output_dir` is another's too; the recipe of the directory's name keeps it."""
+    sharing: dict[PurePosixPath, list[Recipe]] = {}
+    for recipe in recipes:
+        sharing.setdefault(PurePosixPath(recipe.spec.output_dir), []).append(recipe)
+    return {
+        recipe.name: RecipeError(
+            f"{recipe.path.name}: output_dir {recipe.spec.output_dir!r} is also that of "
+            f"{' and '.join(other.path.name for other in group if other is not recipe)}. "
+            f"Give it its own, for example outputs/{recipe.name}."
+        )
+        for output_dir, group in sharing.items()
+        if len(group) > 1
+        for recipe in group
+        if recipe.name != slug(output_dir.name)
+    }

@@ -7,7 +7,7 @@ import dagster as dg
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource, RayCluster
 from mllm_assets.layout import Layout
 from mllm_assets.settings import LAUNCHERS, choice, device_from_environment, number
-from mllm_assets.training.ray_jobs import DEFAULT_ADDRESS
+from mllm_assets.worker.ray_jobs import DEFAULT_ADDRESS
 
 
 @dg.definitions
@@ -22,7 +22,11 @@ def resources() -> dg.Definitions:
     )
     return dg.Definitions(
         resources={
-            "project": ProjectResource(root=str(layout.root), store=os.environ.get("MLLM_ASSETS_STORE", "")),
+            "project": ProjectResource(
+                root=str(layout.root),
+                store=os.environ.get("MLLM_ASSETS_STORE", ""),
+                price_per_hour=number("MLLM_ASSETS_PRICE_PER_HOUR", 0.0, least=0.0, kind=float),
+            ),
             "gpu": AcceleratorResource(
                 device=device_from_environment(),  # pyright: ignore[reportArgumentType]
                 num_processes=number("MLLM_ASSETS_NUM_PROCESSES", 1, least=1, kind=int),

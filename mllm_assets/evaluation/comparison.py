@@ -1,8 +1,7 @@
-"""One page on two runs: loss curves, metrics side by side, and what both models say of the same samples."""
+"""One page on two runs: loss curves, metrics side by side, and what both models answer on the same samples."""
 
 import base64
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,35 +10,33 @@ import pyarrow as pa
 
 from mllm_assets.artifacts import read_manifest, write_text_atomic
 from mllm_assets.errors import IntegrityError
-from mllm_assets.evaluation.evaluated import evaluated_runs, evaluation_of, how_to_evaluate
+from mllm_assets.evaluation.checkpoint_metrics import find_run
 from mllm_assets.evaluation.gallery import HTML_THUMBNAIL_PX, MAX_HTML_SAMPLES, evenly_spaced, thumbnail
 from mllm_assets.evaluation.intervals import gain_text
-from mllm_assets.evaluation.metrics_file import read_metrics
-from mllm_assets.evaluation.over_release import gains_over_release
-from mllm_assets.evaluation.over_steps import find_run
+from mllm_assets.evaluation.metrics import gains_over_release, read_metrics
+from mllm_assets.evaluation.run_lookup import evaluated_runs, evaluation_of, how_to_evaluate
+from mllm_assets.evaluation.scores import in_order
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
 from mllm_assets.pages import page_template
+from mllm_assets.training.runs.history import TRAINER_LOG, read_log
 
-SHOWN_FIRST = ("loss", "loss_shuffled", "perplexity", "label_accuracy")
 
-
-def compare(layout: Layout, names: Sequence[str], output: Path, *, say: Callable[[str], None] = print) -> Path:
+def compare(layout: Layout, names: Sequence[str], output: Path, *, notify: Callable[[str], None] = print) -> Path:
     """Write the page.
 
     Args:
         layout: The project.
         names: Two runs, each a directory or a recipe's name.
         output: The page; it needs no other file.
-        say: Told what a reader must know of the choice: that another run than the newest is shown, or that an entry is
-            left out.
+        notify: Called when another run than the newest is shown, or an entry is left out.
 
     Raises:
-        IntegrityError: One of them is no run or was not evaluated, or they were asked nothing in common.
+        IntegrityError: One of them is not a run or was not evaluated, or they share no samples.
     """
-    runs = [_read(layout, name, say) for name in names]
+    runs = [_read(layout, name, notify) for name in names]
     if runs[0]["directory"] == runs[1]["directory"]:
-        say(f"both are the same run, {layout.relative(runs[0]['directory'])}")
+        notify(f"both are the same run, {layout.relative(runs[0]['directory'])}")
     if runs[0]["title"] == runs[1]["title"]:
         for run in runs:
             run["title"] += f", {run['directory'].name[:8]}"
@@ -52,8 +49,8 @@ def compare(layout: Layout, names: Sequence[str], output: Path, *, say: Callable
         )
     left_out = sorted({name for run in runs for name in run["metrics"]["entries"]} - set(gains))
     if left_out:
-        say(f"left out, because the runs were not asked the same samples: {', '.join(left_out)}{_how_many(runs)}")
-    samples = _samples(first, second, set(gains))
+        notify(f"left out, because the runs were not asked the same samples: {', '.join(left_out)}{_how_many(runs)}")
+    samples = paired_samples(first, second, set(gains))
     page = page_template("mllm_assets.evaluation", "comparison.html.jinja").render(
         titles=[run["title"] for run in runs],
         facts=[_facts(layout, run) for run in runs],
@@ -70,12 +67,12 @@ def compare(layout: Layout, names: Sequence[str], output: Path, *, say: Callable
     return output
 
 
-def _read(layout: Layout, name: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """What there is of a run. A recipe's name stands for its newest run, or for the last that was evaluated."""
+def _read(layout: Layout, name: str, notify: Callable[[str], None]) -> dict[str, Any]:
+    """A run and its evaluation. A recipe's name means its newest run, or else the last that was evaluated."""
     run_dir = find_run(layout, name)
     found = evaluation_of(layout, run_dir)
     if found is None and not Path(name).is_dir() and (found := next(evaluated_runs(layout, name), None)):
-        say(
+        notify(
             f"the newest run of {name} was not evaluated; the page shows {layout.relative(found.run_dir)}, "
             f"the last that was. {how_to_evaluate(layout, run_dir)}"
         )
@@ -119,27 +116,26 @@ def _metric_rows(metrics: Sequence[Mapping[str, Any]], gains: Mapping[str, Any])
     rows = []
     for entry, gained in gains.items():
         models = [some["entries"][entry]["models"]["tuned"] for some in metrics]
-        names = [name for name in models[0] if name in models[1]]
-        for name in [*(n for n in SHOWN_FIRST if n in names), *(n for n in names if n not in SHOWN_FIRST)]:
-            gain = gained.get(name)
-            low, high = (gain or {}).get("low"), (gain or {}).get("high")
+        for name in in_order(name for name in models[0] if name in models[1]):
+            gain = gained.get(name) or {}
+            is_sure = gain.get("low") is not None
             rows.append(
                 {
                     "entry": entry,
                     "metric": name,
                     "values": [model[name] for model in models],
-                    "gain": gain_text(gain),
+                    "gain": gain_text(gained.get(name)),
                     "verdict": "better"
-                    if low is not None and low > 0
+                    if is_sure and gain["low"] > 0
                     else "worse"
-                    if high is not None and high < 0
+                    if is_sure and gain["high"] < 0
                     else "",
                 }
             )
     return rows
 
 
-def _samples(first: pa.Table, second: pa.Table, entries: set[str]) -> list[dict[str, Any]]:
+def paired_samples(first: pa.Table, second: pa.Table, entries: set[str]) -> list[dict[str, Any]]:
     """Both tuned rows of each sample; `gain_nats` is how much lower the second one's loss is."""
     by_place = {(row["entry"], row["row_index"]): row for row in first.to_pylist() if row["model"] == "tuned"}
     samples = []
@@ -153,15 +149,12 @@ def _samples(first: pa.Table, second: pa.Table, entries: set[str]) -> list[dict[
 
 def _curves(runs: Sequence[Mapping[str, Any]]) -> str | None:
     """Training and evaluation losses of both runs in one picture, as a `data:` URI."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for run, color in zip(runs, ("#4f43dd", "#d9730d"), strict=True):
-        path = run["directory"] / "trainer_log.jsonl"
-        log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        log = read_log(run["directory"] / TRAINER_LOG)
         for key, style in (("loss", "-"), ("eval_loss", "o--")):
             points = [(line["current_steps"], line[key]) for line in log if key in line]
             if points:

@@ -1,21 +1,20 @@
-"""A page to look at: each sample's image, what was asked, what is right, and what both models say.
+"""A page to look at: each sample's image, what was asked, the right answer, and what both models answered.
 
 `gallery.html` holds its pictures and needs neither network nor server; `gallery.md` is small enough for an asset's
 metadata.
 """
 
-import base64
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
 
 from mllm_assets.artifacts import write_text_atomic
-from mllm_assets.evaluation.scores import find_label
+from mllm_assets.data.quality.report import thumbnail
+from mllm_assets.evaluation.scores import find_label, token_mean
 from mllm_assets.pages import page_template
 
 MAX_HTML_SAMPLES = 500  # about 5 KB each
@@ -27,17 +26,9 @@ MAX_CELL_CHARS = 60
 
 
 def write_gallery(directory: Path, predictions: pa.Table, *, data_dir: Path, title: str) -> None:
-    """Write `gallery.html` and `gallery.md`.
-
-    Args:
-        directory: Where they go.
-        predictions: Rows of `evaluation.table.SCHEMA`.
-        data_dir: What the rows' image paths are relative to.
-        title: The recipe's name.
-    """
+    """Write `gallery.html` and `gallery.md` of predictions, whose image paths are relative to `data_dir`."""
     samples = collect_samples(predictions)
-    html = render_html(samples, data_dir=data_dir, title=title)
-    write_text_atomic(directory / "gallery.html", html)
+    write_text_atomic(directory / "gallery.html", render_html(samples, data_dir=data_dir, title=title))
     write_text_atomic(directory / "gallery.md", render_markdown(samples, data_dir=data_dir))
 
 
@@ -47,7 +38,7 @@ def collect_samples(predictions: pa.Table) -> list[dict[str, Any]]:
     Returns:
         A dict per sample: the tuned row's columns, `models` (model -> row and `right`, which is None where the sample
         has no label and the answer is not the very reference), and `change`: "fixed", "broken", "right", "wrong" or
-        "" where it cannot be said.
+        "" if unknown.
     """
     rows = predictions.to_pylist()
     labels: dict[str, set[str]] = {}
@@ -68,12 +59,14 @@ def _is_right(row: Mapping[str, Any], labels: Sequence[str]) -> bool | None:
 
 
 def _change(models: Mapping[str, Mapping[str, Any]]) -> str:
-    before, after = (models[name]["right"] if name in models else None for name in ("base", "tuned"))
-    if before is None or after is None:
-        return ""
-    return {(False, True): "fixed", (True, False): "broken", (True, True): "right", (False, False): "wrong"}[
-        before, after
-    ]
+    judged = tuple(models[name]["right"] if name in models else None for name in ("base", "tuned"))
+    changes: Mapping[Any, str] = {
+        (False, True): "fixed",
+        (True, False): "broken",
+        (True, True): "right",
+        (False, False): "wrong",
+    }
+    return changes.get(judged, "")
 
 
 def render_html(samples: Sequence[Mapping[str, Any]], *, data_dir: Path, title: str) -> str:
@@ -118,16 +111,16 @@ def _summary(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {
                 "model": model,
                 "accuracy": sum(judged) / len(judged) if known else None,
-                "loss": _token_mean(rows, "loss_nats"),
-                "loss_shuffled": _token_mean(rows, "loss_shuffled_nats"),
+                "loss": _mean_loss(rows, "loss_nats"),
+                "loss_shuffled": _mean_loss(rows, "loss_shuffled_nats"),
             }
         )
     return result
 
 
-def _token_mean(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
-    known = [(row[column], row["num_supervised_tokens"]) for row in rows if row[column] is not None]
-    return sum(value * weight for value, weight in known) / sum(weight for _, weight in known) if known else None
+def _mean_loss(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
+    losses = np.array([row[column] for row in rows], float)  # None becomes NaN
+    return token_mean(losses, np.array([row["num_supervised_tokens"] for row in rows]))
 
 
 def render_markdown(samples: Sequence[Mapping[str, Any]], *, data_dir: Path) -> str:
@@ -135,16 +128,12 @@ def render_markdown(samples: Sequence[Mapping[str, Any]], *, data_dir: Path) -> 
     header = "| | image | asked | right answer | base model | tuned model | loss |"
     lines = [header, "|" + " --- |" * (header.count("|") - 1)]
     size = sum(map(len, lines))
-    for why, sample in _telling(samples):
+    for why, sample in _worth_a_look(samples):
         pictures = " ".join(f"![]({thumbnail(data_dir / p, MARKDOWN_THUMBNAIL_PX)})" for p in sample["images"])
-        said = [sample["models"][model] for model in ("base", "tuned") if model in sample["models"]]
-        answers, losses = [row["answer"] for row in said], [f"{row['loss_nats']:.2f}" for row in said]
-        cells = [
-            why,
-            pictures,
-            *(_cell(text) for text in (sample["prompt"], sample["reference"], *answers)),
-            " → ".join(losses),
-        ]
+        asked = [sample["models"][model] for model in ("base", "tuned") if model in sample["models"]]
+        answers, losses = [row["answer"] for row in asked], [f"{row['loss_nats']:.2f}" for row in asked]
+        texts = (sample["prompt"], sample["reference"], *answers)
+        cells = [why, pictures, *map(_cell, texts), " → ".join(losses)]
         line = "| " + " | ".join(cells) + " |"
         size += len(line.encode()) + 1
         if size > MAX_MARKDOWN_BYTES:
@@ -153,8 +142,8 @@ def render_markdown(samples: Sequence[Mapping[str, Any]], *, data_dir: Path) -> 
     return "\n".join(lines) + "\n"
 
 
-def _telling(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Samples worth a look, each once: those of the highest loss, of the most gain, of the least, and a few others."""
+def _worth_a_look(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Each sample once: those of the highest loss, of the most gain, of the least, and a few others."""
 
     def loss(sample: Mapping[str, Any]) -> float:
         return sample["models"].get("tuned", sample)["loss_nats"]
@@ -173,7 +162,7 @@ def _telling(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[st
 
 
 def evenly_spaced(samples: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
-    """At most so many of them, first and last parts of their order alike."""
+    """At most `most` of them, evenly spaced over their order."""
     if len(samples) <= most:
         return list(samples)
     return [samples[index * len(samples) // most] for index in range(most)]
@@ -184,15 +173,3 @@ def _cell(text: str) -> str:
     text = " ".join(text.split())
     text = text if len(text) <= MAX_CELL_CHARS else text[: MAX_CELL_CHARS - 1] + "…"
     return re.sub(r"[\\`*_\[\]<>|&~#!$]", lambda match: f"&#{ord(match[0])};", text)
-
-
-def thumbnail(path: Path, max_edge_px: int) -> str:
-    """A `data:` URI of the image, at most `max_edge_px` wide and high, on white."""
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGBA")
-    image.thumbnail((max_edge_px, max_edge_px))
-    flat = Image.new("RGB", image.size, "white")
-    flat.paste(image, mask=image.getchannel("A"))
-    buffer = io.BytesIO()
-    flat.save(buffer, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

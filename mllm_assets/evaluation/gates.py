@@ -1,11 +1,17 @@
 """What a model must show before it is released. Each gate is a sentence that is true when it passes."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from mllm_assets import plugins
 from mllm_assets.errors import RecipeError
+from mllm_assets.evaluation.intervals import unpaired_rise
+from mllm_assets.evaluation.metrics import tuned_by_entry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,10 +23,10 @@ class GateSpec:
         min_answer_gain: How much label accuracy (or ROUGE-L, without labels), 0..1, must exceed that of always giving
             the most common training answer.
         min_image_gain_nats: How much lower the loss must be with a sample's own images than with another's.
-        max_regression_nats: How much higher than the released model's the loss may be. Only a rise whose whole
-            interval lies above it is a regression.
-        max_reload_difference: How far, relatively, the loss of the saved and reloaded checkpoint may be from that of
-            the trained model. On a GPU sums differ from call to call; training itself demands equality on the CPU.
+        max_regression_nats: How much higher than the released model's the loss may be. Only a rise whose
+            complete interval is above it is a regression.
+        max_reload_difference: By how much, relatively, the loss of the saved and reloaded checkpoint may differ from
+            that of the trained model. On a GPU sums differ from call to call; training demands equality on the CPU.
     """
 
     # 0.01 is 1 % in perplexity: another order of sums alone moves every loss the same way by some 1e-8, which a
@@ -58,30 +64,49 @@ class GateResult:
     required: bool = True
 
 
-# Every gate of a release, and what it claims
-GATES = {
-    "checkpoint_reloads_strictly": "The files on disk are those that were saved, they were loaded again key by key, "
-    "and gave the same loss on one batch.",
-    "no_leakage": "Nothing that it is evaluated on, nor a near-duplicate, was trained on.",
-    "beats_base_model": "Its loss is lower than that of the model it started from.",
-    "beats_most_common_answer": "It answers better than one who always gives the most common training answer.",
-    "the_model_uses_the_image": "Its loss is lower with a sample's own image than with another sample's.",
-    "no_regression_against_release": "Its loss is not above that of the current release.",
-}
+Judge = Callable[[Mapping[str, Any], GateSpec, Mapping[str, Any] | None], GateResult | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gate:
+    """One demand on a model.
+
+    Attributes:
+        name: That of its check in the graph.
+        claim: What is true of a model that passes.
+        judge: From what `compute_metrics` returned, the thresholds, and what `gains_over_release` returned (None where
+            nothing is released); its result is None where there is nothing to judge. A gate without one looks at files:
+            see `reload_gate` and `leakage_gate`.
+    """
+
+    name: str
+    claim: str
+    judge: Judge | None = None
+
+
+GATES: dict[str, Gate] = {}  # every gate of a release
+NOTHING_LEAKED = "Nothing that it is evaluated on, nor a near-duplicate, was trained on."
+
+
+def register(gate: Gate) -> Gate:
+    """Add a gate: it is a check of `eval_metrics` that blocks, and a release judges by it.
+
+    Raises:
+        RecipeError: Another has its name.
+    """
+    plugins.add(GATES, gate.name, gate, "gate")
+    return gate
 
 
 def reload_gate(reload: Mapping[str, Any], damage: str | None, spec: GateSpec) -> GateResult:
     """Judge whether the checkpoint can be loaded as it was trained.
 
-    Args:
-        reload: What `publish_model` returned when the checkpoint was saved.
-        damage: What `find_damage` says of its files now.
-        spec: The thresholds.
+    `reload` is what `publish_model` returned when it was saved, `damage` what `find_damage` finds in its files now.
     """
     difference = abs(reload["loss_reloaded"] - reload["loss_saved"]) / max(abs(reload["loss_saved"]), 1e-12)
     num_wrong = reload["num_missing"] + reload["num_unexpected"]
     if damage:
-        text = f"{damage}: the checkpoint was changed since it was saved. Train it again with force: true."
+        text = f"{damage}: the checkpoint was changed since it was saved. Train it again."
     elif num_wrong:
         text = f"{reload['num_missing']} tensors are missing and {reload['num_unexpected']} unexpected."
     else:
@@ -99,12 +124,10 @@ def reload_gate(reload: Mapping[str, Any], damage: str | None, spec: GateSpec) -
 
 
 def leakage_gate(leaks: Sequence[str], *, allowed: bool) -> GateResult:
-    """Judge what `data.leaks.release_leaks` found; where leakage is allowed, finding some is a warning."""
-    text = " ".join(leaks) or "Nothing that it is evaluated on, nor a near-duplicate, was trained on."
+    """Judge what `data.curate.leaks.release_leaks` found; where leakage is allowed, finding some is a warning."""
+    text = " ".join(leaks) or NOTHING_LEAKED
     if leaks and not allowed:
-        text += (
-            " Mend the data, or set `allow_leakage: true` in the recipe's settings; the model card will then say so."
-        )
+        text += " Fix the data, or set `allow_leakage: true` in the recipe's settings; the model card will then say so."
     return GateResult(
         name="no_leakage",
         passed=not leaks,
@@ -116,22 +139,14 @@ def leakage_gate(leaks: Sequence[str], *, allowed: bool) -> GateResult:
 
 
 def evaluate_gates(
-    metrics: Mapping[str, Any], spec: GateSpec, over_release: Mapping[str, Any] | None = None
+    metrics: Mapping[str, Any], spec: GateSpec, release_gains: Mapping[str, Any] | None = None
 ) -> list[GateResult]:
-    """Judge the tuned model; of several entries the worst counts.
+    """Judge the tuned model by the result of `compute_metrics`; of several entries the worst counts.
 
-    Args:
-        metrics: What `compute_metrics` returned.
-        spec: The thresholds.
-        over_release: What `gains_over_release` returned for the current release; with it,
-            `no_regression_against_release` is judged too.
+    `release_gains`, the result of `gains_over_release`, is needed to judge `no_regression_against_release`.
     """
-    return [
-        _gain_gate("beats_base_model", metrics, "tuned_over_base", "loss", spec.min_loss_gain_nats),
-        _gain_gate("beats_most_common_answer", metrics, "tuned_over_most_common_answer", None, spec.min_answer_gain),
-        _gain_gate("the_model_uses_the_image", metrics, "tuned_over_shuffled_images", "loss", spec.min_image_gain_nats),
-        *([_regression_gate(over_release, spec)] if over_release is not None else []),
-    ]
+    results = [gate.judge(metrics, spec, release_gains) for gate in GATES.values() if gate.judge]
+    return [result for result in results if result is not None]
 
 
 def failed(results: Iterable[GateResult]) -> list[GateResult]:
@@ -139,23 +154,27 @@ def failed(results: Iterable[GateResult]) -> list[GateResult]:
     return [result for result in results if result.required and not result.passed]
 
 
-_GAINS = {
-    "beats_base_model": "gain in {metric} over the base model",
-    "beats_most_common_answer": "gain in {metric} over always answering {answer!r}",
-    "the_model_uses_the_image": "gain in {metric} of the sample's own image over another's",
-}
+def gain_gate(
+    name: str, metrics: Mapping[str, Any], gain: str, threshold: float, *, over: str, metric: str | None = None
+) -> GateResult:
+    """Compare the lower end of each entry's paired gain with a threshold; report the entry with the least margin.
 
-
-def _gain_gate(name: str, metrics: Mapping[str, Any], gain: str, metric: str | None, threshold: float) -> GateResult:
-    """Compare the lower end of each entry's paired gain with the threshold; report the entry with the least margin."""
+    Args:
+        name: The gate's.
+        metrics: The result of `compute_metrics`.
+        gain: A key of an entry's `gains`.
+        threshold: What the lower end must be above.
+        over: What the gain is over, in words; `{answer!r}` is the most common training answer.
+        metric: Whose gain; by default the entry's primary metric's.
+    """
     judged = []
     for entry, scored in metrics["entries"].items():
         chosen = metric or scored["primary"]
         measured = scored["gains"].get(gain, {}).get(chosen)
         if measured is None or measured["num_pairs"] < 2:
-            text = f"{entry}: {chosen} was not measured on at least 2 samples, so nothing can be said."
+            text = f"{entry}: {chosen} was not measured on at least 2 samples, too few to judge."
             return GateResult(name=name, passed=False, description=text, observed=None, threshold=None)
-        claim = _GAINS[name].format(metric=chosen, answer=scored["most_common_answer"])
+        claim = f"gain in {chosen} {over.format(answer=scored['most_common_answer'])}"
         judged.append(
             GateResult(
                 name=name,
@@ -169,10 +188,19 @@ def _gain_gate(name: str, metrics: Mapping[str, Any], gain: str, metric: str | N
     return min(judged, key=lambda result: result.observed)
 
 
-def _regression_gate(over_release: Mapping[str, Any], spec: GateSpec) -> GateResult:
+def _gain_judge(name: str, gain: str, threshold: str, *, over: str, metric: str | None = None) -> Judge:
+    """Return the judge of a gate that compares a gain with a threshold of `GateSpec`."""
+    return lambda metrics, spec, _: gain_gate(name, metrics, gain, getattr(spec, threshold), over=over, metric=metric)
+
+
+def _regression_gate(
+    metrics: Mapping[str, Any], spec: GateSpec, release_gains: Mapping[str, Any] | None
+) -> GateResult | None:
     """Look for a rise of the loss, on the samples that judged the release, that is more than noise."""
+    if release_gains is None:
+        return None
     name = "no_regression_against_release"
-    losses = {entry: gains["loss"] for entry, gains in over_release.items() if gains["loss"]["num_pairs"] > 1}
+    losses = {entry: gains["loss"] for entry, gains in release_gains.items() if gains["loss"]["num_pairs"] > 1}
     if not losses:
         text = "The validation samples changed since the release, so the losses cannot be compared."
         return GateResult(name=name, passed=True, description=text, observed=None, threshold=None)
@@ -189,4 +217,86 @@ def _regression_gate(over_release: Mapping[str, Any], spec: GateSpec) -> GateRes
 
 
 def _with_interval(gain: Mapping[str, Any]) -> str:
-    return f"{gain['mean']:.4f} (95 % interval {gain['low']:.4f} to {gain['high']:.4f}, {gain['num_pairs']} samples)"
+    return f"{gain['mean']:z.4f} (95 % interval {gain['low']:z.4f} to {gain['high']:z.4f}, {gain['num_pairs']} samples)"
+
+
+for _entry in (
+    Gate(
+        name="checkpoint_reloads_strictly",
+        claim="The files on disk are those that were saved, they were loaded again key by key, and gave the same loss "
+        "on one batch.",
+    ),
+    Gate(name="no_leakage", claim=NOTHING_LEAKED),
+    Gate(
+        name="beats_base_model",
+        claim="Its loss is lower than that of the model it started from.",
+        judge=_gain_judge(
+            "beats_base_model", "tuned_over_base", "min_loss_gain_nats", over="over the base model", metric="loss"
+        ),
+    ),
+    Gate(
+        name="beats_most_common_answer",
+        claim="It answers better than one who always gives the most common training answer.",
+        judge=_gain_judge(
+            "beats_most_common_answer",
+            "tuned_over_most_common_answer",
+            "min_answer_gain",
+            over="over always answering {answer!r}",
+        ),
+    ),
+    Gate(
+        name="the_model_uses_the_image",
+        claim="Its loss is lower with a sample's own image than with another sample's.",
+        judge=_gain_judge(
+            "the_model_uses_the_image",
+            "tuned_over_shuffled_images",
+            "min_image_gain_nats",
+            over="of the sample's own image over another's",
+            metric="loss",
+        ),
+    ),
+    Gate(
+        name="no_regression_against_release",
+        claim="Its loss is not above that of the current release.",
+        judge=_regression_gate,
+    ),
+):
+    register(_entry)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reevaluation:
+    """The verdict, and the rise of the loss in nats by entry; `description` has that of the worst."""
+
+    regressed: bool
+    description: str
+    rises: Mapping[str, Any]
+
+
+def compare_to_release_time(judged: pa.Table, newest: pa.Table, *, max_rise_nats: float) -> Reevaluation:
+    """Compare one model's losses on two sets of samples.
+
+    The samples differ, so the intervals are of unpaired means: the loss is higher on new, harder samples, and that is
+    to be found. A rise of the mean loss per token is a regression if its complete 95 % interval is above
+    `max_rise_nats`. `judged` are the predictions that led to the release, `newest` those of the newest evaluation.
+    """
+    then, now = _losses_by_entry(judged), _losses_by_entry(newest)
+    rises = {entry: unpaired_rise(then[entry], now[entry]) for entry in sorted(then.keys() & now.keys())}
+    certain = {entry: rise for entry, rise in rises.items() if rise["low"] is not None}
+    if not certain:
+        text = "No entry of the newest evaluation is one that the model was released by with at least 2 samples."
+        return Reevaluation(regressed=False, description=text, rises=rises)
+    entry = max(certain, key=lambda name: certain[name]["low"])
+    rise = certain[entry]
+    return Reevaluation(
+        regressed=rise["low"] > max_rise_nats,
+        description=f"{entry}: the loss rose by {rise['mean']:.4f} nats (95 % interval {rise['low']:.4f} to "
+        f"{rise['high']:.4f}; {rise['num_before']} samples at the release, {rise['num_after']} now); it is a "
+        f"regression where all of the interval is above {max_rise_nats:g}.",
+        rises=rises,
+    )
+
+
+def _losses_by_entry(predictions: pa.Table) -> dict[str, np.ndarray]:
+    rows = tuned_by_entry(predictions)
+    return {entry: np.array([row["loss_nats"] for row in some]) for entry, some in rows.items()}

@@ -1,20 +1,36 @@
-"""Metrics of the base and the tuned model per entry, beside the answer that a model without eyes could give."""
+"""Metrics of the base and the tuned model per entry, next to the most common answer, for which no image is needed."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from mllm_assets.artifacts import digest_json
+import mllm_assets.evaluation.structured_scores  # noqa: F401  # registers its metrics
+from mllm_assets import __version__
+from mllm_assets.artifacts import (
+    digest_json,
+    is_sound,
+    next_number,
+    read_manifest,
+    require_sound,
+    staged_directory,
+    write_json_atomic,
+    write_manifest,
+)
 from mllm_assets.errors import DataError, IntegrityError, ModelError
-from mllm_assets.evaluation import scores
 from mllm_assets.evaluation.intervals import paired_gain
+from mllm_assets.evaluation.scores import NO_LABEL, SEVERAL_LABELS, Answers, definitions, find_label
+from mllm_assets.evaluation.table import read_predictions, with_run
+from mllm_assets.layout import Layout
 
 MOST_COMMON = "most_common_answer"
-_SAMPLE_METRICS = ("loss", "rouge_1", "rouge_2", "rouge_l", "cider_d", "exact_match", "label_accuracy")
+METRICS_FILE = "eval_metrics.json"
 
 
 def compute_metrics(predictions: pa.Table, train_answers: Sequence[str]) -> dict[str, Any]:
@@ -44,32 +60,23 @@ def compute_metrics(predictions: pa.Table, train_answers: Sequence[str]) -> dict
     for row in predictions.to_pylist():
         by_entry.setdefault(row["entry"], []).append(row)
     entries = {entry: _entry_metrics(entry, rows, most_common) for entry, rows in sorted(by_entry.items())}
-    return {"entries": entries, "definitions": scores.definitions()}
+    return {"entries": entries, "definitions": definitions()}
 
 
 def _entry_metrics(entry: str, rows: list[dict[str, Any]], most_common: str) -> dict[str, Any]:
     by_model = _rows_by_model(entry, rows)
     first = next(iter(by_model.values()))
-    references = [row["reference"] for row in first]
-    labels = labels_of(first)
-
-    models: dict[str, dict[str, float]] = {}
-    samples = {model: per_sample(model_rows, references, labels) for model, model_rows in by_model.items()}
-    for model, model_rows in by_model.items():
-        corpus = scores.corpus_scores([row["answer"] for row in model_rows], references)
-        models[model] = {**_means(samples[model]), **corpus, **_losses(model_rows)}
-    constant = [most_common] * len(references)
-    samples[MOST_COMMON] = _text_samples(constant, references, labels)
-    models[MOST_COMMON] = {**scores.corpus_scores(constant, references), **_means(samples[MOST_COMMON])}
-
+    answers = {model: answers_of(model_rows) for model, model_rows in by_model.items()}
+    one = next(iter(answers.values()))
+    labels = one.labels
+    answers[MOST_COMMON] = Answers(answers=[most_common] * len(first), references=one.references, labels=labels)
     result = {
         "num_samples": len(first),
         "samples_digest": digest_json([[row["sample_id"], row["reference"]] for row in first]),
         "primary": "label_accuracy" if labels else "rouge_l",
         "most_common_answer": most_common,
-        "models": models,
-        "gains": _gains(samples, by_model, constant)
-        | {f"{m}_over_shuffled_images": _image_gain(r) for m, r in by_model.items()},
+        "models": {model: some.totals for model, some in answers.items()},
+        "gains": _gains(answers) | {f"{m}_over_shuffled_images": _image_gain(r) for m, r in by_model.items()},
     }
     if labels:
         result["confusion"] = {m: confusion(r, labels) for m, r in by_model.items()}
@@ -77,26 +84,39 @@ def _entry_metrics(entry: str, rows: list[dict[str, Any]], most_common: str) -> 
 
 
 def sample_metrics(predictions: pa.Table) -> list[dict[str, float]]:
-    """Each row's own metrics by name, in the table's order; corpus metrics (BLEU, chrF) have none."""
+    """Each row's own metrics by name, in the table's order, without its loss; BLEU and chrF exist only for all rows."""
     rows = predictions.to_pylist()
     result: list[dict[str, float]] = [{} for _ in rows]
     positions: dict[tuple[str, str], list[int]] = {}
     for position, row in enumerate(rows):
         positions.setdefault((row["entry"], row["model"]), []).append(position)
     for group in positions.values():
-        some = [rows[position] for position in group]
-        references = [row["reference"] for row in some]
-        scored = _text_samples([row["answer"] for row in some], references, labels_of(some))
-        for metric, values in scored.items():
+        answers = replace(answers_of([rows[position] for position in group]), losses=None)
+        for metric, values in answers.samples.items():
             for position, value in zip(group, values, strict=True):
                 result[position][metric] = float(value)
     return result
 
 
-def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """The true label of each row, None unless all have one."""
+def answers_of(rows: Sequence[Mapping[str, Any]]) -> Answers:
+    """One model's rows as metrics take them."""
     labels = [row["label"] for row in rows]
-    return None if None in labels else labels
+    return Answers(
+        answers=[row["answer"] for row in rows],
+        references=[row["reference"] for row in rows],
+        labels=None if None in labels else labels,
+        losses=np.array([row["loss_nats"] for row in rows]),
+        shuffled_losses=np.array([row["loss_shuffled_nats"] for row in rows], float),  # None becomes NaN
+        num_tokens=np.array([row["num_supervised_tokens"] for row in rows]),
+        pictures=pictures_of(rows),
+    )
+
+
+def pictures_of(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """Number of what each row shows; None where no two rows show the same, or rows are not known to show anything."""
+    shown = [tuple(row.get("images") or [row["sample_id"]]) for row in rows]
+    numbers = {pictures: number for number, pictures in enumerate(dict.fromkeys(shown))}
+    return None if len(numbers) == len(rows) else np.array([numbers[pictures] for pictures in shown])
 
 
 def _rows_by_model(entry: str, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -105,7 +125,7 @@ def _rows_by_model(entry: str, rows: list[dict[str, Any]]) -> dict[str, list[dic
         if not math.isfinite(row["loss_nats"]) or not math.isfinite(row["loss_shuffled_nats"] or 0.0):
             raise ModelError(
                 f"The {row['model']} model's loss on sample {row['sample_id']} of {entry} is not a finite number. "
-                "Train again with a lower learning_rate, or in bf16 in place of fp16."
+                "Train again with a lower learning_rate, or in bf16 instead of fp16."
             )
         by_model.setdefault(row["model"], []).append(row)
     asked = {model: [(row["row_index"], row["sample_id"]) for row in r] for model, r in by_model.items()}
@@ -117,79 +137,135 @@ def _rows_by_model(entry: str, rows: list[dict[str, Any]]) -> dict[str, list[dic
     return by_model
 
 
-def per_sample(
-    rows: Sequence[Mapping[str, Any]], references: Sequence[str], labels: Sequence[str] | None
-) -> dict[str, np.ndarray]:
-    """Each metric's value for each row of one model."""
-    losses = np.array([row["loss_nats"] for row in rows])
-    return {**_text_samples([row["answer"] for row in rows], references, labels), "loss": losses}
-
-
-def _text_samples(
-    answers: Sequence[str], references: Sequence[str], labels: Sequence[str] | None
-) -> dict[str, np.ndarray]:
-    result = {
-        **scores.rouge_scores(answers, references),
-        "cider_d": scores.cider_d_scores(answers, references),
-        "exact_match": scores.exact_matches(answers, references),
-    }
-    if labels:
-        known = sorted(set(labels))
-        named = [scores.find_label(answer, known) for answer in answers]
-        result["label_accuracy"] = np.array([float(a == b) for a, b in zip(named, labels, strict=True)])
-    return result
-
-
-def _means(samples: Mapping[str, np.ndarray]) -> dict[str, float]:
-    return {name: float(values.mean()) for name, values in samples.items()}
-
-
-def _losses(rows: list[dict[str, Any]]) -> dict[str, float]:
-    loss = _token_mean(rows, "loss_nats")
-    result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp overflows a double above 709
-    shuffled = [row for row in rows if row["loss_shuffled_nats"] is not None]
-    return result | ({"loss_shuffled": _token_mean(shuffled, "loss_shuffled_nats")} if shuffled else {})
-
-
-def _token_mean(rows: list[dict[str, Any]], column: str) -> float:
-    weights = [row["num_supervised_tokens"] for row in rows]
-    return float(np.average([row[column] for row in rows], weights=weights))
-
-
-def _gains(
-    samples: Mapping[str, Mapping[str, np.ndarray]],
-    by_model: Mapping[str, list[dict[str, Any]]],
-    constant: Sequence[str],
-) -> dict[str, dict[str, Any]]:
-    if "tuned" not in samples:
+def _gains(answers: Mapping[str, Answers]) -> dict[str, dict[str, Any]]:
+    if "tuned" not in answers:
         return {}
-    said = {model: [row["answer"] for row in rows] for model, rows in by_model.items()} | {MOST_COMMON: constant}
-    references = [row["reference"] for row in by_model["tuned"]]
-    return {
-        f"tuned_over_{other}": gain_over(samples["tuned"], samples[other])
-        | scores.corpus_gains(said["tuned"], said[other], references)
-        for other in ("base", MOST_COMMON)
-        if other in samples
-    }
-
-
-def gain_over(tuned: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Paired differences of the metrics that both have; a lower loss counts as a gain."""
-    shared = [metric for metric in _SAMPLE_METRICS if metric in tuned and metric in other]
-    return {m: paired_gain((tuned[m] - other[m]) * (-1 if m == "loss" else 1)) for m in shared}
+    others = [model for model in ("base", MOST_COMMON) if model in answers]
+    return {f"tuned_over_{model}": answers["tuned"].gains_over(answers[model]) for model in others}
 
 
 def _image_gain(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How much lower the loss is with the sample's own images than with another's."""
-    pairs = [(r["loss_shuffled_nats"], r["loss_nats"]) for r in rows if r["loss_shuffled_nats"] is not None]
-    return {"loss": paired_gain(np.array([shuffled - true for shuffled, true in pairs]))} if pairs else {}
+    shown = [row for row in rows if row["loss_shuffled_nats"] is not None]
+    gains = np.array([row["loss_shuffled_nats"] - row["loss_nats"] for row in shown])
+    return {"loss": paired_gain(gains, pictures_of(shown))} if shown else {}
 
 
 def confusion(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
     """Count true labels (rows) against named ones (columns; the last two are "(none)" and "(several)")."""
     known = sorted(set(labels))
-    columns = [*known, scores.NO_LABEL, scores.SEVERAL_LABELS]
+    columns = [*known, NO_LABEL, SEVERAL_LABELS]
     counts = [[0] * len(columns) for _ in known]
     for row, label in zip(rows, labels, strict=True):
-        counts[known.index(label)][columns.index(scores.find_label(row["answer"], known))] += 1
+        counts[known.index(label)][columns.index(find_label(row["answer"], known))] += 1
     return {"labels": known, "named": columns, "counts": counts}
+
+
+def gains_over_release(predictions: pa.Table, released: pa.Table) -> dict[str, dict[str, Any]]:
+    """Paired differences of two tuned models, per entry with the same questions about the same samples.
+
+    Returns:
+        `{entry: {metric: gain}}`, positive when better than the release; other entries are left out.
+    """
+    now, then = tuned_by_entry(predictions), tuned_by_entry(released)
+    result = {}
+    for entry in sorted(now.keys() & then.keys()):
+        if _asked(now[entry]) == _asked(then[entry]):
+            result[entry] = answers_of(now[entry]).gains_over(answers_of(then[entry]))
+    return result
+
+
+def tuned_by_entry(predictions: pa.Table) -> dict[str, list[dict[str, Any]]]:
+    """The tuned model's rows, in the samples' order."""
+    by_entry: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(predictions.to_pylist(), key=lambda row: row["row_index"]):
+        if row["model"] == "tuned":
+            by_entry.setdefault(row["entry"], []).append(row)
+    return by_entry
+
+
+def _asked(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(row["sample_id"], row["prompt"], row["reference"], row["label"]) for row in rows]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """The content of an `eval_metrics.json`, its directory, and the metrics' digest, their data version."""
+
+    metrics: Mapping[str, Any]
+    directory: Path
+    digest: str
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples of all entries the models were asked."""
+        return sum(scored["num_samples"] for scored in self.metrics["entries"].values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReleasedPredictions:
+    """What the current release answered when it was released."""
+
+    version: str
+    rows: pa.Table
+
+
+def score_predictions(
+    layout: Layout,
+    recipe_name: str,
+    train_answers: Sequence[str],
+    predictions_dir: Path,
+    predicted: Mapping[str, Any],
+    *,
+    released: ReleasedPredictions | None,
+) -> Scored:
+    """Score a recipe's predictions against the base model, the most common answer and the current release.
+
+    `predicted` has `weights_digest`, `data_version` and `data_digests` of the predictions, kept with the metrics.
+
+    Raises:
+        IntegrityError: The predictions are not complete.
+    """
+    rows = read_predictions(predictions_dir)
+    metrics = compute_metrics(rows, train_answers) | {
+        "release": released.version if released else None,
+        "over_release": gains_over_release(rows, released.rows) if released else None,
+    }
+    inputs = {
+        "weights_digest": predicted["weights_digest"],
+        "predictions": predicted["data_version"],
+        "predictions_path": layout.relative(predictions_dir),
+        "data_digests": predicted["data_digests"],
+    }
+    directory = layout.metrics(recipe_name, digest_json([__version__, inputs, metrics])[:16])
+    return Scored(metrics=metrics, directory=directory, digest=write_metrics(directory, metrics, inputs)["digest"])
+
+
+def metric_rows(metrics: Mapping[str, Any], *, run_id: str, recipe: str, checkpoint_digest: str) -> pa.Table:
+    """The rows of DuckDB's `eval_metrics`."""
+    rows = [
+        {"model": model, "entry": entry, "metric": metric, "value": value, "num_samples": scored["num_samples"]}
+        for entry, scored in metrics["entries"].items()
+        for model, values in scored["models"].items()
+        for metric, value in values.items()
+    ]
+    return with_run(pa.Table.from_pylist(rows), run_id=run_id, recipe=recipe, checkpoint_digest=checkpoint_digest)
+
+
+def write_metrics(target: Path, metrics: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Publish `eval_metrics.json` in `target` and return the manifest; `digest` in it is the data version.
+
+    A sound `target` is kept unchanged. `inputs` are digests of predictions and checkpoint, for the manifest.
+    """
+    if not is_sound(target):
+        with staged_directory(target) as staging:
+            write_json_atomic(staging / METRICS_FILE, metrics)
+            number = next_number(target.parent)
+            write_manifest(staging, {"inputs": dict(inputs), "digest": digest_json(metrics), "number": number})
+    return read_manifest(target)
+
+
+def read_metrics(directory: Path) -> dict[str, Any]:
+    """Read `eval_metrics.json` of a complete directory; raises IntegrityError if it is damaged."""
+    require_sound(directory, "Materialise eval_metrics again.", only=[METRICS_FILE])
+    return json.loads((directory / METRICS_FILE).read_text(encoding="utf-8"))

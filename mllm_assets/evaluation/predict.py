@@ -1,75 +1,99 @@
 """The table of predictions: what the base and the tuned model give for each evaluation sample, and its gallery."""
 
+import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import torch
 
-from mllm_assets.artifacts import is_complete, read_manifest, staged_directory, write_manifest
-from mllm_assets.data.sharegpt import Row
-from mllm_assets.data.tokens import IMAGE_PLACEHOLDER
+from mllm_assets.artifacts import digest_json, is_sound, read_manifest, staged_directory, write_manifest
+from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.data.sharegpt.rows import Row
+from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.gallery import write_gallery
-from mllm_assets.evaluation.measuring import Measured, Sample, load_samples, measure
-from mllm_assets.evaluation.request import EvaluateRequest
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, predictions_digest, to_table
-from mllm_assets.inference.naming import find_model
-from mllm_assets.training.device import pick_device
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.inference.answerer import Answerer, in_batches, use_cached_images
+from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.models.device import Device, pick_device
+from mllm_assets.training.models.load import weights_digest
+from mllm_assets.training.runs.models import checkpoint_digest, find_model, is_checkpoint, model_fingerprint
+from mllm_assets.worker.tasks import WHOLE, EvaluateTask, Evaluation, Measured
 
 if TYPE_CHECKING:
-    from mllm_assets.training.protocol import Reporter
+    from mllm_assets.worker.protocol import Reporter
+
+SHUFFLE_SEED = 42
+_MOST_SHIFTS = 100  # a pair that still shares a file after so many tries goes without a partner
 
 
-def evaluate_task(request: dict[str, Any], reporter: "Reporter") -> dict[str, Any]:
-    """Worker entry: write `predictions.parquet` and the galleries, and return the manifest.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One row of an entry, and the images of another sample that replace its own; None where none can."""
 
-    Args:
-        request: See `EvaluateRequest`. With `part` nothing is written: the result is what that part of the batches
-            gave, by model. The request without it, with those results as `parts`, puts them together.
-        reporter: Told after each batch.
+    entry: str
+    index: int
+    row: Row
+    partner_images: tuple[Path, ...] | None
+
+
+def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
+    """Worker entry: write `predictions.parquet` and the galleries.
 
     Raises:
         RecipeError: No such entry; names the nearest.
         DataError: A row cannot be used or an image is damaged. Names the row.
         ModelError: One of the models cannot be loaded.
-        MachineError: The device asked for is not there.
+        MachineError: The machine does not have the wanted device.
     """
-    spec = EvaluateRequest.parse(request)
-    if is_complete(spec.directory):
-        return read_manifest(spec.directory)
-    if spec.num_threads:
-        torch.set_num_threads(spec.num_threads)
+    if is_sound(task.directory):
+        return Evaluation(manifest=read_manifest(task.directory), measured={})
+    if task.accelerator.num_threads:
+        torch.set_num_threads(task.accelerator.num_threads)
     started = time.perf_counter()
-    samples = load_samples(spec)
-    device = pick_device(spec.device)
-    directories = {"base": spec.base_model_dir, "tuned": spec.model_dir}
-    models = {name: directories[name] for name in spec.models}
-    if not spec.parts:
-        measured = {name: measure(name, find_model(path), samples, spec, device, reporter)
-                    for name, path in models.items()}  # fmt: skip
-    else:
-        measured = {name: Measured.together([part[name] for part in spec.parts]) for name in models}
-    if spec.part:
-        return {name: asdict(some) for name, some in measured.items()}
-    table = to_table([row for name, some in measured.items() for row in rows_of(name, some, samples, spec.data_dir)])
-    with staged_directory(spec.directory) as staging:
+    dataset = Dataset(task.data_dir, read_part=None if task.parts else WHOLE)
+    samples = load_samples(task, dataset)
+    device = pick_device(task.accelerator.device)
+    directories = {"base": task.base_model_dir, "tuned": task.model_dir}
+    measured = {
+        name: merge([part.measured[name] for part in task.parts])
+        if task.parts
+        else measure(name, find_model(directories[name]), samples, task, device, reporter, dataset.digests)
+        for name in task.models
+    }
+    dataset.digests.require_unchanged()
+    if task.part:
+        return Evaluation(manifest={}, measured=measured)
+    num_answers = [sum(len(some.answers) for some in part.measured.values()) for part in task.parts]
+    table = to_table([row for name, some in measured.items() for row in rows_of(name, some, samples, task.data_dir)])
+    with staged_directory(task.directory) as staging:
         pq.write_table(table, staging / PREDICTIONS_FILE)
-        write_gallery(staging, table, data_dir=spec.data_dir, title=spec.recipe_name)
+        write_gallery(staging, table, data_dir=task.data_dir, title=task.recipe_name)
         payload = {
-            "recipe": spec.recipe_name,
+            "recipe": task.recipe_name,
             "digest": predictions_digest(table),
-            "entries": {entry: sum(s.entry == entry for s in samples) for entry in spec.entries},
+            "entries": {entry: sum(s.entry == entry for s in samples) for entry in task.entries},
             "num_predictions": len(table),
-            "max_new_tokens": spec.max_new_tokens,
-            "batch_size": spec.batch_size,
+            "max_new_tokens": task.settings.max_new_tokens,
+            "batch_size": task.settings.batch_size,
             "device": asdict(device),
-            **({"num_answers_by_worker": _num_answers(spec.parts)} if spec.parts else {}),
+            **({"num_answers_by_worker": num_answers} if task.parts else {}),
             "wall_s": round(time.perf_counter() - started, 2),
         }
-        return write_manifest(staging, payload)
+        dataset.digests.require_unchanged()  # the gallery shows the images
+        return Evaluation(manifest=write_manifest(staging, payload), measured={})
+
+
+def merge(parts: Sequence[Measured]) -> Measured:
+    """Join what the parts of one evaluation gave."""
+    names = (field.name for field in fields(Measured))
+    return Measured(**{name: {k: v for part in parts for k, v in getattr(part, name).items()} for name in names})
 
 
 def rows_of(model: str, measured: Measured, samples: Sequence[Sample], data_dir: Path) -> list[dict[str, Any]]:
@@ -81,7 +105,14 @@ def rows_of(model: str, measured: Measured, samples: Sequence[Sample], data_dir:
         shuffled = measured.shuffled_losses.get(str(index))
         rows.append(
             {
-                **_question(model, sample, data_dir),
+                "model": model,
+                "entry": sample.entry,
+                "sample_id": sample.row.id,
+                "row_index": sample.index,
+                "images": [path.resolve().relative_to(data_dir).as_posix() for path in sample.row.images],
+                "prompt": _last(sample.row, "user").replace(IMAGE_PLACEHOLDER, "").strip(),
+                "reference": _last(sample.row, "assistant"),
+                "label": sample.row.label,
                 "answer": text,
                 "loss_nats": loss_nats,
                 "loss_shuffled_nats": shuffled[0] if shuffled else None,
@@ -93,23 +124,137 @@ def rows_of(model: str, measured: Measured, samples: Sequence[Sample], data_dir:
     return rows
 
 
-def _num_answers(parts: Sequence[dict[str, dict[str, Any]]]) -> list[int]:
-    return [sum(len(measured["answers"]) for measured in part.values()) for part in parts]
-
-
-def _question(model: str, sample: Sample, data_dir: Path) -> dict[str, Any]:
-    """The columns that say who was asked what, and what would have been right."""
-    return {
-        "model": model,
-        "entry": sample.entry,
-        "sample_id": sample.row.id,
-        "row_index": sample.index,
-        "images": [path.resolve().relative_to(data_dir).as_posix() for path in sample.row.images],
-        "prompt": _last(sample.row, "user").replace(IMAGE_PLACEHOLDER, "").strip(),
-        "reference": _last(sample.row, "assistant"),
-        "label": sample.row.label,
-    }
-
-
 def _last(row: Row, role: str) -> str:
     return next(message.content for message in reversed(row.messages) if message.role == role)
+
+
+def load_samples(task: EvaluateTask, dataset: Dataset) -> list[Sample]:
+    """Read the entries' rows, and find for each row with images another one whose images replace its own.
+
+    Raises:
+        IntegrityError: An image or an entry changed. Names it.
+    """
+    samples = []
+    for entry in task.entries:
+        dataset.entry(entry).require_unchanged(task.data_digests.get(entry))
+        rows = dataset.entry(entry).rows[: task.settings.max_samples]
+        partners = shuffled_partners([row.images for row in rows], seed=SHUFFLE_SEED)
+        samples += [
+            Sample(entry=entry, index=index, row=row, partner_images=None if p is None else tuple(rows[p].images))
+            for index, (row, p) in enumerate(zip(rows, partners, strict=True))
+        ]
+    return samples
+
+
+def require_named_model(directory: Path, expected: str, digests: FileDigests) -> None:
+    """Refuse a model that is not the one by which its predictions are named; `digests` remembers its files.
+
+    Raises:
+        IntegrityError: It is not. Names the directory, or the file where a manifest speaks for it.
+    """
+    if is_checkpoint(directory):
+        found = [checkpoint_digest(directory)]  # its files are compared when they are loaded
+    else:
+        found = [model_fingerprint(directory, digests), weights_digest(directory, digests.of)]
+    if expected not in found:
+        raise IntegrityError(
+            f"The model in {directory} is not the one by which these predictions are named: expected digest "
+            f"{expected[:12]}, found {found[0][:12]}. Materialise the asset that makes the model, then this one again."
+        )
+
+
+def measure(
+    model: str,
+    directory: Path,
+    samples: Sequence[Sample],
+    task: EvaluateTask,
+    device: Device,
+    reporter: "Reporter",
+    digests: FileDigests,
+) -> Measured:
+    """Score and answer every sample with one model, or those in the batches of `task.part`."""
+    settings = task.settings
+    require_named_model(directory, task.model_digests[model], digests)
+    answerer = Answerer(directory, task.recipe.turns, device=device.kind, digests=digests)
+    encoded = [answerer.encoder.encode(sample.row) for sample in samples]
+    paired = [index for index, sample in enumerate(samples) if sample.partner_images is not None]
+    # encoded again: an image of another size may take another number of tokens
+    swapped = [
+        answerer.encoder.encode(replace(samples[index].row, images=samples[index].partner_images)) for index in paired
+    ]
+    prompts = [answerer.encoder.encode_prompt(sample.row) for sample in samples]
+
+    if task.features_root is not None:
+        use_cached_images(answerer, prompts, task.features_root, task.recipe, device, reporter, digests)
+    part = task.part or WHOLE
+    num_rows = (len(encoded) + len(swapped) + len(prompts)) // part.count
+    progress = _Progress(reporter, f"evaluate {model} model", num_rows)
+
+    def answer(rows: Sequence[EncodedRow]) -> Sequence[Any]:
+        # a seed for each batch: the same answers however many workers share the batches
+        seed = int(digest_json([settings.seed, [row.id for row in rows]])[:12], 16)
+        return answerer.answers(rows, settings.sampling(seed))
+
+    losses = progress.follow(in_batches(encoded, settings.batch_size, answerer.losses, part=part))
+    shuffled = progress.follow(in_batches(swapped, settings.batch_size, answerer.losses, part=part))
+    answers = progress.follow(in_batches(prompts, settings.batch_size, answer, part=part))
+    return Measured(
+        losses={str(index): value for index, value in losses},
+        shuffled_losses={str(paired[i]): value for i, value in shuffled},
+        answers={str(index): (given.text, given.num_tokens, given.latency_s) for index, given in answers},
+    )
+
+
+class _Progress:
+    """Counts finished rows over several passes."""
+
+    def __init__(self, reporter: "Reporter", stage: str, total: int) -> None:
+        self._reporter, self._stage, self._total, self._done = reporter, stage, total, 0
+        self._started = time.perf_counter()
+
+    def follow(self, batches: Iterator[tuple[list[int], Sequence[Any]]]) -> Iterator[tuple[int, Any]]:
+        """Yield (position, value) of every row, and report after each batch."""
+        for positions, values in batches:
+            self._done += len(positions)
+            rows_per_s = self._done / max(time.perf_counter() - self._started, 1e-9)
+            self._reporter.progress(self._stage, self._done, self._total, rows_per_s=round(rows_per_s, 1))
+            yield from zip(positions, values, strict=True)
+
+
+def shuffled_partners(images: Sequence[Sequence[Hashable]], *, seed: int) -> list[int | None]:
+    """Pair each sample with another one that has as many images, all of them different files.
+
+    The pairing is a permutation within the samples of one image count: every sample's images are used once, none by
+    its own sample. It depends on the samples and the seed only.
+
+    Returns:
+        For each sample the index of its partner; None for a sample without images or without a partner.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, own in enumerate(images):
+        if own:
+            groups[len(own)].append(index)
+    partners: list[int | None] = [None] * len(images)
+    generator = random.Random(seed)
+    for _, members in sorted(groups.items()):
+        order = members[:]
+        generator.shuffle(order)
+        shift = _best_shift(images, order)
+        for position, index in enumerate(order):
+            partner = order[(position + shift) % len(order)]
+            if set(images[index]).isdisjoint(images[partner]):
+                partners[index] = partner
+    return partners
+
+
+def _best_shift(images: Sequence[Sequence[Hashable]], order: Sequence[int]) -> int:
+    """The rotation with the fewest pairs that share a file; the first one without any, in almost every dataset."""
+    best, best_num_shared = 0, len(order)
+    for shift in range(1, min(len(order), _MOST_SHIFTS)):
+        rotated = [*order[shift:], *order[:shift]]
+        num_shared = sum(not set(images[a]).isdisjoint(images[b]) for a, b in zip(order, rotated, strict=True))
+        if num_shared < best_num_shared:
+            best, best_num_shared = shift, num_shared
+        if not num_shared:
+            break
+    return best

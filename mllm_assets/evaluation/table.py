@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mllm_assets.artifacts import digest_json, read_manifest
+from mllm_assets.artifacts import digest_json, require_sound
 
 PREDICTIONS_FILE = "predictions.parquet"
 
@@ -31,10 +31,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-STORE_COLUMNS = (
-    "model entry sample_id row_index prompt reference label answer loss_nats loss_shuffled_nats num_supervised_tokens "
-    "num_answer_tokens latency_s"
-).split()
+STORE_COLUMNS = [name for name in SCHEMA.names if name != "images"]
 
 
 def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
@@ -45,14 +42,14 @@ def read_predictions(directory: Path) -> pa.Table:
     """Read the predictions of a complete directory.
 
     Raises:
-        IntegrityError: They were never finished.
+        IntegrityError: They were never finished, or are damaged.
     """
-    read_manifest(directory)
+    require_sound(directory, "Materialise predictions again.", only=[PREDICTIONS_FILE])
     return pq.read_table(directory / PREDICTIONS_FILE)
 
 
 def predictions_digest(predictions: pa.Table) -> str:
-    """sha256 over everything that was said and scored; not over how long it took."""
+    """sha256 over all columns but the latency."""
     return digest_json(predictions.drop_columns(["latency_s"]).to_pylist())
 
 

@@ -6,7 +6,7 @@ import socket
 
 from mllm_assets.errors import MachineError
 
-# Names in a request's Host header. A page of a stranger, whose name was made to point to this machine, asks by another.
+# Names in a request's Host header. A foreign page, whose name was made to point to this machine, sends another.
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -39,18 +39,15 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise MachineError(_why_not(host, port, error)) from None
-
-
-def _why_not(host: str, port: int, error: OSError | OverflowError) -> str:
-    if isinstance(error, OverflowError):
-        return f"There is no port {port}: ports are 1 to 65535. Give another --port."
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"Port {port} of {host} is in use by another program, perhaps by a page or server that was started before. "
-            "End that one, or give another --port."
-        )
-    if error.errno == errno.EACCES:
-        return f"Port {port} of {host} may not be taken by this user. Give a --port above 1023."
-    return f"Cannot listen on {host} ({error.strerror or error}). Give --host an address of this machine."
+    except OverflowError:
+        problem = f"There is no port {port}: ports are 1 to 65535. Give another --port."
+    except OSError as error:
+        problem = f"Cannot listen on {host} ({error.strerror or error}). Give --host an address of this machine."
+        if error.errno == errno.EADDRINUSE:
+            problem = (
+                f"Port {port} of {host} is in use by another program, perhaps by a page or server that was started "
+                "before. End that one, or give another --port."
+            )
+        elif error.errno == errno.EACCES:
+            problem = f"Port {port} of {host} may not be taken by this user. Give a --port above 1023."
+    raise MachineError(problem)

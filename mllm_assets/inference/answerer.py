@@ -1,6 +1,6 @@
 """A loaded model that answers and scores encoded rows in batches, in the turn format it was trained on.
 
-Shape suffixes: B rows, T tokens, S supervised positions over all rows, V vocabulary.
+Shape suffixes: B rows, T tokens, S supervised positions of the row that has most, V vocabulary.
 """
 
 import sys
@@ -8,63 +8,50 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn import functional
 from transformers.generation.streamers import BaseStreamer
 
-from mllm_assets.errors import DataError, MllmAssetsError
-from mllm_assets.inference.naming import is_checkpoint
-from mllm_assets.training.checkpoint_model import load_checkpoint, read_beginning
-from mllm_assets.training.collate import Collator, ImageFeatures
-from mllm_assets.training.encode import EncodedRow, Encoder
-from mllm_assets.training.families import processor_family, require_template
-from mllm_assets.training.model import load_model, load_processor, quiet_libraries
-from mllm_assets.training.spec import CUTOFF_LEN, IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS
+from mllm_assets.errors import DataError
+from mllm_assets.families.family import processor_family, require_template
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.recipe.asking import Sampling, TurnSettings
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.caches import features, tower
+from mllm_assets.training.encoding.collate import Collator, ImageFeatures, Padding
+from mllm_assets.training.encoding.encode import IGNORE_INDEX, EncodedRow, Encoder
+from mllm_assets.training.loop.checkpoints import load_checkpoint, starting_model
+from mllm_assets.training.models.device import Device, Precision, out_of_memory_is_an_error, pick_precision
+from mllm_assets.training.models.load import load_model, load_processor, quiet_libraries
+from mllm_assets.training.runs.models import is_checkpoint
+from mllm_assets.worker.tasks import WHOLE, Part
 
+if TYPE_CHECKING:
+    from mllm_assets.worker.protocol import Reporter
+
+ASK_FEWER = (
+    "Ask fewer at once: a lower batch_size of the recipe's evaluation, or --batch-size. With one row, ask for fewer "
+    "tokens, or give fewer or smaller images."
+)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What a model said; `num_tokens` without the token that ends the turn, `latency_s` its share of the batch."""
+    """A model's answer; `num_tokens` without the token that ends the turn, `latency_s` its share of the batch."""
 
     text: str
     num_tokens: int
     latency_s: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How the next token is drawn. Without `do_sample` the likeliest one is taken and the rest has no effect."""
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise MllmAssetsError(
-                f"temperature must be above 0 and top_p in 0..1 (not 0), got {self.temperature} and {self.top_p}. "
-                "For the likeliest answer leave sampling off."
-            )
-
-
 class Answerer:
-    """Answers and scores rows with one model.
+    """Answers and scores rows with one model: of a Hugging Face directory, or of a run's `checkpoint-<step>`.
 
-    Args:
-        directory: A Hugging Face model directory, or a `checkpoint-<step>` of a run.
-        device: Where the model runs.
-        dtype: Of the weights; None keeps the directory's own.
-        system: System text for rows without one of their own.
-        cutoff_len: Most tokens of a scored row, as in training.
-        image_max_pixels: Larger images are first shrunk to this area, as in training.
-        image_min_pixels: Smaller ones are first enlarged to it.
-        template: Turn format that the model was trained in; None for its family's usual one.
-        enable_thinking: As in training. Reasoning is not part of an answer's text.
+    `turns` are those of the training; reasoning is not part of an answer's text. `dtype` None keeps the directory's.
+    With `digests` what changed since its digest was taken is refused.
 
     Raises:
         ModelError: The directory holds no usable model.
@@ -75,45 +62,37 @@ class Answerer:
     def __init__(
         self,
         directory: Path,
+        turns: TurnSettings = TurnSettings(),
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        system: str | None = None,
-        cutoff_len: int = CUTOFF_LEN,
-        image_max_pixels: int = IMAGE_MAX_PIXELS,
-        image_min_pixels: int = IMAGE_MIN_PIXELS,
-        template: str | None = None,
-        enable_thinking: bool | None = True,
+        digests: FileDigests | None = None,
     ) -> None:
         quiet_libraries()
         is_delta = is_checkpoint(directory)
-        processor = load_processor(read_beginning(directory).model_dir if is_delta else directory)
-        if template is not None:
-            require_template(template, processor_family(processor), str(directory))
+        processor = load_processor(starting_model(directory).model_dir if is_delta else directory)
+        if turns.template is not None:
+            require_template(turns.template, processor_family(processor), str(directory))
         self.device = torch.device(device)
-        model = load_checkpoint(directory) if is_delta else load_model(directory, dtype=dtype)
-        self.model: Any = model.to(device=self.device, dtype=dtype if is_delta else None).eval()
+        with out_of_memory_is_an_error(f"loading {directory}", "End other programs, or ask it on another device."):
+            model = load_checkpoint(directory, digests=digests) if is_delta else load_model(directory, dtype=dtype)
+            if digests is not None:
+                digests.require_unchanged()
+            self.model: Any = model.to(device=self.device, dtype=dtype if is_delta else None).eval()
         self.processor, self.tokenizer = processor, processor.tokenizer
-        limits: dict[str, Any] = {"image_max_pixels": image_max_pixels, "image_min_pixels": image_min_pixels}
-        self.encoder = Encoder(
-            processor,
-            cutoff_len=cutoff_len,
-            system=system,
-            template=template,
-            enable_thinking=enable_thinking,
-            **limits,
-        )
-        self.collator = Collator(processor, **limits)
-        self._asked = Collator(processor, padding_side="left", select_logits=False, pad_to_multiple_of=1, **limits)
+        self.encoder = Encoder(processor, turns, num_embeddings=self.model.config.get_text_config().vocab_size)
+        self.collator = Collator(processor, turns)
+        self._asked = Collator(processor, turns, padding=Padding(side="left", multiple_of=1), select_logits=False)
+        self.collator.digests = self._asked.digests = digests
         self.stop_ids = self._find_stop_ids()
-        # text models that count on no length, such as those without attention, do not have it
+        # text models without a maximum length, such as those without attention, do not have it
         self.context_len: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def room_for_answer(self, num_prompt_tokens: int) -> int:
         """Return how many tokens an answer may have, so that it and the prompt are within the model's context.
 
         Raises:
-            DataError: None. Says how long the prompt is and how long it may be.
+            DataError: There is no room. Says how long the prompt is and how long it may be.
         """
         if self.context_len is None:
             return sys.maxsize
@@ -130,50 +109,56 @@ class Answerer:
 
         Raises:
             DataError: An image is damaged. Names row and file.
+            MachineError: There is not enough memory for so many rows.
         """
-        batch = self._to_device(self.collator(rows))
-        keep_BT, labels_S = batch["logits_to_keep"], batch.pop("shift_labels")
+        with out_of_memory_is_an_error(f"scoring {len(rows)} rows at once", ASK_FEWER):
+            return self._losses(rows)
+
+    def _losses(self, rows: Sequence[EncodedRow]) -> list[tuple[float, int]]:
+        batch = self.collator(rows)
+        counts = (batch["shift_labels"] != IGNORE_INDEX).sum(dim=1).tolist()
+        batch = self._to_device(batch)
+        labels_BS = batch.pop("shift_labels")
         del batch["labels"]
-        logits_SV = self.model(**batch, use_cache=False).logits.reshape(len(labels_S), -1)
-        losses_S = functional.cross_entropy(logits_SV.float(), labels_S, reduction="none").double()
-        counts = keep_BT.sum(dim=1).tolist()
-        return [(float(row_S.mean()), count) for row_S, count in zip(losses_S.split(counts), counts, strict=True)]
+        logits_BVS = self.model(**batch, use_cache=False).logits.float().transpose(1, 2)
+        losses_BS = functional.cross_entropy(logits_BVS, labels_BS, reduction="none").double().cpu()
+        return [(float(row_S[:count].mean()), count) for row_S, count in zip(losses_BS, counts, strict=True)]
 
     @torch.inference_mode()
     def answers(
-        self,
-        rows: Sequence[EncodedRow],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling | None = None,
-        streamer: BaseStreamer | None = None,
+        self, rows: Sequence[EncodedRow], sampling: Sampling, *, streamer: BaseStreamer | None = None
     ) -> list[Answer]:
-        """Continue prompts (`Encoder.encode_prompt`) until the model ends its turn or `max_new_tokens` are said.
+        """Continue prompts (`Encoder.encode_prompt`) until the model ends its turn or `max_new_tokens` are reached.
 
         A `streamer` is given the tokens of a single row as they come.
 
         Raises:
             DataError: An image is damaged. Names row and file.
+            MachineError: There is not enough memory for so many rows.
         """
-        sampling = sampling or Sampling()
+        with out_of_memory_is_an_error(f"answering {len(rows)} rows at once", ASK_FEWER):
+            return self._answers(rows, sampling, streamer)
+
+    def _answers(self, rows: Sequence[EncodedRow], sampling: Sampling, streamer: BaseStreamer | None) -> list[Answer]:
         started = time.perf_counter()
         batch = self._to_device(self._asked(rows))
         del batch["labels"]
-        options: dict[str, Any] = {"do_sample": sampling.do_sample, "max_new_tokens": max_new_tokens, "use_cache": True}
+        options: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
         if sampling.do_sample:
-            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+            options = {"temperature": sampling.temperature, "top_p": sampling.top_p}
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
-        else:
-            options |= {"temperature": None, "top_p": None, "top_k": None}
         output_BT = self.model.generate(
             **batch,
             **options,
+            do_sample=sampling.do_sample,
+            max_new_tokens=sampling.max_new_tokens,
+            use_cache=True,
             eos_token_id=self.stop_ids,
             pad_token_id=self._asked.pad_id,
             streamer=streamer,
         )
-        said = [self._until_stop(row) for row in output_BT[:, batch["input_ids"].shape[1] :].tolist()]
+        generated = [self._until_stop(row) for row in output_BT[:, batch["input_ids"].shape[1] :].tolist()]
         latency_s = (time.perf_counter() - started) / len(rows)
         return [
             Answer(
@@ -181,11 +166,11 @@ class Answerer:
                 num_tokens=len(ids),
                 latency_s=latency_s,
             )
-            for ids in said
+            for ids in generated
         ]
 
     def answer_from(self, features: ImageFeatures) -> None:
-        """Take images from here on from a cache; the model must have been made ready for it (`tower.install`)."""
+        """From now on read image features from a cache; the model must be prepared for it (`tower.install`)."""
         self.collator.features = self._asked.features = features
 
     def _find_stop_ids(self) -> list[int]:
@@ -196,7 +181,7 @@ class Answerer:
         return sorted(ids)
 
     def _without_thought(self, ids: list[int]) -> list[int]:
-        """Return what comes after the reasoning, all where there is none."""
+        """Return what comes after the reasoning, everything if there is none."""
         thought = self.encoder.template.thought
         closing = self.tokenizer.encode(thought[1].strip(), add_special_tokens=False) if thought else []
         ends = [
@@ -220,17 +205,52 @@ def in_batches(
     batch_size: int,
     run: Callable[[Sequence[EncodedRow]], Sequence[T]],
     *,
-    part: tuple[int, int] = (0, 1),
+    part: Part = WHOLE,
 ) -> Iterator[tuple[list[int], Sequence[T]]]:
-    """Run batches of rows of like length, longest first, and yield each with the rows' positions.
+    """Run batches of rows of similar length, which need little padding, and yield each with the rows' positions.
 
-    With `part` (index, count) every count-th batch only: the batches are the same however many parts there are, and so
-    are the results, to the bit.
-
-    Rows of like length need little padding; the longest first, so that a batch that does not fit in memory fails at
-    once.
+    The longest come first, so that a batch that does not fit in memory fails at once. With `part` its batches only: the
+    batches are the same however many parts there are, and so are the results, to the bit.
     """
     order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].input_ids), index))
-    for start in range(part[0] * batch_size, len(order), part[1] * batch_size):
+    for start in range(part.index * batch_size, len(order), part.count * batch_size):
         positions = order[start : start + batch_size]
         yield positions, run([rows[index] for index in positions])
+
+
+def use_cached_images(
+    answerer: Answerer,
+    rows: Sequence[EncodedRow],
+    features_root: Path,
+    spec: TrainSpec,
+    device: Device,
+    reporter: "Reporter",
+    digests: FileDigests,
+) -> Path | None:
+    """Compute the missing features of the rows' images and use them instead of the tower, whose memory is freed.
+
+    From now on the model answers only about these images. `features_root` is shared with training; `digests` are of
+    images that were read before. Returns the folder of this tower's features, or None where no row has an image or the
+    family's features are not cached.
+
+    Raises:
+        DataError: An image is damaged. Names row and file.
+        IntegrityError: Cached features are not those of this tower.
+    """
+    with_images = [row for row in rows if row.images]
+    if not with_images or processor_family(answerer.processor).vision_cut is None:
+        return None
+    model = answerer.model
+    precision = pick_precision(spec, device)
+    if model.dtype != precision.weights:  # the directory keeps another dtype than the recipe trains in
+        precision = Precision(weights=model.dtype, autocast=None)
+    directory = features_root / tower.tower_fingerprint(model, answerer.processor, spec, precision, device.kind)
+    images = features.images_by_digest(with_images, digests)
+    maker = features.FeatureMaker(model=model, collator=answerer.collator, precision=precision)
+    store = features.FeatureStore(directory, digests)
+    with out_of_memory_is_an_error("while the vision tower's output was cached", features.CURE):
+        store.compute(maker, images, reporter)
+        store.require_match(maker, with_images)
+    tower.install(model)
+    answerer.answer_from(store)
+    return directory

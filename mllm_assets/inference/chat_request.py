@@ -7,22 +7,29 @@ another model or render a template of the client's. A field that would change th
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mllm_assets.data.images import open_image, require_decodable
-from mllm_assets.errors import DataError
-from mllm_assets.training.image_files import fit_area
+from mllm_assets.data.ingest.images import PictureError
+from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
+from mllm_assets.data.sharegpt.rows import ASSISTANT, SYSTEM, USER, Message, Row
+from mllm_assets.errors import ModelError
+from mllm_assets.training.encoding.encode import Encoder
+from mllm_assets.training.encoding.image_files import decoded
 
-ROLES = ("system", "user", "assistant")
+ROLES = (SYSTEM, USER, ASSISTANT)
+BASE64_STEP = 2**16  # characters, four for three bytes; decoding holds up all threads for as long as a step takes
 MIN_TEMPERATURE = 0.01  # logits divided by less overflow; below it the likeliest token is taken, as in vLLM
-
 Stop = Annotated[str, Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+_PICTURE = Image.linear_gradient("L").convert("RGB")
+_QUESTION, _ANSWER, _SYSTEM = "What is shown in this image?", "A gradient.", "You answer in one sentence."
 
 
 class RequestError(HTTPException):
@@ -44,7 +51,7 @@ class ChatRequest(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    frequency_penalty: float | None = Field(default=None, ge=0, le=2)  # transformers knows a penalty, no reward
+    frequency_penalty: float | None = Field(default=None, ge=0, le=2)  # transformers knows a penalty, not a reward
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=4)] | None = None
@@ -81,12 +88,12 @@ def checked(body: Mapping[str, Any], *, model_name: str, vocab_size: int) -> dic
         raise RequestError("model", f"This server has the model {model_name!r} alone, no {request.model[:64]!r}.", 404)
     if beyond := [token for token in request.logit_bias or () if int(token) >= vocab_size]:
         raise RequestError("logit_bias", f"logit_bias: the model has {vocab_size} tokens, so none has id {beyond[0]}.")
-    said = request.model_dump(exclude_none=True)
+    fields = request.model_dump(exclude_none=True)
     if request.stop is not None:
-        said["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
+        fields["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
     if request.temperature is not None and request.temperature < MIN_TEMPERATURE:
-        said["temperature"] = 0.0
-    return said
+        fields["temperature"] = 0.0
+    return fields
 
 
 def _refusal(error: ValidationError) -> RequestError:
@@ -117,6 +124,20 @@ def parts_of(message: Any, where: str) -> list[Any]:
     return parts
 
 
+def require_within(messages: Sequence[Sequence[Any]], *, max_chars: int, max_images: int) -> None:
+    """Compare what the parts of all messages hold together with what a request may.
+
+    Raises:
+        RequestError: It is more. Says how much of what.
+    """
+    parts = [part for message in messages for part in message if isinstance(part, Mapping)]
+    num_chars = sum(len(part["text"]) for part in parts if isinstance(part.get("text"), str))
+    num_images = sum(part.get("type") == "image_url" for part in parts)
+    for found, most, what in ((num_chars, max_chars, "characters"), (num_images, max_images, "images")):
+        if found > most:
+            raise RequestError("messages", f"The messages hold {found:,} {what}: at most {most:,}.", 413)
+
+
 def picture(url: Any, where: str, **image_limits: int) -> Image.Image:
     """Decode a `data:` URL into an RGB image of an area within the limits, as in training.
 
@@ -131,12 +152,54 @@ def picture(url: Any, where: str, **image_limits: int) -> Image.Image:
             "opens no file.",
         )
     try:
-        content = base64.b64decode(data, validate=True)
-        require_decodable(content, "the image")
-        opened = open_image(content)
-        opened.load()
-    except DataError as error:
-        raise RequestError(where, f"{where}: {error}") from None
-    except (binascii.Error, OSError, SyntaxError, ValueError) as error:
-        raise RequestError(where, f"{where}: the image cannot be read ({type(error).__name__}).") from None
-    return fit_area(opened, **image_limits)
+        steps = (data[start : start + BASE64_STEP] for start in range(0, len(data), BASE64_STEP))
+        return decoded(b"".join(base64.b64decode(step, validate=True) for step in steps), **image_limits)
+    except binascii.Error:
+        raise RequestError(where, f"{where}: the image is not base64.") from None
+    except PictureError as error:
+        raise RequestError(where, f"{where}: the image cannot be used: {error}.") from None
+
+
+_IMAGE_QUESTION = Message(USER, IMAGE_PLACEHOLDER + _QUESTION)
+
+
+CONVERSATIONS: dict[str, tuple[Message, ...]] = {
+    "a question": (Message(USER, _QUESTION),),
+    "an image and a question": (_IMAGE_QUESTION,),
+    "a system text, an image and a question": (Message(SYSTEM, _SYSTEM), _IMAGE_QUESTION),
+    "two turns": (_IMAGE_QUESTION, Message(ASSISTANT, _ANSWER), Message(USER, _QUESTION)),
+}
+
+
+def require_same_format(encoder: Encoder, processor: Any, where: str) -> None:
+    """Compare the tokens of the processor's chat template with those that training encodes, on a few conversations.
+
+    Raises:
+        ModelError: They differ, so that a chat program would ask the model in a format that it does not know.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "picture.png"
+        _PICTURE.save(picture)
+        for name, messages in CONVERSATIONS.items():
+            num_images = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages)
+            expected = list(encoder.encode_prompt(Row("check", messages, (picture,) * num_images)).input_ids)
+            chat = [{"role": message.role, "content": _parts(message.content)} for message in messages]
+            batch = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+            if expected != (found := list(batch["input_ids"][0])):
+                raise ModelError(_difference(processor.tokenizer, name, expected, found, where))
+
+
+def _difference(tokenizer: Any, name: str, expected: list[int], found: list[int], where: str) -> str:
+    same = (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b)
+    index = next(same, min(len(expected), len(found)))
+    shown = [tokenizer.decode(ids[max(0, index - 2) : index + 6]) for ids in (expected, found)]
+    return (
+        f"The chat template in {where} asks the model in another format than the one it was trained in: in {name}, "
+        f"from token {index} on, expected {shown[0]!r}, got {shown[1]!r}. Take chat_template.jinja from the model that "
+        "it was trained from, or ask it with `mllm-assets generate`, which uses the training's own format."
+    )
+
+
+def _parts(text: str) -> list[dict[str, Any]]:
+    images = [{"type": "image", "image": _PICTURE}] * text.count(IMAGE_PLACEHOLDER)
+    return [*images, {"type": "text", "text": text.replace(IMAGE_PLACEHOLDER, "")}]

@@ -1,1 +1,1 @@
-"""The state of a machine and of what lies on its disk: `mllm-assets doctor`, `mllm-assets gc`."""
+"""The state of a machine and of the artefacts on its disk: `mllm-assets doctor`, `mllm-assets gc`."""

@@ -1,24 +1,30 @@
-"""What lies below a root, and what is still named: by links, releases, recipes, Dagster, or something that is kept.
+"""The artefacts below a root, and what still refers to them: links, releases, recipes, Dagster, kept artefacts.
 
 Artefacts are named by 16 hex digits, and their manifests name what they were made from in the same way. So what is
-needed is found as a garbage collector marks memory: from what is in use, along the names. A name that stands somewhere
+needed is found as a garbage collector marks memory: from what is in use, along the names. A name that occurs somewhere
 by chance keeps too much, never too little.
 """
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mllm_assets.artifacts import MANIFEST, is_complete, read_manifest
+from mllm_assets.artifacts import MANIFEST, is_complete, read_manifest, sha256_file
+from mllm_assets.data.curate.publish import NAMED_IMAGES
+from mllm_assets.data.sharegpt.dataset import IMAGE_LIST, Dataset, listed_images
+from mllm_assets.data.sharegpt.entries import load_entries
 from mllm_assets.errors import IntegrityError
 from mllm_assets.layout import Layout
 
 NAME = re.compile(r"\b[0-9a-f]{16}(?:-\d+)?\b")
 RUN, METRICS = "run", "metrics"
-DATA_AND_CACHES = ("dataset version", "measurements", "source", "features", "hidden states")
+CACHES = ("features", "hidden states")
+DATA_AND_CACHES = ("dataset version", "measurements", "source", *CACHES)
 PLACES = {
     RUN: "outputs/*/*",
     "predictions": "outputs/*/predictions/*",
@@ -31,11 +37,12 @@ PLACES = {
 }
 LINKS = ("outputs/*/*", "releases/*/*", "data/*")
 WITH_NAMES = (MANIFEST, "run.json", "checkpoint_metrics.json")
+BY_CONTENT = re.compile(r"([0-9a-f]{16})\.\w+")
 
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """One directory; `used_s` is when it was last written or opened, in seconds since the epoch."""
+    """One directory; `used_s` is the Unix time at which it was last written or opened."""
 
     kind: str
     path: Path
@@ -53,12 +60,12 @@ def find_artefacts(layout: Layout) -> list[Artefact]:
 
 
 def last_used_s(directory: Path) -> float:
-    """The newest time of a directory and of what is right below it."""
+    """The newest modification time of a directory and its direct children."""
     times = []
     for path in (directory, *directory.iterdir()):
         try:
             times.append(path.lstat().st_mtime)
-        except FileNotFoundError:  # gone meanwhile
+        except FileNotFoundError:  # deleted meanwhile
             continue
     return max(times, default=0.0)
 
@@ -66,13 +73,10 @@ def last_used_s(directory: Path) -> float:
 def find_kept(
     layout: Layout, artefacts: Iterable[Artefact], *, keep_runs: int, also_named: str = ""
 ) -> dict[Path, str]:
-    """Each artefact that something still needs, with what that is.
+    """Each artefact that is still needed, with the reason.
 
-    Args:
-        layout: The root.
-        artefacts: What was found below it.
-        keep_runs: So many newest runs of each recipe are kept whatever names them.
-        also_named: Text that names artefacts: what Dagster's latest materialisations and the project's YAML say.
+    The `keep_runs` newest runs of each recipe are kept whatever names them. `also_named` is text that names artefacts:
+    Dagster's latest materialisations, the project's YAML.
     """
     artefacts = list(artefacts)
     by_name: dict[str, list[Artefact]] = {}
@@ -80,7 +84,8 @@ def find_kept(
         by_name.setdefault(artefact.path.name, []).append(artefact)
     kept: dict[Path, str] = {}
     waiting: list[tuple[Path, str]] = list(_newest(artefacts, keep_runs))
-    waiting += [(link.resolve(), f"{link.name} points to it") for link in _links(layout)]
+    links = [path for pattern in LINKS for path in layout.root.glob(pattern) if path.is_symlink()]
+    waiting += [(link.resolve(), f"{link.name} points to it") for link in links]
     for why, text in (("Dagster or a recipe names it", also_named), *_releases(layout)):
         waiting += [(a.path, why) for name in set(NAME.findall(text)) for a in by_name.get(name, ())]
     known = {artefact.path for artefact in artefacts}
@@ -96,21 +101,20 @@ def find_kept(
 
 
 def _newest(artefacts: Iterable[Artefact], keep_runs: int) -> Iterator[tuple[Path, str]]:
-    """The newest runs of each recipe, finished or not, and the newest of everything else beside it."""
+    """The newest runs of each recipe, finished or not, and the newest of everything else in each folder."""
+    now_s = time.time()
     groups: dict[tuple[Path, bool], list[Artefact]] = {}
     for artefact in artefacts:
-        if artefact.kind not in ("features", "hidden states"):  # used or not used, whichever came last
+        if artefact.kind not in CACHES:  # of these only the last use counts
             complete = artefact.kind != RUN or is_complete(artefact.path)
             groups.setdefault((artefact.path.parent, complete), []).append(artefact)
     for (_, complete), group in groups.items():
-        group.sort(key=lambda artefact: -artefact.used_s)
-        # of runs that were broken off only the newest is likely to be resumed
+        # of interrupted runs only the newest is likely to be resumed
         count = keep_runs if group[0].kind == RUN and complete else 1
-        yield from ((artefact.path, "among the newest") for artefact in group[:count])
-
-
-def _links(layout: Layout) -> list[Path]:
-    return [path for pattern in LINKS for path in layout.root.glob(pattern) if path.is_symlink()]
+        # times in the future, from before the clock was set back, count as now
+        times = sorted((min(artefact.used_s, now_s) for artefact in group), reverse=True)
+        oldest_s = times[min(count, len(times)) - 1] if count else math.inf
+        yield from ((artefact.path, "among the newest") for artefact in group if artefact.used_s >= oldest_s)
 
 
 def _releases(layout: Layout) -> Iterator[tuple[str, str]]:
@@ -139,13 +143,8 @@ def _names_in(directory: Path) -> set[str]:
     return {name for file in files if file.is_file() for name in NAME.findall(file.read_text(encoding="utf-8"))}
 
 
-def is_in_use(run_dir: Path) -> bool:
-    """Whether a process trains in a run's directory: it holds the lock beside it."""
-    return is_held(lock_of(run_dir))
-
-
-def is_held(lock: Path) -> bool:
-    """Whether a living process holds a lock file; none is made by asking."""
+def is_locked(lock: Path) -> bool:
+    """Whether a living process holds a lock file; does not create it."""
     if not lock.exists():
         return False
     try:
@@ -155,16 +154,11 @@ def is_held(lock: Path) -> bool:
         return True
 
 
-def lock_of(run_dir: Path) -> Path:
-    """The lock that a worker holds while it trains there; see `mllm_assets.worker`."""
-    return run_dir.with_name(f".{run_dir.name}.lock")
-
-
 def project_names(project: Path, package: str | None) -> str:
     """The text of a project's YAML: a recipe may start from a run, or resume a checkpoint, by its name.
 
     Raises:
-        IntegrityError: A file cannot be read, so that nobody knows what it names.
+        IntegrityError: A file cannot be read, so what it names is not known.
     """
     folders = [project / "configs", *([project / package.replace(".", "/") / "defs"] if package else [])]
     texts = []
@@ -172,5 +166,33 @@ def project_names(project: Path, package: str | None) -> str:
         try:
             texts.append(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise IntegrityError(f"{path} cannot be read ({error}), and it may name what is needed. Mend it.") from None
+            raise IntegrityError(f"{path} cannot be read ({error}), and it may name what is needed. Fix it.") from None
     return "\n".join(texts)
+
+
+def find_unnamed_images(layout: Layout, gone: Collection[Path]) -> Iterator[Path]:
+    """Images that this project wrote and that nothing names except the dataset versions in `gone`.
+
+    A picture of the user's is never among them: ours are named by their content, or are in the list that a dataset with
+    `output.image_prefix` keeps of its own.
+
+    Raises:
+        MllmAssetsError: An entry of `dataset_info.json` cannot be read, so what it names is not known.
+    """
+    named: set[Path] = set()
+    for version in layout.data.glob(".versions/*/*"):
+        if version not in gone and (version / IMAGE_LIST).is_file():
+            named.update((layout.data / name).resolve() for name, _ in listed_images(version))
+    for name, entry in load_entries(layout.data).items() if layout.dataset_info.is_file() else ():
+        if entry.remote is None and (layout.data / entry.file_name).exists():  # a missing file names nothing
+            named.update(image for row in Dataset(layout.data).entry(name).rows for image in row.images)
+    ours = {
+        name
+        for claims in layout.data.glob(f".versions/*/{NAMED_IMAGES}")
+        for name in claims.read_text(encoding="utf-8").splitlines()
+    }
+    for path in sorted(layout.images.iterdir()) if layout.images.is_dir() else ():
+        if path.is_file() and path.resolve() not in named:
+            match = BY_CONTENT.fullmatch(path.name)
+            if f"images/{path.name}" in ours or (match and sha256_file(path).startswith(match[1])):
+                yield path

@@ -1,9 +1,9 @@
-"""What `mllm-assets doctor` finds, for people and as JSON."""
+"""The findings of `mllm-assets doctor`, as text and as JSON."""
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,10 +20,8 @@ class Finding:
     """One line of the table.
 
     Attributes:
-        check: What was looked at.
         status: "warn": something will go wrong some day, or for some recipes; "fail": runs go wrong now.
-        detail: What was found.
-        next_step: One thing to do; empty where all is well.
+        next_step: One thing to do; empty if all is well.
     """
 
     check: str
@@ -33,18 +31,15 @@ class Finding:
 
     @classmethod
     def of_error(cls, check: str, status: Literal["warn", "fail"], error: MllmAssetsError) -> "Finding":
-        """An error for people: its first sentence is what was found, the rest what to do."""
+        """From one of our errors: its first sentence is what was found, the rest what to do."""
         what, _, next_step = str(error).partition(". ")
         return cls(check, status, f"{what.removesuffix('.')}.", next_step)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print a line for each, what to do on a line of its own, and what it comes to.
+    """Print a line for each, its next step on a line of its own, and the counts.
 
-    What was found is wrapped to a terminal's width at spaces. What to do may hold a command, so it stays one line.
+    A detail is wrapped at spaces to a terminal's width. A next step may hold a command, so it stays one line.
     """
     console = Console(markup=True, highlight=False)
     indent = " " * (STATUS_WIDTH + max((len(finding.check) for finding in findings), default=0) + 2)

@@ -1,7 +1,7 @@
-"""Delete what can be made again and nothing names any more: `mllm-assets gc`, dry unless it is told to delete.
+"""Delete what can be made again and nothing refers to: `mllm-assets gc`, a dry run unless `--delete` is given.
 
 Not touched: releases, models in `pretrains/`, DuckDB, and whatever is younger than the policy says, so that what is
-being made now is safe before anything names it. While a run is in progress, data and caches stay altogether.
+being made now is safe before anything names it. While a run is in progress, all data and caches stay.
 """
 
 import os
@@ -15,23 +15,26 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from mllm_assets.artifacts import lock_path
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
 from mllm_assets.operations.artefacts import (
+    CACHES,
     DATA_AND_CACHES,
     RUN,
     find_artefacts,
     find_kept,
-    is_held,
-    is_in_use,
-    lock_of,
+    find_unnamed_images,
+    is_locked,
+    last_used_s,
 )
-from mllm_assets.operations.unnamed_images import find_unnamed_images
 from mllm_assets.tables import print_table
 
 DAY_S = 86400.0
+IMAGE, LEFTOVER = "image", "leftover"
 MIB = 2**20
-STAGING = re.compile(r"\.(?:.+\.)?[0-9a-f]{8}\.tmp")  # of a folder, or of one file; see `mllm_assets.artifacts`
+REASONS = {RUN: "nothing names it, and it is not among the newest", **dict.fromkeys(CACHES, "not used since")}
+STAGING = re.compile(r"\.(?:.+\.)?[0-9a-f]{8}\.tmp(?:\.wal)?")  # of a folder or a file; see `mllm_assets.artifacts`
 STAGING_PLACES = (
     "outputs/*", "outputs/*/*", "data", "data/images", "data/.*/*", "cache/*/*", "releases", "releases/*", "pretrains"
 )  # fmt: skip
@@ -39,15 +42,10 @@ STAGING_PLACES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """What may go.
+    """What may go."""
 
-    Attributes:
-        keep_runs: So many finished runs of each recipe stay, the newest.
-        older_than_s: Nothing that was written or used within so many seconds goes.
-    """
-
-    keep_runs: int = 3
-    older_than_s: float = 14 * DAY_S
+    keep_runs: int = 3  # so many finished runs of each recipe stay, the newest
+    older_than_s: float = 14 * DAY_S  # what was written or used within so many seconds stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +61,18 @@ class Garbage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What can go, and notes on what was not looked at."""
+    """What can be deleted, and notes on what was not checked."""
 
     garbage: list[Garbage]
     notes: list[str]
 
 
 def find_garbage(layout: Layout, policy: Policy, *, also_named: str = "", in_progress: str | None = None) -> Plan:
-    """Say what can go.
-
-    Args:
-        layout: The root.
-        policy: What may.
-        also_named: Text that names artefacts: Dagster's latest materialisations, the project's YAML.
-        in_progress: A run that is in progress, where the caller knows of one.
-    """
+    """Find what can go; `also_named` as in `find_kept`, `in_progress` is a run of Dagster's that is in progress."""
     now_s = time.time()
     artefacts = find_artefacts(layout)
     kept = find_kept(layout, artefacts, keep_runs=policy.keep_runs, also_named=also_named)
-    busy = [a.path for a in artefacts if a.kind == RUN and is_in_use(a.path)]
+    busy = [a.path for a in artefacts if a.kind == RUN and is_locked(lock_path(a.path))]  # something trains there
     in_progress = in_progress or (f"training in {layout.relative(busy[0])}" if busy else None)
     notes = [f"{in_progress} is in progress, so data and caches stay"] if in_progress else []
     garbage = []
@@ -91,7 +82,8 @@ def find_garbage(layout: Layout, policy: Policy, *, also_named: str = "", in_pro
             continue
         if in_progress and artefact.kind in DATA_AND_CACHES:
             continue
-        garbage.append(Garbage(artefact.kind, artefact.path, num_bytes(artefact.path), used_s, _reason(artefact.kind)))
+        reason = REASONS.get(artefact.kind, "nothing that is kept names it")
+        garbage.append(Garbage(artefact.kind, artefact.path, num_bytes(artefact.path), used_s, reason))
     if not in_progress:
         try:
             garbage += _images(layout, policy, {item.path for item in garbage}, now_s)
@@ -101,21 +93,15 @@ def find_garbage(layout: Layout, policy: Policy, *, also_named: str = "", in_pro
     return Plan(garbage, notes)
 
 
-def _reason(kind: str) -> str:
-    if kind == RUN:
-        return "nothing names it, and it is not among the newest"
-    return "not used since" if kind in ("features", "hidden states") else "nothing that is kept names it"
-
-
 def _images(layout: Layout, policy: Policy, gone: set[Path], now_s: float) -> Iterator[Garbage]:
     for path in find_unnamed_images(layout, gone):
-        used_s = _file_used_s(path)
+        used_s = _used_s(IMAGE, path)
         if now_s - used_s >= policy.older_than_s:
-            yield Garbage("image", path, path.stat().st_size, used_s, "no dataset names it")
+            yield Garbage(IMAGE, path, path.stat().st_size, used_s, "no dataset names it")
 
 
 def _leftovers(layout: Layout, policy: Policy, now_s: float) -> Iterator[Garbage]:
-    """What a killed process had begun: hidden folders and files beside their places, downloads, jobs."""
+    """What killed processes left: staging folders and files, downloads, jobs."""
     found = [
         path
         for place in STAGING_PLACES
@@ -127,60 +113,59 @@ def _leftovers(layout: Layout, policy: Policy, now_s: float) -> Iterator[Garbage
     found += layout.pretrains.glob(".*.download")
     found += layout.ray_jobs.glob("*")
     found += layout.root.glob(".tmp_dagster_home_*")
+    found += layout.data.glob(f"{layout.quality_db.name}.tmp")  # what DuckDB had no memory for; its lock is beside it
     for path in dict.fromkeys(found):
         try:
-            files = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
-            used_s = max(file.lstat().st_mtime for file in files)
+            used_s = _used_s(LEFTOVER, path)
         except FileNotFoundError:  # its owner has finished it meanwhile
             continue
-        if now_s - used_s >= policy.older_than_s and not is_held(path.with_suffix(".lock")):  # its owner's, beside it
-            yield Garbage("leftover", path, num_bytes(path), used_s, "half done, and whoever began it is gone")
+        if now_s - used_s >= policy.older_than_s and not is_locked(path.with_suffix(".lock")):  # its owner's
+            yield Garbage(LEFTOVER, path, num_bytes(path), used_s, "unfinished, and the process that made it has ended")
 
 
 def delete(plan: Plan) -> list[Garbage]:
-    """Delete what was found and is still as old as it was; return what was deleted.
-
-    A directory is renamed first, so that a reader never sees half of it; a run's goes under its lock.
-    """
-    return [item for item in plan.garbage if _delete_one(item)]
+    """Delete what was found and is still as old as it was; return what was deleted."""
+    return [item for item in plan.garbage if (_delete_run(item) if item.kind == RUN else _delete(item))]
 
 
-def _delete_one(item: Garbage) -> bool:
-    if item.kind != RUN:
-        return _remove(item)
+def _delete_run(item: Garbage) -> bool:
     try:
-        with FileLock(lock_of(item.path)).acquire(blocking=False):
-            removed = _remove(item)
-            if removed:
-                lock_of(item.path).unlink(missing_ok=True)
-            return removed
-    except Timeout:  # somebody has begun to train there
+        with FileLock(lock := lock_path(item.path)).acquire(blocking=False):
+            if deleted := _delete(item):
+                lock.unlink(missing_ok=True)
+            return deleted
+    except Timeout:  # a training has begun there
         return False
 
 
-def _remove(item: Garbage) -> bool:
+def _delete(item: Garbage) -> bool:
+    """Delete one; a directory is renamed first, so that a reader never sees half of it."""
     try:
-        used_s = _file_used_s(item.path) if item.kind == "image" else item.path.lstat().st_mtime
-        if used_s > item.used_s:  # used since it was found
+        if _used_s(item.kind, item.path) != item.used_s:  # used since it was found; the clock may have been set back
             return False
         if item.path.is_symlink() or not item.path.is_dir():
             item.path.unlink()
             return True
-        hidden = item.path.with_name(f".{uuid.uuid4().hex[:8]}.tmp")  # swept by whoever writes there next, if need be
+        hidden = item.path.with_name(f".{uuid.uuid4().hex[:8]}.tmp")  # swept by the next writer, if need be
         item.path.rename(hidden)
-    except FileNotFoundError:  # gone meanwhile
+    except FileNotFoundError:  # deleted meanwhile
         return False
     shutil.rmtree(hidden)
     return True
 
 
-def _file_used_s(path: Path) -> float:
-    """When an image was written, or found in its place by a split that names it."""
-    return max(path.stat().st_mtime, path.stat().st_ctime)
+def _used_s(kind: str, path: Path) -> float:
+    """When it was written or used; a split that finds an image in its place uses it."""
+    if kind == IMAGE:
+        return max(path.stat().st_mtime, path.stat().st_ctime)
+    if kind == LEFTOVER:
+        files = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
+        return max(file.lstat().st_mtime for file in files)
+    return last_used_s(path)
 
 
 def _days(used_s: float) -> str:
-    return f"{(time.time() - used_s) / DAY_S:.0f}"
+    return f"{max(0.0, time.time() - used_s) / DAY_S:.0f}"
 
 
 def num_bytes(path: Path) -> int:
@@ -192,14 +177,14 @@ def num_bytes(path: Path) -> int:
 
 
 def print_plan(layout: Layout, plan: Plan, *, deleted: Sequence[Garbage] | None) -> None:
-    """Print a table, images and shards by kind, and what it comes to; `deleted` is None where nothing was."""
+    """Print a table, with all images in one row, and the total; `deleted` is None for a dry run."""
     shown = plan.garbage if deleted is None else list(deleted)
     rows = [
         [item.kind, layout.relative(item.path), f"{item.num_bytes / MIB:.1f}", _days(item.used_s), item.reason]
         for item in shown
-        if item.kind != "image"
+        if item.kind != IMAGE
     ]
-    if images := [item for item in shown if item.kind == "image"]:
+    if images := [item for item in shown if item.kind == IMAGE]:
         size = f"{sum(item.num_bytes for item in images) / MIB:.1f}"
         days = _days(max(item.used_s for item in images))
         rows.append(["images", f"{len(images)} in data/images", size, days, images[0].reason])

@@ -7,15 +7,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from mllm_assets.errors import MachineError
+from mllm_assets.errors import MachineError, SourceError
+from mllm_assets.hub.client import require_access
+from mllm_assets.hub.errors import hub_token
 from mllm_assets.layout import Layout
 from mllm_assets.operations.findings import Finding
 from mllm_assets.settings import device_from_environment
+from mllm_assets.store.errors import SETTING
+from mllm_assets.store.objects import Store
+from mllm_assets.training.runs.models import model_repo
 
 GIB = 2**30
 SHOWN = ("mllm-assets", "dagster", "torch", "transformers", "accelerate", "peft", "datasets", "duckdb")
@@ -27,7 +33,7 @@ PROBE_TIMEOUT_S = 120
 
 
 def check_versions() -> list[Finding]:
-    """Whether what is installed is what this package asks for, and Dagster's parts are of one version."""
+    """Whether the installed packages are those that this one requires, and Dagster's are of one version."""
     wrong = [text for line in importlib.metadata.requires("mllm-assets") or () if (text := _unmet(Requirement(line)))]
     parts = {name: version for name in ONE_VERSION if (version := _version(name)) is not None}
     if len(set(parts.values())) > 1:
@@ -56,7 +62,7 @@ def _version(name: str) -> str | None:
 
 
 def check_device() -> Finding:
-    """The device that models would run on, asked of PyTorch in a process of its own."""
+    """The device that models would run on, as PyTorch says in a separate process."""
     try:
         wanted = device_from_environment()
     except MachineError as error:
@@ -65,11 +71,11 @@ def check_device() -> Finding:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        step = "Look at the driver (nvidia-smi), or set MLLM_ASSETS_DEVICE=cpu."
+        step = "Check the driver (nvidia-smi), or set MLLM_ASSETS_DEVICE=cpu."
         return Finding("device", "fail", f"PyTorch did not name a device within {PROBE_TIMEOUT_S} s.", step)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Finding("device", "fail", f"PyTorch does not start: {last}", "Install mllm-assets anew.")
+        return Finding("device", "fail", f"PyTorch does not start: {last}", "Install mllm-assets again.")
     found = json.loads(done.stdout.splitlines()[-1])
     if "error" in found:
         what, _, step = found["error"].rpartition(". Install ")
@@ -79,7 +85,7 @@ def check_device() -> Finding:
     detail += "" if free_gib is None else f", {free_gib:.1f} GiB of it free"
     if found["kind"] == "cpu" and wanted == "auto" and shutil.which("nvidia-smi"):
         step = "Install a PyTorch build for CUDA (pytorch.org), then run this again."
-        return Finding("device", "warn", f"{detail}; there is an NVIDIA driver, but PyTorch sees no GPU", step)
+        return Finding("device", "warn", f"{detail}; an NVIDIA driver is installed, but PyTorch finds no GPU", step)
     if free_gib is not None and free_gib < MIN_MEMORY_GIB:
         step = "End other programs; `nvidia-smi` or `top` shows them."
         return Finding("device", "warn", detail, step)
@@ -102,7 +108,9 @@ def check_disk(root: Path) -> Finding:
 def check_write_access(layout: Layout, *others: Path) -> Finding:
     """Whether a file can be made in each folder that runs write to; a file is made, as root may be refused too."""
     refused = {}
-    for folder in dict.fromkeys(_nearest(folder) for folder in _written(layout, others)):
+    written = (layout.root, layout.data, layout.images, layout.pretrains, layout.outputs, layout.features)
+    folders = (*written, layout.outputs.parent / "releases", *others)
+    for folder in dict.fromkeys(map(_nearest, folders)):
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass
@@ -116,17 +124,57 @@ def check_write_access(layout: Layout, *others: Path) -> Finding:
     return Finding("write access", "fail", listed, step)
 
 
-def _written(layout: Layout, others: tuple[Path, ...]) -> Iterator[Path]:
-    yield from (layout.root, layout.data, layout.images, layout.pretrains, layout.outputs, layout.features)
-    yield from (layout.outputs.parent / "releases", *others)
-
-
 def _nearest(folder: Path) -> Path:
     """The folder, or the one that it would be made in."""
     try:
         folder.stat()
     except (FileNotFoundError, NotADirectoryError):
         return _nearest(folder.parent)
-    except OSError:  # it may be there, and this user may not even look
+    except OSError:  # it may exist, but this user may not see it
         pass
     return folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubModel:
+    """A declared model of the Hub; `directory` is where it goes."""
+
+    repo: str
+    revision: str | None
+    directory: Path
+
+
+def check_hub(models: Iterable[HubModel], *, endpoint: str | None = None) -> list[Finding]:
+    """A finding for the token, which is never shown, and one for each model that is not here yet."""
+    try:
+        token = hub_token()
+    except SourceError as error:
+        return [Finding.of_error("HF_TOKEN", "fail", error)]
+    missing = [model for model in models if not (model.directory / "config.json").is_file()]
+    detail = "is set" if token else "is not set; only gated and private repositories need it"
+    return [Finding("HF_TOKEN", "ok", detail), *(_check_model(model, endpoint) for model in missing)]
+
+
+def _check_model(model: HubModel, endpoint: str | None) -> Finding:
+    from huggingface_hub.constants import is_offline_mode
+
+    check = f"Hub: {model.repo}"
+    if is_offline_mode():
+        return Finding(check, "ok", "not checked: HF_HUB_OFFLINE is set")
+    try:
+        require_access(model_repo(model.repo, model.revision, model.directory, endpoint=endpoint))
+    except SourceError as error:
+        return Finding.of_error(check, "warn", error)
+    return Finding(check, "ok", "readable; it is fetched when a recipe needs it")
+
+
+def check_store(url: str, root: Path) -> list[Finding]:
+    """Read something small from the store; nothing is written to it."""
+    if not url:
+        return []
+    try:
+        Store(url, root).pointer("doctor")
+    except SourceError as error:
+        finding = Finding.of_error("store", "fail", error)
+        return [replace(finding, next_step=finding.next_step or f"Check {SETTING}.")]
+    return [Finding("store", "ok", f"{url} answers")]

@@ -1,4 +1,4 @@
-"""Processes that should not be there, or hold what others wait for. Linux only: what they are is read in /proc."""
+"""Orphaned processes, and those that lock what others wait for. Linux only: they are read from /proc."""
 
 import os
 import sys
@@ -8,23 +8,25 @@ from contextlib import suppress
 from pathlib import Path
 
 from mllm_assets.operations.findings import Finding
-from mllm_assets.training.supervisor import MARK
+from mllm_assets.worker import supervisor
+from mllm_assets.worker.supervisor import MARK
 
 PROC = Path("/proc")
+SUPERVISOR = (supervisor.__name__, os.path.join("worker", "supervisor.py"))  # as a module, and as a plain file
 TRANSACTION_S = 2.0  # a transaction of ours takes less
 
 
 def check_orphans() -> Finding:
-    """Workers whose supervisor is gone: they hold memory and the GPU, and nobody waits for them."""
+    """Workers whose supervisor is gone: they hold memory and the GPU, and nothing waits for them."""
     if sys.platform != "linux":
-        return Finding("processes", "ok", "not looked at on this system: ps aux | grep mllm_assets.worker")
+        return Finding("processes", "ok", "not checked on this system: ps aux | grep mllm_assets.worker")
     workers: dict[str, list[int]] = {}
     supervised = set()
     for pid in _pids():
         mark = _environment(pid).get(MARK)
         if mark is not None:
             workers.setdefault(mark, []).append(pid)
-            if any(part.endswith(os.path.join("training", "supervisor.py")) for part in command_of(pid)):
+            if any(part in SUPERVISOR or part.endswith(SUPERVISOR[1]) for part in command_of(pid)):
                 supervised.add(mark)
     orphans = {pid: command_of(pid) for mark, pids in workers.items() if mark not in supervised for pid in pids}
     orphans = {pid: command for pid, command in orphans.items() if command}  # a zombie has none
@@ -36,7 +38,7 @@ def check_orphans() -> Finding:
 
 
 def check_database(path: Path, *, sleep: Callable[[float], None] = time.sleep) -> Finding:
-    """Who keeps the quality database open: everybody else waits for them."""
+    """The processes that keep the quality database open: all others wait for them."""
     check = "quality database"
     if not path.exists():
         return Finding(check, "ok", "none yet; the first sample_quality makes it")
@@ -45,7 +47,7 @@ def check_database(path: Path, *, sleep: Callable[[float], None] = time.sleep) -
         sleep(TRANSACTION_S)
     holders = [pid for pid in before if pid in _holders(path)]
     if not holders:
-        return Finding(check, "ok", f"{path.stat().st_size / 2**20:.1f} MiB, nobody holds it")
+        return Finding(check, "ok", f"{path.stat().st_size / 2**20:.1f} MiB, not locked")
     listed = "; ".join(f"PID {pid}: {_shown(command_of(pid))}" for pid in holders)
     step = f"Close it there, or end it: kill {' '.join(str(pid) for pid in holders)}"
     return Finding(check, "warn", f"held for more than {TRANSACTION_S:g} s by {listed}", step)

@@ -1,6 +1,6 @@
-"""Make a project that runs the emoji line in an empty folder: `mllm-assets init DIR`.
+"""Make a project with the emoji example in an empty folder: `mllm-assets init DIR`.
 
-Recipes, declarations and Dagster's settings are the repository's own files: in the wheel they lie in `shared/`, in a
+Recipes, declarations and Dagster's settings are the repository's own files: in the wheel they are in `shared/`, in a
 checkout at its top.
 """
 
@@ -25,7 +25,7 @@ def create_project(folder: Path, *, name: str | None = None) -> list[str]:
     """Write a project's files and return their names.
 
     Args:
-        folder: Made where it is not there; otherwise empty, but for `.git` and `.venv`.
+        folder: Made if it does not exist; otherwise it must be empty, except for `.git` and `.venv`.
         name: Of its Python package and code location; by default the folder's.
 
     Raises:
@@ -63,7 +63,25 @@ def _create_project(folder: Path, name: str | None) -> list[str]:
     for template in TEMPLATES:
         text = page_template("mllm_assets.project", f"{template}.jinja").render(name=name, version=__version__)
         (folder / template).write_text(f"{text}\n", encoding="utf-8")
+    make_home(folder)
     return sorted(path.name for path in folder.iterdir() if path.name not in MAY_BE_THERE)
+
+
+def make_home(project: Path) -> Path:
+    """Dagster's folder of a project: what it keeps of runs, with the settings in it that limit the pools.
+
+    Where DAGSTER_HOME is set, only the `dagster.yaml` in it counts.
+    """
+    home = project / ".dagster_home"
+    settings = home / "dagster.yaml"
+    home.mkdir(parents=True, exist_ok=True)
+    if not settings.exists():
+        if (project / settings.name).is_file():
+            settings.unlink(missing_ok=True)
+            settings.symlink_to(Path("..", settings.name))
+        else:
+            _copy(_shared(settings.name), settings)
+    return home
 
 
 def _package_name(wanted: str) -> str:
@@ -73,7 +91,7 @@ def _package_name(wanted: str) -> str:
     found = importlib.util.find_spec(name)
     if found is not None and found.origin is not None:
         raise RecipeError(
-            f"A package {name!r} is installed already, and the project would hide it. Give another name with --name, "
+            f"A package {name!r} is already installed, and the project would hide it. Give another name with --name, "
             f"such as {name}_models."
         )
     return name

@@ -1,27 +1,46 @@
-"""What `pyproject.toml` says of the project that a command runs in."""
+"""The project that a command runs in, from its `pyproject.toml`."""
 
-import difflib
+import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import yaml
 
 from mllm_assets.artifacts import slug
-from mllm_assets.errors import RecipeError
+from mllm_assets.errors import RecipeError, did_you_mean
 from mllm_assets.layout import Layout
+from mllm_assets.safe_yaml import load_all
 
 
 def root_module(project: Path) -> str:
     """The package of a Dagster project, whose `defs/` declares datasets, models and recipes.
 
     Raises:
-        RecipeError: There is no project in the folder.
+        RecipeError: The folder is not a project.
     """
+    return _dg_project(project)["root_module"]
+
+
+def definitions_module(project: Path) -> str:
+    """The module that Dagster loads a project's definitions from.
+
+    Raises:
+        RecipeError: The folder is not a project.
+    """
+    values = _dg_project(project)
+    return values.get("code_location_target_module") or f"{values['root_module']}.definitions"
+
+
+def _dg_project(project: Path) -> dict[str, str]:
     path = project / "pyproject.toml"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))["tool"]["dg"]["project"]["root_module"]
-    except (OSError, KeyError, tomllib.TOMLDecodeError):
+        values = tomllib.loads(path.read_text(encoding="utf-8"))["tool"]["dg"]["project"]
+        if not isinstance(values["root_module"], str):
+            raise KeyError("root_module")
+        return values
+    except (OSError, KeyError, TypeError, UnicodeError, tomllib.TOMLDecodeError):
         raise RecipeError(
             f"{path} names no Dagster project (`root_module` in [tool.dg.project]). Run the command in the folder of "
             "the project that it is for; `mllm-assets init DIR` makes one."
@@ -29,7 +48,7 @@ def root_module(project: Path) -> str:
 
 
 def find_root_module(project: Path) -> str | None:
-    """Likewise, or None where there is no project."""
+    """`root_module`, or None if the folder is not a project."""
     try:
         return root_module(project)
     except RecipeError:
@@ -43,7 +62,7 @@ def declared_models(project: Path) -> set[str]:
     names = set()
     for path in defs.rglob("defs.yaml"):
         try:
-            documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+            documents = load_all(path)
         except (OSError, ValueError, yaml.YAMLError):
             continue  # `check-graph` says what is wrong with it
         for document in documents:
@@ -53,47 +72,53 @@ def declared_models(project: Path) -> set[str]:
     return names
 
 
-def materialize_command(asset: str) -> str:
-    """The command that makes an asset and all it needs. Without `key:` the `+` would go up one layer only."""
-    return f"dg launch{_definitions_option(Path.cwd())} --assets '+key:\"{asset}\"'"
+def materialize_command(target: str) -> str:
+    """The command that makes a recipe, a dataset or an asset, and what it needs; a named asset is always made."""
+    return f"mllm-assets run {shlex.quote(target)}"
 
 
 def dev_command(project: Path) -> str:
-    """The command that opens the UI: the Makefile's where the project has one."""
+    """The command that opens the UI: the Makefile's if the project has one."""
     makefile = project / "Makefile"
     if makefile.is_file() and re.search(r"^dev:", makefile.read_text(encoding="utf-8"), re.MULTILINE):
         return "make dev"
-    return f"dg dev{_definitions_option(project)}"
-
-
-def _definitions_option(project: Path) -> str:
-    """In its folder dg finds a project by itself; elsewhere it is given this package's definitions."""
-    return "" if find_root_module(project) else " -m mllm_assets.definitions"
+    # in its folder dg finds a project by itself; elsewhere it is given this package's definitions
+    return "dg dev" if find_root_module(project) else "dg dev -m mllm_assets.definitions"
 
 
 def why_no_latest(layout: Layout, recipe: str) -> str:
     """What to say, and the command to run, where `outputs/<recipe>/latest` is missing.
 
     Raises:
-        RecipeError: It is no recipe's name.
+        RecipeError: It is not a recipe's name.
     """
-    if find_root_module(Path.cwd()) is None and not layout.outputs.is_dir():  # what is run here would begin anew here
+    if find_root_module(Path.cwd()) is None and not layout.outputs.is_dir():  # a command would start a new root here
         return (
-            f"{layout.root} holds no trained recipe, and {Path.cwd()} is no project. Run the command in the folder of "
-            "your project, or set MLLM_ASSETS_ROOT to the folder that holds its data/ and outputs/."
+            f"{layout.root} holds no trained recipe, and {Path.cwd()} is not a project. Run the command in the folder "
+            "of your project, or set MLLM_ASSETS_ROOT to the folder that holds its data/ and outputs/."
         )
     require_known_recipe(layout, recipe)
-    if finished := sorted(path.parent.name for path in (layout.outputs / recipe).glob("*/manifest.json")):
+    runs = {
+        path.parent.name: json.loads(path.read_bytes()) for path in (layout.outputs / recipe).glob("*/manifest.json")
+    }
+    trials = {name: run["overrides"] for name, run in sorted(runs.items()) if run.get("overrides")}
+    command = materialize_command(f"{recipe}/checkpoint")
+    if trials and len(trials) == len(runs):
+        shown = "; ".join(f"{name} ({' '.join(f'{k}={v}' for k, v in said.items())})" for name, said in trials.items())
+        return (
+            f"{recipe} was not trained as its file says; runs with other values: {shown}. To see one: mllm-assets "
+            f"summary {recipe}/<run>. To train it as written: {command}"
+        )
+    if runs:
         return (
             f"The link {layout.relative(layout.outputs / recipe / 'latest')} is missing; finished runs: "
-            f"{', '.join(finished)}. To have it again (nothing is trained twice): "
-            f"{materialize_command(f'{recipe}/checkpoint')}"
+            f"{', '.join(sorted(runs))}. To have it again (nothing is trained twice): {command}"
         )
-    return f"{recipe} was not trained below {layout.root}. Run: {materialize_command(f'{recipe}/released_model')}"
+    return f"{recipe} was not trained below {layout.root}. Run: {materialize_command(recipe)}"
 
 
 def require_known_recipe(layout: Layout, recipe: str) -> None:
-    """Refuse a name that is no recipe's: a selection that matches nothing makes every asset of the project.
+    """Refuse a name that is not a recipe's: a selection that matches nothing makes every asset of the project.
 
     Raises:
         RecipeError: Neither `configs/` nor `outputs/` knows it. Names the nearest.
@@ -101,9 +126,7 @@ def require_known_recipe(layout: Layout, recipe: str) -> None:
     outputs = [path.name for path in layout.outputs.glob("*") if (path / "latest").exists()]
     known = {*outputs, *(slug(path.stem) for path in layout.root.glob("configs/*.yaml"))}
     if known and recipe not in known:
-        near = difflib.get_close_matches(recipe, known, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
         raise RecipeError(
-            f"No recipe is called {recipe!r}. {hint}There are: {', '.join(sorted(known))}. A new one is a file in "
-            "configs/."
+            f"No recipe is called {recipe!r}. {did_you_mean(recipe, known)}There are: {', '.join(sorted(known))}. "
+            "A new one is a file in configs/."
         )

@@ -3,8 +3,8 @@
     apt-get install fonts-noto-color-emoji=2.042-0+deb12u1 unicode-cldr-core=41-0.1
     python -m mllm_assets.sample_data.rebuild --check
 
-The pictures are drawn from the font's bitmaps, names and keywords are CLDR's; which 800 emoji, in which order, and
-their groups stand in `emoji_groups.tsv`. Shaping sequences needs a Pillow with libraqm (its wheels have it).
+The pictures are drawn from the font's bitmaps, names and keywords are CLDR's; `emoji_groups.tsv` lists
+the 800 emoji in order, with their groups. Shaping sequences needs a Pillow with libraqm (its wheels have it).
 """
 
 import argparse
@@ -35,7 +35,7 @@ VARIATION_SELECTOR = "\ufe0f"  # CLDR's annotations leave it out
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """One emoji of the dataset and where it stands in Unicode's emoji charts."""
+    """One emoji of the dataset and its group in Unicode's emoji charts."""
 
     emoji: str
     group: str
@@ -43,7 +43,7 @@ class Selected:
 
 
 def read_selection(path: Path = GROUPS_FILE) -> list[Selected]:
-    """The emoji of the dataset in their order; code points are written in hex, joined by "-"."""
+    """The emoji of the dataset in order; code points are written in hex, joined by "-"."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
         return [
@@ -60,7 +60,9 @@ def read_annotations(cldr: Path) -> dict[str, tuple[str, list[str]]]:
     for folder in ("annotations", "annotationsDerived"):
         path = cldr / folder / "en.xml"
         if not path.is_file():
-            raise DataError(f"There is no {path}. Install Debian's unicode-cldr-core, or name its folder with --cldr.")
+            raise DataError(
+                f"{path} does not exist. Install Debian's unicode-cldr-core, or name its folder with --cldr."
+            )
         for element in ElementTree.parse(path).iter("annotation"):
             kind = element.get("type") or "keywords"
             found.setdefault(element.get("cp", ""), {})[kind] = element.text or ""
@@ -90,7 +92,7 @@ def build(font_path: Path, cldr: Path) -> pa.Table:
         raise MachineError("This Pillow has no libraqm, which joins emoji sequences. Install Pillow from its wheel.")
     if not font_path.is_file():
         raise DataError(
-            f"There is no {font_path}. Install Debian's fonts-noto-color-emoji, or name the file with --font."
+            f"{font_path} is missing. Install Debian's fonts-noto-color-emoji, or name the file with --font."
         )
     font = ImageFont.truetype(str(font_path), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
     annotations = read_annotations(cldr)
@@ -139,7 +141,7 @@ def _schema(group_names: Sequence[str]) -> pa.Schema:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the dataset, or with --check compare it with the one that is there."""
+    """Write the dataset, or with --check compare it with the existing one."""
     parser = argparse.ArgumentParser(prog="python -m mllm_assets.sample_data.rebuild", description=__doc__)
     parser.add_argument("--font", type=Path, default=FONT)
     parser.add_argument("--cldr", type=Path, default=CLDR, help="folder with annotations/ and annotationsDerived/")
@@ -151,15 +153,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pq.write_table(table, options.output)
         print(f"{options.output}: {table.num_rows} rows written")
         return 0
-    differing = _differences(table.to_pylist(), pq.read_table(options.output).to_pylist())
+    shipped = pq.read_table(options.output)
+    differing = [f"{table.num_rows} rows rebuilt, {shipped.num_rows} shipped"]
+    if table.num_rows == shipped.num_rows:
+        pairs = zip(table.to_pylist(), shipped.to_pylist(), strict=True)
+        differing = [new["name"] for new, old in pairs if new != old]
     print(f"{options.output}: {table.num_rows} rows rebuilt, {len(differing)} differ {differing[:5] or ''}".rstrip())
     return 1 if differing else 0
-
-
-def _differences(rebuilt: list[dict], shipped: list[dict]) -> list[str]:
-    if len(rebuilt) != len(shipped):
-        return [f"{len(rebuilt)} rows rebuilt, {len(shipped)} shipped"]
-    return [new["name"] for new, old in zip(rebuilt, shipped, strict=True) if new != old]
 
 
 if __name__ == "__main__":

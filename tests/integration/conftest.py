@@ -145,7 +145,11 @@ class Project:
             return [key for key in instance.get_asset_keys() if instance.get_latest_materialization_event(key)]
 
     def run_manifest(self, recipe: str) -> dict[str, Any]:
-        return json.loads((self.layout.outputs / recipe / "latest" / "manifest.json").read_text())
+        """Of the latest run of the recipe as written; of a run with overrides, where that is the only one."""
+        path = self.layout.outputs / recipe / "latest" / "manifest.json"
+        if not path.exists():
+            [path] = self.layout.outputs.glob(f"{recipe}/*/manifest.json")
+        return json.loads(path.read_text())
 
 
 def line_of(recipe: str, last: str = "released_model") -> str:

@@ -14,7 +14,7 @@ import yaml
 from dagster._core.scheduler.instigation import InstigatorTick, TickStatus
 
 from tests.integration.conftest import IN_PROCESS, Project, processes_of, wait_for
-from tests.unit.test_alerts import Receiver, receiver  # noqa: F401 (a fixture)
+from tests.unit.operations.test_alerts import Receiver, receiver  # noqa: F401 (a fixture)
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -109,7 +109,7 @@ def test_the_daemon_retrains_what_changed_ingests_new_files_skips_with_reasons_a
         run = wait_for(lambda: seen.finished("birds_new_files"), "the run that ingests", 180)
         assert run.status is dg.DagsterRunStatus.SUCCESS
         assert run.tags["dagster/max_runtime"] == "21600"
-        assert re.fullmatch("the 10 files of birds changed and rested for .* s", run.tags["mllm_assets/reason"])
+        assert re.fullmatch("the 10 files of birds changed, and then did not for .* s", run.tags["mllm_assets/reason"])
         assert project.metadata("birds", "raw")["num_samples"] == 5
         assert "a run of birds is in progress" in seen.skips("birds_new_files")
         assert len(seen.launched("birds_new_files")) == 1

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
-from mllm_assets.data.spec import QualitySpec
-from mllm_assets.quality.probes import DecodeLimits, measure_image
-from mllm_assets.quality.verdicts import image_flags
+from mllm_assets.data.ingest.spec import DecodeLimits, QualitySpec
+from mllm_assets.data.quality.probes import measure_image
+from mllm_assets.data.quality.verdicts import image_flags
 from mllm_assets.sample_data.rebuild import HERE
 
 LIMITS = DecodeLimits(max_pixels=10**8, max_bytes=10**8, max_frames=1, max_decode_s=10)

@@ -13,16 +13,16 @@ import duckdb
 import pytest
 
 from mllm_assets.artifacts import find_damage
-from mllm_assets.data.checks import every_image_has_a_placeholder
+from mllm_assets.data.curate.checks import every_image_has_a_placeholder
+from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.layout import Layout
-from mllm_assets.quality.store import QualityStore
 
 pytestmark = pytest.mark.integration
 
 WRITER = """
 import sys
 from pathlib import Path
-from mllm_assets.quality.store import QualityStore, table_for
+from mllm_assets.data.quality.store import QualityStore, table_for
 path, writer = sys.argv[1:]
 store = QualityStore(Path(path))
 for number in range(5):
@@ -33,7 +33,7 @@ for number in range(5):
 ENDLESS_WRITER = """
 import itertools, sys
 from pathlib import Path
-from mllm_assets.quality.store import QualityStore, table_for
+from mllm_assets.data.quality.store import QualityStore, table_for
 path, writer = sys.argv[1:]
 store = QualityStore(Path(path))
 for number in itertools.count():
@@ -52,12 +52,13 @@ with duckdb.connect(sys.argv[1]):
 LINE = """
 import sys
 from pathlib import Path
-from mllm_assets.data.dataset_info import register
-from mllm_assets.data.sources import ingest
-from mllm_assets.data.spec import DatasetSpec, SourceSpec, SplitSpec
-from mllm_assets.data.splits import split
+from mllm_assets.data.curate.register import register
+from mllm_assets.data.ingest.sources import ingest
+from mllm_assets.data.ingest.spec import DatasetSpec, SourceSpec
+from mllm_assets.data.ingest.split_spec import SplitSpec
+from mllm_assets.data.curate.splits import split
 from mllm_assets.layout import Layout
-from mllm_assets.quality.assess import assess
+from mllm_assets.data.quality.assess import assess
 root, name = sys.argv[1:]
 layout = Layout(Path(root))
 source = SourceSpec(kind="parquet", path="package:emoji.parquet", label_column="group")
@@ -87,6 +88,7 @@ def test_eight_processes_write_and_read_the_same_file(tmp_path: Path) -> None:
     assert QualityStore(path).query("SELECT count(*) AS n FROM runs") == [{"n": 40}]
 
 
+@pytest.mark.attack("kill -9")
 def test_kill_9_in_a_write_loses_no_acknowledged_row_and_tears_no_batch(tmp_path: Path) -> None:
     """Each batch goes into two tables; a writer says a batch's number once `write` has returned."""
     path = tmp_path / "quality.duckdb"
@@ -151,6 +153,7 @@ def test_two_datasets_are_built_at_once_in_one_root(layout: Layout) -> None:
         assert every_image_has_a_placeholder((layout.data / name).resolve(), layout.data).passed
 
 
+@pytest.mark.attack("kill -9")
 @pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_the_version_is_whole(tmp_path: Path) -> None:
     digests = set()

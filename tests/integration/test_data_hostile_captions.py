@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
-from mllm_assets.data.dataset_info import register
-from mllm_assets.data.sharegpt import load_rows
-from mllm_assets.data.sources import ingest
-from mllm_assets.data.spec import DatasetSpec, QualitySpec, SourceSpec, SplitSpec
-from mllm_assets.data.splits import split
+from mllm_assets.data.curate.register import register
+from mllm_assets.data.curate.splits import split
+from mllm_assets.data.ingest.sources import ingest
+from mllm_assets.data.ingest.spec import DatasetSpec, QualitySpec, SourceSpec
+from mllm_assets.data.ingest.split_spec import SplitSpec
+from mllm_assets.data.quality.assess import assess
+from mllm_assets.data.quality.store import QualityStore
+from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.layout import Layout
-from mllm_assets.quality.assess import assess
-from mllm_assets.quality.store import QualityStore
-from mllm_assets.training.encode import Encoder
-from mllm_assets.training.model import load_processor
+from mllm_assets.training.encoding.encode import Encoder
+from mllm_assets.training.models.load import load_processor
 from tests.unit.data.made_datasets import png
 
 REJECTED = {
@@ -73,10 +74,10 @@ def test_no_caption_becomes_a_control_token_and_none_is_lost_without_a_reason(tm
     recorded = QualityStore(layout.quality_db).query("SELECT count(*) AS n FROM verdicts WHERE reject_reason IS NULL")
     assert recorded == [{"n": len(KEPT)}]
 
-    rows = [row for side in ("train", "val") for row in load_rows(layout.data, f"hostile_{side}")]
+    rows = [row for side in ("train", "val") for row in Dataset(layout.data).entry(f"hostile_{side}").rows]
     assert {row.messages[-1].content for row in rows} == set(KEPT), "to the character"
     special = {key for key, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
-    encoder = Encoder(processor, cutoff_len=2048)
+    encoder = Encoder(processor)
     controls = {row.messages[-1].content: control_ids(encoder, row, special) for row in rows}
     whole, cut = controls["plain"], controls["x" * 100_000]
     assert len(whole) > len(cut) > 0, "a cut answer has lost its end of turn, and nothing else"

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import mllm_assets.hub_errors
-import mllm_assets.hub_patience
-from mllm_assets.data.hub import read_hub
-from mllm_assets.data.hub_files import split_files
-from mllm_assets.data.hub_parquet import BUFFER_BYTES
-from mllm_assets.data.sources import RawDataset, ingest, read_raw
-from mllm_assets.data.spec import DatasetSpec, SourceSpec, SplitSpec
+import mllm_assets.hub.errors
+from mllm_assets.data.ingest.hub import read_hub
+from mllm_assets.data.ingest.hub_files import BUFFER_BYTES, split_files
+from mllm_assets.data.ingest.raw_files import read_raw
+from mllm_assets.data.ingest.sources import RawDataset, ingest
+from mllm_assets.data.ingest.spec import DatasetSpec, SourceSpec
+from mllm_assets.data.ingest.split_spec import SplitSpec
 from mllm_assets.errors import DataError, SourceError
 from mllm_assets.layout import Layout
 from tests.integration.stand_in_hub import (
@@ -88,7 +88,7 @@ def hub(servers: StandInHub, monkeypatch: pytest.MonkeyPatch) -> StandInHub:
     servers.repos = {"datasets/made/set": Repo.of(FILES)}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(mllm_assets.hub_patience, "WAITS_S", (0.01,) * 4)
+    monkeypatch.setattr(mllm_assets.hub.errors, "WAITS_S", (0.01,) * 4)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     return servers
 
@@ -98,7 +98,7 @@ def hub_spec(num_train: int = 20, num_val: int = 5, **source: Any) -> DatasetSpe
         name="made",
         source=SourceSpec(kind="huggingface", **{"repo": "made/set", "label_column": "label", **source}),
         prompts=("What?",),
-        split=SplitSpec(num_train=num_train, num_val=num_val),
+        split=SplitSpec(num_train=num_train, num_val=num_val, num_test=0),
     )
 
 
@@ -159,7 +159,7 @@ def test_a_commit_that_was_read_is_not_read_again(hub: StandInHub, tmp_path: Pat
 
 def test_of_many_files_only_a_sample_of_row_groups_is_read(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than 32 files: 32 footers, and row groups until the rows suffice."""
-    monkeypatch.setattr("mllm_assets.data.hub.SPREAD_BYTES", 0)
+    monkeypatch.setattr("mllm_assets.data.ingest.hub.SPREAD_BYTES", 0)
     files = {f"data/train-{n:05}-of-00050.parquet": parquet_file(n * 40, 40) for n in range(50)}
     hub.repos["datasets/made/set"] = Repo.of(files)
     _, rows = read_hub(hub_spec(), endpoint=hub.endpoint)
@@ -303,12 +303,12 @@ def test_files_of_a_split_are_found_by_their_names() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"repo": "made/none"}, "There is no dataset 'made/none' on the Hub, or it is private. Correct source.repo"),
+        ({"repo": "made/none"}, "The dataset 'made/none' does not exist on the Hub, or is private. Correct source"),
         ({"repo": "off/set"}, "The dataset off/set was disabled by the Hub. Set source.repo in the dataset's YAML to"),
-        ({"revision": "gone"}, "has no revision 'gone'. Correct the revision beside source.repo"),
+        ({"revision": "gone"}, "has no revision 'gone'. Correct the revision next to source.repo"),
         ({"split": "test"}, "has no Parquet files of the split 'test'. Correct source.split"),
         ({"repo": "lambdalabs/pokemon-blip-captions"}, "It was withdrawn from the Hub in 2024"),
-        ({"repo": "no id/at all"}, "'no id/at all' is no id of the Hub. Write it as owner/name in source.repo"),
+        ({"repo": "no id/at all"}, "'no id/at all' is not an id of the Hub. Write it as owner/name in source.repo"),
     ],
 )
 def test_what_the_hub_refuses_is_said_at_once_with_the_cure(
@@ -369,7 +369,7 @@ def test_a_server_that_echoes_the_token_is_not_quoted(
     hub.faults = [Fault("GET .*resolve", 1000, status=403, headers=echo)]
     assert "The Hub forbids reading made/set. Give the token in HF_TOKEN the right to" in failing(hub, tmp_path)
     quoted = f"Bearer {GOOD_TOKEN} https://me:word@hub.test/a?{SIGNATURE}"
-    assert mllm_assets.hub_errors.scrubbed(quoted) == "Bearer HF_TOKEN https://hub.test/a"
+    assert mllm_assets.hub.errors.scrubbed(quoted) == "Bearer HF_TOKEN https://hub.test/a"
     assert GOOD_TOKEN not in caplog.text
 
 
@@ -387,7 +387,7 @@ def test_what_passes_is_tried_again_and_the_result_is_the_same(
 ) -> None:
     expected, _ = ingested(hub, tmp_path / "calm")
     asked: list[float] = []
-    monkeypatch.setattr("mllm_assets.hub_patience.time.sleep", asked.append)
+    monkeypatch.setattr("mllm_assets.hub.errors.time.sleep", asked.append)
     hub.forget()
     hub.faults = [  # one read may meet all of the last two kinds, and five tries is all it has
         Fault("GET /api/datasets/made/set", 1, status=429, headers={"Retry-After": "7"}),
@@ -423,7 +423,7 @@ def test_a_wait_of_an_hour_is_not_waited_but_said(hub: StandInHub, tmp_path: Pat
 def test_a_proxy_that_ignores_ranges_is_named_before_the_whole_file_is_read(hub: StandInHub, tmp_path: Path) -> None:
     hub.repos["datasets/made/set"] = Repo.of({"data/train.parquet": parquet_file(0, 200, num_bytes=100_000)})
     hub.faults = [Fault("GET /blob", 1000, ignores_range=True)]
-    assert "the Hub answered 200 in place of bytes" in failing(hub, tmp_path)
+    assert "the Hub answered 200 instead of bytes" in failing(hub, tmp_path)
 
 
 def test_a_hub_that_cannot_be_reached_fails_within_ten_seconds_with_what_to_do(hub: StandInHub, tmp_path: Path) -> None:
@@ -450,8 +450,9 @@ def test_offline_mode_is_named(hub: StandInHub, tmp_path: Path, monkeypatch: pyt
 INGEST = """
 import sys
 from pathlib import Path
-from mllm_assets.data.sources import ingest
-from mllm_assets.data.spec import DatasetSpec, SourceSpec, SplitSpec
+from mllm_assets.data.ingest.sources import ingest
+from mllm_assets.data.ingest.spec import DatasetSpec, SourceSpec
+from mllm_assets.data.ingest.split_spec import SplitSpec
 from mllm_assets.layout import Layout
 
 source = SourceSpec(kind="huggingface", repo="made/set", label_column="label")

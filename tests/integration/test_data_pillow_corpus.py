@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import PIL
@@ -20,13 +20,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from mllm_assets.quality.store import QualityStore
+from mllm_assets.data.quality.store import QualityStore
 from tests.integration.conftest import Project, make_project
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
 REASONS = {
     "image_empty",
+    "image_format_unsupported",
     "image_unreadable",
     "image_truncated",
     "image_corrupt",
@@ -61,8 +62,8 @@ EXPECTED = {
     "iss634.gif": "image_too_many_frames",
     "iss634.webp": "image_too_many_frames",
     "libtiff_segfault.tif": "image_unreadable",
-    "sgi_crash.bin": "image_unreadable",
-    "eps/1.eps": "image_unreadable",  # would start ghostscript
+    "sgi_crash.bin": "image_format_unsupported",
+    "eps/1.eps": "image_format_unsupported",  # would start ghostscript
 }
 
 
@@ -121,12 +122,15 @@ def project(files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -
     return project
 
 
-def test_each_file_is_a_usable_picture_or_a_row_with_a_reason(project: Project, files: dict[str, bytes]) -> None:
+@pytest.mark.attack("pictures")
+def test_each_file_is_a_usable_picture_or_a_row_with_a_reason(
+    project: Project, files: dict[str, bytes], record_property: Callable[[str, object], None]
+) -> None:
     assert len(files) > 1000
+    record_property("tries", len(files))
     counts = project.metadata("pillow", "train")
-    assert (
-        counts["num_raw"] == len(files) == sum(counts[f"num_{part}"] for part in ("train", "val", "unused", "rejected"))
-    )
+    parts = ("train", "val", "test", "unused", "rejected")
+    assert counts["num_raw"] == len(files) == sum(counts[f"num_{part}"] for part in parts)
     store = QualityStore(project.layout.quality_db)
     fates = store.query(
         "SELECT caption, split, reason FROM split_membership JOIN samples USING (dataset, sample_id) "
@@ -139,8 +143,8 @@ def test_each_file_is_a_usable_picture_or_a_row_with_a_reason(project: Project, 
     assert set(unused) <= {"sample_duplicate", "over_quota"}
 
     used = set()
-    for side in ("train", "val"):
-        for row in json.loads((project.layout.data / "pillow" / f"{side}.json").read_text()):
+    for path in (project.layout.data / "pillow").glob("[tv]*.json"):
+        for row in json.loads(path.read_text()):
             used.add(row["messages"][-1]["content"].removeprefix("the file "))
             with Image.open(project.layout.data / row["images"][0]) as image:
                 assert image.convert("RGB").getextrema() and image.mode in ("RGB", "L"), row

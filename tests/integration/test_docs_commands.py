@@ -61,9 +61,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     defs = root / "mllm_assets" / "defs"
     (defs / "executor.py").write_text(IN_PROCESS)
     emoji = defs / "datasets" / "emoji" / "defs.yaml"
-    emoji.write_text(
-        emoji.read_text().replace("num_train: 680", "num_train: 80").replace("num_val: 120", "num_val: 24")
-    )
+    emoji.write_text(emoji.read_text().replace("num_train: 560", "num_train: 80").replace(": 120", ": 24"))
     settings = defs / "recipes" / "defs.yaml"
     values = yaml.safe_load(settings.read_text())
     gates = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
@@ -76,7 +74,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (photos / f"{index}.txt").write_text(row["name"], encoding="utf-8")
     (root / ".dagster_home").mkdir()
     shutil.copy(root / "dagster.yaml", root / ".dagster_home")
-    done = run(root, "dg launch --job emoji_demo")
+    done = run(root, "mllm-assets run emoji_sft")
     assert done.returncode == 0, done.stdout
     yield root
 

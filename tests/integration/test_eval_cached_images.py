@@ -9,35 +9,36 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_assets.data.sharegpt import load_rows
+from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import PREDICTIONS_FILE
-from mllm_assets.training import tower
-from mllm_assets.training.families import FAMILIES
-from mllm_assets.training.features import NUM_PROBES, features_task
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.families.family import FAMILIES
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.caches import tower
+from mllm_assets.training.caches.features import features_task
+from mllm_assets.training.caches.shards import NUM_PROBES
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import FeaturesTask
 from tests import tiny_families
+from tests.worker_tasks import ONE_CPU_THREAD, evaluation
 
 pytestmark = pytest.mark.integration
 EACH = [name if name == "qwen3_vl" else pytest.param(name, marks=pytest.mark.slow) for name in tiny_families.FAMILIES]
 
 
-def recipe(model_type: str, **values: Any) -> dict[str, Any]:
+def recipe(model_type: str, **values: Any) -> TrainSpec:
     keys = {
         "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "eval_dataset": "gemma3_vlm_val",
-        "template": FAMILIES[model_type].templates[0], "do_train": True, "finetuning_type": "lora",
+        "template": next(iter(FAMILIES[model_type].templates)), "do_train": True, "finetuning_type": "lora",
     }  # fmt: skip
-    return TrainSpec(**{**keys, **values}).to_dict()
+    return TrainSpec(**{**keys, **values})
 
 
 def evaluated(model_dir: Path, data_dir: Path, directory: Path, **changes: Any) -> list[dict[str, Any]]:
-    request = {
-        "recipe_name": "r", "model_dir": str(model_dir), "base_model_dir": str(model_dir), "data_dir": str(data_dir),
-        "entries": ["gemma3_vlm_val"], "directory": str(directory), "max_new_tokens": 6, "batch_size": 3,
-        "accelerator": {"device": "cpu", "num_threads": 1},
-    }  # fmt: skip
-    evaluate_task(request | changes, Reporter())
+    model_type = json.loads((model_dir / "config.json").read_text())["model_type"]
+    known = {"recipe": recipe(model_type), "max_new_tokens": 6, "batch_size": 3}
+    task = evaluation(model_dir=model_dir, data_dir=data_dir, directory=directory, **{**known, **changes})
+    evaluate_task(task, Reporter())
     return pq.read_table(directory / PREDICTIONS_FILE).to_pylist()
 
 
@@ -69,10 +70,13 @@ def test_base_and_tuned_model_share_the_features_that_training_made(
     plain = evaluated(model_dir, data_dir, tmp_path / "plain")
     assert num_seen == [], "without the cache nothing is kept"
     features_root = tmp_path / "features"
-    request = {"model_dir": str(model_dir), "data_dir": str(data_dir), "features_root": str(features_root)}
-    features_task({**request, "recipe": recipe("gemma3"), "accelerator": {"device": "cpu"}}, Reporter())
+    task = FeaturesTask(
+        recipe=recipe("gemma3"), model_dir=model_dir, data_dir=data_dir, features_root=features_root,
+        accelerator=ONE_CPU_THREAD,
+    )  # fmt: skip
+    features_task(task, Reporter())
     num_seen.clear()
-    cached = {"features_root": str(features_root), "recipe": recipe("gemma3")}
+    cached = {"features_root": features_root}
     assert_same(evaluated(model_dir, data_dir, tmp_path / "cached", **cached), plain)
     assert sum(num_seen) <= 2 * (NUM_PROBES + 1), "each model compares a few images with what was kept, and no more"
     assert len(list(features_root.iterdir())) == 1
@@ -81,9 +85,9 @@ def test_base_and_tuned_model_share_the_features_that_training_made(
 def test_features_that_are_not_there_are_computed_once_for_both_models(
     parity_dir: Path, tmp_path: Path, num_seen: list[int]
 ) -> None:
-    cached = {"features_root": str(tmp_path / "features"), "recipe": recipe("gemma3")}
+    cached = {"features_root": tmp_path / "features"}
     evaluated(parity_dir / "model", parity_dir / "data", tmp_path / "p", **cached)
-    rows = load_rows(parity_dir / "data", "gemma3_vlm_val")
+    rows = Dataset(parity_dir / "data").entry("gemma3_vlm_val").rows
     num_images = len({path.read_bytes() for row in rows for path in row.images})
     assert num_images <= sum(num_seen) <= num_images + 2 * (NUM_PROBES + 1)
 
@@ -92,7 +96,7 @@ def test_a_recipe_in_bf16_over_a_float32_model_is_evaluated_in_the_models_own_dt
     parity_dir: Path, tmp_path: Path
 ) -> None:
     plain = evaluated(parity_dir / "model", parity_dir / "data", tmp_path / "plain")
-    cached = {"features_root": str(tmp_path / "features"), "recipe": recipe("gemma3", bf16=True)}
+    cached = {"features_root": tmp_path / "features", "recipe": recipe("gemma3", bf16=True)}
     assert_same(evaluated(parity_dir / "model", parity_dir / "data", tmp_path / "p", **cached), plain)
 
 
@@ -120,7 +124,7 @@ def test_every_family_answers_from_cached_images_as_from_pictures(
     model_dir.mkdir()
     tiny_families.build(model_type, model_dir)
     plain = evaluated(model_dir, mixed_dir, tmp_path / "plain")
-    cached = {"features_root": str(tmp_path / "features"), "recipe": recipe(model_type)}
+    cached = {"features_root": tmp_path / "features"}
     assert_same(evaluated(model_dir, mixed_dir, tmp_path / "cached", **cached), plain)
     assert num_seen
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from mllm_assets.artifacts import write_manifest
 from mllm_assets.errors import IntegrityError, ModelError
 from mllm_assets.inference.answerer import Answerer
-from mllm_assets.training.checkpoint_model import load_checkpoint
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.model import load_model
-from mllm_assets.training.model_directory import model_fingerprint
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.loop.checkpoints import load_checkpoint
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.training.models.load import load_model
+from mllm_assets.worker.protocol import Reporter
+from tests.worker_tasks import training
 
 pytestmark = pytest.mark.integration
 
@@ -34,13 +34,9 @@ def trained(parity_dir: Path, run_dir: Path, **values: Any) -> Path:
         "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "template": "gemma3", "do_train": True,
         "learning_rate": 5e-3, "max_steps": 4, "save_steps": 2, "logging_steps": 1,
     }  # fmt: skip
-    request = {
-        "task": "train", "recipe": TrainSpec(**{**recipe, **values}).to_dict(), "model_dir": str(parity_dir / "model"),
-        "data_dir": str(parity_dir / "data"), "run_dir": str(run_dir), "fingerprint": "f",
-        "pretrained_fingerprint": model_fingerprint(parity_dir / "model"),
-        "accelerator": {"device": "cpu", "num_threads": 1},
-    }  # fmt: skip
-    train_task(request, Reporter())
+    spec = TrainSpec(**{**recipe, **values})
+    task = training(spec, model_dir=parity_dir / "model", data_dir=parity_dir / "data", run_dir=run_dir)
+    train_task(task, Reporter())
     return run_dir
 
 
@@ -89,7 +85,7 @@ def test_damage_another_base_model_and_foreign_tensors_are_refused(
         load_checkpoint(run_dir / "checkpoint-2")
 
     (tmp_path / "model" / "generation_config.json").write_text("{}")
-    with pytest.raises(IntegrityError, match="and another one is there now. Put the model back"):
+    with pytest.raises(IntegrityError, match="and another model is there now. Put the model back"):
         load_checkpoint(run_dir / "checkpoint-4")
     shutil.rmtree(tmp_path / "model")
     with pytest.raises(ModelError, match="hold only what was trained, and the model that they were trained from"):

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from mllm_assets.evaluation.gates import GATES
-from mllm_assets.evaluation.release_integrity import require_intact
-from mllm_assets.evaluation.release_versions import current_release, list_releases
+from mllm_assets.releases.versions import current_release, list_releases, require_intact
+from tests.damage import publish_changed
 from tests.integration.conftest import REPOSITORY, Project, copied_project, line_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -112,19 +112,21 @@ def test_a_dry_push_lists_what_would_go_to_the_hub(shipped: Project) -> None:
     assert {"README.md", "config.json", "model.safetensors"} <= names and "predictions.parquet" not in names
 
 
-def test_a_corrupted_checkpoint_fails_its_reload_and_is_not_released(shipped: Project) -> None:
+def test_a_corrupted_checkpoint_is_not_released_and_is_finished_again(shipped: Project) -> None:
     """It was finished once, so nothing trains again; its files are looked at all the same."""
     weights = shipped.layout.outputs / "emoji_sft" / "latest" / "model" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[len(data) // 2] ^= 1
+    trained = weights.read_bytes()
+    damaged = bytearray(trained)
+    damaged[len(damaged) // 2] ^= 1
     weights.unlink()  # the release shares its blocks
-    weights.write_bytes(data)
-    code, output = run(shipped, 'key:"emoji_sft/checkpoint"')
-    assert code == 1, output
-    passed, reason = judged(shipped, "emoji_sft")["checkpoint_reloads_strictly"]
-    assert not passed and reason.startswith("model/model.safetensors does not match its digest: the checkpoint was")
+    weights.write_bytes(damaged)
     code, output = run(shipped, 'key:"emoji_sft/released_model"')
-    assert code == 1 and "checkpoint_reloads_strictly: model/model.safetensors does not match its digest" in output
+    assert code == 1 and "model/model.safetensors" in output, output
+    code, output = run(shipped, 'key:"emoji_sft/checkpoint"')
+    assert code == 0, output
+    assert weights.read_bytes() == trained
+    passed, reason = judged(shipped, "emoji_sft")["checkpoint_reloads_strictly"]
+    assert passed, reason
     [release] = list_releases(shipped.layout, "emoji_sft")
     require_intact(release.directory)
 
@@ -170,6 +172,7 @@ def test_a_model_that_trained_on_validation_images_is_not_released(project: Proj
     folder = (project.layout.data / "emoji").resolve()
     rows, held = (json.loads((folder / name).read_text()) for name in ("train.json", "val.json"))
     (folder / "train.json").write_text(json.dumps(rows + held[:20]))
+    publish_changed(folder)
     write_broken(project, "leaked", max_steps=1)
     failed = fails(project, "leaked")
     assert failed["no_leakage"].startswith("20 ") and "set `allow_leakage: true`" in failed["no_leakage"]

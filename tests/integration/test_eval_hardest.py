@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from mllm_assets.cli import main
+from mllm_assets.data.quality.store import QualityStore, table_for, utc_now
 from mllm_assets.evaluation.metrics import sample_metrics
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import read_predictions, store_table
 from mllm_assets.layout import Layout
-from mllm_assets.quality.store import QualityStore, table_for, utc_now
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.worker.protocol import Reporter
+from tests.worker_tasks import evaluation, training
 
 pytestmark = pytest.mark.integration
 PLANTED = 2
@@ -37,22 +38,17 @@ def test_a_planted_wrong_label_comes_first(
     wrong[PLANTED]["messages"][-1] = rows[PLANTED + 1]["messages"][-1]
     assert wrong[PLANTED]["messages"][-1] != rows[PLANTED]["messages"][-1]
     (data_dir / "val.json").write_text(json.dumps(wrong))
-    accelerator = {"device": "cpu", "num_threads": 1}
     recipe = TrainSpec(
         model_name_or_path="model", dataset="gemma3_vlm_train", template="gemma3", do_train=True,
         finetuning_type="full", freeze_multi_modal_projector=False, learning_rate=5e-3, max_steps=80,
         per_device_train_batch_size=6, logging_steps=10, save_strategy="no",
     )  # fmt: skip
-    train = {
-        "recipe": recipe.to_dict(), "model_dir": str(parity_dir / "model"), "data_dir": str(data_dir),
-        "run_dir": str(tmp_path / "run"), "fingerprint": "f", "accelerator": accelerator,
-    }  # fmt: skip
-    train_task(train, Reporter())
-    evaluate = {
-        "recipe_name": "parity", "model_dir": str(tmp_path / "run"), "base_model_dir": str(parity_dir / "model"),
-        "data_dir": str(data_dir), "entries": ["gemma3_vlm_val"], "directory": str(tmp_path / "predictions"),
-        "max_new_tokens": 8, "accelerator": accelerator,
-    }  # fmt: skip
+    model_dir, run_dir = parity_dir / "model", tmp_path / "run"
+    train_task(training(recipe, model_dir=model_dir, data_dir=data_dir, run_dir=run_dir), Reporter())
+    evaluate = evaluation(
+        model_dir=run_dir, base_model_dir=model_dir, data_dir=data_dir, directory=tmp_path / "predictions",
+        max_new_tokens=8,
+    )  # fmt: skip
     evaluate_task(evaluate, Reporter())
 
     said = read_predictions(tmp_path / "predictions")

@@ -13,18 +13,16 @@ import pytest
 
 from mllm_assets.artifacts import point_symlink, read_manifest, staged_directory, write_manifest
 from mllm_assets.cli import main
-from mllm_assets.evaluation.metrics import compute_metrics
-from mllm_assets.evaluation.metrics_file import write_metrics
+from mllm_assets.evaluation.metrics import compute_metrics, write_metrics
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.model_directory import model_fingerprint
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.worker.protocol import Reporter
+from tests.worker_tasks import evaluation, training
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-ACCELERATOR = {"device": "cpu", "num_threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def root(parity_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     layout = Layout(root)
     shutil.copytree(parity_dir / "data", root / "data")
     shutil.copytree(parity_dir / "model", root / "pretrains" / "model")
-    model = str(root / "pretrains" / "model")
+    model = root / "pretrains" / "model"
     for name, learning_rate in (("slowly", 1e-5), ("quickly", 3e-3)):
         run_dir = layout.outputs / name / "0123456789abcdef"
         recipe = TrainSpec(
@@ -44,21 +42,15 @@ def root(parity_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             eval_steps=3,
         )  # fmt: skip
         run = train_task(
-            {
-                "recipe": recipe.to_dict(), "model_dir": model, "data_dir": str(layout.data), "run_dir": str(run_dir),
-                "fingerprint": "f", "pretrained_fingerprint": model_fingerprint(Path(model)),
-                "accelerator": ACCELERATOR,
-            },
-            Reporter(),
-        )  # fmt: skip
+            training(recipe, model_dir=model, data_dir=layout.data, run_dir=run_dir, recipe_name=name), Reporter()
+        )
         (run_dir.parent / "latest").symlink_to(run_dir.name)
         said = layout.predictions(name, "p")
         evaluate_task(
-            {
-                "recipe_name": name, "model_dir": str(run_dir / "model"), "base_model_dir": model,
-                "data_dir": str(layout.data), "entries": ["gemma3_vlm_val"], "directory": str(said),
-                "max_new_tokens": 4, "accelerator": ACCELERATOR,
-            },
+            evaluation(
+                recipe_name=name, model_dir=run_dir / "model", base_model_dir=model, data_dir=layout.data,
+                directory=said, max_new_tokens=4,
+            ),
             Reporter(),
         )  # fmt: skip
         inputs = {"weights_digest": run["weights_digest"], "predictions_path": layout.relative(said)}
@@ -150,7 +142,7 @@ def test_a_newest_run_that_was_not_evaluated_is_said_and_the_last_that_was_is_sh
     )
     assert code == 0, output.err
     note = "the newest run of quickly was not evaluated; the page shows outputs/quickly/0123456789abcdef, the last that"
-    command = "--assets '+key:\"quickly/eval_metrics\"'"
+    command = "mllm-assets run quickly/eval_metrics"
     assert note in output.err and command in output.err and "quickly/0123456789abcdef" in page.read_text()
     code, output = said(capsys, monkeypatch, tmp_path / "project", "summary", "quickly")
     assert "none yet of this run; the last run that was evaluated is outputs/quickly/0123456789abcdef" in output.out

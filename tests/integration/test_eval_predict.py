@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ from safetensors.torch import load_file, save_file
 
 from mllm_assets import sample_data
 from mllm_assets.artifacts import find_damage
-from mllm_assets.data.sharegpt import load_rows
+from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import DataError, MachineError, ModelError, RecipeError
 from mllm_assets.evaluation.gates import GateSpec, evaluate_gates
 from mllm_assets.evaluation.metrics import compute_metrics
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import SCHEMA, predictions_digest
 from mllm_assets.inference.answerer import Answerer
-from mllm_assets.training import tiny_gemma
-from mllm_assets.training.launch import run_worker
-from mllm_assets.training.protocol import Reporter
+from mllm_assets.recipe.asking import Sampling
+from mllm_assets.training.models import tiny as tiny_gemma
+from mllm_assets.worker.launch import run_worker
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import Accelerator, EvaluateTask
+from tests.worker_tasks import evaluation
 
 pytestmark = pytest.mark.integration
 GOLDEN = Path(__file__).parents[1] / "golden" / "parity"
@@ -44,27 +48,15 @@ def blind_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def request_for(base: Path, directory: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "task": "evaluate",
-        "recipe_name": "parity",
-        "model_dir": str(GOLDEN / "model"),
-        "base_model_dir": str(base),
-        "data_dir": str(GOLDEN / "data"),
-        "entries": ["gemma3_vlm_val"],
-        "directory": str(directory),
-        "max_samples": None,
-        "max_new_tokens": 8,
-        "batch_size": 3,
-        "system": None,
-        "accelerator": {"device": "cpu", "num_threads": 1},
-    } | changes
+def task_for(base: Path, directory: Path, **changes: Any) -> EvaluateTask:
+    known = {"model_dir": GOLDEN / "model", "data_dir": GOLDEN / "data", "max_new_tokens": 8, "batch_size": 3}
+    return evaluation(**{**known, "base_model_dir": base, "directory": directory, **changes})
 
 
 @pytest.fixture(scope="module")
 def evaluated(blind_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("predictions") / "digest"
-    evaluate_task(request_for(blind_model, directory), Reporter())
+    evaluate_task(task_for(blind_model, directory), Reporter())
     return directory
 
 
@@ -84,7 +76,7 @@ def test_predictions_hold_a_row_per_model_and_sample(evaluated: Path) -> None:
 def test_the_loss_is_that_of_the_reference_trajectory() -> None:
     """LLaMA-Factory's first step, before any update: the mean over two micro-batches of two rows."""
     answerer = Answerer(GOLDEN / "model")
-    rows = [answerer.encoder.encode(row) for row in load_rows(GOLDEN / "data", "gemma3_vlm_train", max_samples=4)]
+    rows = [answerer.encoder.encode(row) for row in Dataset(GOLDEN / "data").entry("gemma3_vlm_train").rows[:4]]
     losses = answerer.losses(rows)
     means = [sum(loss * num for loss, num in pair) / sum(num for _, num in pair) for pair in (losses[:2], losses[2:])]
     reference = json.loads((GOLDEN / "reference" / "freeze.json").read_text())["losses"][0]
@@ -94,10 +86,10 @@ def test_the_loss_is_that_of_the_reference_trajectory() -> None:
 def test_batches_give_the_answers_and_losses_of_single_rows() -> None:
     """Left padding with wrong positions or token types changes answers without any error."""
     answerer = Answerer(GOLDEN / "model")
-    rows = load_rows(GOLDEN / "data", "gemma3_vlm_train", max_samples=12)
+    rows = Dataset(GOLDEN / "data").entry("gemma3_vlm_train").read(max_samples=12)
     prompts = [answerer.encoder.encode_prompt(row) for row in rows]
-    together = [answer.text for answer in answerer.answers(prompts, max_new_tokens=12)]
-    assert together == [answerer.answers([prompt], max_new_tokens=12)[0].text for prompt in prompts]
+    together = [answer.text for answer in answerer.answers(prompts, Sampling(max_new_tokens=12))]
+    assert together == [answerer.answers([prompt], Sampling(max_new_tokens=12))[0].text for prompt in prompts]
     scored = [answerer.encoder.encode(row) for row in rows]
     alone = [answerer.losses([row])[0] for row in scored]
     assert [num for _, num in answerer.losses(scored)] == [num for _, num in alone]
@@ -115,34 +107,34 @@ def test_another_image_changes_the_loss_only_of_a_model_that_sees_it(evaluated: 
 
 
 def test_random_weights_do_not_pass_the_gates(evaluated: Path) -> None:
-    answers = [row.messages[-1].content for row in load_rows(GOLDEN / "data", "gemma3_vlm_train")]
+    answers = [row.messages[-1].content for row in Dataset(GOLDEN / "data").entry("gemma3_vlm_train").rows]
     metrics = compute_metrics(pq.read_table(evaluated / "predictions.parquet"), answers)
     gates = {gate.name: gate.passed for gate in evaluate_gates(metrics, GateSpec())}
     assert not gates["beats_most_common_answer"] and not gates["the_model_uses_the_image"]
 
 
 def test_batch_size_and_a_second_evaluation_change_nothing(evaluated: Path, blind_model: Path, tmp_path: Path) -> None:
-    request = request_for(blind_model, tmp_path / "p", batch_size=8)
-    first = evaluate_task(request, Reporter())
+    task = task_for(blind_model, tmp_path / "p", batch_size=8)
+    first = evaluate_task(task, Reporter())
     other = pq.read_table(tmp_path / "p" / "predictions.parquet").to_pylist()
     for row, expected in zip(other, pq.read_table(evaluated / "predictions.parquet").to_pylist(), strict=True):
         assert row["answer"] == expected["answer"]
         assert row["loss_nats"] == pytest.approx(expected["loss_nats"], abs=1e-5)
         assert row["loss_shuffled_nats"] == pytest.approx(expected["loss_shuffled_nats"], abs=1e-5)
     before = (tmp_path / "p" / "manifest.json").stat().st_mtime_ns
-    assert evaluate_task(request, Reporter()) == first
+    assert evaluate_task(task, Reporter()) == first
     assert (tmp_path / "p" / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_the_same_request_gives_the_same_digest(evaluated: Path, blind_model: Path, tmp_path: Path) -> None:
-    again = evaluate_task(request_for(blind_model, tmp_path / "p"), Reporter())
-    assert again["digest"] == json.loads((evaluated / "manifest.json").read_text())["digest"]
+def test_the_same_task_gives_the_same_digest(evaluated: Path, blind_model: Path, tmp_path: Path) -> None:
+    again = evaluate_task(task_for(blind_model, tmp_path / "p"), Reporter())
+    assert again.manifest["digest"] == json.loads((evaluated / "manifest.json").read_text())["digest"]
 
 
 def test_progress_is_reported_for_both_models(blind_model: Path, tmp_path: Path) -> None:
     said: list[dict[str, Any]] = []
     reporter = Reporter(emit=said.append, min_interval_s=0)
-    evaluate_task(request_for(blind_model, tmp_path / "p", max_samples=4, batch_size=4), reporter)
+    evaluate_task(task_for(blind_model, tmp_path / "p", max_samples=4, batch_size=4), reporter)
     assert [(m["stage"], m["done"], m["total"]) for m in said] == [
         (f"evaluate {model} model", done, 12) for model in ("base", "tuned") for done in (4, 8, 12)
     ]
@@ -151,29 +143,29 @@ def test_progress_is_reported_for_both_models(blind_model: Path, tmp_path: Path)
 def test_what_cannot_be_evaluated_is_named_and_leaves_nothing(blind_model: Path, tmp_path: Path) -> None:
     target = tmp_path / "out" / "p"
     with pytest.raises(RecipeError, match="gemma3_vlm_val"):
-        evaluate_task(request_for(blind_model, target, entries=["gemma3_vlm_vall"]), Reporter())
+        evaluate_task(task_for(blind_model, target, entries=["gemma3_vlm_vall"]), Reporter())
     with pytest.raises(ModelError, match="nowhere does not exist. Give a model directory"):
-        evaluate_task(request_for(tmp_path / "nowhere", target), Reporter())
+        evaluate_task(task_for(tmp_path / "nowhere", target), Reporter())
     if not torch.cuda.is_available():
         with pytest.raises(MachineError, match="cuda was asked for"):
-            evaluate_task(request_for(blind_model, target, accelerator={"device": "cuda"}), Reporter())
+            evaluate_task(task_for(blind_model, target, accelerator=Accelerator(device="cuda")), Reporter())
     assert not target.exists()
 
 
 def test_a_damaged_image_is_named(blind_model: Path, tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "data", tmp_path / "data")
     (tmp_path / "data" / "images" / "emoji_050.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    with pytest.raises(DataError, match=r"emoji_050.png of row gemma3_vlm_val\[2\] cannot be read"):
-        evaluate_task(request_for(blind_model, tmp_path / "p", data_dir=str(tmp_path / "data")), Reporter())
+    with pytest.raises(DataError, match=r"emoji_050.png of row gemma3_vlm_val\[2\] cannot be used"):
+        evaluate_task(task_for(blind_model, tmp_path / "p", data_dir=tmp_path / "data"), Reporter())
     assert not (tmp_path / "p").exists()
 
 
 def test_the_worker_returns_the_manifest_and_the_errors_class(blind_model: Path, tmp_path: Path) -> None:
-    request = request_for(blind_model, tmp_path / "p", max_samples=2, max_new_tokens=2)
-    result = run_worker(request)
-    assert result["entries"] == {"gemma3_vlm_val": 2} and find_damage(tmp_path / "p") is None
-    with pytest.raises(ModelError, match="is no model directory: it has neither config.json nor model/config.json"):
-        run_worker(request | {"model_dir": str(tmp_path), "directory": str(tmp_path / "q")})
+    task = task_for(blind_model, tmp_path / "p", max_samples=2, max_new_tokens=2)
+    result = run_worker(task)
+    assert result.manifest["entries"] == {"gemma3_vlm_val": 2} and find_damage(tmp_path / "p") is None
+    with pytest.raises(ModelError, match="is not a model directory: it has neither config.json nor model/config.json"):
+        run_worker(replace(task, model_dir=tmp_path, directory=tmp_path / "q"))
 
 
 def test_the_demos_evaluation_takes_few_cpu_seconds(tmp_path: Path) -> None:
@@ -190,8 +182,9 @@ def test_the_demos_evaluation_takes_few_cpu_seconds(tmp_path: Path) -> None:
     info = json.loads((GOLDEN / "data" / "dataset_info.json").read_text())
     (tmp_path / "data" / "val.json").write_text(json.dumps(rows))
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
-    request = request_for(tmp_path / "tiny", tmp_path / "p", data_dir=str(tmp_path / "data"), max_new_tokens=64)
-    request |= {"model_dir": str(tmp_path / "tiny"), "batch_size": 16}
+    tiny = tmp_path / "tiny"
+    more = {"data_dir": tmp_path / "data", "model_dir": tiny, "max_new_tokens": 64, "batch_size": 16}
+    task = task_for(tiny, tmp_path / "p", **more)
     started_s = time.process_time()
-    assert evaluate_task(request, Reporter())["num_predictions"] == 240
+    assert evaluate_task(task, Reporter()).manifest["num_predictions"] == 240
     assert time.process_time() - started_s < 20

@@ -15,10 +15,12 @@ from mllm_assets.artifacts import read_manifest, write_manifest
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.metrics import compute_metrics
-from mllm_assets.evaluation.release import Release, publish, verify_task
 from mllm_assets.evaluation.table import to_table
 from mllm_assets.layout import Layout
-from mllm_assets.training.protocol import Reporter
+from mllm_assets.releases.check import verify
+from mllm_assets.releases.publish import Candidate, Judgement, Release, publish
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import VerifyTask
 
 pytestmark = pytest.mark.integration
 GOLDEN = Path(__file__).parents[1] / "golden" / "parity"
@@ -67,23 +69,20 @@ def passing_predictions() -> pa.Table:
     return to_table(rows)
 
 
-def request(directory: Path, run_dir: Path, base_model_dir: Path = GOLDEN / "model") -> dict[str, Any]:
-    return {
-        "directory": str(directory),
-        "checkpoint_dir": str(run_dir / "model"),
-        "base_model_dir": str(base_model_dir),
-    }
+def task_for(directory: Path, run_dir: Path, base_model_dir: Path = GOLDEN / "model") -> VerifyTask:
+    return VerifyTask(directory=directory, checkpoint_dir=run_dir / "model", base_model_dir=base_model_dir)
 
 
 def released(run_dir: Path, root: Path) -> Release:
-    def verify(directory: Path) -> dict[str, Any]:
-        return verify_task(request(directory, run_dir), Reporter())
+    def verified(directory: Path) -> dict[str, Any]:
+        return verify(task_for(directory, run_dir), Reporter()).facts()
 
     said = passing_predictions()
-    metrics = compute_metrics(said, ["other"])
-    return publish(
-        "parity", run_dir, metrics, said, GateSpec(), LINEAGE, Layout(root), scored_weights="4567", verify=verify
+    judgement = Judgement(
+        metrics=compute_metrics(said, ["other"]), predictions=said, weights_digest="4567", data_digests={}
     )
+    candidate = Candidate(recipe_name="parity", run_dir=run_dir, judgement=judgement, lineage=LINEAGE)
+    return publish(candidate, GateSpec(), Layout(root), verify=verified)
 
 
 def test_a_release_loads_in_a_new_process_with_transformers_alone(run_dir: Path, tmp_path: Path) -> None:
@@ -120,7 +119,7 @@ def test_other_weights_than_the_checkpoints_are_found(run_dir: Path, tmp_path: P
     weights[name] = weights[name] * 2
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IntegrityError, match="on a fixed picture, expected the checkpoint's"):
-        verify_task(request(other, run_dir), Reporter())
+        verify(task_for(other, run_dir), Reporter())
 
 
 def test_a_lost_tensor_is_counted(run_dir: Path, tmp_path: Path) -> None:
@@ -130,4 +129,4 @@ def test_a_lost_tensor_is_counted(run_dir: Path, tmp_path: Path) -> None:
     weights.pop(next(name for name in weights if name.endswith("mm_input_projection_weight")))
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IntegrityError, match="lacks 1 tensors, has 0 that the model does not know"):
-        verify_task(request(other, run_dir), Reporter())
+        verify(task_for(other, run_dir), Reporter())

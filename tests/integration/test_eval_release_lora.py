@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from mllm_assets.artifacts import read_manifest, write_manifest
 from mllm_assets.errors import IntegrityError
-from mllm_assets.evaluation import plain_round_trip
-from mllm_assets.evaluation.release import verify_task
-from mllm_assets.training.model import load_model, load_processor, publish_model
-from mllm_assets.training.protocol import Reporter
-from tests.integration.test_eval_release import RUN, released, request
+from mllm_assets.releases import reload_check
+from mllm_assets.releases.check import verify
+from mllm_assets.training.models.load import load_model, load_processor, publish_model
+from mllm_assets.worker.protocol import Reporter
+from tests.integration.test_eval_release import RUN, released, task_for
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 GOLDEN = Path(__file__).parents[1] / "golden"
 BASE = GOLDEN / "parity" / "model"
 
@@ -32,7 +32,7 @@ def lora_run(tmp_path: Path) -> Path:
     model = get_peft_model(load_model(BASE), config)
     run_dir = tmp_path / "outputs" / "parity" / "0123"
     run_dir.mkdir(parents=True)
-    batch = plain_round_trip.fixed_batch(str(BASE))
+    batch = reload_check.fixed_batch(str(BASE))
     reload = publish_model(model, load_processor(BASE), run_dir, BASE, batch)
     write_manifest(run_dir, {**RUN, "reload": reload})
     return run_dir
@@ -42,7 +42,7 @@ def test_the_adapter_on_its_base_model_gives_the_merged_models_logits(lora_run: 
     release = released(lora_run, tmp_path)
     verification = read_manifest(release.directory)["verification"]
     assert 0 <= verification["adapter_max_logit_difference"] <= 1e-5
-    base, _ = plain_round_trip.loss_and_logits(load_model(BASE), plain_round_trip.fixed_batch(str(BASE)))
+    base, _ = reload_check.loss_and_logits(load_model(BASE), reload_check.fixed_batch(str(BASE)))
     assert abs(verification["loss"] - base) > 1e-3, "the adapter does something"
     config = json.loads((release.directory / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "parity", "no folder of this machine"
@@ -65,4 +65,4 @@ def test_an_adapter_of_another_base_model_is_found(lora_run: Path, tmp_path: Pat
     name = next(name for name in weights if name.endswith("mm_input_projection_weight"))
     save_file({**weights, name: weights[name] * 1.5}, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IntegrityError, match="on its base model and the merged model give logits up to .* apart"):
-        verify_task(request(release.directory, lora_run, other), Reporter())
+        verify(task_for(release.directory, lora_run, other), Reporter())

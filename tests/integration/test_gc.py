@@ -11,16 +11,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from mllm_assets.artifacts import point_symlink, staged_directory, staging_directory, write_manifest
 from mllm_assets.cli import main
-from mllm_assets.data.publish import ImageWriter
-from mllm_assets.data.spec import DatasetSpec, SourceSpec
-from mllm_assets.evaluation.release_integrity import find_release_damage
-from mllm_assets.evaluation.release_versions import list_releases
+from mllm_assets.data.curate.publish import ImageWriter
+from mllm_assets.data.ingest.spec import DatasetSpec, SourceSpec
 from mllm_assets.layout import Layout
 from mllm_assets.operations.artefacts import find_artefacts
 from mllm_assets.operations.gc import DAY_S, Policy, delete, find_garbage
+from mllm_assets.releases.versions import find_release_damage, list_releases
 from tests.integration.conftest import Project, line_of, wait_for
 
 pytestmark = pytest.mark.integration
@@ -166,8 +166,33 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_is_making_stays(r
     file.touch()
     with staging_directory(root.layout.outputs / "one") as staging:
         (staging / "half").touch()
-        assert root.garbage() == {left, file, download}
+        job = root.layout.ray_jobs / "mllm-assets-train-0123abcd"
+        job.mkdir(parents=True)
+        with FileLock(job.with_suffix(".lock")):
+            assert root.garbage() == {left, file, download}
+        job.rmdir()
+        job.with_suffix(".lock").unlink(missing_ok=True)
     assert root.garbage(Policy(older_than_s=DAY_S)) == set()
+
+
+def test_what_was_written_before_the_clock_was_set_back_is_as_new_as_what_came_after(root: Root) -> None:
+    """The newest run had the older time, so that it went and the one before it stayed."""
+    before, newest = root.run("one"), root.run("one")
+    now_s = time.time()
+    for path, time_s in ((before, now_s + DAY_S), (newest, now_s + 60)):
+        for file in [*path.rglob("*"), path]:
+            os.utime(file, (time_s, time_s))
+    assert root.garbage() == set()
+
+
+def test_what_was_used_by_a_clock_that_was_set_back_after_it_was_found_stays(root: Root) -> None:
+    old, _ = root.add("cache/features"), root.add("cache/features")
+    plan = find_garbage(root.layout, Policy(older_than_s=DAY_S))
+    assert old in {item.path for item in plan.garbage}
+    os.utime(old / "part.bin", (1, 1))
+    os.utime(old / "manifest.json", (1, 1))
+    os.utime(old, (1, 1))
+    assert old not in {item.path for item in delete(plan)} and old.is_dir()
 
 
 def test_it_is_dry_unless_told_to_delete(
@@ -265,4 +290,4 @@ def test_a_collection_beside_a_training_leaves_it_alone_and_a_release_and_the_ne
     output, _ = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, output
     assert project.run_manifest("two")["resumed_from_step"] > 0
-    assert "is finished already" in project.made(line_of("one", "checkpoint"))
+    assert "is already finished" in project.made(line_of("one", "checkpoint"))

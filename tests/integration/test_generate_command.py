@@ -57,7 +57,7 @@ def test_a_folder_is_a_batch_and_bad_images_cost_their_own_answers_only(
     lines = [json.loads(line) for line in out.splitlines()]
     names = ["emoji_000.png", "emoji_000_bad.png", "emoji_001.png", "emoji_002.png"]
     assert [line["image"] for line in lines] == names
-    assert "cannot be read" in lines[1]["error"] and "error: 1 of 4 images could not be used" in err
+    assert "cannot be used" in lines[1]["error"] and "error: 1 of 4 images could not be used" in err
     for line, path in zip((lines[0], *lines[2:]), IMAGES, strict=True):
         run("--prompt", "What?", "--image", path, "--json")
         assert json.loads(capsys.readouterr().out)["text"] == line["text"]
@@ -70,7 +70,7 @@ def test_a_folder_is_a_batch_and_bad_images_cost_their_own_answers_only(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--image", "no.png"), "error: The image no.png does not exist. Check the path."),
+        (("--image", "no.png"), "error: The image no.png cannot be used: it does not exist."),
         (
             ("--image", "."),
             "error: . holds no image files. Give a folder with PNG, JPEG or other images, or one image.",

@@ -64,9 +64,7 @@ def test_an_installed_wheel_makes_a_project_that_runs_the_emoji_line(installed: 
     recipe = project / "configs" / "emoji_sft.yaml"
     recipe.write_text(recipe.read_text().replace("max_steps: 400", "max_steps: 4").replace("steps: 100", "steps: 4"))
     emoji = project / "birds" / "defs" / "datasets" / "emoji" / "defs.yaml"
-    emoji.write_text(
-        emoji.read_text().replace("num_train: 680", "num_train: 80").replace("num_val: 120", "num_val: 24")
-    )
+    emoji.write_text(emoji.read_text().replace("num_train: 560", "num_train: 80").replace(": 120", ": 24"))
     settings = project / "birds" / "defs" / "recipes" / "defs.yaml"
     values = yaml.safe_load(settings.read_text())
     values["attributes"]["defaults"] = {"gates": LAX, "evaluation": {"max_samples": 8, "max_new_tokens": 4}}
@@ -79,7 +77,7 @@ def test_an_installed_wheel_makes_a_project_that_runs_the_emoji_line(installed: 
     assert json.loads((run_dir / "manifest.json").read_text())["num_steps"] == 4
     assert list((project / "outputs" / "emoji_sft" / "eval_metrics").glob("*/manifest.json"))
     card = (project / "releases" / "emoji_sft" / "v1" / "README.md").read_text()
-    assert "dg launch --assets '+key:\"emoji_sft/released_model\"'" in card
+    assert "mllm-assets run emoji_sft" in card
     assert (project / ".dagster_home" / "dagster.yaml").resolve() == project / "dagster.yaml"
 
 
@@ -171,7 +169,7 @@ def test_init_goes_on_beside_an_environment_and_a_repository(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("torch", "A package 'torch' is installed already, and the project would hide it."),
+        ("torch", "A package 'torch' is already installed, and the project would hide it."),
         ("3birds", "'3birds' cannot be the name of a Python package."),
         ("class", "'class' cannot be the name of a Python package."),
     ],

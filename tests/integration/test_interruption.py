@@ -13,7 +13,7 @@ import pytest
 from mllm_assets.components.slots import end_dead_runs
 from tests.integration.conftest import Project, descendants, processes_of, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600), pytest.mark.attack("kill -9")]
 
 SELECT = 'key:"victim/checkpoint"'
 
@@ -44,6 +44,7 @@ def find_trainer(command: subprocess.Popen[str]) -> psutil.Process:
     return wait_for(find, "the trainer")
 
 
+@pytest.mark.slow
 def test_kill_9_of_trainer_step_worker_or_run_changes_no_bit_of_the_weights(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,4 +103,4 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_was_done(project: Project) -> N
             for entry in instance.all_logs(run.run_id, dg.DagsterEventType.STEP_FAILURE)
         ]
     [said] = failures
-    assert re.search(r"Stopped at: train \d+/2000.*the run goes on from checkpoint-\d+", said), said
+    assert re.search(r"Stopped at: train \d+/2000.*the run resumes from checkpoint-\d+", said), said

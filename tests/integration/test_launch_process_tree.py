@@ -15,78 +15,19 @@ import psutil
 import pytest
 
 from mllm_assets.errors import MachineError, RecipeError
-from mllm_assets.training import supervisor
-from mllm_assets.training.launch import WorkerCrashed, run_worker
+from mllm_assets.worker import supervisor
+from mllm_assets.worker.launch import WorkerCrashed, run_worker
+from mllm_assets.worker.tasks import Accelerator, to_json
+from tests.fake_tasks import FakeTask
 
 pytestmark = pytest.mark.integration
-
-TASKS = '''
-import os, pathlib, signal, subprocess, sys
-from mllm_assets.errors import MachineError
-
-HOLD = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
-
-def _hold(**how):
-    child = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, **how)
-    child.stdout.readline()
-    return child.pid
-
-def _orphan():
-    """A grandchild whose parent has ended."""
-    code = ("import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', %r], stdout=subprocess.PIPE,"
-            " start_new_session=True); c.stdout.readline(); print(c.pid)" % HOLD)
-    return int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True).stdout)
-
-def stubborn(request, reporter):
-    """Ignores SIGTERM, as do a child, a child in a session of its own, and an orphan."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    pids = [os.getpid(), _hold(), _hold(start_new_session=True), _orphan()]
-    rank = os.environ.get("RANK", "0")
-    path = pathlib.Path(request["folder"]) / f"pids.{rank}"
-    partial = path.with_name(f"partial.{rank}")
-    partial.write_text(" ".join(map(str, pids)))
-    partial.rename(path)
-    signal.pause()
-
-def waits(request, reporter):
-    """Ignores SIGTERM, and has no children."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    (pathlib.Path(request["folder"]) / f"pids.{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
-    signal.pause()
-
-def reports(request, reporter):
-    for step in (1, 2):
-        reporter.progress("training", step, 2, loss=0.5)
-    reporter.warn("half a warning")
-    return {"done": True}
-
-def leaves_a_child(request, reporter):
-    return {"pid": _hold(start_new_session=True)}
-
-def polite(request, reporter):
-    """Ends on SIGTERM after it has put its things away."""
-    folder = pathlib.Path(request["folder"])
-    def end(*_):
-        (folder / "ended").write_text("in order")
-        sys.exit(3)
-    signal.signal(signal.SIGTERM, end)
-    (folder / "pids.0").write_text(str(os.getpid()))
-    signal.pause()
-
-def wrong(request, reporter):
-    raise MachineError("No CUDA device. Set device: cpu.")
-
-def crash(request, reporter):
-    raise ZeroDivisionError("one over zero")
-
-def variables(request, reporter):
-    return {"omp": os.environ.get("OMP_NUM_THREADS"), "own": os.environ.get("OWN"), "stdin": sys.stdin.read()}
-'''
+ROOT = Path(__file__).parents[2]
 
 LAUNCHER = """
 import json, sys
-from mllm_assets.training.launch import run_worker
-run_worker(json.loads(sys.argv[1]), grace_s=0.3)
+from mllm_assets.worker.launch import run_worker
+from mllm_assets.worker.tasks import from_json
+run_worker(from_json(json.loads(sys.argv[1])), grace_s=0.3)
 """
 
 
@@ -105,18 +46,17 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.token = uuid.uuid4().hex
-        (folder / "fake_tasks.py").write_text(TASKS)
-        self.env = {"PYTHONPATH": str(folder), "TEST_TOKEN": self.token, "OMP_NUM_THREADS": "1"}
+        self.env = {"PYTHONPATH": str(ROOT), "TEST_TOKEN": self.token, "OMP_NUM_THREADS": "1"}
 
-    def request(self, task: str, **more: Any) -> dict[str, Any]:
-        return {"task": f"fake_tasks:{task}", "folder": str(self.folder), **more}
+    def task(self, what: str, **more: Any) -> FakeTask:
+        return FakeTask(what=what, folder=self.folder, **more)
 
-    def run(self, task: str, *, on_poll: Callable[[], None] | None = None, grace_s: float = 0.3, **more: Any) -> Any:
-        return run_worker(self.request(task, **more), env=self.env, on_poll=on_poll, grace_s=grace_s)
+    def run(self, what: str, *, on_poll: Callable[[], None] | None = None, grace_s: float = 0.3, **more: Any) -> Any:
+        return run_worker(self.task(what, **more), env=self.env, on_poll=on_poll, grace_s=grace_s)
 
-    def launch(self, task: str, **more: Any) -> subprocess.Popen[bytes]:
+    def launch(self, what: str, **more: Any) -> subprocess.Popen[bytes]:
         """Run the launcher in a process of its own, and wait until the task's tree stands."""
-        command = [sys.executable, "-c", LAUNCHER, json.dumps(self.request(task, **more))]
+        command = [sys.executable, "-c", LAUNCHER, json.dumps(to_json(self.task(what, **more)))]
         process = subprocess.Popen(
             command, env={**os.environ, **self.env}, stderr=subprocess.DEVNULL, preexec_fn=heed_signals
         )
@@ -188,7 +128,7 @@ def test_no_process_stays_when_the_launcher_is_ended_by(number: signal.Signals, 
 
 def test_ctrl_c_on_a_terminal_twice_leaves_nothing(world: World) -> None:
     """It goes to the whole foreground group, and impatient people press it again while the first one works."""
-    command = [sys.executable, "-c", LAUNCHER, json.dumps(world.request("stubborn"))]
+    command = [sys.executable, "-c", LAUNCHER, json.dumps(to_json(world.task("stubborn")))]
     launcher = subprocess.Popen(
         command,
         env={**os.environ, **world.env},
@@ -206,9 +146,9 @@ def test_ctrl_c_on_a_terminal_twice_leaves_nothing(world: World) -> None:
 
 def test_a_launcher_elsewhere_that_gives_no_sign_of_life_ends_the_task(world: World) -> None:
     """On a cluster no pipe leads to the launcher, so that a killed one would leave its job training."""
-    heartbeat, request = world.folder / "heartbeat", world.folder / "request.json"
-    request.write_text(json.dumps(world.request("stubborn")))
-    worker = [sys.executable, "-m", "mllm_assets.worker", str(request), str(world.folder / "result.json")]
+    heartbeat, path = world.folder / "heartbeat", world.folder / "task.json"
+    path.write_text(json.dumps(to_json(world.task("stubborn"))))
+    worker = [sys.executable, "-m", "mllm_assets.worker", str(path), str(world.folder / "result.json")]
     command = [sys.executable, supervisor.__file__, "0.3", f"2:{heartbeat}", *worker]
     process = subprocess.Popen(command, env={**os.environ, **world.env}, stdin=subprocess.DEVNULL)
     started_s = time.monotonic()
@@ -225,7 +165,7 @@ def test_a_launcher_elsewhere_that_gives_no_sign_of_life_ends_the_task(world: Wo
 
 def test_launcher_and_supervisor_killed_at_once_leave_no_rank(world: World) -> None:
     """Nobody is left to clean up: each process below must go with its parent."""
-    launcher = world.launch("waits", accelerator={"num_processes": 2})
+    launcher = world.launch("waits", accelerator=Accelerator(num_processes=2))
     wait_until((world.folder / "pids.1").exists, timeout_s=60)
     supervisor = psutil.Process(launcher.pid).children()[0]
     assert len(world.alive()) == 5, "launcher, supervisor, torchrun and two ranks"
@@ -245,7 +185,6 @@ def test_a_killed_worker_is_a_crash_that_names_the_signal_and_leaves_nothing(wor
 
     with pytest.raises(WorkerCrashed, match=r"was ended by signal 9 .* lower the batch size.* run it again") as caught:
         world.run("stubborn", on_poll=kill_worker)
-    assert (caught.value.exit_code, caught.value.signal_number) == (None, 9)
     assert caught.value.is_transient
     assert world.alive() == []
 
@@ -290,7 +229,7 @@ def test_torchrun_ranks_that_ignore_sigterm_are_ended(world: World) -> None:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        world.run("stubborn", on_poll=on_poll, accelerator={"num_processes": 2})
+        world.run("stubborn", on_poll=on_poll, accelerator=Accelerator(num_processes=2))
     assert len(world.pids()) == 8
     assert world.alive() == []
 
@@ -302,7 +241,7 @@ def test_a_users_error_comes_back_as_its_class_and_text(world: World) -> None:
 
 def test_a_users_error_in_a_rank_comes_back_too(world: World) -> None:
     with pytest.raises(MachineError, match="No CUDA device"):
-        world.run("wrong", accelerator={"num_processes": 2})
+        world.run("wrong", accelerator=Accelerator(num_processes=2))
 
 
 def test_a_crash_shows_the_workers_traceback(world: World) -> None:
@@ -315,23 +254,23 @@ def test_a_crash_shows_the_workers_traceback(world: World) -> None:
 
 def test_the_worker_gets_threads_and_variables_and_no_stdin(world: World) -> None:
     """A worker that reads the terminal would take the keys of the person who runs the launcher."""
-    request = world.request("variables", accelerator={"num_threads": 2})
-    result = run_worker(request, env={"PYTHONPATH": str(world.folder), "OWN": "yes"})
+    task = world.task("variables", accelerator=Accelerator(num_threads=2))
+    result = run_worker(task, env={"PYTHONPATH": str(ROOT), "OWN": "yes"})
     assert result == {"omp": "2", "own": "yes", "stdin": ""}
 
 
 def test_two_workers_never_train_in_one_directory(world: World) -> None:
     """A run from Dagster and one from the terminal would mix their checkpoints. A killed worker leaves no lock."""
     run_dir = world.folder / "outputs" / "run"
-    first = world.launch("waits", run_dir=str(run_dir))
+    first = world.launch("waits", run_dir=run_dir)
     with pytest.raises(MachineError) as caught:
-        world.run("variables", run_dir=str(run_dir))
+        world.run("variables", run_dir=run_dir)
     assert str(caught.value) == (
-        f"Another process is training {run_dir}. Wait for it, or stop it; then the same command goes on from it."
+        f"Another process is training {run_dir}. Wait for it, or stop it; then the same command resumes."
     )
     first.kill()
     first.wait(20)
-    assert world.run("variables", run_dir=str(run_dir))["stdin"] == ""
+    assert world.run("variables", run_dir=run_dir)["stdin"] == ""
 
 
 def test_progress_and_warnings_reach_dagster_through_pipes(world: World) -> None:
@@ -347,7 +286,7 @@ def test_progress_and_warnings_reach_dagster_through_pipes(world: World) -> None
             message_reader=dg.PipesTempFileMessageReader(),
         ) as session:
             env = {**world.env, **session.get_bootstrap_env_vars()}
-            assert run_worker(world.request("reports"), env=env) == {"done": True}
+            assert run_worker(world.task("reports"), env=env) == {"done": True}
         seen.extend(session.get_custom_messages())
         return dg.MaterializeResult()
 
@@ -361,7 +300,7 @@ def test_progress_and_warnings_reach_dagster_through_pipes(world: World) -> None
 
 
 def test_an_error_class_is_never_invented() -> None:
-    from mllm_assets.training.protocol import error_from_payload, error_payload
+    from mllm_assets.worker.protocol import error_from_payload, error_payload
 
     class Special(RecipeError):
         pass

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mllm_assets.training.keys import KEYS
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.recipe.keys import KEYS
+from mllm_assets.recipe.spec import TrainSpec
 
 pytestmark = pytest.mark.integration
 

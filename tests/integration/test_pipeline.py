@@ -1,21 +1,28 @@
 """The whole line in a project of the user's own: real files, a real instance, the real commands."""
 
 import json
+import runpy
+from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from mllm_assets.artifacts import read_manifest
-from mllm_assets.components.metadata_keys import METADATA_KEYS
-from mllm_assets.evaluation.release import list_releases
-from mllm_assets.quality.store import QualityStore
+from mllm_assets.data.quality.store import QualityStore
+from mllm_assets.releases.publish import list_releases
+from tests.damage import publish_changed
 from tests.integration.conftest import Project, line_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
+KEYS = runpy.run_path(str(Path(__file__).parents[2] / "docs/hooks/metadata_keys.py"))
+METADATA_KEYS, COST_KEYS = KEYS["METADATA_KEYS"], KEYS["COST_KEYS"]
 EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 
-WHERE_ASKED_FOR = {"source_listing", "eval_loss", "mlflow_run", "wandb_run", "quantization"}
+WHERE_ASKED_FOR = {"source_listing", "eval_loss", "overrides", "mlflow_run", "wandb_run", "quantization", "cost_money",
+    "line_money", "anls", "character_error_rate", "json_valid",
+    "json_field_f1", "box_iou"}  # fmt: skip
 
 
 def config(recipe: str, **values: Any) -> dict[str, Any]:
@@ -50,10 +57,12 @@ def test_a_recipe_dropped_into_configs_becomes_a_release_and_is_not_trained_twic
     made_keys = {
         key.path[-1] if key.path[0] != "pretrained" else "pretrained": key.path for key in project.made_assets()
     }
-    assert len(made_keys) == 10
+    assert len(made_keys) == 11
     for name, path in made_keys.items():
-        shown, known = project.metadata(*path).keys(), METADATA_KEYS[name].keys()
+        shown, known = project.metadata(*path).keys(), (METADATA_KEYS[name] | COST_KEYS).keys()
         assert shown <= known and known - shown <= WHERE_ASKED_FOR, f"{name}: what the reference page says is {known}"
+
+    costs_add_up(project)
 
     project.made('+key:"mine/released_model"')
     again = project.metadata("mine", "checkpoint")
@@ -62,9 +71,29 @@ def test_a_recipe_dropped_into_configs_becomes_a_release_and_is_not_trained_twic
     assert len(list_releases(project.layout, "mine")) == 1
 
 
+def costs_add_up(project: Project) -> None:
+    """What the assets say they took is what Dagster's clock saw of their steps, and the card's sum is theirs."""
+    with dg.DagsterInstance.from_config(str(project.home)) as instance:
+        stats = [step for run in instance.get_runs() for step in instance.get_run_step_stats(run.run_id)]
+        made = [m for key in instance.get_asset_keys() for m in instance.fetch_materializations(key, limit=9).records]
+    steps_s = sum((step.end_time or 0) - (step.start_time or 0) for step in stats)
+    costs: list[dict[str, Any]] = [
+        {name: value.value for name, value in record.asset_materialization.metadata.items()}
+        for record in made
+        if record.asset_materialization
+    ]
+    assert 0.8 * steps_s - len(stats) < sum(cost["cost_wall_s"] for cost in costs) <= steps_s
+    assert project.metadata("mine", "checkpoint")["cost_peak_memory_gib"] > 0.2, "the worker has loaded torch"
+    release = project.metadata("mine", "released_model")
+    for name in ("wall_s", "cpu_s"):
+        of_line = sum(cost[f"cost_{name}"] for cost in costs) - release[f"cost_{name}"]
+        assert release[f"line_{name}"] == pytest.approx(of_line, abs=0.01)
+    assert f"| **all** | {release['line_wall_s']:.1f} | " in release["model_card"]
+
+
 def test_the_counts_of_samples_add_up_in_the_metadata(project: Project) -> None:
     counts = project.metadata("emoji", "train")
-    parts = ("num_train", "num_val", "num_unused", "num_rejected")
+    parts = ("num_train", "num_val", "num_test", "num_unused", "num_rejected")
     assert counts["num_raw"] == 800 == sum(counts[name] for name in parts)
 
 
@@ -91,15 +120,22 @@ def test_stages_start_from_one_another_and_train_from_cached_features(project: P
 
 @pytest.mark.slow
 def test_the_launchpad_changes_the_run_and_its_name(project: Project) -> None:
+    """Its run is not the recipe as written, so `latest` does not point to it."""
     project.write_recipe("mine")
-    project.made('key:"mine/checkpoint"', config("mine", max_steps=2, learning_rate=1e-4, max_samples=16))
-    short = project.run_manifest("mine")
+
+    def run_with(**values: Any) -> dict[str, Any]:
+        project.made('key:"mine/checkpoint"', config("mine", **values))
+        made = project.metadata("mine", "checkpoint")
+        assert made["overrides"] == values and not (project.layout.outputs / "mine" / "latest").exists()
+        return json.loads((project.layout.root / made["path"] / "manifest.json").read_text())
+
+    short = run_with(max_steps=2, learning_rate=1e-4, max_samples=16)
     assert (short["num_steps"], short["num_train_samples"], short["recipe"]["learning_rate"]) == (2, 16, 1e-4)
-    project.made('key:"mine/checkpoint"', config("mine", num_train_epochs=1.0, max_steps=-1, max_samples=16))
-    epoch = project.run_manifest("mine")
+    epoch = run_with(num_train_epochs=1.0, max_steps=-1, max_samples=16)
     assert epoch["num_steps"] == 2 and epoch["fingerprint"] != short["fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_failed_gate_stops_the_release_also_when_it_is_materialised_alone(project: Project) -> None:
     project.write_recipe("weak", max_steps=1)
     project.set_defaults(gates={"min_answer_gain": 0.5})
@@ -120,16 +156,19 @@ def test_the_summary_never_shows_one_runs_metrics_beside_another_run(project: Pr
     project.set_defaults(gates=EVERYTHING_PASSES)
     project.made(line_of("mine"))
 
-    def summary() -> str:
-        output, _ = project.start("mllm_assets.cli", "summary", "mine").communicate(timeout=60)
+    def summary(*overrides: str) -> str:
+        output, _ = project.start("mllm_assets.cli", "summary", "mine", *overrides).communicate(timeout=60)
         return output
 
     assert "label_accuracy" in summary() and "releases/mine/v1, made from this run" in summary()
     trial = project.start("mllm_assets.cli", "train", "configs/mine.yaml", "max_steps=1")
     output, _ = trial.communicate(timeout=120)
     assert trial.returncode == 0, output
-    after = summary()
-    assert "trained     1 steps" in after and "none yet of this run" in after and "label_accuracy" not in after
+    assert "mllm-assets summary mine max_steps=1" in output
+    assert "trained     2 steps" in summary() and "releases/mine/v1, made from this run" in summary()
+    after = summary("max_steps=1")
+    assert after.strip().startswith("mine max_steps=1\n") and "trained     1 steps" in after
+    assert "none yet of this run" in after and "label_accuracy" not in after
     assert "made from another run" in after and "What kind of emoji is this?" in after
 
 
@@ -142,9 +181,11 @@ def test_metrics_of_another_checkpoint_or_of_other_data_release_nothing(project:
     val = project.layout.data / "emoji" / "val.json"
     judged_on = val.read_text()
     val.write_text(json.dumps(json.loads(judged_on)[1:]))
+    publish_changed(val.parent)
     output, _ = project.materialize('key:"mine/released_model"').communicate(timeout=120)
     assert "no_leakage: emoji_val is not what the model was evaluated on any more" in output
     val.write_text(judged_on)
+    publish_changed(val.parent)
     project.made('key:"mine/checkpoint"', config("mine", max_steps=3))
     for selection in ('key:"mine/released_model"', 'key:"mine/eval_metrics" or key:"mine/released_model"'):
         run = project.materialize(selection)
@@ -159,7 +200,7 @@ def test_an_asset_whose_inputs_were_never_made_says_the_command_that_makes_them(
     run = project.materialize('key:"mine/eval_metrics"')
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 1
-    assert "mine/predictions was never materialised. Run: dg launch --assets '+key:\"mine/predictions\"'" in output
+    assert "mine/predictions was never materialised. Run: mllm-assets run mine/predictions" in output
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm_assets.evaluation.release import list_releases
-from mllm_assets.quality.store import QualityStore
+from mllm_assets.data.quality.store import QualityStore
+from mllm_assets.releases.publish import list_releases
 from tests.integration.conftest import Project, line_of
 from tests.integration.stand_in_hub import Repo, running_hub
 
@@ -18,10 +18,13 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600
 # An asset of the user's own that tells its secrets wherever it can
 LEAKY = """import logging
 import os
+from dataclasses import dataclass
 
 import dagster as dg
 
-from mllm_assets.components.resources import AcceleratorResource, ProjectResource, failures_for_people
+from mllm_assets.components.assets.step import step
+from mllm_assets.components.resources import AcceleratorResource, ProjectResource
+from mllm_assets.worker.tasks import Task
 
 SECRETS = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MLLM_ASSETS_API_KEY", "MLLM_ASSETS_ALERT_WEBHOOK")
 
@@ -30,36 +33,43 @@ def every():
     return " ".join(os.environ[name] for name in SECRETS)
 
 
-def told(request, reporter):
+@dataclass(frozen=True, kw_only=True)
+class Telling(Task[dict]):
+    entry = __name__ + ":told"
+    raises: bool
+
+
+def told(task, reporter):
     print("printed", every())
     logging.getLogger("library").error("logged %s", every())
-    reporter.say(f"said {every()}")
+    reporter.notify(f"said {every()}")
     reporter.warn(f"warned {every()}")
     reporter.progress("leaking", 1, 1)
-    if request["raises"]:
+    if task.raises:
         raise RuntimeError(f"raised {every()}")
     return {}
 
 
 @dg.asset(key=["leaky", "crashes"])
 def crashes(context: dg.AssetExecutionContext, gpu: AcceleratorResource) -> None:
-    gpu.run(context, {"task": __name__ + ":told", "raises": True})
+    gpu.run(context, Telling(raises=True))
 
 
 @dg.asset(key=["leaky", "raises"])
-def raises() -> None:
-    with failures_for_people():
-        raise ValueError(every())
+@step
+def raises(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
+    raise ValueError(every())
 
 
 @dg.asset(key=["leaky", "tells"])
+@step
 def tells(
     context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
 ) -> dg.MaterializeResult:
-    gpu.run(context, {"task": __name__ + ":told", "raises": False})
+    gpu.run(context, Telling(raises=False))
     metadata = {"plain": every(), "text": dg.MetadataValue.text(every()), "md": dg.MetadataValue.md(every()),
                 "json": {"list": [every()]}}
-    return project.recorded(context, dg.MaterializeResult(metadata=metadata))
+    return dg.MaterializeResult(metadata=metadata)
 """
 HUB_DATASET = """type: mllm_assets.components.ImageTextDataset
 attributes:
@@ -118,7 +128,7 @@ def test_no_planted_secret_is_written_or_printed(project: Project, monkeypatch: 
         outputs.append(failing(project, 'key:"birds/raw"'))
     assert "The Hub does not accept HF_TOKEN" in outputs[-1]
     outputs.append(failing(project, 'key:"told/checkpoint" or key:"disguised/checkpoint"'))
-    assert "hub_token is not supported with this value: secrets do not belong in a recipe" in outputs[-1]
+    assert "hub_token is not supported with this value: secrets do not belong in a recipe" in outputs[-1], outputs[-1]
     assert "the value of run_name holds what looks like a token or password" in outputs[-1]
     outputs.append(failing(project, 'key:"leaky/crashes" or key:"leaky/raises"'))
     assert "RuntimeError: raised HF_TOKEN AWS_SECRET_ACCESS_KEY" in outputs[-1]

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-import mllm_assets.hub_patience
+import mllm_assets.hub.errors
 from mllm_assets.artifacts import find_damage, read_manifest
-from mllm_assets.errors import IntegrityError, MachineError, MllmAssetsError, ModelError, SourceError
-from mllm_assets.training.pretrained import PretrainedResult, fetch_snapshot
+from mllm_assets.errors import MachineError, MllmAssetsError, ModelError, SourceError
+from mllm_assets.training.runs.models import PretrainedResult, fetch_snapshot
 from tests.integration.stand_in_hub import GOOD_TOKEN, OTHER_TOKEN, Fault, Repo, StandInHub, commit_of, running_hub
 
 pytestmark = pytest.mark.integration
@@ -66,8 +66,8 @@ def hub(servers: StandInHub, monkeypatch: pytest.MonkeyPatch) -> StandInHub:
     servers.repos = {"models/made/model": Repo.of({**GOOD, **BAD})}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(mllm_assets.hub_patience, "WAITS_S", (0.01,) * 4)
-    monkeypatch.setattr("mllm_assets.hub_snapshot.CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(mllm_assets.hub.errors, "WAITS_S", (0.01,) * 4)
+    monkeypatch.setattr("mllm_assets.hub.snapshot.CHUNK_BYTES", CHUNK_BYTES)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     return servers
 
@@ -91,7 +91,7 @@ def test_a_snapshot_is_whole_verified_and_recorded_and_holds_nothing_that_can_ca
     hub: StandInHub, tmp_path: Path
 ) -> None:
     lines: list[str] = []
-    result = fetch_snapshot("made/model", "main", tmp_path / "made", endpoint=hub.endpoint, say=lines.append)
+    result = fetch_snapshot("made/model", "main", tmp_path / "made", endpoint=hub.endpoint, notify=lines.append)
     manifest = read_manifest(result.directory)
     assert result.revision == hub.repos["models/made/model"].head == manifest["revision"]
     assert (manifest["repo"], manifest["requested_revision"]) == ("made/model", "main")
@@ -131,10 +131,13 @@ def test_a_model_of_the_users_own_is_never_replaced(hub: StandInHub, tmp_path: P
     assert hub.requests == []
 
 
-def test_a_fetched_model_that_was_changed_is_refused_and_not_replaced(hub: StandInHub, tmp_path: Path) -> None:
+def test_a_fetched_model_that_was_changed_is_fetched_again_and_the_changed_files_are_kept(
+    hub: StandInHub, tmp_path: Path
+) -> None:
     (fetched(hub, tmp_path).directory / SHARDS[0]).write_bytes(b"mine")
-    with pytest.raises(IntegrityError, match="Delete .*made and materialise its asset again"):
-        fetched(hub, tmp_path, "v2")
+    assert find_damage(fetched(hub, tmp_path).directory) is None
+    [aside] = [path for path in tmp_path.iterdir() if path.name not in (".made.lock", "made")]
+    assert (aside / SHARDS[0]).read_bytes() == b"mine"
 
 
 def test_a_broken_download_goes_on_at_the_byte_where_it_stopped(hub: StandInHub, tmp_path: Path) -> None:
@@ -165,10 +168,10 @@ def test_cut_off_answers_and_limits_are_overcome(hub: StandInHub, tmp_path: Path
 FETCH = """
 import sys
 from pathlib import Path
-import mllm_assets.hub_snapshot
-from mllm_assets.training.pretrained import fetch_snapshot
+import mllm_assets.hub.snapshot
+from mllm_assets.training.runs.models import fetch_snapshot
 
-mllm_assets.hub_snapshot.CHUNK_BYTES = 64 * 1024
+mllm_assets.hub.snapshot.CHUNK_BYTES = 64 * 1024
 fetch_snapshot("made/model", "main", Path(sys.argv[1]) / "made")
 """
 
@@ -226,7 +229,8 @@ def test_a_disk_that_is_too_small_is_said_before_a_byte_is_fetched(hub: StandInH
     hub.repos["models/made/model"].claimed_sizes = {SHARDS[1]: int((free_gib + 1000) * 2**30)}
     said = re.fullmatch(
         r"made/model needs ([\d.]+) GiB more in (\S+), but only ([\d.]+) GiB are free there. "
-        r"Free ([\d.]+) GiB, or set MLLM_ASSETS_ROOT to a folder on a larger disk.",
+        r"Free ([\d.]+) GiB \(mllm-assets gc lists what can go\), or set MLLM_ASSETS_ROOT to a folder on a larger "
+        "disk.",
         failing(hub, tmp_path, MachineError),
     )
     assert said is not None and said[2] == str(tmp_path)
@@ -263,10 +267,10 @@ def test_a_gated_model_comes_with_a_token_that_has_access_only(
     ("files", "message"),
     [
         ({"config.json": b"{}", "pytorch_model.bin": b"p"}, "has no weights as safetensors; other formats can carry"),
-        ({"model.safetensors": b"p"}, "holds no config.json, so it is no model. Correct repo in defs/pretrained"),
+        ({"model.safetensors": b"p"}, "holds no config.json, so it is not a model. Correct repo in defs/pretrained"),
         (
             {name: data for name, data in GOOD.items() if name != SHARDS[1]},
-            f"model.safetensors.index.json of made/model names {SHARDS[1]}, which the repository has not",
+            f"model.safetensors.index.json names {SHARDS[1]}, which does not exist",
         ),
     ],
 )

@@ -11,26 +11,32 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 
 from mllm_assets.components.resources import AcceleratorResource, RayCluster
+from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import PREDICTIONS_FILE
-from mllm_assets.training.features import FeatureReader, features_task
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.ray_jobs import Cluster, submitted
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.caches.features import FeatureStore, features_task
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.ray_jobs import Cluster, submitted
+from mllm_assets.worker.tasks import BuildTask, FeaturesTask, Task
 from tests.integration.conftest import Project, processes_of, wait_for
+from tests.worker_tasks import ONE_CPU_THREAD, evaluation
 
 ray_jobs = pytest.importorskip("ray.job_submission", reason="the extra ray is not installed")
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
+R = TypeVar("R")
 SELECT = 'key:"twin/checkpoint"'
 
 
@@ -118,13 +124,13 @@ def test_trained_on_ray_the_weights_are_those_of_the_local_launcher_and_a_cancel
     assert not list(project.layout.ray_jobs.iterdir())
 
 
-def run_task(gpu: AcceleratorResource, request: dict[str, Any]) -> dict[str, Any]:
+def run_task(gpu: AcceleratorResource, wanted: Task[R]) -> R:
     """One worker task inside a Dagster run; returns what the asset's body got."""
     results = []
 
     @dg.asset(name="task")
     def task(context: dg.AssetExecutionContext, gpu: AcceleratorResource) -> dg.MaterializeResult:
-        results.append(gpu.run(context, request))
+        results.append(gpu.run(context, wanted))
         return dg.MaterializeResult()
 
     with dg.instance_for_test() as instance:
@@ -139,28 +145,26 @@ def test_features_and_predictions_are_spread_over_the_cluster_and_are_the_same_b
         model_name_or_path="model", dataset="gemma3_vlm_train", eval_dataset="gemma3_vlm_val", template="gemma3",
         do_train=True, finetuning_type="freeze",
     )  # fmt: skip
-    model, data = str(parity_dir / "model"), str(parity_dir / "data")
+    model, data = parity_dir / "model", parity_dir / "data"
     settings = RayCluster(address=cluster.get_address(), num_workers=2, jobs_dir=str(tmp_path / "jobs"))
-    alone = {"accelerator": {"device": "cpu", "num_threads": 1}}
     there = AcceleratorResource(device="cpu", num_threads=1, launcher="ray", ray=settings)
 
-    features = {"task": "vision_features", "recipe": recipe.to_dict(), "model_dir": model, "data_dir": data}
-    one = features_task({**features, **alone, "features_root": str(tmp_path / "one")}, Reporter())
-    spread = run_task(there, {**features, "features_root": str(tmp_path / "spread")})
-    num_parts = spread.pop("num_computed_by_worker")
-    assert len(num_parts) == 2 and all(num_parts) and sum(num_parts) == one["num_computed"] == one["num_images"]
-    assert {**spread, "num_bytes": 0} == {**one, "num_bytes": 0}
-    readers = [FeatureReader(tmp_path / name / one["directory"]) for name in ("one", "spread")]
+    features = FeaturesTask(
+        recipe=recipe, model_dir=model, data_dir=data, features_root=tmp_path / "one", accelerator=ONE_CPU_THREAD
+    )
+    one = features_task(features, Reporter())
+    spread = run_task(there, replace(features, features_root=tmp_path / "spread"))
+    num_parts = spread.num_computed_by_worker
+    assert len(num_parts) == 2 and all(num_parts) and sum(num_parts) == one.num_computed == one.num_images
+    assert replace(spread, num_bytes=0, num_computed_by_worker=()) == replace(one, num_bytes=0)
+    readers = [FeatureStore(tmp_path / name / one.directory, FileDigests()) for name in ("one", "spread")]
     images = sorted((parity_dir / "data" / "images").iterdir())[:20]
     assert all(readers[0].batch([image]).equal(readers[1].batch([image])) for image in images)
 
-    predictions = {
-        "task": "evaluate", "recipe_name": "r", "model_dir": model, "base_model_dir": model, "data_dir": data,
-        "entries": ["gemma3_vlm_val"], "max_new_tokens": 4, "batch_size": 2,
-    }  # fmt: skip
     folders = [tmp_path / "predictions" / name for name in ("one", "spread")]
-    one = evaluate_task({**predictions, **alone, "directory": str(folders[0])}, Reporter())
-    spread = run_task(there, {**predictions, "directory": str(folders[1])})
+    predictions = evaluation(model_dir=model, data_dir=data, directory=folders[0], max_new_tokens=4, batch_size=2)
+    one = evaluate_task(predictions, Reporter()).manifest
+    spread = run_task(there, replace(predictions, directory=folders[1])).manifest
     assert len(spread["num_answers_by_worker"]) == 2 and all(spread["num_answers_by_worker"])
     assert sum(spread["num_answers_by_worker"]) == one["num_predictions"]
     assert spread["digest"] == one["digest"]
@@ -169,16 +173,16 @@ def test_features_and_predictions_are_spread_over_the_cluster_and_are_the_same_b
     assert plain[0].equals(plain[1])
     assert status_of(cluster, "vision_features") == status_of(cluster, "evaluate") == ["SUCCEEDED"] * 3
 
-    trains_the_tower = {**recipe.to_dict(), "freeze_vision_tower": False}
-    with pytest.raises(dg.Failure, match="freeze_vision_tower is false, so the tower trains and its output cannot be"):
-        run_task(there, {**features, "recipe": trains_the_tower, "features_root": str(tmp_path / "none")})
+    trains_the_tower = replace(recipe, freeze_vision_tower=False)
+    with pytest.raises(RecipeError, match="freeze_vision_tower is false, so the tower trains and its output cannot be"):
+        run_task(there, replace(features, recipe=trains_the_tower, features_root=tmp_path / "none"))
 
 
 def test_a_job_without_room_is_left_at_once_and_does_nothing_when_it_gets_some(cluster: Any, tmp_path: Path) -> None:
     """Ray cannot stop what has not started."""
     too_much = Cluster(jobs_dir=tmp_path, num_cpus=64)
     started_s = time.monotonic()
-    with submitted(cluster, too_much, {"task": "train"}, env={}, metadata={}, grace_s=5) as job:
+    with submitted(cluster, too_much, BuildTask(directory=tmp_path / "model"), env={}, metadata={}, grace_s=5) as job:
         assert not job.poll() and job.is_pending
     assert time.monotonic() - started_s < 15
     assert not list(tmp_path.iterdir())
@@ -186,5 +190,5 @@ def test_a_job_without_room_is_left_at_once_and_does_nothing_when_it_gets_some(c
 
 def test_without_a_cluster_the_error_says_what_to_start(tmp_path: Path) -> None:
     cluster = RayCluster(address="http://127.0.0.1:9", jobs_dir=str(tmp_path))
-    with pytest.raises(dg.Failure, match=r"No Ray cluster answers at http://127\.0\.0\.1:9: .* `ray start --head`"):
-        run_task(AcceleratorResource(launcher="ray", ray=cluster), {"task": "release"})
+    with pytest.raises(MachineError, match=r"No Ray cluster answers at http://127\.0\.0\.1:9: .* `ray start --head`"):
+        run_task(AcceleratorResource(launcher="ray", ray=cluster), BuildTask(directory=tmp_path / "model"))

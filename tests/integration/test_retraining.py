@@ -62,7 +62,7 @@ def test_a_tick_launches_what_changed_and_skips_the_rest_with_a_reason(trained: 
 
     trained.set_split(num_train=600, num_val=100)
     [request] = tick(trained, "--in-progress")["requests"]
-    assert request["assets"] == ["emoji/dataset_info", "emoji/train", "emoji/val", "mine/checkpoint"]
+    assert request["assets"] == ["emoji/dataset_info", "emoji/test", "emoji/train", "emoji/val", "mine/checkpoint"]
 
     while_one_runs = tick(trained)
     assert while_one_runs["requests"] == []

@@ -1,13 +1,8 @@
 """`mllm-assets serve` in a process of its own, asked by OpenAI's own client."""
 
-import base64
 import io
-import os
-import re
+import json
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,39 +15,16 @@ from PIL import Image
 from mllm_assets.errors import ModelError
 from mllm_assets.inference.answerer import Answerer
 from mllm_assets.inference.generate import generate
-from mllm_assets.inference.turn_format import require_same_format
+from mllm_assets.recipe.asking import Sampling
+from mllm_assets.training.runs.models import NamedModel
+from tests.integration.model_server import KEY, MODEL, Server, data_url, question
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
+from mllm_assets.inference.chat_request import require_same_format  # noqa: E402
+
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-GOLDEN = Path(__file__).parents[1] / "golden" / "parity"
-MODEL = GOLDEN / "model"
-IMAGE = GOLDEN / "data" / "images" / "emoji_000.png"
-KEY = "a-key-that-is-long-enough"
-
-
-class Server:
-    """A running server."""
-
-    def __init__(self, *arguments: str, key: str | None = KEY) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"MLLM_ASSETS_API_KEY": key} if key else {})
-        command = [sys.executable, "-m", "mllm_assets.cli", "serve", str(MODEL), "--port", "0", "--device", "cpu"]
-        self.process = subprocess.Popen(
-            [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.match(r".* answers on (http://127\.0\.0\.1:\d+)/v1 as model '(.*)'; Ctrl-C ends it", line)
-        assert found, line
-        self.url, self.model = found.groups()
-
-    def client(self, key: str = KEY) -> Any:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def stop(self) -> str:
-        """Press Ctrl-C; returns what was printed since."""
-        self.process.send_signal(signal.SIGINT)
-        return self.process.communicate(timeout=60)[0]
+IMAGE = MODEL.parent / "data" / "images" / "emoji_000.png"
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +35,6 @@ def server() -> Iterator[Server]:
     server.process.communicate()
 
 
-def data_url(image: Path | bytes) -> str:
-    data = image.read_bytes() if isinstance(image, Path) else image
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def question(text: str, *urls: str) -> list[Any]:
-    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
-
-
 def test_the_answer_is_the_one_that_generate_gives_streamed_or_not(server: Server, tmp_path: Path) -> None:
     """The turn format, the shrinking of large images, the end of the turn and greedy decoding are the training's."""
     buffer = io.BytesIO()
@@ -80,7 +42,9 @@ def test_the_answer_is_the_one_that_generate_gives_streamed_or_not(server: Serve
     for image in (IMAGE.read_bytes(), buffer.getvalue()):
         file = tmp_path / "image.png"
         file.write_bytes(image)
-        expected = generate(MODEL, [file], "What is this?", max_new_tokens=12, device="cpu").text
+        expected = generate(
+            NamedModel(name="m", directory=MODEL), [file], "What is this?", Sampling(max_new_tokens=12), device="cpu"
+        ).text
         asked = {"model": server.model, "messages": question("What is this?", data_url(image)), "temperature": 0}
         whole = server.client().chat.completions.create(**asked)
         assert whole.choices[0].message.content.strip() == expected and whole.model == server.model
@@ -125,7 +89,10 @@ def test_there_is_one_model_and_no_other_address(server: Server) -> None:
         (question("What?", "http://127.0.0.1:1/picture.png"), "This server fetches no address and opens no file"),
         (question("What?", str(IMAGE)), "This server fetches no address and opens no file"),
         (question("What?", f"file://{IMAGE}"), "This server fetches no address and opens no file"),
-        (question("What?", "data:image/png;base64,aGVsbG8="), "the image cannot be read (UnidentifiedImageError)"),
+        (
+            question("What?", "data:image/png;base64,aGVsbG8="),
+            "the image cannot be used: it is not a picture that can be read",
+        ),
         (question("What<start_of_image>?"), "the text holds '<start_of_image>', which steers the model"),
         ([], "messages must be a list of at least one message"),
         ([{"role": "tool", "content": "x"}], "messages[0]: role must be one of system, user, assistant"),
@@ -183,6 +150,18 @@ def test_a_body_that_is_no_object_is_refused_as_json(server: Server, body: bytes
     assert answer.json()["error"]["type"] == "invalid_request_error" and answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("field", ["messages", "stop"])
+def test_half_a_character_that_would_steer_an_answer_is_refused(server: Server, field: str) -> None:
+    """A lone surrogate in a prompt was answered with 500."""
+    half = r'"\ud800"'
+    values = {"messages": '[{"role": "user", "content": "?"}]', "model": json.dumps(server.model)}
+    values[field] = f'[{{"role": "user", "content": {half}}}]' if field == "messages" else half
+    body = "{" + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}"
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", headers=headers, content=body)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
 def test_fields_that_change_no_answer_are_accepted(server: Server) -> None:
     harmless = {"n": 1, "user": "me", "presence_penalty": 0.0, "response_format": {"type": "text"}, "tools": None}
     asked = {"model": server.model, "messages": question("What?"), "max_tokens": 2, "logit_bias": {"300": -100}}
@@ -221,7 +200,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_lengths(server: Server
 def test_an_image_too_large_to_decode_is_refused(server: Server) -> None:
     buffer = io.BytesIO()
     Image.new("1", (10_000, 9_000)).save(buffer, "PNG")
-    with pytest.raises(openai.BadRequestError, match="the image has 10000 x 9000 pixels, at most 89,478,485 are"):
+    with pytest.raises(openai.BadRequestError, match="cannot be used: it has 10000 x 9000 pixels, expected at"):
         server.client().chat.completions.create(model=server.model, messages=question("?", data_url(buffer.getvalue())))
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from mllm_assets.artifacts import find_damage
 from mllm_assets.errors import SourceError
-from mllm_assets.store import Sent, Store
+from mllm_assets.store.objects import Sent, Store
 from tests.integration.s3_server import BUCKET, S3Server, free_port, s3_server
-from tests.unit.test_store import make_artefact
+from tests.unit.store.test_objects import make_artefact
 
 pytest.importorskip("s3fs", reason="the extra s3 is not installed")
 pytest.importorskip("moto", reason="the extra e2e is not installed")
@@ -67,16 +67,16 @@ def test_a_server_that_stays_busy_ends_in_a_message_after_bounded_attempts(s3: S
     made = make_artefact(here.root)
     s3.requests.clear()
     s3.num_busy = 10_000
-    with pytest.raises(SourceError, match="cannot be reached, or broke off .*What was made here stays"):
+    with pytest.raises(SourceError, match="cannot be reached, or the connection broke .*What was made here is kept"):
         here.push(made)
     assert len(s3.requests) <= 20 and find_damage(made) is None
 
 
 def test_a_bucket_that_is_not_there_is_named(s3: S3Server, tmp_path: Path) -> None:
     here, there = stores(tmp_path)
-    with pytest.raises(SourceError, match=f"There is no bucket '{BUCKET}'.*Create it, or correct the setting"):
+    with pytest.raises(SourceError, match=f"The bucket '{BUCKET}' of .* does not exist. Create it, or correct"):
         here.push(make_artefact(here.root))
-    with pytest.raises(SourceError, match=f"There is no bucket '{BUCKET}'"):
+    with pytest.raises(SourceError, match=f"The bucket '{BUCKET}' of "):
         there.fetch(there.root / "outputs/mine/0123")
 
 
@@ -94,7 +94,7 @@ def test_a_network_that_is_gone_is_told_soon_and_shows_no_secret(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     started_s = time.monotonic()
-    with pytest.raises(SourceError, match="cannot be reached, or broke off .*Check the network") as caught:
+    with pytest.raises(SourceError, match="cannot be reached, or the connection broke .*Check the network") as caught:
         stores(tmp_path)[0].pointer("x")
     assert time.monotonic() - started_s < 30
     assert "planted" not in str(caught.value) and caught.value.__cause__ is None

@@ -5,6 +5,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from mllm_assets.components.assets.step import step
 from mllm_assets.components.resources import ProjectResource
 from tests.integration.conftest import Project
 
@@ -31,11 +32,13 @@ def test_a_failed_check_says_its_figures_on_the_terminal(tmp_path: Path, capfd: 
     """Dagster's own error names the checks only, and their figures stood in the UI alone."""
 
     @dg.asset(check_specs=[dg.AssetCheckSpec("is_sharp", asset="photos")])
+    @step
     def photos(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         check = dg.AssetCheckResult(check_name="is_sharp", passed=False, description="3 of 4 are blurred")
-        return project.recorded(context, dg.MaterializeResult(metadata={"num_samples": 4}, check_results=[check]))
+        return dg.MaterializeResult(metadata={"num_samples": 4}, check_results=[check])
 
-    with dg.instance_for_test() as instance:
+    no_capture = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
+    with dg.instance_for_test(overrides={"compute_logs": no_capture}) as instance:
         done = dg.materialize([photos], instance=instance, resources={"project": ProjectResource(root=str(tmp_path))})
         said = [entry.user_message for entry in instance.all_logs(done.run_id)]
     assert "made photos: num_samples 4" in said

@@ -10,10 +10,11 @@ import pytest
 from safetensors.torch import load_file
 
 from mllm_assets.artifacts import read_manifest
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.launch import WorkerCrashed, run_worker
-from mllm_assets.training.protocol import Reporter
-from tests.interruption import losses, make_request
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.worker.launch import WorkerCrashed, run_worker
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import TrainTask
+from tests.interruption import losses, make_task
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -25,25 +26,25 @@ VALUES = {
 FSDP = {"fsdp": True}
 
 
-def run_killed_at(step: int, request: dict[str, Any]) -> None:
+def run_killed_at(step: int, task: TrainTask) -> None:
     """Kill one rank with -9 once the log has the step; torchrun and the launcher do the rest."""
 
     def on_poll() -> None:
-        if step in losses(Path(request["run_dir"])):
+        if step in losses(task.run_dir):
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):  # it has ended by now
                     if child.environ().get("RANK") == "1":
                         child.send_signal(signal.SIGKILL)
 
     with pytest.raises(WorkerCrashed):
-        run_worker(request, on_poll=on_poll)
-    assert not (Path(request["run_dir"]) / "manifest.json").exists(), "it finished before the kill"
+        run_worker(task, on_poll=on_poll)
+    assert not (task.run_dir / "manifest.json").exists(), "it finished before the kill"
 
 
 @pytest.fixture(scope="module")
 def one_process(parity_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    train_task(make_request(parity_dir, run_dir, **{**VALUES, "gradient_accumulation_steps": 2}), Reporter())
+    train_task(make_task(parity_dir, run_dir, **{**VALUES, "gradient_accumulation_steps": 2}), Reporter())
     return run_dir
 
 
@@ -51,10 +52,10 @@ def one_process(parity_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_two_processes_give_the_losses_of_one_and_resume_to_the_same_bits(
     how: dict[str, Any], parity_dir: Path, tmp_path: Path, one_process: Path
 ) -> None:
-    request = make_request(parity_dir, tmp_path / "whole", num_processes=2, **VALUES, **how)
+    task = make_task(parity_dir, tmp_path / "whole", num_processes=2, **VALUES, **how)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    whole = run_worker(request, env={"TMPDIR": str(temporary)})
+    whole = run_worker(task, env={"TMPDIR": str(temporary)})
     assert list(temporary.glob("torchelastic*")) == []  # torchrun's own choice is left there
     for key in ("loss", "eval_loss"):
         expected = losses(one_process, key)
@@ -78,9 +79,9 @@ def test_two_processes_give_the_losses_of_one_and_resume_to_the_same_bits(
     published_by_one = load_file(one_process / "model" / "model.safetensors")
     assert published.keys() == published_by_one.keys()
 
-    request = make_request(parity_dir, tmp_path / "killed", num_processes=2, **VALUES, **how)
-    run_killed_at(6, request)
-    resumed = run_worker(request)
+    task = make_task(parity_dir, tmp_path / "killed", num_processes=2, **VALUES, **how)
+    run_killed_at(6, task)
+    resumed = run_worker(task)
     assert resumed["resumed_from_step"] in (4, 8)
     assert resumed["weights_digest"] == whole["weights_digest"]
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")

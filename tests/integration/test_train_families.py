@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from transformers import AutoModelForImageTextToText
 from mllm_assets.errors import RecipeError
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import PREDICTIONS_FILE
+from mllm_assets.families.family import FAMILIES
 from mllm_assets.inference.generate import generate
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.families import FAMILIES
-from mllm_assets.training.features import features_task
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.recipe.asking import Sampling
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.caches.features import features_task
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.training.runs.models import NamedModel
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import CacheSettings, Features, TrainTask
 from tests import tiny_families
+from tests.worker_tasks import evaluation, features_of, training
 
 pytestmark = pytest.mark.integration
 
@@ -66,23 +71,18 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return build
 
 
-def make_request(model_dir: Path, data_dir: Path, run_dir: Path, *, cached: bool = False, **values: Any) -> dict:
+def make_task(model_dir: Path, data_dir: Path, run_dir: Path, *, cached: bool = False, **values: Any) -> TrainTask:
     model_type = json.loads((model_dir / "config.json").read_text())["model_type"]
     recipe = {
         "model_name_or_path": "model", "dataset": "few", "eval_dataset": "few", "do_train": True,
-        "template": FAMILIES[model_type].templates[0], "learning_rate": 1e-2, "lr_scheduler_type": "cosine",
+        "template": next(iter(FAMILIES[model_type].templates)), "learning_rate": 1e-2, "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "logging_steps": 1,
         "save_steps": 3, "eval_strategy": "steps", "eval_steps": 6,
     }  # fmt: skip
-    return {
-        "task": "train",
-        "recipe": TrainSpec(**(recipe | values)).to_dict(),
-        "model_dir": str(model_dir),
-        "data_dir": str(data_dir),
-        "run_dir": str(run_dir),
-        "features_root": str(run_dir.parent / "features") if cached else None,
-        "accelerator": {"device": "cpu", "num_threads": 1},
-    }
+    caches = CacheSettings(features_root=run_dir.parent / "features" if cached else None)
+    return training(
+        TrainSpec(**(recipe | values)), model_dir=model_dir, data_dir=data_dir, run_dir=run_dir, caches=caches
+    )
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -110,11 +110,11 @@ class CountsTower(Reporter):
         return self.at_step[max(self.at_step)] - self.at_step[min(self.at_step)]
 
 
-def train_counted(request: dict[str, Any]) -> tuple[dict[str, Any], int]:
+def train_counted(task: TrainTask) -> tuple[dict[str, Any], int]:
     reporter = CountsTower()
     handle = torch.nn.modules.module.register_module_forward_pre_hook(reporter.see)
     try:
-        return train_task(request, reporter), reporter.in_steps
+        return train_task(task, reporter), reporter.in_steps
     finally:
         handle.remove()
 
@@ -125,9 +125,9 @@ def test_cached_or_not_the_losses_are_the_same(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path, model_type: str, values: dict[str, Any]
 ) -> None:
     values = values | ({"lora_dropout": 0.0} if values is LORA else {})
-    plain, num_plain = train_counted(make_request(model_of(model_type), data_dir, tmp_path / "plain", **values))
-    request = make_request(model_of(model_type), data_dir, tmp_path / "cached", cached=True, **values)
-    cached, num_cached = train_counted(request)
+    plain, num_plain = train_counted(make_task(model_of(model_type), data_dir, tmp_path / "plain", **values))
+    task = make_task(model_of(model_type), data_dir, tmp_path / "cached", cached=True, **values)
+    cached, num_cached = train_counted(task)
     assert plain["caches"]["vision_features"] == "turned off (feature_cache: false)" and num_plain > 0
     assert cached["caches"]["vision_features"] == "cached" and num_cached == 0
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
@@ -142,7 +142,7 @@ def test_cached_or_not_the_losses_are_the_same(
     assert frozen and all(before[name].equal(after[1][name]) for name in frozen), "the published model has its tower"
 
 
-def train_and_be_killed(request: dict[str, Any], step: int) -> int:
+def train_and_be_killed(task: TrainTask, step: int) -> int:
     """Train in a process of its own, which is gone by SIGKILL behind a step; a fork saves the libraries' start."""
 
     class KilledAt(Reporter):
@@ -150,7 +150,7 @@ def train_and_be_killed(request: dict[str, Any], step: int) -> int:
             if stage == "train" and done == step:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    process = multiprocessing.get_context("fork").Process(target=train_task, args=(request, KilledAt()))
+    process = multiprocessing.get_context("fork").Process(target=train_task, args=(task, KilledAt()))
     process.start()
     process.join(60)
     assert process.exitcode is not None
@@ -162,13 +162,11 @@ def test_killed_and_run_again_the_weights_are_the_same(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path, model_type: str
 ) -> None:
     """With cached features, accumulation, LoRA and its dropout; the other families are as Gemma 3 is, or worse."""
-    whole = train_task(
-        make_request(model_of(model_type), data_dir, tmp_path / "whole", cached=True, **LORA), Reporter()
-    )
-    request = make_request(model_of(model_type), data_dir, tmp_path / "run", cached=True, **LORA)
-    assert train_and_be_killed(request, step=5) == -signal.SIGKILL
+    whole = train_task(make_task(model_of(model_type), data_dir, tmp_path / "whole", cached=True, **LORA), Reporter())
+    task = make_task(model_of(model_type), data_dir, tmp_path / "run", cached=True, **LORA)
+    assert train_and_be_killed(task, step=5) == -signal.SIGKILL
     assert not (tmp_path / "run" / "manifest.json").exists()
-    resumed = train_task(request, Reporter())
+    resumed = train_task(task, Reporter())
     assert resumed["resumed_from_step"] == 3
     assert resumed["weights_digest"] == whole["weights_digest"]
     assert resumed["eval_loss"] == whole["eval_loss"]
@@ -178,8 +176,8 @@ def test_killed_and_run_again_the_weights_are_the_same(
 def test_a_tower_that_trains_is_not_cached_and_the_published_model_answers(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path, model_type: str
 ) -> None:
-    request = make_request(model_of(model_type), data_dir, tmp_path / "run", cached=True, **EVERYTHING)
-    result, num_passes = train_counted(request)
+    task = make_task(model_of(model_type), data_dir, tmp_path / "run", cached=True, **EVERYTHING)
+    result, num_passes = train_counted(task)
     assert result["caches"]["vision_features"] == "the vision tower trains, so its output changes at every step"
     assert num_passes > 0 and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     reload = result["reload"]
@@ -189,38 +187,43 @@ def test_a_tower_that_trains_is_not_cached_and_the_published_model_answers(
     before = load_file(model_of(model_type) / "model.safetensors")
     assert before.keys() == load_file(tmp_path / "run" / "model" / "model.safetensors").keys()
     image = next((data_dir / "images").glob("*.png"))
-    answer = generate(tmp_path / "run", [image, image], "<image>What<image>?", max_new_tokens=4, device="cpu")
+    asked = NamedModel(name="asked", directory=tmp_path / "run" / "model")
+    answer = generate(asked, [image, image], "<image>What<image>?", Sampling(max_new_tokens=4))
     assert 0 <= answer.num_tokens <= 4
-    again = generate(tmp_path / "run", [image, image], "<image>What<image>?", max_new_tokens=4, device="cpu")
+    again = generate(asked, [image, image], "<image>What<image>?", Sampling(max_new_tokens=4))
     assert answer.text == again.text
 
 
 def test_features_are_shared_by_recipes_and_not_by_families(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
 ) -> None:
-    first = features_task(make_request(model_of("qwen3_vl"), data_dir, tmp_path / "a", cached=True), Reporter())
-    other = make_request(model_of("qwen3_vl"), data_dir, tmp_path / "b", cached=True, **PROJECTOR)
-    assert features_task(other, Reporter()) == first | {"num_computed": 0}
-    llava = features_task(make_request(model_of("llava"), data_dir, tmp_path / "c", cached=True), Reporter())
-    assert llava["tower_fingerprint"] != first["tower_fingerprint"] and llava["num_computed"] == first["num_images"]
+    def features(model_type: str, **values: Any) -> Features:
+        task = make_task(model_of(model_type), data_dir, tmp_path / "run", **values)
+        return features_task(features_of(task, tmp_path / "features"), Reporter())
+
+    first = features("qwen3_vl")
+    assert features("qwen3_vl", **PROJECTOR) == replace(first, num_computed=0)
+    llava = features("llava")
+    assert llava.tower_fingerprint != first.tower_fingerprint and llava.num_computed == first.num_images
 
 
 def test_a_recipe_of_another_family_is_refused_before_anything_is_written(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
 ) -> None:
-    request = make_request(model_of("llava"), data_dir, tmp_path / "run", template="qwen2_vl")
+    task = make_task(model_of("llava"), data_dir, tmp_path / "run", template="qwen2_vl")
     with pytest.raises(
         RecipeError, match=r"template is 'qwen2_vl', and the model in .* is LLaVA .* Set template: llava"
     ):
-        train_task(request, Reporter())
+        train_task(task, Reporter())
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 def test_hidden_states_of_other_families_are_not_cached_and_the_run_says_so(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
 ) -> None:
-    request = make_request(model_of("qwen3_vl"), data_dir, tmp_path / "run", cached=True, max_steps=2, **LORA)
-    result = train_task(request | {"hidden_states_root": str(tmp_path / "hidden")}, Reporter())
+    task = make_task(model_of("qwen3_vl"), data_dir, tmp_path / "run", cached=True, max_steps=2, **LORA)
+    caches = CacheSettings(features_root=tmp_path / "features", hidden_states_root=tmp_path / "hidden")
+    result = train_task(replace(task, caches=caches), Reporter())
     assert (
         result["caches"]["hidden_states"] == "only the hidden states of Gemma 3 are cached, and this model is Qwen3-VL"
     )
@@ -231,13 +234,11 @@ def test_predictions_with_pictures_of_other_sizes_in_the_place_of_a_rows_own(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path, model_type: str
 ) -> None:
     """A picture of another size takes another number of tokens in some families."""
-    directory = str(model_of(model_type))
-    request = {
-        "recipe_name": "r", "model_dir": directory, "base_model_dir": directory, "data_dir": str(data_dir),
-        "entries": ["few"], "directory": str(tmp_path / "predictions"), "max_new_tokens": 2, "batch_size": 4,
-        "template": FAMILIES[model_type].templates[0], "accelerator": {"device": "cpu", "num_threads": 1},
-    }  # fmt: skip
-    manifest = evaluate_task(request, Reporter())
+    task = evaluation(
+        model_dir=model_of(model_type), data_dir=data_dir, entries=["few"], directory=tmp_path / "predictions",
+        max_new_tokens=2, batch_size=4, template=next(iter(FAMILIES[model_type].templates)),
+    )  # fmt: skip
+    manifest = evaluate_task(task, Reporter()).manifest
     table = pq.read_table(tmp_path / "predictions" / PREDICTIONS_FILE).to_pylist()
     assert manifest["num_predictions"] == len(table) == 24
     with_images = [row for row in table if row["images"]]

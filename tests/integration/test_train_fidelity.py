@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import yaml
 
-from mllm_assets.training import freezing
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.inputs import read_inputs
-from mllm_assets.training.model import load_config, model_on_meta
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.recipe import load_recipe
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.recipe.load import load_recipe
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.encoding.inputs import read_inputs
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.training.models import freezing
+from mllm_assets.training.models.load import load_config, model_on_meta
+from mllm_assets.worker.protocol import Reporter
 from tests.golden import fidelity_data
+from tests.worker_tasks import training
 
 pytestmark = [
     pytest.mark.integration,
@@ -61,17 +63,7 @@ def without_padding(row: dict[str, list[int]]) -> dict[str, list[int]]:
 
 def train(spec: TrainSpec, parity_dir: Path, data_dir: Path, run_dir: Path) -> dict[str, list[float]]:
     """Train and return what was logged."""
-    request = {
-        "task": "train",
-        "recipe": spec.to_dict(),
-        "recipe_name": "r",
-        "model_dir": str(parity_dir / "model"),
-        "data_dir": str(data_dir),
-        "run_dir": str(run_dir),
-        "fingerprint": "f",
-        "accelerator": {"device": "cpu", "num_threads": 1},
-    }
-    train_task(request, Reporter())
+    train_task(training(spec, model_dir=parity_dir / "model", data_dir=data_dir, run_dir=run_dir), Reporter())
     lines = [json.loads(line) for line in (run_dir / "trainer_log.jsonl").read_text().splitlines()]
     return {key: [line[key] for line in lines if key in line] for key in ("loss", "eval_loss")}
 
@@ -84,7 +76,7 @@ def test_rows_trainable_set_and_losses_equal_llamafactorys(
 ) -> None:
     recorded = recording(case)
     spec = spec_of(recorded["config"], tmp_path)
-    inputs = read_inputs(spec, parity_dir / "model", fidelity_dir, Reporter())
+    inputs = read_inputs(spec, parity_dir / "model", Dataset(fidelity_dir), Reporter())
     for found, expected in ((inputs.train_rows, recorded["train_rows"]), (inputs.eval_rows, recorded["eval_rows"])):
         assert [list(row.input_ids) for row in found] == [without_padding(row)["input_ids"] for row in expected]
         assert [list(row.labels) for row in found] == [without_padding(row)["labels"] for row in expected]

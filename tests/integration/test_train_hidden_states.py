@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,30 +17,27 @@ from torch import nn
 
 from mllm_assets.artifacts import MANIFEST, read_manifest, write_manifest
 from mllm_assets.errors import IntegrityError
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.shards import TENSORS_FILE
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.caches.shards import TENSORS_FILE
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import TrainTask
+from tests.worker_tasks import training
 
 pytestmark = pytest.mark.integration
 
 
-def make_request(parity_dir: Path, folder: Path, *, cached: bool = True, **overrides: Any) -> dict[str, Any]:
+def make_task(parity_dir: Path, folder: Path, *, cached: bool = True, **overrides: Any) -> TrainTask:
     values = {
         "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "eval_dataset": "gemma3_vlm_val",
         "template": "gemma3", "do_train": True, "finetuning_type": "freeze", "freeze_trainable_layers": 1,
         "learning_rate": 1e-3, "per_device_train_batch_size": 4, "max_steps": 16, "logging_steps": 1,
         "eval_strategy": "steps", "eval_steps": 8, "save_steps": 8,
     }  # fmt: skip
-    return {
-        "recipe": TrainSpec(**{**values, **overrides}).to_dict(),
-        "model_dir": str(parity_dir / "model"),
-        "data_dir": str(parity_dir / "data"),
-        "run_dir": str(folder / "run"),
-        "features_root": str(folder / "features") if cached else None,
-        "hidden_states_root": str(folder / "hidden_states") if cached else None,
-        "accelerator": {"device": "cpu", "num_threads": 1},
-    }
+    return training(
+        TrainSpec(**{**values, **overrides}), model_dir=parity_dir / "model", data_dir=parity_dir / "data",
+        run_dir=folder / "run", cache_dir=folder if cached else None,
+    )  # fmt: skip
 
 
 def losses(folder: Path) -> list[float]:
@@ -68,8 +66,8 @@ def counting_modules() -> Iterator[Counter[str]]:
 def test_the_top_layers_alone_give_the_trajectory_of_the_whole_model(
     parity_dir: Path, tmp_path: Path, values: dict[str, Any]
 ) -> None:
-    train_task(make_request(parity_dir, tmp_path / "whole", cached=False, **values), Reporter())
-    result = train_task(make_request(parity_dir, tmp_path / "cached", **values), Reporter())
+    train_task(make_task(parity_dir, tmp_path / "whole", cached=False, **values), Reporter())
+    result = train_task(make_task(parity_dir, tmp_path / "cached", **values), Reporter())
     assert result["caches"]["hidden_states"] == "cached below layer 3"
     tolerance = 2e-2 if values.get("bf16") else 5e-6
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "whole"), abs=tolerance)
@@ -81,7 +79,7 @@ def test_the_top_layers_alone_give_the_trajectory_of_the_whole_model(
 
 
 def test_no_frozen_layer_runs_while_training(parity_dir: Path, tmp_path: Path) -> None:
-    from mllm_assets.training.trainer import FineTuner
+    from mllm_assets.training.loop.trainer import FineTuner
 
     in_steps: Counter[str] = Counter()
     step = FineTuner.training_step
@@ -93,22 +91,22 @@ def test_no_frozen_layer_runs_while_training(parity_dir: Path, tmp_path: Path) -
         return loss
 
     with patch.object(FineTuner, "training_step", counted):
-        train_task(make_request(parity_dir, tmp_path), Reporter())
+        train_task(make_task(parity_dir, tmp_path), Reporter())
     assert in_steps["Gemma3DecoderLayer"] == 16, "one layer a step"
     assert in_steps["SiglipVisionModel"] == in_steps["Gemma3MultiModalProjector"] == 0
     assert in_steps["Gemma3TextScaledWordEmbedding"] == 0
 
 
 def test_a_second_recipe_with_the_same_frozen_part_computes_nothing(parity_dir: Path, tmp_path: Path) -> None:
-    train_task(make_request(parity_dir, tmp_path), Reporter())
+    train_task(make_task(parity_dir, tmp_path), Reporter())
     shards = sorted((tmp_path / "hidden_states").glob("*/*"))
-    other = make_request(parity_dir, tmp_path, learning_rate=1e-4, seed=7) | {"run_dir": str(tmp_path / "other")}
+    other = replace(make_task(parity_dir, tmp_path, learning_rate=1e-4, seed=7), run_dir=tmp_path / "other")
     train_task(other, Reporter())
     assert shards and sorted((tmp_path / "hidden_states").glob("*/*")) == shards
 
 
 def test_states_that_are_not_the_models_are_refused(parity_dir: Path, tmp_path: Path) -> None:
-    train_task(make_request(parity_dir, tmp_path), Reporter())
+    train_task(make_task(parity_dir, tmp_path), Reporter())
     [shard] = (tmp_path / "hidden_states").glob("*/*")
     names = read_manifest(shard)["names"]
     save_file({k: v + 0.5 for k, v in load_file(shard / TENSORS_FILE).items()}, shard / TENSORS_FILE)
@@ -116,4 +114,4 @@ def test_states_that_are_not_the_models_are_refused(parity_dir: Path, tmp_path: 
     write_manifest(shard, {"names": names})
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(IntegrityError, match=r"The cached hidden states of row .* differ from the model's by"):
-        train_task(make_request(parity_dir, tmp_path), Reporter())
+        train_task(make_task(parity_dir, tmp_path), Reporter())

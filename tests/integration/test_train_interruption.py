@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import random
 import re
@@ -10,17 +11,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mllm_assets.artifacts import find_damage, read_manifest
-from mllm_assets.errors import IntegrityError, MachineError
-from mllm_assets.training.checkpoints import checkpoint_dirs, find_resumable
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.protocol import Reporter
-from tests.interruption import NUM_STEPS, losses, make_request, run_until
+from mllm_assets.errors import IntegrityError, MachineError, RecipeError
+from mllm_assets.training.loop.checkpoints import checkpoint_dirs, find_resumable
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import Accelerator, to_json
+from tests.interruption import NUM_STEPS, losses, make_task, run_until
 
 pytestmark = pytest.mark.integration
 
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def whole_run(parity_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    train_task(make_request(parity_dir, run_dir, save_total_limit=2), Reporter())
+    train_task(make_task(parity_dir, run_dir, save_total_limit=2), Reporter())
     return run_dir
 
 
@@ -50,42 +53,45 @@ def num_log_lines(run_dir: Path) -> int:
     return len(path.read_text().splitlines()) if path.is_file() else 0
 
 
+@pytest.mark.attack("kill -9")
 def test_killed_at_a_random_step_the_weights_are_the_same(
     parity_dir: Path, tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
     """transformers' own resume loses every trained weight of Gemma 3 and says nothing."""
     step = random.randrange(7, NUM_STEPS - 2)
-    request = make_request(parity_dir, tmp_path / "run")
-    assert run_until(request, tmp_path, lambda run_dir: num_log_lines(run_dir) > step) == -signal.SIGKILL
+    task = make_task(parity_dir, tmp_path / "run")
+    assert run_until(task, tmp_path, lambda run_dir: num_log_lines(run_dir) > step) == -signal.SIGKILL
     assert not (tmp_path / "run" / "manifest.json").exists()
-    result = train_task(request, Reporter())
+    result = train_task(task, Reporter())
     assert result["resumed_from_step"] is not None and result["resumed_from_step"] >= 5, step
     assert result["weights_digest"] == uninterrupted["weights_digest"], step
     assert result["eval_loss"] == uninterrupted["eval_loss"]
     assert sorted(losses(tmp_path / "run")) == list(range(1, NUM_STEPS + 1)), "each step stands once in the log"
 
 
+@pytest.mark.attack("kill -9")
 def test_killed_inside_a_save_the_half_written_checkpoint_does_not_count(
     parity_dir: Path, tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
-    request = make_request(parity_dir, tmp_path / "run")
+    task = make_task(parity_dir, tmp_path / "run")
 
     def saving(run_dir: Path) -> bool:
         return (run_dir / "checkpoint-10").exists() and any(run_dir.glob(".checkpoint-*.tmp"))
 
-    assert run_until(request, tmp_path, saving) == -signal.SIGKILL
-    result = train_task(request, Reporter())
+    assert run_until(task, tmp_path, saving) == -signal.SIGKILL
+    result = train_task(task, Reporter())
     assert result["resumed_from_step"] >= 10
     assert result["weights_digest"] == uninterrupted["weights_digest"]
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
+@pytest.mark.attack("kill -9")
 def test_killed_after_the_last_step_no_further_step_is_done(
     parity_dir: Path, unpublished: Path, uninterrupted: dict[str, Any]
 ) -> None:
     """`Trainer.train` resumed at its last step does one more."""
     shown = io.StringIO()
-    result = train_task(make_request(parity_dir, unpublished), Reporter(stream=shown))
+    result = train_task(make_task(parity_dir, unpublished), Reporter(stream=shown))
     assert (
         f"resuming from {unpublished / 'checkpoint-40'} after step 40 of 40, to the same bits: weights, optimizer, "
         "schedule and random states are restored\n"
@@ -94,6 +100,7 @@ def test_killed_after_the_last_step_no_further_step_is_done(
     assert result["weights_digest"] == uninterrupted["weights_digest"]
 
 
+@pytest.mark.attack("damage")
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -114,7 +121,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
         (victim / "trainable.safetensors").write_bytes(data)
     else:
         (victim / ("optimizer.pt" if damage == "missing" else "manifest.json")).unlink()
-    result = train_task(make_request(parity_dir, unpublished), Reporter())
+    result = train_task(make_task(parity_dir, unpublished), Reporter())
     assert result["skipped_checkpoints"] == [{"name": "checkpoint-40", "reason": reason}]
     assert f"checkpoint-40 is skipped: {reason}." in result["warnings"]
     assert result["resumed_from_step"] == 35
@@ -139,12 +146,35 @@ def test_resume_from_checkpoint_goes_on_with_weights_and_optimizer_of_the_named_
     parity_dir: Path, tmp_path: Path, whole_run: Path, uninterrupted: dict[str, Any]
 ) -> None:
     """The library loads no trained weight of Gemma 3 from it, and only warns."""
-    request = {**make_request(parity_dir, tmp_path / "run"), "resume_from": str(whole_run / "checkpoint-35")}
-    result = train_task(request, Reporter())
+    task = replace(make_task(parity_dir, tmp_path / "run"), resume_from=whole_run / "checkpoint-35")
+    result = train_task(task, Reporter())
     assert result["resumed_from_step"] == 35
     assert result["weights_digest"] == uninterrupted["weights_digest"]
     last = "checkpoint-40/optimizer.pt"
     assert (tmp_path / "run" / last).read_bytes() == (whole_run / last).read_bytes()
+
+
+def test_a_longer_run_goes_on_with_the_schedule_of_its_own_length_and_says_so(
+    parity_dir: Path, tmp_path: Path, whole_run: Path
+) -> None:
+    """It trained nothing, as the checkpoint's run was at its end, and recorded the new number of steps."""
+    task = replace(make_task(parity_dir, tmp_path / "run", max_steps=44), resume_from=whole_run / "checkpoint-40")
+    result = train_task(task, Reporter())
+    assert (result["resumed_from_step"], result["num_steps"]) == (40, 44)
+    assert any("checkpoint-40 is of a run of 40 steps, and this one has 44" in text for text in result["warnings"])
+    log = (json.loads(line) for line in (tmp_path / "run" / "trainer_log.jsonl").read_text().splitlines())
+    rates = {line["current_steps"]: line["lr"] for line in log if "lr" in line and line["current_steps"] > 40}
+    num_warmup = math.ceil(0.1 * 44)
+    expected = {
+        step: 1e-3 * 0.5 * (1 + math.cos(math.pi * (step - 1 - num_warmup) / (44 - num_warmup)))
+        for step in (41, 42, 43, 44)
+    }
+    assert rates == pytest.approx(expected)
+    shorter = replace(make_task(parity_dir, tmp_path / "short", max_steps=20), resume_from=whole_run / "checkpoint-35")
+    with pytest.raises(
+        RecipeError, match=r"was saved after step 35, and max_steps is 20\. Raise it, or name an earlier"
+    ):
+        train_task(shorter, Reporter())
 
 
 def test_a_damaged_checkpoint_that_the_recipe_names_is_refused(
@@ -152,42 +182,43 @@ def test_a_damaged_checkpoint_that_the_recipe_names_is_refused(
 ) -> None:
     named = unpublished / "checkpoint-35"
     (named / "scheduler.pt").unlink()
-    request = {**make_request(parity_dir, tmp_path / "other"), "resume_from": str(named)}
+    task = replace(make_task(parity_dir, tmp_path / "other"), resume_from=named)
     with pytest.raises(IntegrityError, match=r"checkpoint-35 cannot be used: scheduler.pt is missing. Name another"):
-        train_task(request, Reporter())
+        train_task(task, Reporter())
     assert not list((tmp_path / "other").glob("checkpoint-*"))
 
 
 def test_going_on_in_another_precision_is_refused_with_what_to_set(parity_dir: Path, unpublished: Path) -> None:
     with pytest.raises(MachineError) as error:
-        train_task(make_request(parity_dir, unpublished, bf16=True), Reporter())
+        train_task(make_task(parity_dir, unpublished, bf16=True), Reporter())
     assert "checkpoint-40 cannot be resumed exactly here: precision was float32 weights, no autocast and is" in str(
         error.value
     )
-    assert "To go on from it, set bf16, fp16 and pure_bf16 as they were" in str(error.value)
+    assert "To resume from it, set bf16, fp16 and pure_bf16 as they were" in str(error.value)
 
 
 def test_the_run_keeps_its_number_of_threads(parity_dir: Path, unpublished: Path) -> None:
     """Sums in another order give other last bits."""
-    request = make_request(parity_dir, unpublished)
-    request["accelerator"]["num_threads"] = 2
-    assert train_task(request, Reporter())["num_threads"] == 1
+    task = replace(make_task(parity_dir, unpublished), accelerator=Accelerator(device="cpu", num_threads=2))
+    assert train_task(task, Reporter())["num_threads"] == 1
     assert json.loads((unpublished / "run.json").read_text())["num_threads"] == 1
 
 
 def test_a_checkpoint_of_another_trainable_set_is_refused(parity_dir: Path, unpublished: Path) -> None:
     with pytest.raises(IntegrityError, match=r"does not fit what trains: .* in it, expected .* Delete .*checkpoint-40"):
-        train_task(make_request(parity_dir, unpublished, lora_rank=4), Reporter())
+        train_task(make_task(parity_dir, unpublished, lora_rank=4), Reporter())
 
 
+@pytest.mark.attack("full disk")
 def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(parity_dir: Path, tmp_path: Path) -> None:
     """The limit is the kernel's: from step 7 on no file may grow beyond 64 KiB, a third of the optimizer's."""
-    request = make_request(parity_dir, tmp_path / "run")
+    task = make_task(parity_dir, tmp_path / "run")
     code = """
 import json, resource, sys
-from mllm_assets.training import reporting
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.loop import reporting
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import from_json
 
 class Limiting(Reporter):
     def progress(self, stage, done, total, **facts):
@@ -196,14 +227,14 @@ class Limiting(Reporter):
 
 from mllm_assets.errors import MllmAssetsError
 try:
-    train_task(json.load(open(sys.argv[1])), Limiting())
+    train_task(from_json(json.load(open(sys.argv[1]))), Limiting())
 except MllmAssetsError as error:
     print(type(error).__name__, error)
     sys.exit(2)
 """
-    (tmp_path / "request.json").write_text(json.dumps(request))
+    (tmp_path / "task.json").write_text(json.dumps(to_json(task)))
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "request.json")], capture_output=True, text=True, env=os.environ
+        [sys.executable, "-c", code, str(tmp_path / "task.json")], capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 2, done.stderr
     said = (
@@ -218,14 +249,15 @@ except MllmAssetsError as error:
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
+@pytest.mark.attack("full disk")
 def test_a_full_disk_at_publication_is_said(parity_dir: Path, tmp_path: Path) -> None:
-    request = make_request(parity_dir, tmp_path / "run", max_steps=2, eval_strategy="no", save_strategy="no")
+    task = make_task(parity_dir, tmp_path / "run", max_steps=2, eval_strategy="no", save_strategy="no")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (262_144, hard))
     try:
         with pytest.raises(MachineError, match=r"The disk is full: the trained model needs about"):
-            train_task(request, Reporter())
+            train_task(task, Reporter())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "run" / "model").exists()
-    assert train_task(request, Reporter())["num_steps"] == 2
+    assert train_task(task, Reporter())["num_steps"] == 2

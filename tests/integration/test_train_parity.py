@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_assets.artifacts import find_damage
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.spec import TrainSpec
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import TrainTask
+from tests.worker_tasks import training
 
 pytestmark = pytest.mark.integration
 
@@ -21,27 +23,23 @@ pytestmark = pytest.mark.integration
 TOLERANCE = {"projector": 5e-6, "freeze": 5e-6, "full": 5e-6, "lora": 1e-3}
 
 
-def reference_request(parity_dir: Path, run_dir: Path, name: str, **overrides: Any) -> tuple[dict[str, Any], Any]:
+def reference_task(
+    parity_dir: Path, run_dir: Path, name: str, *, data_dir: Path | None = None, **overrides: Any
+) -> tuple[TrainTask, Any]:
     reference = json.loads((parity_dir / "reference" / f"{name}.json").read_text())
     known = {field.name for field in fields(TrainSpec)}
     values = {key: value for key, value in reference["config"].items() if key in known}
-    request = {
-        "task": "train",
-        "recipe": TrainSpec(**{**values, **overrides}).to_dict(),
-        "recipe_name": name,
-        "model_dir": str(parity_dir / "model"),
-        "data_dir": str(parity_dir / "data"),
-        "run_dir": str(run_dir),
-        "fingerprint": "f",
-        "accelerator": {"device": "cpu", "num_threads": 1},
-    }
-    return request, reference
+    task = training(
+        TrainSpec(**{**values, **overrides}), model_dir=parity_dir / "model", data_dir=data_dir or parity_dir / "data",
+        run_dir=run_dir,
+    )  # fmt: skip
+    return task, reference
 
 
 @pytest.mark.parametrize("name", ["projector", "freeze", "full", "lora"])
 def test_losses_equal_llamafactorys(parity_dir: Path, tmp_path: Path, name: str) -> None:
-    request, reference = reference_request(parity_dir, tmp_path / "run", name)
-    result = train_task(request, Reporter())
+    task, reference = reference_task(parity_dir, tmp_path / "run", name)
+    result = train_task(task, Reporter())
     lines = [json.loads(line) for line in (tmp_path / "run" / "trainer_log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses == pytest.approx(reference["losses"], abs=TOLERANCE[name])
@@ -54,8 +52,8 @@ def test_losses_equal_llamafactorys(parity_dir: Path, tmp_path: Path, name: str)
 
 def test_a_finished_run_is_a_plain_model_directory_with_its_papers(parity_dir: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    request, _ = reference_request(parity_dir, run_dir, "projector", save_strategy="steps", save_steps=8)
-    result = train_task(request, Reporter())
+    task, _ = reference_task(parity_dir, run_dir, "projector", save_strategy="steps", save_steps=8)
+    result = train_task(task, Reporter())
     model, info = AutoModelForImageTextToText.from_pretrained(run_dir / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert AutoProcessor.from_pretrained(run_dir / "model").tokenizer.chat_template
@@ -73,8 +71,8 @@ def test_a_finished_run_is_a_plain_model_directory_with_its_papers(parity_dir: P
 
 
 def test_only_what_trains_has_changed(parity_dir: Path, tmp_path: Path) -> None:
-    request, _ = reference_request(parity_dir, tmp_path / "run", "projector", max_steps=2)
-    train_task(request, Reporter())
+    task, _ = reference_task(parity_dir, tmp_path / "run", "projector", max_steps=2)
+    train_task(task, Reporter())
     before = load_file(parity_dir / "model" / "model.safetensors")
     after = load_file(tmp_path / "run" / "model" / "model.safetensors")
     changed = {name for name, tensor in before.items() if not tensor.equal(after[name])}
@@ -83,10 +81,10 @@ def test_only_what_trains_has_changed(parity_dir: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_what_trains_and_no_more(parity_dir: Path, tmp_path: Path) -> None:
     """8.6 GB for gemma-3-4b otherwise, in place of 36 MB."""
-    request, _ = reference_request(
+    task, _ = reference_task(
         parity_dir, tmp_path / "run", "projector", save_strategy="steps", save_steps=2, max_steps=4, save_total_limit=1
     )
-    train_task(request, Reporter())
+    train_task(task, Reporter())
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-4"
     saved = load_file(checkpoint / "trainable.safetensors")
@@ -94,10 +92,10 @@ def test_a_checkpoint_holds_what_trains_and_no_more(parity_dir: Path, tmp_path: 
 
 
 def test_a_finished_run_is_returned_and_not_trained_again(parity_dir: Path, tmp_path: Path) -> None:
-    request, _ = reference_request(parity_dir, tmp_path / "run", "projector", max_steps=2)
-    first = train_task(request, Reporter())
+    task, _ = reference_task(parity_dir, tmp_path / "run", "projector", max_steps=2)
+    first = train_task(task, Reporter())
     changed = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
-    assert train_task(request, Reporter()) == first
+    assert train_task(task, Reporter()) == first
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == changed
 
 
@@ -111,11 +109,11 @@ def test_accumulation_gives_the_trajectory_of_the_large_batch(parity_dir: Path, 
     (data / "dataset_info.json").write_text(json.dumps({"gemma3_vlm_train": info["gemma3_vlm_train"]}))
     losses = {}
     for size, steps in ((4, 1), (1, 4)):
-        request, _ = reference_request(
-            parity_dir, tmp_path / f"run{size}", "full", eval_strategy="no", num_train_epochs=4,
-            per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+        task, _ = reference_task(
+            parity_dir, tmp_path / f"run{size}", "full", eval_strategy="no", eval_dataset=None, num_train_epochs=4,
+            per_device_train_batch_size=size, gradient_accumulation_steps=steps, data_dir=data,
         )  # fmt: skip
-        train_task(request | {"data_dir": str(data)}, Reporter())
+        train_task(task, Reporter())
         lines = (tmp_path / f"run{size}" / "trainer_log.jsonl").read_text().splitlines()
         losses[size] = [json.loads(line)["loss"] for line in lines]
     assert losses[4] == pytest.approx(losses[1], abs=5e-6)

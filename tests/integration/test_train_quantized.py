@@ -13,14 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, set_seed
 
-from mllm_assets.training.checkpoint_model import load_checkpoint
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.freezing import lora_targets
-from mllm_assets.training.inputs import make_collator, read_inputs
-from mllm_assets.training.model import load_model
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.spec import TrainSpec
-from tests.interruption import CASES, KilledRun, losses, make_request
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.training.encoding.inputs import make_collator, read_inputs
+from mllm_assets.training.loop.checkpoints import load_checkpoint
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.training.models.freezing import lora_targets
+from mllm_assets.training.models.load import load_model
+from mllm_assets.worker.protocol import Reporter
+from tests.interruption import CASES, KilledRun, losses, make_task
 
 pytest.importorskip("bitsandbytes", reason="the extra gpu is not installed")
 
@@ -34,10 +34,10 @@ PLAIN = {
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_losses_are_those_of_transformers_and_peft_alone(bits: int, parity_dir: Path, tmp_path: Path) -> None:
-    request = make_request(parity_dir, tmp_path / "run", quantization_bit=bits, **PLAIN)
-    train_task(request, Reporter())
-    spec = TrainSpec.from_dict(request["recipe"])
-    inputs = read_inputs(spec, parity_dir / "model", parity_dir / "data", Reporter())
+    task = make_task(parity_dir, tmp_path / "run", quantization_bit=bits, **PLAIN)
+    train_task(task, Reporter())
+    spec = task.recipe
+    inputs = read_inputs(spec, parity_dir / "model", Dataset(parity_dir / "data"), Reporter())
     config = BitsAndBytesConfig(
         load_in_4bit=bits == 4,
         load_in_8bit=bits == 8,
@@ -88,8 +88,8 @@ def test_killed_and_resumed_it_ends_with_the_same_bits_on_cached_features(
 def test_evaluating_between_the_steps_changes_nothing(parity_dir: Path, tmp_path: Path) -> None:
     """bitsandbytes packs the weights of a model that is evaluated, on some CPUs, and then gives no gradient."""
     for name, overrides in {"with": {"eval_strategy": "steps", "eval_steps": 1}, "without": {}}.items():
-        request = make_request(parity_dir, tmp_path / name, quantization_bit=4, **{**PLAIN, **overrides})
-        train_task(request, Reporter())
+        task = make_task(parity_dir, tmp_path / name, quantization_bit=4, **{**PLAIN, **overrides})
+        train_task(task, Reporter())
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
 
@@ -114,7 +114,7 @@ def test_the_command_publishes_the_adapter_merged_into_the_unquantised_base(pari
     assert all("lora_" in name for name in load_file(run_dir / "checkpoint-2" / "trainable.safetensors"))
     assert "quantization_config" not in json.loads((run_dir / "model" / "config.json").read_text())
     published = load_model(run_dir / "model").state_dict()
-    base = load_model(parity_dir / "model", dtype=torch.bfloat16)
+    base = load_model(parity_dir / "model")
     merged = PeftModel.from_pretrained(base, run_dir / "adapter").merge_and_unload().state_dict()
     from_checkpoint = load_checkpoint(run_dir / "checkpoint-2").state_dict()
     changed = load_model(parity_dir / "model").state_dict()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,16 +14,18 @@ import torch
 from torch import nn
 
 from mllm_assets.artifacts import sha256_file
-from mllm_assets.data.sharegpt import Row, load_rows
-from mllm_assets.training import encode, image_files
-from mllm_assets.training.engine import NUM_RELOAD_ROWS, train_task
-from mllm_assets.training.features import probes
-from mllm_assets.training.model import load_processor
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.run_file import RUN_FILE
-from mllm_assets.training.trainer import FineTuner
-from mllm_assets.training.turns import TurnTokenizer
-from tests.integration.test_train_hidden_states import losses, make_request
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.data.sharegpt.rows import Row
+from mllm_assets.training.caches.shards import probes
+from mllm_assets.training.encoding import encode, image_files
+from mllm_assets.training.encoding.turns import TurnTokenizer
+from mllm_assets.training.loop.engine import NUM_RELOAD_ROWS, train_task
+from mllm_assets.training.loop.trainer import FineTuner
+from mllm_assets.training.models.load import load_processor
+from mllm_assets.training.runs.plan import RUN_FILE
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import TrainTask, to_json
+from tests.integration.test_train_hidden_states import losses, make_task
 
 pytestmark = pytest.mark.integration
 
@@ -38,7 +41,7 @@ class Counts:
         self.decoded: Counter[Path] = Counter()
         self.logit_rows: set[int] = set()
 
-    def train(self, request: dict[str, Any]) -> dict[str, Any]:
+    def train(self, task: TrainTask) -> dict[str, Any]:
         step, load_image, tokens = FineTuner.training_step, image_files.load_image, TurnTokenizer._tokens
 
         def counted_step(trainer: FineTuner, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -58,10 +61,10 @@ class Counts:
 
         with (
             patch.object(FineTuner, "training_step", counted_step),
-            patch("mllm_assets.training.collate.load_image", counted_load),
+            patch("mllm_assets.training.encoding.collate.load_image", counted_load),
             patch.object(TurnTokenizer, "_tokens", counted_tokens),
         ):
-            return train_task(request, Reporter())
+            return train_task(task, Reporter())
 
     def _count(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         name = type(module).__name__
@@ -71,12 +74,12 @@ class Counts:
 
 
 def rows_of(parity_dir: Path) -> list[Row]:
-    return load_rows(parity_dir / "data", "gemma3_vlm_train")
+    return Dataset(parity_dir / "data").entry("gemma3_vlm_train").rows
 
 
 def test_a_cached_run_decodes_each_image_once_and_runs_no_tower(parity_dir: Path, tmp_path: Path) -> None:
     counts = Counts()
-    result = counts.train(make_request(parity_dir, tmp_path, **PROJECTOR, eval_strategy="no"))
+    result = counts.train(make_task(parity_dir, tmp_path, **PROJECTOR, eval_strategy="no"))
     assert result["caches"]["vision_features"] == "cached"
     assert counts.in_steps["SiglipVisionModel"] == counts.in_steps["SiglipEncoderLayer"] == 0
     assert counts.in_steps["CachedTower"] == result["num_steps"] == 16
@@ -90,7 +93,7 @@ def test_a_cached_run_decodes_each_image_once_and_runs_no_tower(parity_dir: Path
 
 def test_logits_are_computed_for_supervised_tokens_only(parity_dir: Path, tmp_path: Path) -> None:
     counts = Counts()
-    counts.train(make_request(parity_dir, tmp_path, **PROJECTOR, max_steps=1, per_device_train_batch_size=48))
+    counts.train(make_task(parity_dir, tmp_path, **PROJECTOR, max_steps=1, per_device_train_batch_size=48))
     encoder = encode.Encoder(load_processor(parity_dir / "model"))
     encoded = [encoder.encode(row) for row in rows_of(parity_dir)]
     assert counts.logit_rows == {sum(label >= 0 for row in encoded for label in row.labels)}
@@ -100,7 +103,7 @@ def test_logits_are_computed_for_supervised_tokens_only(parity_dir: Path, tmp_pa
 def test_each_text_is_tokenised_once(parity_dir: Path, tmp_path: Path) -> None:
     """Question and answer of each exchange, in however many epochs; the empty prefix costs no call."""
     counts = Counts()
-    result = counts.train(make_request(parity_dir, tmp_path, **PROJECTOR, eval_strategy="no"))
+    result = counts.train(make_task(parity_dir, tmp_path, **PROJECTOR, eval_strategy="no"))
     num_answers = sum(message.role == "assistant" for row in rows_of(parity_dir) for message in row.messages)
     assert result["num_epochs"] > 1
     assert sum(count for text, count in counts.tokenized.items() if text) == 2 * num_answers
@@ -108,12 +111,12 @@ def test_each_text_is_tokenised_once(parity_dir: Path, tmp_path: Path) -> None:
 
 def test_regrouped_micro_batches_train_the_same_samples_and_keep_their_size(parity_dir: Path, tmp_path: Path) -> None:
     values = {**PROJECTOR, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 4}
-    request = make_request(parity_dir, tmp_path, **values, eval_strategy="no")
-    result = train_task(request | {"regroup": True}, Reporter())
+    task = make_task(parity_dir, tmp_path, **values, eval_strategy="no")
+    result = train_task(replace(task, regroup=True), Reporter())
     assert result["recipe"]["per_device_train_batch_size"] == 4
     assert result["recipe"]["gradient_accumulation_steps"] == 1
     assert json.loads((tmp_path / "run" / RUN_FILE).read_text())["per_device_train_batch_size"] == 4
-    train_task(make_request(parity_dir, tmp_path / "plain", **values, eval_strategy="no"), Reporter())
+    train_task(make_task(parity_dir, tmp_path / "plain", **values, eval_strategy="no"), Reporter())
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "plain"), abs=0.5)
 
 
@@ -121,7 +124,7 @@ def test_the_memory_estimate_is_said_before_anything_loads_with_what_would_fit(
     parity_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = {**PROJECTOR, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 1}
-    train_task(make_request(parity_dir, tmp_path, **values, eval_strategy="no"), Reporter(stream=sys.stdout))
+    train_task(make_task(parity_dir, tmp_path, **values, eval_strategy="no"), Reporter(stream=sys.stdout))
     said = capsys.readouterr().out
     assert "memory: about 0.0" in said and "micro-batches of 1 x 4; micro-batches of 4 x 1 would fit" in said
 
@@ -129,10 +132,11 @@ def test_the_memory_estimate_is_said_before_anything_loads_with_what_would_fit(
 OUT_OF_MEMORY = """
 import json, resource, sys
 from pathlib import Path
-from mllm_assets.training import engine
-from mllm_assets.training.protocol import Reporter
-from mllm_assets.training.trainer import FineTuner
-from mllm_assets.training.turns import TurnTokenizer
+from mllm_assets.training.loop import engine
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import from_json
+from mllm_assets.training.loop.trainer import FineTuner
+from mllm_assets.training.encoding.turns import TurnTokenizer
 
 step = FineTuner.training_step
 
@@ -143,7 +147,7 @@ def step_with_little_room(self, *args, **kwargs):
 
 FineTuner.training_step = step_with_little_room
 try:
-    engine.train_task(json.loads(sys.argv[1]), Reporter())
+    engine.train_task(from_json(json.loads(sys.argv[1])), Reporter())
 except engine.memory.MachineError as error:
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     print("refused:", error)
@@ -152,9 +156,9 @@ except engine.memory.MachineError as error:
 
 def test_a_step_that_does_not_fit_names_the_setting(parity_dir: Path, tmp_path: Path) -> None:
     """A real allocation fails: the process may take two MiB more than it has when the step begins."""
-    request = make_request(parity_dir, tmp_path, per_device_train_batch_size=48, max_steps=1, eval_strategy="no")
+    task = make_task(parity_dir, tmp_path, per_device_train_batch_size=48, max_steps=1, eval_strategy="no")
     done = subprocess.run(
-        [sys.executable, "-c", OUT_OF_MEMORY, json.dumps(request)],
+        [sys.executable, "-c", OUT_OF_MEMORY, json.dumps(to_json(task))],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert "refused: Out of memory in step 1: " in done.stdout, done.stdout + done.stderr

@@ -11,10 +11,11 @@ import pytest
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.errors import MachineError
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import to_json
 from tests.integration.conftest import Project
-from tests.integration.test_train_guards import make_request
+from tests.integration.test_train_guards import make_task
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -53,9 +54,9 @@ def test_without_a_tracking_uri_mlflow_keeps_its_database_beside_the_recipes_run
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     run_dir = tmp_path / "outputs" / "r" / "run"
-    request = make_request(parity_dir, run_dir, report_to="mlflow", max_steps=1, save_strategy="no")
-    (tmp_path / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, "-c", TRAIN, str(tmp_path / "request.json"), "-1"]
+    task = make_task(parity_dir, run_dir, report_to="mlflow", max_steps=1, save_strategy="no")
+    (tmp_path / "task.json").write_text(json.dumps(to_json(task)))
+    command = [sys.executable, "-c", TRAIN, str(tmp_path / "task.json"), "-1"]
     assert subprocess.run(command, timeout=120).returncode == 0
     assert not {"mlflow.db", "mlruns"} & {path.name for path in (tmp_path / "here").iterdir()}
     database = run_dir.parent / "mlflow.db"
@@ -65,15 +66,16 @@ def test_without_a_tracking_uri_mlflow_keeps_its_database_beside_the_recipes_run
 
 TRAIN = """
 import json, os, sys
-from mllm_assets.training.engine import train_task
-from mllm_assets.training.protocol import Reporter
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import from_json
 
 class Killed(Reporter):
     def progress(self, stage, done, total, **facts):
         if stage == "train" and done == int(sys.argv[2]):
             os.kill(os.getpid(), 9)
 
-train_task(json.load(open(sys.argv[1])), Killed())
+train_task(from_json(json.load(open(sys.argv[1]))), Killed())
 """
 
 
@@ -83,11 +85,11 @@ def test_wandb_keeps_its_run_when_a_killed_training_is_resumed(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    request = make_request(parity_dir, tmp_path / "run", report_to="wandb", max_steps=2, save_steps=1)
-    (tmp_path / "request.json").write_text(json.dumps(request))
+    task = make_task(parity_dir, tmp_path / "run", report_to="wandb", max_steps=2, save_steps=1)
+    (tmp_path / "task.json").write_text(json.dumps(to_json(task)))
 
     def train(kill_at_step: int) -> int:
-        command = [sys.executable, "-c", TRAIN, str(tmp_path / "request.json"), str(kill_at_step)]
+        command = [sys.executable, "-c", TRAIN, str(tmp_path / "task.json"), str(kill_at_step)]
         return subprocess.run(command, timeout=120).returncode
 
     assert train(kill_at_step=2) == -signal.SIGKILL
@@ -104,6 +106,6 @@ def test_a_tracker_that_is_not_installed_is_said_before_training(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
-    request = make_request(parity_dir, tmp_path / "run", report_to="wandb", max_steps=1)
+    task = make_task(parity_dir, tmp_path / "run", report_to="wandb", max_steps=1)
     with pytest.raises(MachineError, match="report_to names wandb, which is not installed. Install it .pip install"):
-        train_task(request, Reporter())
+        train_task(task, Reporter())

@@ -16,17 +16,17 @@ from tests.integration.conftest import REPOSITORY, wait_for
 pytestmark = pytest.mark.integration
 
 DEFINITIONS = """import dagster as dg
-from mllm_assets.components.terminal import one_line_per_asset
-from mllm_assets.components.waiting import patient_in_process_executor
+from mllm_assets.components.instance.executor import one_line_per_asset
+from mllm_assets.components.instance.executor import patient_in_process_executor
 
 @dg.asset(pool="gpu")
 def trained() -> dg.MaterializeResult:
     return dg.MaterializeResult()
 
 job = dg.define_asset_job(
-    "demo", selection="*", executor_def=patient_in_process_executor, config={"loggers": {"for_people": {}}}
+    "demo", selection="*", executor_def=patient_in_process_executor, config={"loggers": {"terminal": {}}}
 )
-defs = dg.Definitions(assets=[trained], jobs=[job], loggers={"for_people": one_line_per_asset})
+defs = dg.Definitions(assets=[trained], jobs=[job], loggers={"terminal": one_line_per_asset})
 """
 
 

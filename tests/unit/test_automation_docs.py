@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from mllm_assets.components import FineTuning, ImageTextDataset
-from mllm_assets.components.automation_yaml import Freshness, ReleaseWatch, Retraining, Watch
+from mllm_assets.components.automation.sources import Watch
+from mllm_assets.components.fine_tuning import Freshness, ReleaseWatch, Retraining
 from mllm_assets.components.resources import AcceleratorResource
 
 TEXT = (Path(__file__).parents[2] / "docs" / "automation.md").read_text(encoding="utf-8")

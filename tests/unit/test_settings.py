@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mllm_assets.cli import main
-from mllm_assets.components.instance_checks import check_dagster
+from mllm_assets.components.instance.doctor import check_dagster
 from mllm_assets.components.reporting import load_project
 from mllm_assets.errors import MachineError
 from mllm_assets.layout import Layout
@@ -70,4 +70,4 @@ def test_outside_a_project_nothing_is_told_to_begin_anew_there(
     monkeypatch.delenv("MLLM_ASSETS_ROOT", raising=False)
     assert main(["summary", "emoji_sft"]) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path} is no project" in error and "MLLM_ASSETS_ROOT" in error and "dg launch" not in error
+    assert f"{tmp_path} is not a project" in error and "MLLM_ASSETS_ROOT" in error and "mllm-assets run" not in error

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mllm_assets.data.dataset_info import register
-from mllm_assets.data.sources import RawDataset, ingest
-from mllm_assets.data.spec import DatasetSpec, QualitySpec, SourceSpec, SplitSpec
-from mllm_assets.data.splits import SplitResult, split
+from mllm_assets.data.curate.register import register
+from mllm_assets.data.curate.splits import SplitResult, split
+from mllm_assets.data.ingest.sources import RawDataset, ingest
+from mllm_assets.data.ingest.spec import DatasetSpec, QualitySpec, SourceSpec
+from mllm_assets.data.ingest.split_spec import SplitSpec
+from mllm_assets.data.quality.assess import QualityResult, assess
 from mllm_assets.layout import Layout
-from mllm_assets.quality.assess import QualityResult, assess
 
 
 def picture(seed: int, edge_px: int = 64, mode: str = "RGB") -> Image.Image:
@@ -54,6 +55,7 @@ def made_spec(
         split=SplitSpec(
             num_train=num_train,
             num_val=num_val,
+            num_test=fields.pop("num_test", None),
             seed=fields.pop("seed", 42),
             strategy=fields.pop("strategy", "grouped"),
         ),

@@ -6,7 +6,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from made_predictions import prediction, predictions
 from PIL import Image
 
 from mllm_assets.evaluation.gallery import (
@@ -17,6 +16,7 @@ from mllm_assets.evaluation.gallery import (
     write_gallery,
 )
 from mllm_assets.evaluation.table import to_table
+from tests.unit.evaluation.made_predictions import prediction, predictions
 
 
 @pytest.fixture

@@ -3,13 +3,12 @@
 from typing import Any
 
 import pytest
-from made_predictions import prediction, predictions
 
 from mllm_assets.errors import RecipeError
 from mllm_assets.evaluation.gates import GateResult, GateSpec, evaluate_gates, failed
-from mllm_assets.evaluation.metrics import compute_metrics
-from mllm_assets.evaluation.over_release import gains_over_release
+from mllm_assets.evaluation.metrics import compute_metrics, gains_over_release
 from mllm_assets.evaluation.table import to_table
+from tests.unit.evaluation.made_predictions import prediction, predictions
 
 TRAIN = ["cat", "cat", "dog"]
 
@@ -69,7 +68,7 @@ def test_the_worst_of_several_entries_counts() -> None:
 def test_what_was_not_measured_does_not_pass() -> None:
     gate = evaluate_gates(metrics_of(loss_shuffled_nats=None), GateSpec())[2]
     assert not gate.passed
-    assert gate.description == "pets_val: loss was not measured on at least 2 samples, so nothing can be said."
+    assert gate.description == "pets_val: loss was not measured on at least 2 samples, too few to judge."
 
 
 def over_release(*rises: float) -> dict[str, Any]:

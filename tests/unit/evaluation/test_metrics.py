@@ -6,18 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_predictions import prediction, predictions
 
 from mllm_assets.artifacts import find_damage
+from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.errors import DataError, IntegrityError, ModelError
 from mllm_assets.evaluation import intervals
 from mllm_assets.evaluation.intervals import SEED, gain_text, paired_gain
-from mllm_assets.evaluation.metrics import compute_metrics, sample_metrics
-from mllm_assets.evaluation.metrics_file import metric_rows, write_metrics
-from mllm_assets.evaluation.over_release import gains_over_release
-from mllm_assets.evaluation.scores import corpus_gains, corpus_scores, definitions
+from mllm_assets.evaluation.metrics import (
+    compute_metrics,
+    gains_over_release,
+    metric_rows,
+    sample_metrics,
+    write_metrics,
+)
+from mllm_assets.evaluation.scores import Answers, corpus_gain, corpus_score, definitions
 from mllm_assets.evaluation.table import STORE_COLUMNS, predictions_digest, store_table, to_table
-from mllm_assets.quality.store import QualityStore
+from tests.unit.evaluation.made_predictions import prediction, predictions
 
 TRAIN = ["cat", "cat", "dog"]
 
@@ -93,8 +97,8 @@ def test_the_interval_of_a_corpus_metric_is_that_of_the_corpus_scores_of_resampl
     for _ in range(100):
         rows = rng.integers(0, 12, 12)
         pick = [[texts[row] for row in rows] for texts in (answers, others, references)]
-        differences.append(corpus_scores(pick[0], pick[2])["bleu"] - corpus_scores(pick[1], pick[2])["bleu"])
-    gain = corpus_gains(answers, others, references)["bleu"]
+        differences.append(corpus_score("bleu", pick[0], pick[2]) - corpus_score("bleu", pick[1], pick[2]))
+    gain = corpus_gain("bleu", *(Answers(answers=said, references=references) for said in (answers, others)))
     assert [gain["low"], gain["high"]] == pytest.approx(list(np.percentile(differences, [2.5, 97.5])), rel=1e-6)
 
 

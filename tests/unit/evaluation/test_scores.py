@@ -2,7 +2,7 @@
 
 import pytest
 
-from mllm_assets.evaluation.scores import corpus_scores, definitions, exact_matches, find_label, rouge_scores
+from mllm_assets.evaluation.scores import Answers, corpus_score, definitions, exact_matches, find_label
 
 DISHES = ["carrot cake", "cake", "apple_pie", "pho"]
 
@@ -36,12 +36,14 @@ def test_a_label_in_a_script_without_spaces_is_found_inside_a_sentence() -> None
 def test_one_word_answers_that_are_all_right_get_full_marks() -> None:
     """Plain corpus BLEU-4 gives 0 to one-word answers."""
     words = ["objects", "symbols"]
-    assert corpus_scores(words, words) == {"bleu": pytest.approx(100.0), "chrf": pytest.approx(100.0)}
+    assert [corpus_score(name, words, words) for name in ("bleu", "chrf")] == [pytest.approx(100.0)] * 2
     assert exact_matches([" objects\n", "Symbols"], words).tolist() == [1.0, 0.0]
 
 
 def test_rouge_l_is_the_longest_common_subsequence() -> None:
-    assert rouge_scores(["a red bird"], ["a small red bird sings"])["rouge_l"][0] == pytest.approx(0.75)
+    assert Answers(answers=["a red bird"], references=["a small red bird sings"]).rouge["rouge_l"][0] == pytest.approx(
+        0.75
+    )
 
 
 def test_definitions_name_library_version_and_tokeniser() -> None:

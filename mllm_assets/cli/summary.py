@@ -1,0 +1,127 @@
+"""A recipe's results and where they are, for a terminal."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mllm_assets.artifacts import is_complete, read_manifest
+from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.data.sharegpt.entries import load_entries
+from mllm_assets.evaluation.metrics import read_metrics
+from mllm_assets.evaluation.run_lookup import evaluated_runs, evaluation_of, find_run, how_to_evaluate
+from mllm_assets.evaluation.scores import in_order
+from mllm_assets.layout import Layout
+from mllm_assets.project.read import dev_command, materialize_command
+from mllm_assets.releases.versions import Release, current_release
+from mllm_assets.training.runs.history import TRAINER_LOG, read_log
+from mllm_assets.training.runs.plan import published_note, shown_overrides
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def summarise(layout: Layout, recipe: str, overrides: Sequence[str] = ()) -> str:
+    """Describe the newest run of a recipe as written, of one with overrides, or of `<recipe>/<fingerprint>`.
+
+    Raises:
+        IntegrityError: It has no such run. Gives the command.
+    """
+    run_dir = find_run(layout, recipe, overrides)
+    recipe = run_dir.parent.name
+    run = read_manifest(run_dir)
+    release = current_release(layout, recipe)
+    evaluated = evaluation_of(layout, run_dir)
+    parts = [
+        f"\n{recipe} {shown_overrides(run.get('overrides', {}))}".rstrip(),
+        *_samples(layout, run),
+        *_losses(run_dir, run),
+        *(_metrics(read_metrics(evaluated.metrics_dir)) if evaluated else _not_evaluated(layout, recipe, run_dir)),
+        f"  run         {layout.relative(run_dir)}",
+        f"  released    {_describe_release(layout, recipe, release, run)}",
+        f"\nTry it:       {_generate_command(layout, run_dir, run)}",
+        f"Open the UI:  {dev_command(Path.cwd())}   (http://127.0.0.1:3000)",
+    ]
+    return "\n".join(parts)
+
+
+def _not_evaluated(layout: Layout, recipe: str, run_dir: Path) -> list[str]:
+    """Which run was evaluated last, and how to evaluate the newest."""
+    last = next(evaluated_runs(layout, recipe), None)
+    others = f"; the last run that was evaluated is {layout.relative(last.run_dir)}" if last else ""
+    return [f"  metrics     none yet of this run{others}", f"              {how_to_evaluate(layout, run_dir)}"]
+
+
+def _describe_release(layout: Layout, recipe: str, release: Release | None, run: Mapping[str, Any]) -> str:
+    if release is None:
+        return f"nothing yet; to release it, or see why not: {materialize_command(recipe)}"
+    of_this_run = read_manifest(release.directory)["weights_digest"] == run["weights_digest"]
+    return f"{layout.relative(release.directory)}, made from {'this run' if of_this_run else 'another run'}"
+
+
+def _generate_command(layout: Layout, run_dir: Path, run: Mapping[str, Any]) -> str:
+    """A command with a question from the run's own data, to copy."""
+    dataset = Dataset(layout.root / run["recipe"]["dataset_dir"])
+    [row] = dataset.entry(next(reversed(run["data_digests"]))).read(max_samples=1)
+    question = next(m.content for m in row.messages if m.role == "user").replace(IMAGE_PLACEHOLDER, "").strip()
+    images = " ".join(f"--image {_typed(path)}" for path in row.images)
+    return f"mllm-assets generate --model {_typed(run_dir)} {images} --prompt {shlex.quote(question)}"
+
+
+def _typed(path: Path) -> str:
+    """A path for the shell, relative to the working directory, which need not be the root."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def _sparkline(values: Sequence[float]) -> str:
+    """Values as a line of block characters, the mean of each of at most 60 equal parts."""
+    num_bins = min(60, len(values))
+    edges = [round(i * len(values) / num_bins) for i in range(num_bins + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(means), max(means)
+    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0
+    return "".join(SPARKS[round((mean - low) * scale)] for mean in means)
+
+
+def _samples(layout: Layout, run: Mapping[str, Any]) -> list[str]:
+    """Counts of the datasets that the run used, each once."""
+    data_dir = layout.root / run["recipe"]["dataset_dir"]
+    entries = load_entries(data_dir)
+    folders = {data_dir / Path(entries[name].file_name).parent for name in run["data_digests"] if name in entries}
+    lines = []
+    for folder in sorted(folder for folder in folders if is_complete(folder)):  # entries written by hand have no counts
+        counts = read_manifest(folder.resolve())
+        lines.append(
+            f"  samples     {counts['num_raw']} raw = {counts['num_train']} train + {counts['num_val']} validation + "
+            f"{counts.get('num_test', 0)} test + {counts['num_unused']} unused + {counts['num_rejected']} rejected"
+        )
+    return lines
+
+
+def _losses(run_dir: Path, run: Mapping[str, Any]) -> list[str]:
+    log = read_log(run_dir / TRAINER_LOG)
+    losses = [line["loss"] for line in log if line.get("loss") is not None]
+    lines = [
+        f"  trained     {run['num_steps']} steps in {run['train_wall_s']:.0f} s, {run['samples_per_s']:.0f} samples/s"
+    ]
+    if losses:
+        lines.append(f"  loss curve  {losses[0]:.3f} {_sparkline(losses)} {losses[-1]:.3f}")
+    if note := published_note(run):
+        lines.append(f"  published   {note.removeprefix(', ')}, with eval loss {run['eval_loss']:.4f}")
+    return lines
+
+
+def _metrics(metrics: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for entry, scored in metrics["entries"].items():
+        models = scored["models"]
+        lines.append(f"\n  {entry}, {scored['num_samples']} samples{'base model':>18}{'tuned model':>14}")
+        lines += [
+            f"    {name:<24}{models['base'][name]:>18.4f}{models['tuned'][name]:>14.4f}"
+            for name in in_order(models["tuned"], headlines=True)
+        ]
+        constant = models.get("most_common_answer", {}).get("label_accuracy")
+        if constant is not None:
+            lines.append(f"    {'label_accuracy of always ' + repr(scored['most_common_answer']):<42}{constant:>14.4f}")
+    return [*lines, ""]

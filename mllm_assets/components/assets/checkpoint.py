@@ -1,0 +1,233 @@
+"""`<recipe>/checkpoint`."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field, create_model
+
+from mllm_assets.artifacts import digest_json, read_manifest
+from mllm_assets.components.assets.lineage import find_origin, model_directory, pull_data, upstream_path
+from mllm_assets.components.assets.step import step
+from mllm_assets.components.reporting import RELOADS, gate_checks, gate_specs, image_markdown, link, rounded, table
+from mllm_assets.components.resources import AcceleratorResource, ProjectResource
+from mllm_assets.components.slots import RUN_TAG
+from mllm_assets.components.wiring import Node
+from mllm_assets.data.curate.checks import CheckOutcome
+from mllm_assets.data.curate.leaks import datasets_share_no_image, training_lineage
+from mllm_assets.data.curate.register import judging_entries
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.errors import DataError
+from mllm_assets.evaluation.gates import GateSpec, reload_gate
+from mllm_assets.layout import Layout
+from mllm_assets.recipe.load import Recipe, load_recipe
+from mllm_assets.releases.model_card import Origin
+from mllm_assets.store.mirror import Mirror
+from mllm_assets.training.runs.plan import (
+    RunPlan,
+    overridden,
+    plan_run,
+    point_latest,
+    reopen_if_damaged,
+    semantic_values,
+    shown_overrides,
+)
+from mllm_assets.worker.tasks import CacheSettings
+
+RECIPE_FILE = "recipe_file"  # of the metadata in the definition
+NO_SHARED_IMAGE = "datasets_share_no_image"
+
+
+class CheckpointConfig(dg.Config):
+    """The settings of the launchpad, which opens with those of the recipe."""
+
+    max_steps: int | None = Field(default=None, description="Optimizer steps in all; above 0 num_train_epochs is idle.")
+    num_train_epochs: float | None = Field(default=None, description="Passes over the training data.")
+    learning_rate: float | None = Field(default=None, description="Peak learning rate.")
+    per_device_train_batch_size: int | None = Field(default=None, description="Samples in a step, on each device.")
+    seed: int | None = Field(default=None, description="Of the order of the samples, and of new weights.")
+    max_samples: int | None = Field(default=None, description="Use only the first so many samples of each entry.")
+    other: dict[str, Any] | None = Field(
+        default=None, description="Other keys of the recipe, for example lora_rank: 16."
+    )
+    force: bool = Field(
+        default=False, description="Train again although this very run is finished; nothing is overwritten."
+    )
+
+    def overrides(self) -> dict[str, Any]:
+        """What the run is to have otherwise than the recipe."""
+        written = {name: field.default for name, field in type(self).model_fields.items()}
+        values = self.model_dump(exclude={"force", "other"})
+        changed = {key: value for key, value in values.items() if value is not None and value != written[key]}
+        return changed | (self.other or {})
+
+
+def _config_of(node: Node) -> type[CheckpointConfig]:
+    """The settings with the recipe's own values as defaults."""
+    fields: dict[str, Any] = {
+        name: (field.annotation, Field(default=getattr(node.recipe.spec, name), description=field.description))
+        for name, field in CheckpointConfig.model_fields.items()
+        if name not in ("force", "other")
+    }
+    return create_model("CheckpointConfig", __base__=CheckpointConfig, **fields)
+
+
+def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
+    """The trained model. A finished run is returned at once, an unfinished one resumes."""
+    settings, gates = node.settings, node.settings.gates.to_spec()
+    features = [node.key("vision_features")] if node.has_features else []
+    config_class = _config_of(node)
+
+    @dg.asset(
+        key=node.key("checkpoint"),
+        group_name="train",
+        kinds={"pytorch"},
+        deps=[*node.data, node.model, *features],
+        pool="gpu",
+        code_version=digest_json(semantic_values(node.recipe.spec))[:16],
+        check_specs=[*gate_specs(node.key("checkpoint"), [RELOADS]), _leak_check_spec(node)],
+        metadata={RECIPE_FILE: dg.MetadataValue.path(str(node.recipe.path))},
+        description=_describe(node.recipe),
+    )
+    @step
+    def checkpoint(
+        context: dg.AssetExecutionContext,
+        config: config_class,  # pyright: ignore[reportInvalidTypeForm]
+        project: ProjectResource,
+        gpu: AcceleratorResource,
+    ) -> dg.MaterializeResult:
+        layout = project.layout
+        pull_data(context, [*node.data, *node.ancestor_data], project)
+        recipe = load_recipe(node.recipe.path, config.overrides())
+        if (values := overridden(recipe)) and RUN_TAG not in context.run.tags:  # from the launchpad
+            context.instance.add_run_tags(context.run_id, {RUN_TAG: f"{node.name} {shown_overrides(values)}"})
+        model_dir = model_directory(context, node, project)
+        dataset = Dataset(layout.root / recipe.spec.dataset_dir, read_part=None)
+        leak_check = _check_for_leaks(recipe, model_dir, dataset, project, allowed=settings.allow_leakage)
+        origin = find_origin(context, node)
+        planned = partial(
+            plan_run,
+            recipe,
+            root=layout.root,
+            dataset=dataset,
+            model_dir=model_dir,
+            force=config.force,
+            num_processes=gpu.num_processes,
+            regroup=settings.regroup_micro_batches,
+        )
+        plan = _find_plan(planned, project.mirror(context), context.log.warning)
+        del dataset, planned  # the rows, while the worker trains
+        caches = CacheSettings(
+            features_dir=upstream_path(context, features[0], project) if features else None,
+            hidden_states_root=layout.hidden_states if settings.feature_cache else None,
+            max_hidden_states_gib=settings.max_hidden_states_gib,
+        )
+        result = _train(context, gpu, plan, caches, layout)
+        return _checkpoint_result(plan, result, layout, leak_check, gates, origin)
+
+    return checkpoint
+
+
+def _leak_check_spec(node: Node) -> dg.AssetCheckSpec:
+    return dg.AssetCheckSpec(
+        NO_SHARED_IMAGE,
+        asset=node.key("checkpoint"),
+        blocking=True,
+        description="No picture of its evaluation entries was trained on, in this stage or in one before it.",
+    )
+
+
+def _check_for_leaks(
+    recipe: Recipe, model_dir: Path, dataset: Dataset, project: ProjectResource, *, allowed: bool
+) -> CheckOutcome:
+    """Check before training: where a picture leaked, the metrics would be worthless."""
+    outcome = datasets_share_no_image(
+        dataset,
+        recipe.spec.train_entries,
+        [*recipe.spec.eval_entries, *judging_entries(dataset, recipe.spec.eval_entries)],
+        store=project.quality_store,
+        stages=training_lineage(model_dir, project.layout.root),
+    )
+    if not outcome.passed and not allowed:
+        raise DataError(f"{recipe.path.name}: {outcome.description}")
+    return outcome
+
+
+def _find_plan(plan: Callable[[], RunPlan], mirror: Mirror | None, warn: Callable[[str], None]) -> RunPlan:
+    found = reopen_if_damaged(plan(), warn)
+    if mirror and found.state != "finished" and mirror.pull_runs(found.directory):
+        return plan()  # another machine finished it
+    return found
+
+
+def _train(
+    context: dg.AssetExecutionContext, gpu: AcceleratorResource, plan: RunPlan, caches: CacheSettings, layout: Layout
+) -> dict[str, Any]:
+    """Train, unless the run is finished; return the run's manifest."""
+    if plan.state == "finished":
+        context.log.info(f"{layout.relative(plan.directory)} is already finished: nothing is trained again.")
+        result = read_manifest(plan.directory)
+    else:
+        result = gpu.run(context, replace(plan.task, caches=caches))
+    point_latest(plan)
+    return result
+
+
+def _describe(recipe: Recipe) -> str:
+    lines = [f"{recipe.path.name}: {recipe.spec.finetuning_type}, from {recipe.spec.model_name_or_path}."]
+    return "\n\n".join([*lines, *(f"Note: {note}" for note in recipe.notes)])
+
+
+def _checkpoint_result(
+    plan: RunPlan,
+    result: dict[str, Any],
+    layout: Layout,
+    leak_check: CheckOutcome,
+    gates: GateSpec,
+    origin: Origin,
+) -> dg.MaterializeResult:
+    columns = {"module": "string", "num_tensors": "int", "num_params": "int", "share": "float"}
+    plot = plan.directory / "training_loss.png"
+    [check] = gate_checks([reload_gate(result["reload"], None, gates)], [RELOADS])
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(result["weights_digest"]),
+        check_results=[
+            check._replace(metadata={**check.metadata, **result["reload"]}),
+            dg.AssetCheckResult(
+                check_name=NO_SHARED_IMAGE,
+                passed=leak_check.passed,
+                severity=dg.AssetCheckSeverity.WARN,  # what is more than a warning failed before training
+                description=leak_check.description,
+                metadata=leak_check.metadata,
+            ),
+        ],
+        metadata={
+            "training_loss": image_markdown(plot) if plot.is_file() else "no plot: set plot_loss: true",
+            "final_loss": rounded(result["final_loss"]),
+            **({"eval_loss": rounded(result["eval_loss"])} if result["eval_loss"] is not None else {}),
+            "num_steps": result["num_steps"],
+            "published_step": result.get("published_step", result["num_steps"]),
+            **{f"{name}_run": link(run["url"]) for name, run in result["trackers"].items()},
+            "train_wall_s": rounded(result["train_wall_s"]),
+            "samples_per_s": rounded(result["samples_per_s"]),
+            "tokens_per_s": rounded(result["tokens_per_s"]),
+            "peak_memory_gib": rounded(result["peak_memory_gib"]),
+            "memory_estimate_gib": rounded(result["memory_estimate_gib"]),
+            "num_trainable_params": result["num_trainable_params"],
+            **({"quantization": result["quantization"]} if result.get("quantization") else {}),
+            "model_path": layout.relative(plan.directory / result["model_dir"]),
+            "path": layout.relative(plan.directory),
+            "fingerprint": plan.fingerprint,
+            **({"overrides": dg.MetadataValue.json(plan.task.overrides)} if plan.task.overrides else {}),
+            "base_model": dg.MetadataValue.json(origin["base_model"]),
+            "pretrained_model": dg.MetadataValue.json(origin["pretrained_model"]),
+            "already_finished": plan.state == "finished",
+            "warnings": dg.MetadataValue.json(result["warnings"]),
+            "caches": dg.MetadataValue.json(result["caches"]),
+            "device": dg.MetadataValue.json(result["device"]),
+            "trainable": table(result["trainable"], columns),
+        },
+    )

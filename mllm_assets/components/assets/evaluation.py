@@ -1,0 +1,241 @@
+"""`<recipe>/predictions` and `<recipe>/eval_metrics`."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import dagster as dg
+
+from mllm_assets import __version__
+from mllm_assets.artifacts import digest_json, is_sound, read_manifest
+from mllm_assets.components.assets.lineage import (
+    find_leaks,
+    model_directory,
+    pull_data,
+    run_columns,
+    upstream,
+    upstream_path,
+)
+from mllm_assets.components.assets.step import step
+from mllm_assets.components.reporting import gate_checks, gate_specs, metric_gates, rounded, table
+from mllm_assets.components.resources import AcceleratorResource, ProjectResource
+from mllm_assets.components.wiring import Node
+from mllm_assets.data.curate.register import judging_entries
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.evaluation.gates import GateSpec, evaluate_gates, leakage_gate
+from mllm_assets.evaluation.intervals import gain_text
+from mllm_assets.evaluation.metrics import ReleasedPredictions, metric_rows, sample_metrics, score_predictions
+from mllm_assets.evaluation.table import read_predictions, store_table
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.releases.versions import judged_release, version_folders
+from mllm_assets.training.runs.models import model_fingerprint
+from mllm_assets.worker.tasks import EvaluateTask, EvaluationSettings
+
+MAX_CONFUSION_LABELS = 20  # a table with more columns cannot be read
+MAX_MISTAKES = 100
+
+
+def predictions_asset(node: Node) -> dg.AssetsDefinition:
+    """The answers of the base and the tuned model to each sample of the test split, or of what judges instead."""
+    settings: EvaluationSettings = node.settings.evaluation.to_spec()
+
+    @dg.asset(
+        key=node.key("predictions"),
+        group_name="evaluate",
+        kinds={"duckdb"},
+        deps=[node.key("checkpoint"), node.model, *sorted(set(node.eval_data.values()))],
+        pool="gpu",
+        code_version=digest_json(asdict(settings))[:16],
+        description=f"{node.name}: answers and losses of the base and the tuned model, by sample, in DuckDB, with a "
+        "gallery.",
+    )
+    @step
+    def predictions(
+        context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
+    ) -> dg.MaterializeResult:
+        layout = project.layout
+        pull_data(context, sorted(set(node.eval_data.values())), project)
+        spec = node.recipe.spec
+        dataset = Dataset(layout.root / spec.dataset_dir, read_part=None)
+        digests = {name: dataset.entry(name).digest for name in judging_entries(dataset, spec.eval_entries)}
+        if also_chose := sorted(set(digests) & set(spec.eval_entries)):
+            context.log.warning(
+                f"{', '.join(also_chose)} judges {node.name}, although eval_dataset names it, so that it may have "
+                "chosen checkpoints and settings: the figures may be too good. A model is judged by the test split "
+                "of its dataset where that has one (split.num_test)."
+            )
+        weights_digest = upstream(context, node.key("checkpoint"))["data_version"]
+        task = _evaluate_task(context, node, settings, project, digests)
+        directory = task.directory
+        if (mirror := project.mirror(context)) and not mirror.pull(directory):
+            upstream_path(context, node.key("checkpoint"), project)
+        if is_sound(directory):
+            context.log.info(f"{layout.relative(directory)} already holds these predictions.")
+            result = read_manifest(directory)
+        else:
+            for model in (task.base_model_dir, task.model_dir):
+                model_fingerprint(model, FileDigests())  # a flipped bit loads without an error
+            result = gpu.run(context, task).manifest
+        answers = read_predictions(directory)
+        columns = run_columns(context, node.name, weights_digest)
+        rows = store_table(answers, sample_metrics(answers), **columns)
+        project.quality_store.write({"predictions": rows})
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(result["digest"]),
+            metadata={
+                "gallery": dg.MetadataValue.md((directory / "gallery.md").read_text(encoding="utf-8")),
+                "gallery_path": layout.relative(directory / "gallery.html"),
+                "num_samples": sum(result["entries"].values()),
+                "num_predictions": result["num_predictions"],
+                "wall_s": result["wall_s"],
+                "path": layout.relative(directory),
+                "weights_digest": weights_digest,
+                "data_digests": dg.MetadataValue.json(digests),
+            },
+        )
+
+    return predictions
+
+
+def _evaluate_task(
+    context: dg.AssetExecutionContext,
+    node: Node,
+    settings: EvaluationSettings,
+    project: ProjectResource,
+    data_digests: dict[str, str],
+) -> EvaluateTask:
+    """The worker's task; its directory is named by everything that the answers depend on."""
+    spec, layout = node.recipe.spec, project.layout
+    tuned = upstream(context, node.key("checkpoint"))
+    models = {"tuned": tuned["data_version"], "base": upstream(context, node.model)["data_version"]}
+    identity = {
+        "engine_version": __version__,
+        **models,
+        "data": data_digests,
+        **settings.conditions(spec),
+    }
+    return EvaluateTask(
+        recipe=spec,
+        recipe_name=node.name,
+        entries=tuple(data_digests),
+        model_dir=layout.root / tuned["model_path"],
+        base_model_dir=model_directory(context, node, project),
+        data_dir=layout.root / spec.dataset_dir,
+        data_digests=data_digests,
+        model_digests=models,
+        directory=layout.predictions(node.name, digest_json(identity)[:16]),
+        settings=settings,
+        features_root=layout.features if node.has_features else None,
+    )
+
+
+def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
+    """The tuned model's metrics against the base model's, the most common answer's and the released model's."""
+    gates: GateSpec = node.settings.gates.to_spec()
+    key = node.key("eval_metrics")
+
+    @dg.asset(
+        key=key,
+        group_name="evaluate",
+        kinds={"json"},
+        deps=[node.key("predictions"), node.key("checkpoint"), *node.data],
+        code_version=digest_json(asdict(gates))[:16],
+        check_specs=gate_specs(key, metric_gates()),
+        description=f"{node.name}: loss, perplexity, BLEU, chrF, ROUGE, CIDEr-D and label accuracy, each with its gain "
+        "over the base model and the release, and the gates of a release as checks.",
+    )
+    @step
+    def eval_metrics(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
+        pull_data(context, [*node.data, *node.ancestor_data], project)
+        predictions_dir = upstream_path(context, node.key("predictions"), project)
+        if mirror := project.mirror(context):
+            mirror.follow_current(node.name)
+        predicted = upstream(context, node.key("predictions"))
+        released = judged_release(project.layout, node.name)
+        if released is None and version_folders(project.layout, node.name):
+            context.log.warning(f"Every release of {node.name} is damaged, so the model is compared with none.")
+        spec = node.recipe.spec
+        dataset = Dataset(project.layout.root / spec.dataset_dir)
+        scored = score_predictions(
+            project.layout,
+            node.name,
+            [text for name in spec.train_entries for text in dataset.entry(name).answers],
+            predictions_dir,
+            predicted,
+            released=ReleasedPredictions(version=released[0].version, rows=released[1]) if released else None,
+        )
+        columns = run_columns(context, node.name, predicted["weights_digest"])
+        project.quality_store.write({"eval_metrics": metric_rows(scored.metrics, **columns)})
+        leaks = find_leaks(context, node, project, dataset, predicted["data_digests"])
+        metrics = scored.metrics
+        results = [leakage_gate(leaks, allowed=node.settings.allow_leakage)]
+        results += evaluate_gates(metrics, gates, metrics["over_release"])
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(scored.digest),
+            check_results=gate_checks(results, metric_gates()),
+            metadata={
+                **_headline(metrics),
+                "num_samples": scored.num_samples,
+                "path": project.layout.relative(scored.directory),
+                "metrics": _metrics_table(metrics),
+                **_confusion_tables(metrics),
+                "definitions": dg.MetadataValue.json(metrics["definitions"]),
+            },
+        )
+
+    return eval_metrics
+
+
+def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The tuned model's metrics as separate metadata, so that Dagster plots them over time."""
+    entries = metrics["entries"]
+    return {
+        f"{metric}_{entry}" if len(entries) > 1 else metric: rounded(value)
+        for entry, scored in entries.items()
+        for metric, value in scored["models"]["tuned"].items()
+    }
+
+
+def _confusion_tables(metrics: Mapping[str, Any]) -> dict[str, dg.TableMetadataValue]:
+    """The tuned model's answers for each label: one column per label, or for many labels the most frequent mistakes."""
+    tables = {}
+    for entry, scored in metrics["entries"].items():
+        if "confusion" not in scored:
+            continue
+        confusion = scored["confusion"]["tuned"]
+        labels, named = confusion["labels"], confusion["named"]
+        if len(labels) <= MAX_CONFUSION_LABELS:
+            rows = [
+                {"label": label, **{f"as {name}": count for name, count in zip(named, counts, strict=True)}}
+                for label, counts in zip(labels, confusion["counts"], strict=True)
+            ]
+            columns = {"label": "string", **{f"as {name}": "int" for name in named}}
+        else:
+            mistakes = [
+                {"label": label, "named": name, "count": count}
+                for label, counts in zip(labels, confusion["counts"], strict=True)
+                for name, count in zip(named, counts, strict=True)
+                if count and name != label
+            ]
+            rows = sorted(mistakes, key=lambda row: -row["count"])[:MAX_MISTAKES]
+            columns = {"label": "string", "named": "string", "count": "int"}
+        tables[f"confusion_{entry}" if len(metrics["entries"]) > 1 else "confusion"] = table(rows, columns)
+    return tables
+
+
+def _metrics_table(metrics: Mapping[str, Any]) -> dg.TableMetadataValue:
+    release_gains = metrics["over_release"] or {}
+    rows = [
+        {
+            "entry": entry,
+            "metric": metric,
+            "base": scored["models"]["base"].get(metric),
+            "tuned": value,
+            "gain_over_base": gain_text(scored["gains"]["tuned_over_base"].get(metric)),
+            "gain_over_release": gain_text(release_gains.get(entry, {}).get(metric)),
+        }
+        for entry, scored in metrics["entries"].items()
+        for metric, value in scored["models"]["tuned"].items()
+    ]
+    columns = {"entry": "string", "metric": "string", "base": "float", "tuned": "float"}
+    return table(rows, columns | {"gain_over_base": "string", "gain_over_release": "string"})

@@ -1,0 +1,206 @@
+"""What `mllm-assets run` makes: the assets that are named, and those that they need and that are out of date."""
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
+
+from mllm_assets.artifacts import MANIFEST
+from mllm_assets.components.assets.checkpoint import RECIPE_FILE
+from mllm_assets.components.automation.retraining import find_outdated
+from mllm_assets.components.automation.sources import LISTING, SOURCE
+from mllm_assets.components.instance.location import Location
+from mllm_assets.components.reporting import OFF, UNREADABLE
+from mllm_assets.data.ingest.paths import list_source
+from mllm_assets.data.ingest.spec import SourceSpec
+from mllm_assets.errors import MllmAssetsError, RecipeError, all_of
+from mllm_assets.layout import Layout
+from mllm_assets.recipe.load import Recipe, load_recipe
+from mllm_assets.store.errors import SETTING
+from mllm_assets.training.runs.plan import overridden, shown_overrides
+
+NAMED = "named"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A command line.
+
+    Attributes:
+        names: Of recipes, datasets, models or assets.
+        overrides: `key=value`, for the checkpoints of the recipes that are named.
+        only: Nothing but what is named.
+        force: Everything again: no finished run and nothing up to date is taken as it is.
+    """
+
+    names: Sequence[str]
+    overrides: Sequence[str] = ()
+    only: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlan:
+    """What will run and why, in order; what is up to date; and what a failed gate or check holds back, with it."""
+
+    named: Sequence[dg.AssetKey]
+    reasons: Mapping[dg.AssetKey, str]
+    current: Sequence[dg.AssetKey]
+    blocked: Mapping[dg.AssetKey, str]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    title: str = ""
+
+    def describe(self) -> Iterator[str]:
+        """Lines for a terminal."""
+        width = max((len(key.to_user_string()) for key in [*self.reasons, *self.blocked]), default=0)
+        for mark, found in (("run ", self.reasons), ("hold", self.blocked)):
+            for key, why in found.items():
+                yield f"  {mark}  {key.to_user_string():<{width}}  {why}"
+        if self.current:
+            yield f"  up to date: {', '.join(key.to_user_string() for key in self.current)}"
+
+
+def plan_run(request: Request, location: Location, instance: dg.DagsterInstance, layout: Layout) -> RunPlan:
+    """Decide what a command line makes.
+
+    Raises:
+        RecipeError: A name is unknown, switched off or cannot be built, or a value does not fit its recipe. Nothing
+            was run.
+    """
+    graph = location.repository.asset_graph
+    found = {name: location.find(name) for name in request.names}
+    explicit = {key for name, keys in found.items() if name not in location.owners for key in keys}
+    named = list(dict.fromkeys(key for keys in found.values() for key in keys))
+    recipes = _overridden_recipes(request, location, {key.path[0] for key in named})
+    trials = {name: values for name, recipe in recipes.items() if (values := overridden(recipe))}
+    named = [_end_of_trial(key) if key.path[0] in trials and key not in explicit else key for key in named]
+    wanted = dg.AssetSelection.assets(*named)
+    keys = (wanted if request.only else wanted.upstream()).resolve(graph) & graph.materializable_asset_keys
+    keys = _together(keys, graph)
+    _require_ready(location, keys, {key.path[0] for key in named})
+    config = _config(request, recipes, keys, {key.path[0] for key in named})
+    forced = _changed(location, instance, layout, keys, trials)
+    if request.force or request.only:
+        forced |= dict.fromkeys(keys if request.force else named, NAMED)
+    forced |= {other: NAMED for other in _together(explicit, graph)}
+    outdated = find_outdated(location.repository, instance, keys, forced=forced)
+    partners = _together(set(outdated.reasons), graph) - set(outdated.reasons)
+    reasons = outdated.reasons | dict.fromkeys(partners, "made with the others")
+    order = [key for key in graph.toposorted_asset_keys if key in keys]
+    blocked = {key: outdated.blocked[key] for key in order if key in outdated.blocked and key not in reasons}
+    return RunPlan(
+        named=named,
+        reasons={key: reasons[key] for key in order if key in reasons},
+        current=[key for key in order if key not in reasons and key not in blocked],
+        blocked=blocked,
+        config=config,
+        title=" ".join([*request.names, *(shown_overrides(values) for values in trials.values())]),
+    )
+
+
+def _together(keys: Collection[dg.AssetKey], graph: AssetGraph) -> set[dg.AssetKey]:
+    """With those that the same step makes: the splits of a dataset."""
+    return {other for key in keys for other in graph.get(key).execution_set_asset_keys}
+
+
+def _overridden_recipes(request: Request, location: Location, owners: Collection[str]) -> dict[str, Recipe]:
+    """The named recipes, read with the values of the command line, if it has any."""
+    if not request.overrides:
+        return {}
+    graph = location.repository.asset_graph
+    files = {
+        key.path[0]: str(graph.get(key).metadata[RECIPE_FILE].value)
+        for key in location.keys.values()
+        if key.path[0] in owners and RECIPE_FILE in graph.get(key).metadata
+    }
+    if not files:
+        raise RecipeError(
+            f"{' '.join(request.overrides)}: {' '.join(request.names)} is not a recipe that can be read, and only a "
+            "recipe takes values: mllm-assets run RECIPE key=value. Nothing was run."
+        )
+    return {name: load_recipe(Path(path), request.overrides) for name, path in files.items()}
+
+
+def _end_of_trial(key: dg.AssetKey) -> dg.AssetKey:
+    """A trial is judged, and released only where that is asked for by name."""
+    return dg.AssetKey([key.path[0], "eval_metrics"]) if key.path[-1] == "released_model" else key
+
+
+def _require_ready(location: Location, keys: Collection[dg.AssetKey], owners: Collection[str]) -> None:
+    """Refuse what cannot be built or is switched off: it would end the run after other assets were made."""
+    graph = location.repository.asset_graph
+    texts = {key: (graph.get(key).description or "").partition("\n\n")[0] for key in sorted(keys)}
+    broken = [f"{key.to_user_string()}: {text}" for key, text in texts.items() if _has(graph, key, UNREADABLE)]
+    off = [text for key, text in texts.items() if _has(graph, key, OFF)]
+    own = [text for text in off if text.partition(" ")[0] in owners]  # which switches on what it needs too
+    if problems := [*broken, *(own or off)]:
+        raise RecipeError(f"{all_of(problems)}\nNothing was run.")
+
+
+def _has(graph: AssetGraph, key: dg.AssetKey, tag: str) -> bool:
+    return tag in graph.get(key).tags
+
+
+def _config(
+    request: Request, recipes: Mapping[str, Recipe], keys: Collection[dg.AssetKey], owners: Collection[str]
+) -> dict[str, Any]:
+    """The run's configuration of the named recipes' checkpoints."""
+    checkpoints = {key.path[0]: key for key in keys if key.path[0] in owners and key.path[-1] == "checkpoint"}
+    if left_out := sorted(set(recipes) - set(checkpoints)):
+        raise RecipeError(
+            f"{' '.join(request.overrides)}: {left_out[0]}/checkpoint, which takes the values, is not made by this "
+            "command. Leave --only out, or name it too. Nothing was run."
+        )
+    names = [text.partition("=")[0].strip() for text in request.overrides]
+    ops: dict[str, Any] = {}
+    for owner, key in checkpoints.items():
+        values: dict[str, Any] = {"force": True} if request.force else {}
+        if owner in recipes:
+            values["other"] = {name: recipes[owner].values[name] for name in names}
+        if values:
+            ops[key.to_python_identifier()] = {"config": values}
+    return {"ops": ops} if ops else {}
+
+
+def _changed(
+    location: Location,
+    instance: dg.DagsterInstance,
+    layout: Layout,
+    keys: Collection[dg.AssetKey],
+    trials: Mapping[str, Mapping[str, Any]],
+) -> dict[dg.AssetKey, str]:
+    """What Dagster's history does not know: files that are gone, a source that changed, a run with other values."""
+    graph, found = location.repository.asset_graph, {}
+    is_mirrored = bool(os.environ.get(SETTING))  # what is missing here is pulled
+    for key in keys:
+        event = instance.get_latest_materialization_event(key)
+        if event is None or event.asset_materialization is None:
+            continue
+        facts: dict[str, Any] = {name: value.value for name, value in event.asset_materialization.metadata.items()}
+        path = facts.get("path", facts.get("model_path"))
+        if isinstance(path, str) and not is_mirrored and _is_gone(layout.root / path):
+            found[key] = f"{path} is gone"
+        source = graph.get(key).metadata.get(SOURCE)
+        if LISTING in facts and source is not None and (new := _new_listing(source.value, layout, facts[LISTING])):
+            found[key] = new
+        if key.path[-1] == "checkpoint" and "fingerprint" in facts:
+            made, asked = dict(facts.get("overrides") or {}), trials.get(key.path[0], {})
+            if made != asked:
+                found[key] = shown_overrides(asked) or f"the last run had {shown_overrides(made)}"
+    return found
+
+
+def _is_gone(path: Path) -> bool:
+    return not (path.is_file() or (path / MANIFEST).is_file() or (path.is_dir() and path.parent.name == "pretrains"))
+
+
+def _new_listing(source: Any, layout: Layout, known: Any) -> str | None:
+    try:
+        listing = list_source(SourceSpec(**source), layout.root)
+    except MllmAssetsError:
+        return "its source changed"  # reading it says how
+    return None if listing.digest == known else f"the {listing.num_files} files of its source changed"

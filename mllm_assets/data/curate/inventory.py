@@ -1,0 +1,133 @@
+"""Every file of a folder, and what it is: pictures, texts, files of rows, tars, and why the others are not read."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from mllm_assets.data.curate.columns import IMAGES
+from mllm_assets.data.ingest.image_folder import CAPTION_SUFFIXES
+from mllm_assets.data.ingest.source_rows import FILE_COLUMNS
+from mllm_assets.data.sharegpt.formats import Format, format_of, require_format
+from mllm_assets.data.sharegpt.pictures import IMAGE_SUFFIXES, folded
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+# what `datasets` writes beside its .arrow files, and what other tools write beside data
+SIDECARS = frozenset(
+    "state.json dataset_info.json dataset_dict.json dataset_infos.json _success thumbs.db desktop.ini readme.txt "
+    "license.txt requirements.txt config.json".split()
+)
+NOT_PICTURES = {".svg": "SVG, which is no picture of pixels", ".pdf": "PDF", ".psd": "PSD", ".eps": "EPS",
+                ".raw": "a camera's raw file", ".cr2": "a camera's raw file", ".nef": "a camera's raw file",
+                ".dng": "a camera's raw file", ".mp4": "a video", ".mov": "a video", ".webm": "a video",
+                ".avi": "a video", ".mp3": "a sound", ".wav": "a sound", ".zip": "a ZIP archive: unpack it",
+                ".7z": "an archive: unpack it", ".rar": "an archive: unpack it"}  # fmt: skip
+
+
+@dataclass(kw_only=True, slots=True)
+class Inventory:
+    """The files of a folder by what they are; `hidden` are only counted."""
+
+    folder: Path
+    pictures: list[Path] = field(default_factory=list)
+    texts: list[Path] = field(default_factory=list)
+    rows: dict[Path, Format] = field(default_factory=dict)
+    tars: list[Path] = field(default_factory=list)
+    not_read: dict[Path, str] = field(default_factory=dict)
+    num_hidden: int = 0
+
+    @property
+    def num_files(self) -> int:
+        found = (self.pictures, self.texts, self.rows, self.tars, self.not_read)
+        return sum(map(len, found)) + self.num_hidden
+
+    def media_dirs(self, names: Iterable[str], beside: Path) -> list[Path]:
+        """The fewest folders below which the files of some names are, that of most first; none where it is `beside`.
+
+        A name without a suffix is a picture's by its stem.
+        """
+        wanted = [name.replace("\\", "/").removeprefix("./") for name in names]
+        wanted = [name for name in wanted if not os.path.isabs(name)]
+        by_name: dict[str, list[Path]] = defaultdict(list)
+        for path in self.pictures:
+            by_name[folded(path.name)].append(path)
+            by_name[folded(path.stem)].append(path)
+        folders: dict[Path, set[str]] = defaultdict(set)
+        for name in wanted:
+            parts = [part for part in name.split("/") if part]
+            for path in by_name.get(folded(parts[-1]), []) if parts else []:
+                root = path
+                for part, own in zip(reversed(parts), reversed(path.parts), strict=False):
+                    if folded(part) not in (folded(own), folded(Path(own).stem)):
+                        break
+                    root = root.parent
+                else:
+                    folders[root].add(name)
+        left, chosen = set(wanted), list[Path]()
+        while left and folders:
+            best = max(
+                folders, key=lambda root: (len(folders[root] & left), root == beside, -len(root.parts), str(root))
+            )
+            if not folders[best] & left:
+                break
+            chosen.append(best)
+            left -= folders.pop(best)
+        return [] if chosen == [beside] else chosen
+
+
+def take_inventory(folder: Path) -> Inventory:
+    """Classify every file below a folder; only the beginning of files that may hold rows is read."""
+    found = Inventory(folder=folder)
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(parent, name)
+            if name.startswith("."):
+                found.num_hidden += 1
+            else:
+                _classify(path, found)
+    return found
+
+
+def _classify(path: Path, found: Inventory) -> None:
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        found.pictures.append(path)
+    elif path.name.lower().endswith(TAR_SUFFIXES):
+        found.tars.append(path)
+    elif not path.is_file():
+        found.not_read[path] = "neither a file nor a link to one"
+    elif suffix in NOT_PICTURES:
+        found.not_read[path] = NOT_PICTURES[suffix]
+    elif path.name.lower() in SIDECARS or suffix in (".md", ".py", ".ipynb", ".yaml", ".yml", ".lock", ".html"):
+        found.not_read[path] = "holds no rows"
+    else:
+        try:
+            format = format_of(path)
+        except OSError as error:
+            found.not_read[path] = f"cannot be opened ({error.strerror})"
+            return
+        if format is None and suffix in (".csv", ".tsv") and path.stat().st_size:
+            format = require_format(path)
+        if format is not None and (suffix not in CAPTION_SUFFIXES or _is_table(path, format)):
+            found.rows[path] = format
+        elif suffix in CAPTION_SUFFIXES:
+            found.texts.append(path)
+        elif suffix in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow"):
+            found.not_read[path] = "it is empty" if not path.stat().st_size else "it has no rows that can be read"
+        else:
+            found.not_read[path] = "of no format that is read"
+
+
+def _is_table(path: Path, format: Format) -> bool:
+    """Whether a text file is a table, whose first lines name pictures, and not a text with a comma in each line."""
+    if format.kind != "delimited":
+        return True
+    with path.open(encoding=format.encoding, errors="replace") as file:
+        head = [line.rstrip("\r\n").split(format.delimiter) for line in islice(file, 2)]
+    names = {cell.strip().strip('"').lower() for cell in head[0]}
+    cells = [cell.strip().strip('"').partition("#")[0].lower() for line in head for cell in line]
+    named = any(cell.endswith(tuple(IMAGE_SUFFIXES)) for cell in cells)
+    return named or bool(names & {*IMAGES, *FILE_COLUMNS})

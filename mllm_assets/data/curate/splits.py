@@ -1,0 +1,270 @@
+"""Write the splits, train, val and test: ShareGPT rows, content-addressed images, a manifest, a swapped link.
+
+Only ids, digests and looks of samples are in memory, as arrays; rows are spooled to disk until their order is known.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mllm_assets.artifacts import (
+    digest_json,
+    point_symlink,
+    publish,
+    read_manifest,
+    sha256_file,
+    staging_directory,
+    write_manifest,
+)
+from mllm_assets.data.curate.assign import (
+    NONE,
+    SPLITS,
+    UNUSED,
+    UNUSED_REASONS,
+    Assignments,
+    assign,
+    assign_as_given,
+    membership,
+    sides_before,
+)
+from mllm_assets.data.curate.augment import LEFT_OUT, MATCHES, Forbidden, augmented_copies
+from mllm_assets.data.curate.publish import ImageWriter, build_row, image_number, side_files, split_file
+from mllm_assets.data.ingest.raw_files import index_images, read_raw
+from mllm_assets.data.ingest.spec import DatasetSpec, as_json
+from mllm_assets.data.ingest.split_spec import SIDES, TEST, TRAIN, VAL
+from mllm_assets.data.quality.groups import QUALITY_FILE, SampleGroups, group_samples, read_perceptual_hashes
+from mllm_assets.data.quality.store import QualityStore
+from mllm_assets.data.sharegpt.dataset import IMAGE_LIST
+from mllm_assets.data.sharegpt.row_files import write_rows
+from mllm_assets.errors import IntegrityError
+from mllm_assets.layout import Layout
+
+COLUMNS = ("sample_id", "row_index", "source_split", "reject_reason", "duplicate_group")
+
+
+class RowSpool:
+    """Rows by number in a file: added in any order, each number once, and read back by it.
+
+    A row takes 16 bytes of memory. Several spools may share a file.
+    """
+
+    def __init__(self, file: IO[bytes], num_rows: int) -> None:
+        self._file = file
+        self._starts = np.zeros(num_rows, np.int64)
+        self._lengths = np.zeros(num_rows, np.int64)
+
+    def add(self, number: int, row: dict[str, Any]) -> None:
+        content = orjson.dumps(row)
+        self._starts[number], self._lengths[number] = self._file.tell(), len(content)
+        self._file.write(content)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._file.flush()
+        for number in np.flatnonzero(self._lengths).tolist():
+            content = os.pread(self._file.fileno(), int(self._lengths[number]), int(self._starts[number]))
+            yield orjson.loads(content)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitResult:
+    """A version of a dataset: num_raw = num_train + num_val + num_test + num_unused + num_rejected.
+
+    The training file holds num_augmented rows more, which come from training samples. Where no sample tests, there is
+    no test file, and `test_digest` is empty.
+    """
+
+    directory: Path
+    digest: str
+    train_digest: str
+    val_digest: str
+    test_digest: str
+    num_raw: int
+    num_train: int
+    num_val: int
+    num_test: int
+    num_unused: int
+    num_rejected: int
+    num_augmented: int
+    unused_reasons: dict[str, int]
+    reject_reasons: dict[str, int]
+    augmentations: dict[str, int]
+
+    @property
+    def copies_left_out(self) -> dict[str, int]:
+        """Copies that were not made because the row's words name what the operation changes, by operation and what."""
+        return {fate: number for fate, number in self.augmentations.items() if LEFT_OUT in fate}
+
+
+def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: str) -> SplitResult:
+    """Split by duplicate group and publish `data/.versions/<dataset>/<digest>/`, with `data/<dataset>` pointing to it.
+
+    `quality` is the assessment of the ingested source `raw`; `split_membership` records `run_id` with every sample.
+
+    Raises:
+        IntegrityError: `raw` or `quality` was never finished, or they do not belong together.
+        DataError: Fewer than two samples are usable.
+    """
+    source, assessment = read_manifest(raw), read_manifest(quality)
+    if source["digest"] != assessment["raw_digest"]:
+        raise IntegrityError(
+            f"{quality} assesses the source {assessment['raw_digest']}, but {raw} was ingested since. Materialise "
+            f"{spec.name}/sample_quality again."
+        )
+    store = QualityStore(layout.quality_db)
+    samples = pq.read_table(quality / QUALITY_FILE, columns=list(COLUMNS))
+    if spec.split_is_given:
+        assignments = assign_as_given(spec, samples, source["num_source_rows"])
+    else:
+        assignments = _assign(spec, store, samples, raw, quality)
+    images = ImageWriter(spec, layout)
+    with staging_directory(layout.version(spec.name, "new").parent) as staging:
+        fates = _write_sides(spec, images, raw, quality, assignments, staging)
+        images.write_list(staging / IMAGE_LIST)
+        del images  # frees its digests: DuckDB needs the memory next
+        digests = {side: sha256_file(path)[:16] for side, path in side_files(staging, spec.output.format).items()}
+        digest = digest_json([*digests.values(), sha256_file(staging / IMAGE_LIST)])[:16]
+        result = SplitResult(
+            directory=layout.version(spec.name, digest),
+            digest=digest,
+            train_digest=digests[TRAIN],
+            val_digest=digests[VAL],
+            test_digest=digests.get(TEST, ""),
+            num_raw=len(samples),
+            num_train=int(assignments.of(TRAIN).sum()),
+            num_val=int(assignments.of(VAL).sum()),
+            num_test=int(assignments.of(TEST).sum()),
+            num_unused=int(assignments.of(UNUSED).sum()),
+            num_rejected=len(samples) - samples["reject_reason"].null_count,
+            num_augmented=sum(fate not in MATCHES and LEFT_OUT not in fate for _, fate in fates),
+            unused_reasons=_unused_reasons(assignments),
+            reject_reasons=_reject_reasons(samples),
+            augmentations=dict(sorted(Counter(fate for _, fate in fates).items())),
+        )
+        manifest = {
+            "kind": "split",
+            "dataset": spec.name,
+            "quality_digest": assessment["digest"],
+            "raw_digest": assessment["raw_digest"],
+            "spec": as_json(spec),
+            **asdict(result),
+        }
+        del manifest["directory"]
+        write_manifest(staging, manifest)
+        publish(staging, result.directory)
+        point_symlink(layout.data / spec.name, result.directory)
+    pa.default_memory_pool().release_unused()
+    store.write({"split_membership": membership(spec, digest, assignments, samples, fates, run_id)})
+    return result
+
+
+def no_test_text(spec: DatasetSpec, num_unused: int) -> str:
+    """What to say of a dataset without test samples."""
+    if spec.split.num_test == 0:
+        why = "split.num_test is 0"
+    elif spec.source.is_split:
+        why = "its source gives none: source.test_split names one"
+    else:
+        why = f"of its samples {num_unused} neither train nor validate, which is too few"
+    return (
+        f"{spec.name} has no test split: {why}. Releases are judged on {spec.val_entry} then, which also chose, and "
+        "their model cards say so. With more samples, smaller num_train and num_val, or num_test (which splits again "
+        "from the start), there is one."
+    )
+
+
+def _assign(spec: DatasetSpec, store: QualityStore, samples: pa.Table, raw: Path, quality: Path) -> Assignments:
+    index, hashes = index_images(raw), read_perceptual_hashes(quality)
+
+    def regroup(chosen_S: NDArray[np.bool_]) -> SampleGroups:
+        return group_samples(index, hashes, chosen_S, spec.quality)
+
+    return assign(
+        np.array(samples["sample_id"].to_pylist(), "S"),
+        samples["reject_reason"].is_null().to_numpy(),
+        regroup,
+        spec.split,
+        sides_before(store, spec, samples["sample_id"]),
+    )
+
+
+def _write_sides(
+    spec: DatasetSpec, images: ImageWriter, raw: Path, quality: Path, assignments: Assignments, staging: Path
+) -> list[tuple[str, str]]:
+    """Write the images and all sides' rows; returns what `_spool_copies` does."""
+    sizes = {side: int(assignments.positions_S[assignments.of(side)].max(initial=NONE)) + 1 for side in SIDES}
+    num_copies = sizes[TRAIN] * len(spec.augment)  # after all samples
+    with TemporaryFile(dir=staging) as file:
+        spools = {side: RowSpool(file, size + num_copies * (side == TRAIN)) for side, size in sizes.items()}
+        _spool_rows(spec, images, raw, assignments, spools)
+        fates = _spool_copies(spec, images, raw, quality, assignments, spools[TRAIN], sizes[TRAIN])
+        for side, rows in spools.items():
+            if side == TEST and not sizes[side]:
+                continue
+            write_rows(staging / split_file(side, spec.output.format), rows, spec.output.format)
+    return fates
+
+
+def _spool_rows(
+    spec: DatasetSpec, images: ImageWriter, raw: Path, assignments: Assignments, spools: Mapping[str, RowSpool]
+) -> None:
+    """Publish the images of used samples and build their rows."""
+    places = zip(assignments.splits_S.tolist(), assignments.positions_S.tolist(), strict=True)
+    for sample, (number, position) in zip(read_raw(raw), places, strict=True):
+        if position == NONE:
+            continue
+        side = SPLITS[number]
+        paths = [
+            images.write(data, source_id, image_number(side, position, index))
+            for index, (source_id, data) in enumerate(zip(sample["image_ids"], sample["images"], strict=True))
+        ]
+        spools[side].add(position, build_row(spec, sample, position, paths))
+
+
+def _spool_copies(
+    spec: DatasetSpec,
+    images: ImageWriter,
+    raw: Path,
+    quality: Path,
+    assignments: Assignments,
+    spool: RowSpool,
+    first: int,
+) -> list[tuple[str, str]]:
+    """Spool changed copies of training samples from number `first` on.
+
+    Returns:
+        Each copy's id, and its operation or why it was left out.
+    """
+    if not spec.augment:
+        return []
+    index, hashes = index_images(raw), read_perceptual_hashes(quality)
+    forbidden = {}
+    for side in (VAL, TEST):
+        held_out = np.unique(index.uses_T[np.repeat(assignments.of(side), np.diff(index.offsets_S1))])
+        forbidden[side] = Forbidden(hashes.phash_U[held_out], hashes.colors_UC[held_out], spec.quality)
+    positions = np.where(assignments.of(TRAIN), assignments.positions_S, NONE)
+    fates = []
+    for copy in augmented_copies(spec, images, raw, positions, forbidden):
+        if copy.row is not None:
+            spool.add(first + copy.number, copy.row)
+        fates.append((copy.sample_id, copy.fate))
+    return fates
+
+
+def _unused_reasons(assignments: Assignments) -> dict[str, int]:
+    counts = np.bincount(assignments.reasons_S[assignments.of(UNUSED)], minlength=len(UNUSED_REASONS)).tolist()
+    return {reason: count for reason, count in sorted(zip(UNUSED_REASONS, counts, strict=True)) if count}
+
+
+def _reject_reasons(samples: pa.Table) -> dict[str, int]:
+    counted = samples["reject_reason"].drop_null().value_counts().to_pylist()
+    return dict(sorted((row["values"], row["counts"]) for row in counted))

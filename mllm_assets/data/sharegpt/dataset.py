@@ -1,0 +1,202 @@
+"""LLaMA-Factory's data directory: each file is parsed once and each image hashed once, and handed on.
+
+The version's `images.sha256` records each image's digest when the dataset was published. A planner names runs by that
+record and reads no image; the worker that uses the images reads and compares them.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from mllm_assets.artifacts import digest_json, is_complete, is_digest, require_sound
+from mllm_assets.data.sharegpt.entries import entry_file, load_entry
+from mllm_assets.data.sharegpt.rows import Row, parse_rows
+from mllm_assets.errors import DataError, IntegrityError, all_of
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.worker.tasks import WHOLE, Part
+
+IMAGE_LIST = "images.sha256"
+
+
+class Dataset:
+    """A `dataset_dir`, its entries and the digests of its files.
+
+    Args:
+        data_dir: The folder of `dataset_info.json`; image paths are relative to it.
+        read_part: Of the images whose digests are recorded, those to read; of the others, which another process reads,
+            the record is taken. None takes the record of all. By default all are read.
+        digests: Those of files that were read before.
+    """
+
+    def __init__(self, data_dir: Path, *, read_part: Part | None = WHOLE, digests: FileDigests | None = None) -> None:
+        self.data_dir = data_dir
+        self.folder = data_dir.resolve()
+        self.digests = digests or FileDigests()
+        self._read_part = read_part
+        self._entries: dict[str, Entry] = {}
+        self._others: dict[Path, Dataset] = {}
+
+    def entry(self, name: str) -> "Entry":
+        """One entry of `dataset_info.json`.
+
+        Raises:
+            RecipeError: No entry has this name; names the nearest.
+            DataError: `dataset_info.json` is missing or wrong.
+        """
+        if name not in self._entries:
+            self._entries[name] = Entry(self, name)
+        return self._entries[name]
+
+    def at(self, data_dir: Path) -> "Dataset":
+        """The directory that an earlier stage read, usually this one."""
+        if data_dir.resolve() == self.folder:
+            return self
+        if data_dir not in self._others:
+            self._others[data_dir] = Dataset(data_dir, read_part=self._read_part, digests=self.digests)
+        return self._others[data_dir]
+
+    def digest_image(self, path: Path, recorded: str | None) -> str:
+        """An image's digest, read or taken from the record."""
+        part = self._read_part
+        if recorded is None or (part is not None and int(recorded[:8], 16) % part.count == part.index):
+            return self.digests.of(path)
+        return self.digests.take(path, recorded)
+
+
+class Entry:
+    """One entry of a dataset: its rows, its images and its digest, each found on first use."""
+
+    def __init__(self, dataset: Dataset, name: str) -> None:
+        self.dataset, self.name = dataset, name
+        self.info = load_entry(dataset.data_dir, name)
+        self.file = entry_file(dataset.data_dir, self.info)
+
+    def read(self, max_samples: int | None = None) -> list[Row]:
+        """Read and validate all rows, or the first `max_samples`.
+
+        Raises:
+            DataError: The file is not JSON (names the line), or a row's roles, placeholders or images are wrong (names
+                file, row and id).
+            IntegrityError: It was published here, and changed since.
+        """
+        _ = self.version  # before a row of a damaged file is
+        rows = []
+        for row, problems in islice(parse_rows(self.dataset.data_dir, self.info), max_samples):
+            if problems:
+                raise DataError(all_of(problems))
+            assert row is not None  # no problem
+            rows.append(row)
+        if not rows:
+            raise DataError(
+                f"{self.file} has no rows, but entry {self.name!r} names it. Add samples or take it out of the recipe."
+            )
+        return rows
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All rows; raises as `read`, and IntegrityError if the file changes while it is parsed."""
+        try:
+            files = self.file_digests
+        except OSError:
+            return self.read()  # which names what is missing
+        rows = self.read()
+        self.dataset.digests.require_unchanged(files)
+        return rows
+
+    @cached_property
+    def file_digests(self) -> dict[Path, str]:
+        """The digest of each file that holds rows."""
+        files = sorted(part for part in self.file.iterdir() if part.is_file()) if self.file.is_dir() else [self.file]
+        return {path: self.dataset.digests.of(path) for path in files}
+
+    @property
+    def answers(self) -> list[str]:
+        """What the assistant says last in each row."""
+        return [row.messages[-1].content for row in self.rows]
+
+    @cached_property
+    def version(self) -> Path | None:
+        """The published version that holds the entry's file; None for an external entry.
+
+        Raises:
+            IntegrityError: The file, the record of its images or the manifest is not as it was published.
+        """
+        folder = self.file.parent
+        is_ours = folder.parent.parent.name == ".versions"
+        if not is_ours and not (is_complete(folder) and (folder / IMAGE_LIST).is_file()):
+            return None
+        name = f"{folder.parent.name}/train" if is_ours else "the dataset's train asset"
+        require_sound(folder, f"Materialise {name} again.", only=[self.file.name, IMAGE_LIST])
+        return folder
+
+    @cached_property
+    def recorded(self) -> dict[Path, str]:
+        """The digest of each image when the entry's dataset was published, by path in order; empty without a record."""
+        if self.version is None or not (self.version / IMAGE_LIST).is_file():
+            return {}
+        listed = {f"{self.dataset.folder}/{name}": digest for name, digest in listed_images(self.version)}
+        return {path: digest for path in self._image_paths if (digest := listed.get(str(path)))}
+
+    @cached_property
+    def images(self) -> dict[Path, str]:
+        """The digest of each image that a row names, by path in order."""
+        return {path: self.dataset.digest_image(path, self.recorded.get(path)) for path in self._image_paths}
+
+    @property
+    def _image_paths(self) -> list[Path]:
+        return sorted({path for row in self.rows for path in row.images})
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that cover the entry, its file and every image that it names."""
+        info = self.info
+        block = {"formatting": info.formatting, "columns": dict(info.columns), "tags": dict(info.tags)}
+        images = list(self.images.values())  # by name, so that swapping two images changes it
+        return digest_json([block, *self.file_digests.values(), images])[:16]
+
+    def require_unchanged(self, expected: str | None = None) -> None:
+        """Refuse images that changed since they were published, and an entry that changed since a run was named by it.
+
+        Raises:
+            IntegrityError: Names the image, or the entry if its images have no record.
+        """
+        for path, digest in self.recorded.items():
+            if self.images[path] != digest:
+                raise IntegrityError(
+                    f"The image {path} of entry {self.name} changed after its dataset was published: expected digest "
+                    f"{digest[:12]}, found {self.images[path][:12]}. Materialise the dataset's train asset again: it "
+                    f"writes the image again."
+                )
+        if expected is not None and self.digest != expected:
+            raise IntegrityError(
+                f"The entry {self.name} in {self.dataset.data_dir} changed after this run was named by its content: "
+                f"expected digest {expected[:12]}, found {self.digest[:12]}. Start the run again: it gets a name of "
+                f"its own."
+            )
+
+
+def entry_digests(data_dir: Path, names: Iterable[str]) -> dict[str, str]:
+    """The digests of entries by name, their images as their datasets recorded them."""
+    dataset = Dataset(data_dir, read_part=None)
+    return {name: dataset.entry(name).digest for name in names}
+
+
+def listed_images(version_dir: Path) -> Iterator[tuple[str, str]]:
+    """The path below `data/` and the digest of each image of a version.
+
+    Raises:
+        IntegrityError: A line is not one that `ImageWriter.write_list` writes.
+    """
+    path = version_dir / IMAGE_LIST
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            image_id, _, name = line.rstrip("\n").partition("  ")
+            if not is_digest(image_id) or re.fullmatch(r"images/[^/.\x00-\x1f][^/\x00-\x1f]{0,240}", name) is None:
+                raise IntegrityError(
+                    f"{path}, line {number}: expected a sha256, two spaces and a file right below images/, found "
+                    f"{line[:120]!r}. Delete that version, here and in the artefact store, and materialise the "
+                    f"dataset's train asset again."
+                )
+            yield name, image_id

@@ -1,0 +1,133 @@
+"""What a file of rows is, told by its content and not by its suffix."""
+
+import csv
+import io
+import json
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mllm_assets.data.sharegpt.json_text import BOM, LIMITS
+from mllm_assets.data.sharegpt.pictures import IMAGE_SUFFIXES
+from mllm_assets.errors import DataError
+
+Kind = Literal["parquet", "arrow_file", "arrow_stream", "json_list", "json_object", "json_lines", "delimited"]
+ROW_FORMATS = "JSON, JSON lines, CSV, TSV, Parquet and Arrow"
+HEAD_BYTES = 2**16
+DELIMITERS = ",\t;|"
+MAX_SNIFFED_RECORDS = 20
+# the lists of an object that is a file of rows; COCO's and VQA's annotations are joined by `ingest.coco`
+TALKS = {"messages", "conversations"}  # an object with one of these is a row
+ROW_LISTS = ("data", "rows", "annotations", "questions", "images", "samples", "items", "train", "examples")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A file's format; a delimited file has a delimiter and an encoding too."""
+
+    kind: Kind
+    delimiter: str = ""
+    encoding: str = "utf-8-sig"
+
+
+def format_of(path: Path) -> Format | None:
+    """The format of a file of rows by its first bytes, or None.
+
+    Raises:
+        OSError: Missing, or not a file.
+    """
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if head[:4] == b"PAR1":
+        return Format("parquet")
+    if head[:6] == b"ARROW1":
+        return Format("arrow_file")
+    if head[:4] == b"\xff\xff\xff\xff":
+        return Format("arrow_stream")
+    encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    if encoding == "utf-8-sig" and b"\0" in head:
+        return None
+    text = head.removeprefix(BOM).decode(encoding if encoding == "utf-16" else "utf-8", "replace")
+    start = text.lstrip()[:1]
+    if start == "[":
+        return Format(_kind_of_list(text))
+    if start == "{":
+        return Format(_kind_of_objects(path))
+    delimiter = _delimiter(text, whole=len(head) < HEAD_BYTES)
+    return Format("delimited", delimiter, encoding) if delimiter else None
+
+
+def require_format(path: Path) -> Format:
+    """The format of a file of rows.
+
+    Raises:
+        DataError: It is none of them, or empty.
+        OSError: Missing, or not a file.
+    """
+    found = format_of(path)
+    if found is None and path.suffix.lower() in (".csv", ".tsv"):  # of one column, so that no delimiter shows
+        return Format("delimited", "\t" if path.suffix.lower() == ".tsv" else ",")
+    if found is None and path.suffix == ".parquet":
+        return Format("parquet")  # whose reader says what is wrong
+    if found is None and path.suffix == ".arrow":
+        return Format("arrow_file")
+    if found is None and path.suffix in (".json", ".jsonl"):
+        return Format("json_list" if path.suffix == ".json" else "json_lines")
+    if found is None:
+        raise DataError(f"{path} is none of {ROW_FORMATS}. Convert the file to JSON lines, one row a line.")
+    return found
+
+
+def _kind_of_list(text: str) -> Kind:
+    """One list, or JSON lines of which the first is a list: then it ends with its line, and others follow."""
+    first, _, rest = text.lstrip().partition("\n")
+    with suppress(ValueError, RecursionError):
+        if json.loads(first) is not None and rest.strip():
+            return "json_lines"
+    return "json_list"
+
+
+def _kind_of_objects(path: Path) -> Kind:
+    """JSON lines, or one object: a first line that is an object of its own is a row, unless it holds all the rows."""
+    with path.open("rb") as file:
+        lines = (line for line in iter(lambda: file.readline(LIMITS.max_line_bytes + 1), b"") if line.strip())
+        first, second = next(lines, b""), next(lines, b"")
+    if second.lstrip()[:1] == b"{":
+        return "json_lines"
+    if len(first) > LIMITS.max_line_bytes:
+        return "json_object"
+    try:
+        value = json.loads(first.removeprefix(BOM))
+    except (ValueError, RecursionError):
+        # a damaged line among others is still a line
+        return "json_lines" if second and first.rstrip().endswith(b"}") else "json_object"
+    if second or not isinstance(value, dict):
+        return "json_lines"
+    lists = [item for name in ROW_LISTS if isinstance(item := value.get(name), list)]
+    holds_rows = any(item and all(isinstance(row, dict) for row in item) for item in lists) and not value.keys() & TALKS
+    by_key = len(value) > 1 and all(isinstance(item, dict) for item in value.values())
+    by_key = by_key or (len(value) > 0 and all(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in value))
+    lengths = {len(item) if isinstance(item, list) else -1 for item in value.values()}
+    by_key = by_key or (len(value) > 1 and len(lengths) == 1 and min(lengths) > 1 and not value.keys() & TALKS)
+    return "json_object" if holds_rows or by_key else "json_lines"
+
+
+def _delimiter(text: str, *, whole: bool) -> str | None:
+    """The delimiter whose first records have the same number of columns, at least two, most columns first."""
+    lines = text.splitlines(keepends=True)
+    sample = "".join(lines if whole else lines[:-1])
+    best: tuple[float, int, str] | None = None
+    for delimiter in DELIMITERS:
+        try:
+            records = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter)
+            widths = [len(record) for record, _ in zip(records, range(MAX_SNIFFED_RECORDS), strict=False) if record]
+        except csv.Error:
+            continue
+        if len(widths) < 2 or widths[0] < 2:
+            continue
+        agree = Counter(widths)[widths[0]] / len(widths)
+        if agree >= 0.8 and (best is None or (agree, widths[0]) > best[:2]):
+            best = (agree, widths[0], delimiter)
+    return best[2] if best else None

@@ -1,0 +1,313 @@
+"""Read ShareGPT files as LLaMA-Factory does, but refuse at once, by row, what it drops or fails on while training."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm_assets.data.sharegpt.conversation import ASSISTANT, IMAGE_PLACEHOLDER, SYSTEM, USER, content_text
+from mllm_assets.data.sharegpt.entries import COLUMNS, DEFAULT_TAGS, ENTRY_KEYS, EntryInfo, entry_file
+from mllm_assets.data.sharegpt.json_text import lone_surrogate
+from mllm_assets.data.sharegpt.pictures import MediaFolders, listed_in_text
+from mllm_assets.data.sharegpt.row_files import FileRow, file_rows
+from mllm_assets.errors import DataError, all_of, did_you_mean, nearest
+
+FORMATTINGS = ("sharegpt", "openai", "alpaca")
+# columns of LLaMA-Factory whose content cannot be trained on here
+UNSUPPORTED_COLUMNS = ("tools", "videos", "audios")
+# columns that may be missing in a row, and so are missing without a word in all where their name is wrong
+_QUIET_COLUMNS = ("system", "history", *UNSUPPORTED_COLUMNS)
+IMAGE_NAMES = ("images", "image")  # columns that hold images whatever an entry says
+_OWN_TAGS = {
+    "role_tag": "role", "content_tag": "content", "user_tag": USER, "assistant_tag": ASSISTANT, "system_tag": SYSTEM
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn; `role` is "system", "user" or "assistant" whatever the file's tags are."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample: at most one leading system message, then user and assistant in turn; absolute image paths."""
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[Path, ...]
+    label: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowProblem:
+    """What is wrong with a row: a dataset's reject reason, and the text for who reads the file itself."""
+
+    reason: str
+    text: str
+
+
+def rows_of_entry(data_dir: Path, entry: EntryInfo) -> Iterator[FileRow]:
+    """The rows of an entry's file.
+
+    Raises:
+        DataError: The entry or its file cannot be used, or, after the last row, a column that it names is in none.
+    """
+    if problems := entry_problems(entry):
+        raise DataError(all_of(f"{data_dir}: {problem}" for problem in problems))
+    unseen = {entry.columns[column]: column for column in _QUIET_COLUMNS if column in entry.columns}
+    unread = () if "images" in entry.columns else [name for name in IMAGE_NAMES if name not in entry.columns.values()]
+    row = None
+    for row in file_rows(entry_file(data_dir, entry)):
+        if name := next((n for n in unread if isinstance(row.value, dict) and row.value.get(n)), None):
+            raise DataError(
+                f"{row.place}: the row has {name!r}, but entry {entry.name!r} reads no images, so that it would be "
+                f'learnt without them. Add "images": "{name}" to its `columns`, or take {name!r} out of the rows.'
+            )
+        yield row
+        if unseen and isinstance(row.value, dict):
+            unseen = {name: column for name, column in unseen.items() if name not in row.value}
+    if row is not None:
+        for name, column in unseen.items():
+            raise DataError(
+                f"Entry {entry.name!r} reads {column!r} from the column {name!r}, which no row has. Correct `columns`, "
+                "or remove the line."
+            )
+
+
+def parse_rows(data_dir: Path, entry: EntryInfo) -> Iterator[tuple[Row | None, list[str]]]:
+    """Each row of an entry's file, or all that is wrong with it; raises as `rows_of_entry`."""
+    folder = data_dir, MediaFolders((data_dir,))
+    for index, row in enumerate(rows_of_entry(data_dir, entry)):
+        problems = [] if row.problem is None else [row.problem]
+        yield None if problems else _parse_row(row, index, entry, folder, problems), problems
+
+
+def entry_problems(entry: EntryInfo) -> list[str]:
+    """Why an entry cannot be trained on, whatever its rows are."""
+    name = f"Entry {entry.name!r}"
+    problems = []
+    if entry.remote is not None:
+        problems.append(
+            f"{name} sets `{entry.remote}`, but datasets are read from local files here. Declare the source as a "
+            "dataset component, or download it and name its file in `file_name`."
+        )
+    if entry.formatting not in FORMATTINGS:
+        problems.append(
+            f"{name} has the formatting {entry.formatting!r}; expected one of {', '.join(FORMATTINGS)}. Correct it."
+        )
+    if entry.ranking:
+        problems.append(f"{name} sets `ranking`, which is for preference training. Use a dataset for `stage: sft`.")
+    if pair := [column for column in ("chosen", "rejected") if column in entry.columns]:
+        problems.append(
+            f"{name} has the columns {' and '.join(pair)}, which are for preference training. Remove them from "
+            "`columns` if another column holds the one answer to learn."
+        )
+    for block, found, known in (("columns", entry.columns, COLUMNS), ("tags", entry.tags, DEFAULT_TAGS)):
+        problems += [
+            f"{name}: `{block}` has no {key!r}, so that what it means would be skipped. {did_you_mean(key, known)}"
+            f"It has: {', '.join(known)}."
+            for key in found
+            if key not in known
+        ]
+    problems += [
+        f"{name}: {key!r} is read by nothing. Did you mean {near!r}?"
+        for key in entry.unknown_keys
+        for near in nearest(key, ENTRY_KEYS)
+    ]
+    if entry.split != "train":
+        problems.append(
+            f"{name} sets `split` to {entry.split!r}, expected 'train', the only split that a file has. Remove it, "
+            "and put the rows into a file of their own."
+        )
+    if entry.num_samples is not None:
+        problems.append(
+            f"{name} sets `num_samples`, which draws rows at random. Remove it and use `max_samples` in the recipe."
+        )
+    return problems
+
+
+def turns_of(value: Mapping[str, Any], entry: EntryInfo) -> tuple[Any, Mapping[str, str]]:
+    """A row's list of turns, and their tags."""
+    if entry.formatting != "alpaca":
+        return value.get(entry.columns.get("messages", "conversations")), entry.tags
+    pairs = value.get(entry.columns.get("history", "")) or []
+    question = [text for column in ("prompt", "query") if (text := value.get(entry.columns.get(column, "")))]
+    asked = "\n".join(question) if all(isinstance(text, str) for text in question) else question
+    pairs = [*(pairs if isinstance(pairs, list) else [pairs]), (asked, value.get(entry.columns.get("response", "")))]
+    turns: list[Any] = []
+    for pair in pairs:
+        whole = isinstance(pair, list | tuple) and len(pair) == 2
+        turns += [{"role": USER, "content": pair[0]}, {"role": ASSISTANT, "content": pair[1]}] if whole else [pair]
+    return turns, _OWN_TAGS
+
+
+def read_messages(
+    value: Mapping[str, Any], entry: EntryInfo, place: str
+) -> tuple[tuple[Message, ...], tuple[Any, ...], list[RowProblem]]:
+    """A row's messages, as everything reads them that trains on or takes in LLaMA-Factory's format.
+
+    Args:
+        value: The row.
+        entry: Names its columns and tags.
+        place: Where it is, for the problems.
+
+    Returns:
+        The messages up to the first that cannot be read, the pictures that stand in their parts, and what is wrong.
+    """
+    problems = list(_column_problems(value, entry, place))
+    pictures: list[Any] = []
+    turns, tags = turns_of(value, entry)
+    if not isinstance(turns, list) or not turns:
+        column = entry.columns.get("messages", "conversations")
+        text = f"{place}: {column!r} should be a list of messages. Correct the row, or `columns` of {entry.name!r}."
+        return (), (), [*problems, RowProblem("messages_unreadable", text)]
+    messages: list[Message] = []
+    system_column = entry.columns.get("system")
+    role_tag, content_tag, system_tag = tags.get("role_tag"), tags.get("content_tag"), tags.get("system_tag")
+    opens = isinstance(turns[0], dict) and content_tag in turns[0] and turns[0].get(role_tag) == system_tag is not None
+    if opens:  # as in LLaMA-Factory, a system message in the list wins over the system column
+        messages.append(Message(SYSTEM, _text(turns[0][content_tag], f"{place}, message 0", problems, pictures)))
+    elif system_column is not None and value.get(system_column):
+        messages.append(Message(SYSTEM, _text(value[system_column], f"{place}, {system_column!r}", problems, pictures)))
+    for number, turn in enumerate(turns[opens:], opens):
+        expected = (USER, ASSISTANT)[(number - opens) % 2]
+        if not _is_turn_of(expected, turn, tags, entry, f"{place}, message {number}", problems):
+            return (), (), problems
+        content = turn[tags.get("content_tag", "value")]
+        messages.append(Message(expected, _text(content, f"{place}, message {number}", problems, pictures)))
+    if not messages or messages[-1].role != ASSISTANT:
+        text = f"{place}: the last message is not the assistant's, so there is nothing to learn. Add the answer."
+        problems.append(RowProblem("messages_role_order", text))
+    return tuple(messages), tuple(pictures), problems
+
+
+def _column_problems(value: Mapping[str, Any], entry: EntryInfo, place: str) -> Iterator[RowProblem]:
+    """What columns next to the messages make of the row."""
+    for column in UNSUPPORTED_COLUMNS:
+        found = value.get(entry.columns[column]) if column in entry.columns else None
+        if found and found != "[]":
+            text = f"{place}: {column!r} cannot be trained on here. Remove it, or take the row out."
+            yield RowProblem(f"{column}_unsupported", text)
+    if (column := entry.columns.get("kto_tag")) is None:
+        return
+    if (mark := value.get(column)) is False:
+        text = f"{place}: {column!r} is false: the answer is marked as a bad one. Take the row out, or it is learnt."
+        yield RowProblem("answer_marked_bad", text)
+    elif mark is not True:
+        text = f"{place}: {column!r} should be true or false, got {mark!r:.40}. Mark the row, or take it out."
+        yield RowProblem("answer_mark_unreadable", text)
+
+
+def _is_turn_of(
+    expected: str, turn: Any, tags: Mapping[str, str], entry: EntryInfo, where: str, problems: list[RowProblem]
+) -> bool:
+    """Whether a turn has a content and the expected role; if not, nothing after it can be understood."""
+    role_tag, content_tag = tags.get("role_tag", "from"), tags.get("content_tag", "value")
+    if not isinstance(turn, dict) or role_tag not in turn or content_tag not in turn:
+        cure = f"an object with {role_tag!r} and {content_tag!r}. Correct the message, or `tags` of {entry.name!r}."
+        if entry.formatting == "alpaca":
+            cure = "a question and its answer, two texts in a list. Correct the history."
+        problems.append(RowProblem("messages_unreadable", f"{where}: expected {cure}"))
+        return False
+    if turn.get("tool_calls"):
+        text = f"{where}: 'tool_calls' cannot be trained on here. Take the row out."
+        problems.append(RowProblem("tools_unsupported", text))
+    tag = tags.get("user_tag", "human") if expected == USER else tags.get("assistant_tag", "gpt")
+    if (role := turn[role_tag]) != tag:
+        text = f"{where}: expected the role {tag!r}, got {role!r}. User and assistant must take turns, the user first."
+        problems.append(RowProblem("messages_role_order", text))
+    return role == tag
+
+
+def _parse_row(
+    row: FileRow, index: int, entry: EntryInfo, folder: tuple[Path, MediaFolders], problems: list[str]
+) -> Row | None:
+    value, place = row.value, row.place
+    if not isinstance(value, dict):
+        problems.append(f"{place}: expected an object, got {type(value).__name__}. Correct the row.")
+        return None
+    row_id = value["id"] if isinstance(value.get("id"), str) else f"{entry.name}[{index}]"
+    place = f"{place} ({row_id})" if isinstance(value.get("id"), str) else place
+    messages, in_parts, found = read_messages(value, entry, place)
+    problems += [problem.text for problem in found]
+    images = _parse_images(value, in_parts, entry, place, folder, problems)
+    if problems:
+        return None
+    misplaced = [(i, m.role) for i, m in enumerate(messages) if m.role != USER and IMAGE_PLACEHOLDER in m.content]
+    problems += [
+        f"{place}, message {number}: the {role}'s text holds {IMAGE_PLACEHOLDER}, and only a user's message can show a "
+        "picture: as an answer it would be learnt. Take it out, or move it into the question."
+        for number, role in misplaced
+    ]
+    num_placeholders = sum(m.content.count(IMAGE_PLACEHOLDER) for m in messages if m.role == USER)
+    if images and not num_placeholders and not misplaced:  # LLaMA-Factory fails on such rows
+        messages = _with_placeholders(messages, len(images))
+    elif not misplaced and num_placeholders != len(images):
+        problems.append(
+            f"{place}: {num_placeholders} {IMAGE_PLACEHOLDER} placeholders, but {len(images)} images. Write one "
+            f"{IMAGE_PLACEHOLDER} into the user message for each image."
+        )
+    label = value.get("label")
+    return Row(row_id, messages, images, label if isinstance(label, str) else None)
+
+
+def _with_placeholders(messages: tuple[Message, ...], num_images: int) -> tuple[Message, ...]:
+    """Show images that no message places before the first question, as a declared dataset does."""
+    first = next(number for number, message in enumerate(messages) if message.role == USER)
+    shown = Message(USER, IMAGE_PLACEHOLDER * num_images + messages[first].content)
+    return (*messages[:first], shown, *messages[first + 1 :])
+
+
+def _text(value: Any, place: str, problems: list[RowProblem], pictures: list[Any]) -> str:
+    value = content_text(value, pictures)
+    if not isinstance(value, str):
+        text = f"{place}: expected a text, got {type(value).__name__}. Correct the row."
+        problems.append(RowProblem("messages_unreadable", text))
+        return ""
+    if (where := lone_surrogate(value)) is not None:
+        text = (
+            f"{place}: the text holds half of a character (a lone surrogate) at position {where}. Write the text again "
+            "from where it came, or take the half out."
+        )
+        problems.append(RowProblem("messages_undecodable", text))
+    return value
+
+
+def _parse_images(
+    value: Mapping[str, Any],
+    in_parts: tuple[Any, ...],
+    entry: EntryInfo,
+    place: str,
+    folder: tuple[Path, MediaFolders],
+    problems: list[str],
+) -> tuple[Path, ...]:
+    data_dir, media = folder
+    column = entry.columns.get("images")
+    cell = None if column is None else value.get(column)
+    names = listed_in_text(cell) or [cell] if isinstance(cell, str) else cell or []
+    names = [*(names if isinstance(names, list) else [names]), *in_parts]
+    names = [name.get("path") if isinstance(name, dict) and name.get("bytes") is None else name for name in names]
+    images = []
+    for name in names:
+        if not isinstance(name, str) or name.startswith("data:"):
+            embedded = isinstance(name, dict | bytes | str)
+            problems.append(
+                f"{place}: {column!r} embeds a picture, and a directory that is trained on as it is names files. "
+                "Declare it with mllm-assets add-dataset, which writes them."
+                if embedded
+                else f"{place}: {column!r} should be a list of paths. Correct the row."
+            )
+            return ()
+        path, defect = media.find(name)
+        if path is not None:
+            images.append(path)
+        elif defect == "image_missing":
+            problems.append(
+                f"{place}: there is no image {data_dir / name}. Paths are relative to {data_dir}; add the file."
+            )
+        else:
+            problems.append(f"{place}: the path {name!r} leaves {data_dir}. Use a path inside that folder.")
+    return tuple(images)

@@ -1,0 +1,354 @@
+"""The model families that can be trained: everything in which they differ, one object each.
+
+Names of parts and turn formats are LLaMA-Factory's (0.9.5, `model/model_utils/visual.py` and `data/template.py`),
+because its freezing rules and recipes are written in them. SmolVLM, which it does not have, is described in the same
+terms, with its own chat template.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mllm_assets import plugins
+from mllm_assets.errors import ModelError, RecipeError
+from mllm_assets.families.image_slots import (
+    BudgetSlots,
+    GridSlots,
+    ImageSlots,
+    full_sequence,
+    named_tiles,
+    repeated_token,
+    token_per_patch,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Template:
+    """A turn format: what surrounds system text, questions and answers; `{content}` is where the text goes.
+
+    Each string is tokenised separately, as LLaMA-Factory tokenises its slots.
+
+    Attributes:
+        user: A question up to where the model answers.
+        assistant: An answer, all of it supervised.
+        user_image_first: Instead of `user` for a question that begins with an image.
+        system: The system text, before the first question.
+        system_in_user: The system text is tokenised together with the first question.
+        default_system: For rows that have none.
+        prefix: Text before everything.
+        starts_with_bos: The first token is the tokenizer's bos, where it has one.
+        ends_with_eos: The tokenizer's eos follows each answer.
+        stop: The token that ends an answer where it is not eos.
+        thought: What opens and closes a model's reasoning; an answer without reasoning gets an empty one.
+        images_first: All image tokens come before the first text, wherever the placeholders are.
+        in_llamafactory: Whether LLaMA-Factory has it, under the same name.
+    """
+
+    user: str
+    assistant: str = "{content}"
+    user_image_first: str | None = None
+    system: str = "{content}"
+    system_in_user: bool = False
+    default_system: str = ""
+    prefix: str = ""
+    starts_with_bos: bool = False
+    ends_with_eos: bool = False
+    stop: str | None = None
+    thought: tuple[str, str] | None = None
+    images_first: bool = False
+    in_llamafactory: bool = True
+
+    def lacks_thought(self, answer: str) -> bool:
+        """Whether an answer holds no reasoning although the format has a place for it."""
+        return self.thought is not None and not any(word.strip() in answer for word in self.thought)
+
+    def without_thought(self, answer: str) -> str:
+        """Take the reasoning out of an answer."""
+        if self.thought is None:
+            return answer
+        opening, closing = map(re.escape, self.thought)
+        return re.sub(f"{opening}(.*?){closing}", "", answer, flags=re.DOTALL).lstrip("\n")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """One model family. Code that needs torch is named as `module:name` and imported by the worker.
+
+    Attributes:
+        name: For messages.
+        model_type: `model_type` in config.json.
+        templates: Turn formats that fit, by name, the usual one first.
+        example: A model of it on the Hub.
+        processor: Class name of its processor.
+        image_token: The token that represents one row of image features.
+        slots: What represents an image in the text, made from processor and image token.
+        vision_keys: Fragments of the names of what `freeze_vision_tower` freezes.
+        projector_keys: Fragments for `freeze_multi_modal_projector`.
+        language_keys: Fragments for `freeze_language_model`.
+        lora_conflict_keys: Fragments of the names of what LoRA cannot wrap.
+        vision_layers_key: Name of the number of the tower's layers in its configuration.
+        token_types: What the model's mask depends on: the key of the batch, and its meaning ("images": 1 at image
+            tokens; "answers": 0 in the prompt, which is seen in both directions, and 1 from the first answer on).
+        loads_whole_processor: Whether its processor needs no video part, which transformers has only with torchvision.
+        vision_cut: Its `vision_cuts.VisionCut`, where the frozen tower's output is kept; None computes it at each step.
+        packed_masks: What `neat_packing` masks attention with, as `trainer.gemma3_masks`; None refuses to pack rows.
+        caches_hidden_states: Whether what enters the lowest layer that trains is kept; needs `vision_cut`.
+    """
+
+    name: str
+    model_type: str
+    templates: Mapping[str, Template]
+    example: str
+    processor: str
+    image_token: str
+    slots: Callable[[Any, str], ImageSlots] = full_sequence
+    vision_keys: tuple[str, ...] = ("vision_tower",)
+    projector_keys: tuple[str, ...] = ("multi_modal_projector",)
+    language_keys: tuple[str, ...] = ("language_model", "lm_head")
+    lora_conflict_keys: tuple[str, ...] = ()
+    vision_layers_key: str = "num_hidden_layers"
+    token_types: tuple[str, Literal["images", "answers"]] | None = None
+    loads_whole_processor: bool = True
+    vision_cut: str | None = None
+    packed_masks: str | None = None
+    caches_hidden_states: bool = False
+
+
+FAMILIES: dict[str, Family] = {}  # by `model_type`
+
+
+TEMPLATES: dict[str, Template] = {}  # of all families
+
+
+_CUTS = "mllm_assets.training.caches.vision_cuts"
+
+
+def register(family: Family) -> Family:
+    """Add a model family.
+
+    Raises:
+        RecipeError: Another family has its `model_type`, or another turn format one of its names.
+    """
+    plugins.add(FAMILIES, family.model_type, family, "model family of type")
+    for name, template in family.templates.items():
+        plugins.add(TEMPLATES, name, template, "turn format")
+    return family
+
+
+def _gemma_turns(*, system: str, images_first: bool = False) -> Template:
+    return Template(
+        user="<start_of_turn>user\n{content}<end_of_turn>\n<start_of_turn>model\n",
+        assistant="{content}<end_of_turn>\n",
+        system=system,
+        system_in_user=True,
+        starts_with_bos=True,
+        stop="<end_of_turn>",
+        images_first=images_first,
+    )
+
+
+def _qwen_turns(*, default_system: str = "", thought: tuple[str, str] | None = None) -> Template:
+    return Template(
+        user="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
+        assistant="{content}<|im_end|>\n",
+        system="<|im_start|>system\n{content}<|im_end|>\n",
+        default_system=default_system,
+        stop="<|im_end|>",
+        thought=thought,
+    )
+
+
+def _qwen(**differences: Any) -> Family:
+    return Family(
+        image_token="<|image_pad|>",
+        slots=GridSlots,
+        vision_layers_key="depth",
+        projector_keys=("visual.merger",),
+        lora_conflict_keys=("patch_embed",),
+        token_types=("mm_token_type_ids", "images"),
+        loads_whole_processor=False,
+        **differences,
+    )
+
+
+_GEMMA4_TURNS = Template(
+    user="<|turn>user\n{content}<turn|>\n<|turn>model\n",
+    assistant="{content}<turn|>\n",
+    system="<|turn>system\n<|think|>{content}<turn|>\n",
+    default_system="You are a helpful assistant.",
+    starts_with_bos=True,
+    stop="<turn|>",
+    thought=("<|channel>thought\n", "<channel|>"),
+)
+
+
+for _entry in (
+    Family(
+        name="Gemma 3",
+        model_type="gemma3",
+        templates={"gemma3": _gemma_turns(system="{content}\n\n")},
+        example="google/gemma-3-4b-it",
+        processor="Gemma3Processor",
+        image_token="<image_soft_token>",
+        token_types=("token_type_ids", "images"),
+        vision_cut=f"{_CUTS}:Gemma3Cut",
+        packed_masks="mllm_assets.training.loop.trainer:gemma3_masks",
+        caches_hidden_states=True,
+    ),
+    Family(
+        name="Gemma 4",
+        model_type="gemma4",
+        templates={"gemma4": _GEMMA4_TURNS, "gemma4n": _GEMMA4_TURNS},  # they differ by audio only
+        example="google/gemma-4-E4B-it",
+        processor="Gemma4Processor",
+        image_token="<|image|>",
+        slots=BudgetSlots,
+        vision_keys=("vision_tower", "audio_tower"),
+        projector_keys=("model.embed_vision", "model.embed_audio"),
+        lora_conflict_keys=("per_layer_projection_norm",),
+        token_types=("mm_token_type_ids", "images"),
+        loads_whole_processor=False,
+        vision_cut=f"{_CUTS}:Gemma4Cut",
+    ),
+    _qwen(
+        name="Qwen2.5-VL",
+        model_type="qwen2_5_vl",
+        templates={"qwen2_vl": _qwen_turns(default_system="You are a helpful assistant.")},
+        example="Qwen/Qwen2.5-VL-3B-Instruct",
+        processor="Qwen2_5_VLProcessor",
+        vision_keys=("visual.patch_embed", "visual.blocks"),
+        vision_cut=f"{_CUTS}:Qwen2Cut",
+    ),
+    _qwen(
+        name="Qwen3-VL",
+        model_type="qwen3_vl",
+        templates={
+            "qwen3_vl_nothink": _qwen_turns(),
+            "qwen3_vl": _qwen_turns(thought=("<think>\n", "\n</think>\n\n")),
+        },
+        example="Qwen/Qwen3-VL-4B-Instruct",
+        processor="Qwen3VLProcessor",
+        vision_keys=("visual.pos_embed", "visual.patch_embed", "visual.blocks", "visual.deepstack_merger_list"),
+        vision_cut=f"{_CUTS}:Qwen3Cut",
+    ),
+    Family(
+        name="LLaVA",
+        model_type="llava",
+        templates={
+            "llava": Template(
+                user="USER: {content} ASSISTANT:",
+                ends_with_eos=True,
+                default_system="A chat between a curious user and an artificial intelligence assistant. "
+                "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+            )
+        },
+        example="llava-hf/llava-1.5-7b-hf",
+        processor="LlavaProcessor",
+        image_token="<image>",
+        slots=token_per_patch,
+        vision_cut=f"{_CUTS}:LlavaCut",
+    ),
+    Family(
+        name="SmolVLM",
+        model_type="smolvlm",
+        templates={
+            "smolvlm": Template(
+                prefix="<|im_start|>",
+                user="User: {content}<end_of_utterance>\nAssistant:",
+                user_image_first="User:{content}<end_of_utterance>\nAssistant:",
+                assistant=" {content}<end_of_utterance>\n",
+                system="System: {content}<end_of_utterance>\n",
+                stop="<end_of_utterance>",
+                in_llamafactory=False,
+            )
+        },
+        example="HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+        processor="SmolVLMProcessor",
+        image_token="<image>",
+        slots=named_tiles,
+        vision_keys=("vision_model",),
+        projector_keys=("connector",),
+        language_keys=("text_model", "lm_head"),
+        loads_whole_processor=False,
+        vision_cut=f"{_CUTS}:SmolVLMCut",
+    ),
+    Family(
+        name="PaliGemma",
+        model_type="paligemma",
+        templates={
+            "paligemma": Template(
+                user="{content}\n", system_in_user=True, starts_with_bos=True, ends_with_eos=True, images_first=True
+            ),
+            "paligemma_chat": _gemma_turns(system="{content}", images_first=True),
+        },
+        example="google/paligemma2-3b-pt-224",
+        processor="PaliGemmaProcessor",
+        image_token="<image>",
+        slots=repeated_token,
+        token_types=("token_type_ids", "answers"),
+        vision_cut=f"{_CUTS}:VisionCut",
+    ),
+):
+    register(_entry)
+
+
+def known_families() -> str:
+    """Return the families in words, for messages: `Gemma 3 (gemma3), ...`."""
+    return ", ".join(f"{family.name} ({family.model_type})" for family in FAMILIES.values())
+
+
+def find_family(model_type: str | None, where: str) -> Family:
+    """Return the family of a `model_type`.
+
+    Raises:
+        ModelError: The family is not known. Lists those that are.
+    """
+    family = FAMILIES.get(model_type or "")
+    if family is None:
+        raise ModelError(
+            f"{where} holds a model of type {model_type!r}: expected one of {known_families()}. "
+            f"Use a model of one of these families with images, for example google/gemma-3-4b-it."
+        )
+    return family
+
+
+def processor_family(processor: Any) -> Family:
+    """Return the family whose processor this is.
+
+    Raises:
+        ModelError: No family has it, although the model's type may be known, as for a LLaVA with a Pixtral tower.
+    """
+    name = getattr(processor, "class_name", type(processor).__name__)
+    by_processor = {family.processor: family for family in FAMILIES.values()}
+    if name not in by_processor:
+        raise ModelError(
+            f"The model's processor is a {name}: expected one of {', '.join(by_processor)}. "
+            f"Use a model of {known_families()} with its usual vision tower."
+        )
+    return by_processor[name]
+
+
+def require_template(template: str, family: Family, where: str) -> None:
+    """Refuse a turn format of another family.
+
+    Raises:
+        RecipeError: Names the format, the model's family and what fits it.
+    """
+    if template not in family.templates:
+        fitting = " or ".join(family.templates)
+        raise RecipeError(
+            f"template is {template!r}, and the model in {where} is {family.name} ({family.model_type}), whose turns "
+            f"it does not fit. Set template: {fitting}, or name another model."
+        )
+
+
+def find_template(name: str | None, family: Family) -> Template:
+    """Return a turn format by name; without a name, the family's usual one."""
+    return TEMPLATES[name or next(iter(family.templates))]
+
+
+def fill(slot: str, content: str) -> str:
+    """Put a text into a slot; a `{content}` in the text itself stays."""
+    before, _, after = slot.partition("{content}")
+    return before + content + after

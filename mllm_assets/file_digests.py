@@ -1,0 +1,70 @@
+"""What a process reads: the digest of each file, and whether it is still the same before something is named by it."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mllm_assets.artifacts import sha256_file
+from mllm_assets.errors import IntegrityError
+
+MAX_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A file's digest when it was first used, and its present one with the state in which it has that."""
+
+    first: str
+    now: str
+    state: tuple[int, int]
+
+
+class FileDigests:
+    """sha256 of files: each is read once, and again only where something touched it since."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, _Known] = {}
+
+    def of(self, path: Path) -> str:
+        """The digest of a file's present content; raises OSError if it is missing."""
+        state = state_of(path.stat())
+        known = self._known.get(path)
+        if known is None or known.state != state:
+            found = sha256_file(path)
+            known = self._known[path] = _Known(known.first if known else found, found, state)
+        return known.now
+
+    def take(self, path: Path, digest: str) -> str:
+        """Use a recorded digest instead of reading the file, as long as the file is not changed from now on."""
+        self._known.setdefault(path, _Known(digest, digest, state_of(path.stat())))
+        return digest
+
+    def require_unchanged(self, paths: Iterable[Path] | None = None) -> None:
+        """Refuse files that are no longer what they were when their digest was first asked for; all by default.
+
+        Only what was touched is read again: a file's time of change (ctime) is the kernel's, and nobody can set it.
+
+        Raises:
+            IntegrityError: Names them, with both digests.
+        """
+        changed = []
+        for path in list(self._known) if paths is None else paths:
+            try:
+                found = self.of(path)
+            except OSError:
+                found = "no file"
+            first = self._known[path].first if path in self._known else "a file"
+            if found != first:
+                changed.append(f"{path} (expected digest {first[:12]}, found {found[:12]})")
+        if changed:
+            more = f" and {len(changed) - MAX_NAMED} more" if len(changed) > MAX_NAMED else ""
+            raise IntegrityError(
+                f"What was being read changed meanwhile: {', '.join(changed[:MAX_NAMED])}{more}. Nothing is published "
+                f"that was made of it. Put back what was there and start again: what was saved before is used."
+            )
+
+
+def state_of(found: os.stat_result) -> tuple[int, int]:
+    """Differs after every write and replacement of a file, whatever its size and time of modification are set to."""
+    return found.st_ino, found.st_ctime_ns

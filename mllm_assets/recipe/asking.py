@@ -1,0 +1,57 @@
+"""How a model is asked: the turn format of its training, and how its answers are drawn."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mllm_assets.errors import MllmAssetsError
+
+# also without a recipe: when a published model is asked, or an image is served
+CUTOFF_LEN = 2048
+IMAGE_MAX_PIXELS = 768 * 768
+IMAGE_MIN_PIXELS = 32 * 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TurnSettings:
+    """How a conversation becomes tokens; whoever asks a model must do it as its training did.
+
+    Attributes:
+        template: Name of the turn format; None for the family's usual one.
+        system: System text for rows without one. Recipes have none.
+        enable_thinking: What becomes of reasoning in formats that have a place for it. An answer without it gets an
+            empty one: supervised if true, part of the question otherwise. False takes it out of all answers.
+        cutoff_len: Most tokens a row may have; what is longer is cut as LLaMA-Factory cuts it.
+        image_max_pixels: Larger images are first shrunk to this area.
+        image_min_pixels: Smaller ones are first enlarged to it.
+    """
+
+    template: str | None = None
+    system: str | None = None
+    enable_thinking: bool | None = True
+    cutoff_len: int = CUTOFF_LEN
+    image_max_pixels: int = IMAGE_MAX_PIXELS
+    image_min_pixels: int = IMAGE_MIN_PIXELS
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any]) -> "TurnSettings":
+        """Take them from a recipe's keys; absent ones have their defaults."""
+        return cls(**{name: recipe[name] for name in cls.__slots__ if name in recipe})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How an answer is drawn. Without `do_sample` the likeliest token is taken; the fields below have no effect."""
+
+    max_new_tokens: int = 100
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise MllmAssetsError(
+                f"temperature must be above 0 and top_p in 0..1 (not 0), got {self.temperature} and {self.top_p}. "
+                "For the likeliest answer leave sampling off."
+            )

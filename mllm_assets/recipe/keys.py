@@ -1,0 +1,291 @@
+"""Every key of LLaMA-Factory's SFT arguments: supported, without effect here, or refused, and why.
+
+Read from llamafactory 0.9.5 and from `Seq2SeqTrainingArguments` of transformers 4.55 to 5.23, which it inherits;
+`tests/golden/llamafactory_keys.json` holds what the released package declares, and a test compares.
+Supported keys are the fields of `TrainSpec`. The others are listed below by reason, as `name:type=default`; a value
+that asks for nothing more than the default is accepted silently.
+"""
+
+import dataclasses
+import json
+import typing
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mllm_assets.families.family import TEMPLATES
+from mllm_assets.recipe.spec import TrainSpec
+
+Status = Literal["supported", "no_effect", "refused"]
+_NOTHING = (None, False, "", "no", "none", [])
+METHOD_KEYS = {
+    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "use_dora"),
+    "freeze": ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a recipe may say about one key.
+
+    Attributes:
+        status: Whether it works, is accepted without effect, or is refused.
+        annotation: The type that its value must have.
+        default: LLaMA-Factory's default, or `dataclasses.MISSING`.
+        note: Why it has no effect or is refused, and what to do; empty for supported keys.
+    """
+
+    status: Status
+    annotation: Any
+    default: Any
+    note: str = ""
+
+    def asks_for_something(self, value: Any) -> bool:
+        """Whether the value says more than the default; the ways to write nothing (null, false, no) are equal."""
+        return value != self.default and not (value in _NOTHING and self.default in _NOTHING)
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """An earlier transformers version's name for a present key."""
+
+    name: str
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+# An alias that is false asks for nothing, so it becomes the key's default
+ALIASES = {
+    "evaluation_strategy": Alias("eval_strategy"),
+    "no_cuda": Alias("use_cpu"),
+    "per_gpu_train_batch_size": Alias("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": Alias("per_device_eval_batch_size"),
+    "group_by_length": Alias(
+        "train_sampling_strategy", lambda value: {True: "group_by_length", False: "random"}.get(value, value)
+    ),
+    "adafactor": Alias("optim", lambda value: {True: "adafactor", False: "adamw_torch_fused"}.get(value, value)),
+}
+
+
+_REFUSED = {
+    "only supervised fine-tuning is done here. Set stage: sft.": "stage:str=sft",
+    "the engine trains with PyTorch's own optimizers. Delete the line and choose one with optim.": """
+        use_galore:bool=false use_apollo:bool=false use_badam:bool=false use_adam_mini:bool=false use_muon:bool=false
+        optim_target_modules:str?=null""",
+    "the engine trains on the plain cross-entropy of the answers. Delete the line.": """
+        use_dft_loss:bool=false use_asft_loss:bool=false use_eaft_loss:bool=false label_smoothing_factor:float=0.0
+        neftune_noise_alpha:float?=null ignore_pad_token_for_loss:bool=true""",
+    "LoRA starts at random and has one learning rate. Delete the line.": """
+        pissa_init:bool=false pissa_convert:bool=false
+        loraplus_lr_ratio:float?=null use_llama_pro:bool=false""",
+    "LoRA trains its adapters only. Use finetuning_type: freeze with freeze_extra_modules to train whole modules.": """
+        additional_target:str?=null""",
+    "a run starts from a complete model. Name the model/ directory of the adapter's run in model_name_or_path, where "
+    "the adapter is merged.": "adapter_name_or_path:str?=null adapter_folder:str?=null",
+    "a quantised model trains on one device. Delete the line.": "quantization_device_map:str?=null",
+    "only bitsandbytes quantises here. Set quantization_method: bnb, or delete the line.": """
+        quantization_method:str=bnb""",
+    "the weights are trained in 16 or 32 bits. Delete the line; finetuning_type: lora with quantization_bit: 4 needs "
+    "the least memory.": """
+        fp8:bool=false fp16_full_eval:bool=false bf16_full_eval:bool=false""",
+    "another training backend. Delete the line.": """
+        use_unsloth:bool=false use_kt:bool=false use_mca:bool=false use_hyper_parallel:bool=false
+        use_liger_kernel:bool=false torch_compile:bool=false torch_compile_backend:str?=null
+        torch_compile_mode:str?=null""",
+    "processes share the work with DDP, fsdp or deepspeed. Delete the line.": """
+        accelerator_config:any=null parallelism_config:any=null tpu_num_cores:int?=null""",
+    "the model's architecture and vocabulary stay as they are. Delete the line.": """
+        resize_vocab:bool=false add_tokens:str?=null add_special_tokens:str?=null new_special_tokens_config:str?=null
+        split_special_tokens:bool=false rope_scaling:str?=null shift_attn:bool=false mixture_of_depths:str?=null
+        train_from_scratch:bool=false upcast_layernorm:bool=false""",
+    "attention is PyTorch's sdpa. Set flash_attn: auto.": "flash_attn:str=auto",
+    "datasets are read completely, and evaluated together. Delete the line.": """
+        streaming:bool=false tokenized_path:str?=null eval_on_each_dataset:bool=false""",
+    "images are in dataset_dir. Move them there and delete the line.": "media_dir:str?=null",
+    "a system message is part of the data. Put it into the rows, or into the dataset component's `system`.": """
+        default_system:str?=null tool_format:str?=null""",
+    "an image is one tile. Delete the line.": "image_do_pan_and_scan:bool=false crop_to_patches:bool=false",
+    "the batch size is part of what a run computes. Set per_device_train_batch_size.": """
+        auto_find_batch_size:bool=false""",
+    "nothing is uploaded by a training run. Delete the line; push the released model when you want it public.": """
+        push_to_hub:bool=false export_hub_model_id:str?=null push_to_hub_model_id:str?=null""",
+    "secrets do not belong in a recipe. Delete it here and set the environment variable HF_TOKEN.": """
+        hf_hub_token:str?=null ms_hub_token:str?=null om_hub_token:str?=null hub_token:str?=null
+        push_to_hub_token:str?=null swanlab_api_key:str?=null swanlab_lark_secret:str?=null
+        swanlab_lark_webhook_url:str?=null""",
+}
+
+
+_NO_EFFECT = {
+    "a run never writes over another one; it has a directory of its own below output_dir.": """
+        overwrite_output_dir:bool=false""",
+    "code from a model or dataset repository is never run.": "trust_remote_code:bool=false",
+    "weights are always saved as safetensors.": "save_safetensors:bool=true export_legacy_format:bool=false",
+    "TensorBoard logs go to logs/ in the run's directory.": "logging_dir:str?=null",
+    "the run reports to TensorBoard, and to MLflow or Weights & Biases where report_to names them; they have their own "
+    "settings, such as WANDB_PROJECT.": """
+        project:str=huggingface trackio_space_id:str?=null
+        trackio_bucket_id:str?=null trackio_static_space_id:any=null use_swanlab:bool=false
+        swanlab_project:str?=llamafactory swanlab_workspace:str?=null swanlab_run_name:str?=null
+        swanlab_mode:str=cloud swanlab_logdir:str?=null""",
+    "an unfinished run resumes by itself, exactly where it was.": """
+        ignore_data_skip:bool=false save_only_model:bool=false restore_callback_states_from_checkpoint:bool=false
+        enable_jit_checkpoint:bool=false save_on_each_node:bool=false""",
+    "rows are encoded while they are read, and nothing is cached.": """
+        overwrite_cache:bool=false
+        data_shared_file_system:bool=false buffer_size:int=16384 cache_dir:str?=null""",
+    "evaluation entries are always evaluated at the end, and their loss is all that training measures.": """
+        do_eval:bool=false compute_accuracy:bool=false prediction_loss_only:bool=false
+        eval_accumulation_steps:int?=null eval_do_concat_batches:bool=true eval_use_gather_object:bool=false
+        batch_eval_metrics:bool=false include_for_metrics:any=null include_inputs_for_metrics:bool=false
+        label_names:any=null use_legacy_prediction_loop:bool=false""",
+    "answers are generated by the predictions asset, greedily.": """
+        do_predict:bool=false predict_with_generate:bool=false generation_max_length:int?=null
+        generation_num_beams:int?=null generation_config:any=null eval_num_beams:int?=null sortish_sampler:bool=false
+        do_sample:bool=true temperature:float=0.95 top_p:float=0.7 top_k:int=50 num_beams:int=1 max_length:int=1024
+        max_new_tokens:int=1024 repetition_penalty:float=1.0 length_penalty:float=1.0 skip_special_tokens:bool=true
+        infer_backend:str=huggingface infer_dtype:str=auto use_kv_cache:bool=true""",
+    "checkpointing follows disable_gradient_checkpointing; the variants compute the same.": """
+        gradient_checkpointing:bool?=null gradient_checkpointing_kwargs:any=null activation_checkpointing:bool?=null
+        activation_checkpointing_kwargs:any=null use_reentrant_gc:bool=true use_unsloth_gc:bool=false""",
+    "the loss of a step is the mean over its batches, as in LLaMA-Factory.": """
+        average_tokens_across_devices:bool=true""",
+    "logits are computed where there is a label only, in 32 bits.": """
+        enable_liger_kernel:bool=false liger_kernel_config:any=null upcast_lmhead_output:bool=false""",
+    "the run reports this in its own way: bar, trainer_log.jsonl, TensorBoard, metadata of the asset.": """
+        disable_tqdm:bool?=null log_level:str=passive log_level_replica:str=warning log_on_each_node:bool=true
+        logging_nan_inf_filter:bool=true include_num_input_tokens_seen:any=no include_tokens_per_second:bool=false
+        include_effective_tokens_per_second:bool=false skip_memory_metrics:bool=true print_param_status:bool=false
+        debug:any= enable_torch_profiler:bool=false profiler_output_dir:str?=null profiler_wait_steps:int=1
+        profiler_warmup_steps:int=1 profiler_active_steps:int=1 profiler_repeat:int=1
+        profiler_record_shapes:bool=true profiler_profile_memory:bool=true profiler_with_stack:bool=true
+        profile_modules:str?=null tpu_metrics_debug:bool=false""",
+    "the launcher decides over processes and machines.": """
+        local_rank:int=-1 ray_num_workers:int=1 ray_init_kwargs:any=null ray_scope:str?=last master_addr:str?=null
+        master_port:str?=null ddp_broadcast_buffers:bool?=null ddp_static_graph:bool?=null use_mps_device:bool=false
+        dispatch_batches:bool?=null split_batches:bool?=null mp_parameters:str=""",
+    "memory and loading are left to PyTorch and transformers.": """
+        torch_empty_cache_steps:int?=null low_cpu_mem_usage:bool=true offload_folder:str=offload
+        dataloader_multiprocessing_context:str?=null dataloader_in_order:bool=true use_fast_tokenizer:bool=true
+        use_v1_kernels:bool?=false use_cache:bool=false jit_mode_eval:bool=false use_ipex:bool=false
+        half_precision_backend:str=auto fp16_backend:str=auto fp16_opt_level:str=O1 past_index:int=-1
+        torchdynamo:str?=null remove_unused_columns:bool=true length_column_name:str=length""",
+    "the pretrained asset pins the revision.": "model_revision:str=main",
+    "it belongs to a switch that is off.": """
+        hyper_parallel_args:str?=null fp8_backend:str=auto
+        fp8_enable_fsdp_float8_all_gather:bool=false pissa_iter:int=16 create_new_adapter:bool=false
+        loraplus_lr_embedding:float=1e-6 asft_alpha:float=0.1 eaft_alpha:float=1.0 moe_aux_loss_coef:float?=null
+        init_special_tokens:str=noise_init kt_weight_path:str?=null
+        kt_expert_checkpoint_path:str?=null kt_use_lora_experts:bool?=null kt_lora_expert_num:int?=null
+        kt_lora_expert_intermediate_size:int?=null module_dropout:float=0.0 oft_rank:int=0 oft_block_size:int=32
+        oft_target:str=all galore_target:str=all galore_rank:int=16 galore_update_interval:int=200
+        galore_scale:float=2.0 galore_proj_type:str=std galore_layerwise:bool=false apollo_target:str=all
+        apollo_rank:int=16 apollo_update_interval:int=200 apollo_scale:float=32.0 apollo_proj:str=random
+        apollo_proj_type:str=std apollo_scale_type:str=channel apollo_layerwise:bool=false
+        apollo_scale_front:bool=false badam_mode:str=layer badam_start_block:int?=null
+        badam_switch_mode:str?=ascending badam_switch_interval:int?=50 badam_update_ratio:float=0.05
+        badam_mask_mode:str=adjacent badam_verbose:int=0 fsdp_min_num_params:int=0
+        fsdp_transformer_layer_cls_to_wrap:str?=null hub_private_repo:bool?=null hub_model_id:str?=null
+        hub_strategy:str=every_save hub_always_push:bool=false hub_revision:str?=null
+        push_to_hub_organization:str?=null""",
+    "it belongs to another training stage.": """
+        pref_beta:float=0.1 pref_ftx:float=0.0 pref_bco_weight:float=0.0 pref_loss:str=sigmoid
+        dpo_label_smoothing:float=0.0 kto_chosen_weight:float=1.0 kto_rejected_weight:float=1.0 simpo_gamma:float=0.5
+        ppo_buffer_size:int=1 ppo_epochs:int=4 ppo_score_norm:bool=false ppo_target:float=6.0
+        ppo_whiten_rewards:bool=false ref_model:str?=null ref_model_adapters:str?=null
+        ref_model_quantization_bit:int?=null reward_model:str?=null reward_model_adapters:str?=null
+        reward_model_quantization_bit:int?=null reward_model_type:str=lora ld_alpha:float?=null""",
+    "rows hold images and text only.": """
+        video_max_pixels:int=65536 video_min_pixels:int=256 video_fps:float=2.0 video_maxlen:int=128
+        use_audio_in_video:bool=false audio_sampling_rate:int=16000""",
+    "exporting and serving are not part of training.": """
+        export_dir:str?=null export_size:int=5 export_device:str=cpu export_quantization_bit:int?=null
+        export_quantization_dataset:str?=null export_quantization_nsamples:int=128
+        export_quantization_maxlen:int=1024 vllm_maxlen:int=4096 vllm_gpu_util:float=0.7
+        vllm_enforce_eager:bool=false vllm_max_lora_rank:int=32 vllm_config:any=null sglang_maxlen:int=4096
+        sglang_mem_fraction:float=0.7 sglang_tp_size:int=-1 sglang_config:any=null sglang_lora_backend:str=triton""",
+}
+
+
+_TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "any": Any}
+
+
+def _parse(status: Status, groups: dict[str, str]) -> Iterator[tuple[str, Key]]:
+    for note, names in groups.items():
+        for item in names.split():
+            name, _, rest = item.partition(":")
+            kind, _, default = rest.partition("=")
+            annotation = _TYPES[kind.removesuffix("?")]
+            is_text = annotation in (str, Any) and default != "null"
+            yield (
+                name,
+                Key(
+                    status,
+                    annotation | None if kind.endswith("?") else annotation,
+                    default if is_text else json.loads(default),
+                    note,
+                ),
+            )
+
+
+_annotations = typing.get_type_hints(TrainSpec)
+KEYS: dict[str, Key] = {
+    **dict(_parse("refused", _REFUSED)),
+    **dict(_parse("no_effect", _NO_EFFECT)),
+    **{f.name: Key("supported", _annotations[f.name], f.default) for f in dataclasses.fields(TrainSpec)},
+}
+
+
+def ineffective_notes(spec: TrainSpec, written: Collection[str]) -> Iterator[str]:
+    """Yield a sentence for each written key that the recipe's other keys leave without effect."""
+    for key, why in _reasons(spec):
+        if key in written:
+            yield f"{key} has no effect: {why}."
+
+
+def repeated_notes(spec: TrainSpec) -> Iterator[str]:
+    """Yield a sentence for each entry that is in its list more than once, which LLaMA-Factory accepts as well."""
+    for key, names in (("dataset", spec.train_entries), ("eval_dataset", spec.eval_entries)):
+        for name, count in Counter(names).items():
+            if count > 1:
+                yield f"{key} names {name} {count} times: each of its rows is read {count} times."
+
+
+def _reasons(spec: TrainSpec) -> Iterator[tuple[str, str]]:
+    for method, keys in METHOD_KEYS.items():
+        if spec.finetuning_type != method:
+            yield from ((key, f"finetuning_type is {spec.finetuning_type}, not {method}") for key in keys)
+    if spec.finetuning_type == "lora" and not spec.freeze_multi_modal_projector:
+        yield "freeze_multi_modal_projector", "LoRA trains adapters only, and the projector gets none"
+    if spec.quantization_bit != 4:
+        why = "quantization_bit is not set, so nothing is quantised"
+        if spec.quantization_bit is not None:
+            why = f"quantization_bit is {spec.quantization_bit}, and only 4 bits have kinds"
+        yield from ((key, why) for key in ("quantization_type", "double_quantization"))
+    if not spec.packs:
+        for key in ("preprocessing_num_workers", "preprocessing_batch_size"):
+            yield key, "rows are encoded while they are read, and nothing is cached"
+    if len(spec.train_entries) == 1 and len(spec.eval_entries) < 2:
+        for key in ("mix_strategy", "interleave_probs"):
+            yield key, "there is one entry, and nothing to mix"
+    if spec.max_steps > 0:
+        yield "num_train_epochs", "max_steps is set and wins"
+    if spec.disable_shuffling and spec.train_sampling_strategy != "random":
+        yield "train_sampling_strategy", "disable_shuffling is set and wins"
+    for kind in ("eval", "save", "logging"):
+        strategy = getattr(spec, f"{kind}_strategy")
+        if strategy != "steps":
+            yield f"{kind}_steps", f"{kind}_strategy is {strategy}"
+    if spec.eval_strategy == "no":
+        for key in ("per_device_eval_batch_size", "eval_delay", "eval_on_start"):
+            yield key, "eval_strategy is no, so nothing is evaluated while training"
+        if spec.val_size:
+            yield "val_size", "eval_strategy is no: its rows are held out all the same, and not evaluated"
+    if not spec.evaluation_selects:
+        for key in ("metric_for_best_model", "greater_is_better"):
+            yield key, "evaluation does not choose the weights"
+    if TEMPLATES[spec.template].thought is None:
+        for key in ("enable_thinking", "preserve_thinking"):
+            yield key, f"the template {spec.template} has no place for reasoning"
+    elif not spec.mask_history:
+        yield "preserve_thinking", "no history is masked, so all reasoning stays"

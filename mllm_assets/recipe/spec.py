@@ -1,0 +1,386 @@
+"""`TrainSpec`: what a LLaMA-Factory recipe asks of a training run, under its key names and with its defaults.
+
+Defaults: llamafactory 0.9.5 (`hparams/`), and `Seq2SeqTrainingArguments` of transformers 5.23 for the keys that it
+inherits. A key of LLaMA-Factory that is not a field here is in `keys.py`, with the reason.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from mllm_assets.errors import RecipeError, all_of
+from mllm_assets.families.family import TEMPLATES
+from mllm_assets.recipe.asking import CUTOFF_LEN, IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS, TurnSettings
+
+# What a field is for. "semantic" fields decide which weights come out and are hashed into the run's name;
+# "selection" fields do so only where evaluation picks the best model, stops the run or steers the learning rate;
+# "operational" fields never do. `hf`: transformers' TrainingArguments has a field of that name.
+SEMANTIC = {"scope": "semantic", "hf": False}
+OPERATIONAL = {"scope": "operational", "hf": False}
+HF_SEMANTIC = {"scope": "semantic", "hf": True}
+HF_SELECTION = {"scope": "selection", "hf": True}
+HF_OPERATIONAL = {"scope": "operational", "hf": True}
+LrScheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"]
+Strategy = Literal["no", "steps", "epoch"]
+MixStrategy = Literal["concat", "interleave_under", "interleave_over", "interleave_once"]
+SamplingStrategy = Literal["random", "sequential", "group_by_length"]
+TRACKERS = ("mlflow", "wandb")
+NOT_FOR_RUNS = ("data", "pretrains", "releases", "cache", "configs")  # folders of the project with other contents
+MAX_NAME_BYTES = 200  # of the file system's 255: a run's directory, its lock and leftovers have longer names
+# Keys whose number must be above 0, and keys where it may be 0; null passes
+_POSITIVE = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps cutoff_len lora_rank
+    num_train_epochs image_min_pixels max_samples save_total_limit early_stopping_steps preprocessing_batch_size
+    preprocessing_num_workers""".split()
+_NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed eval_delay dataloader_num_workers".split()
+
+
+class InvalidValueError(RecipeError):
+    """Values are invalid. Carries each key with its text, so that the loader can name the lines."""
+
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        super().__init__(all_of(text for _, text in problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSpec:
+    """A validated recipe. Comma lists stay strings, as LLaMA-Factory writes them; read them with `split_names`."""
+
+    # model
+    model_name_or_path: str = field(metadata=OPERATIONAL)  # its content is hashed, not its path
+    finetuning_type: Literal["lora", "freeze", "full"] = field(default="lora", metadata=SEMANTIC)
+    freeze_vision_tower: bool = field(default=True, metadata=SEMANTIC)
+    freeze_multi_modal_projector: bool = field(default=True, metadata=SEMANTIC)
+    freeze_language_model: bool = field(default=False, metadata=SEMANTIC)
+    freeze_trainable_layers: int = field(default=2, metadata=SEMANTIC)
+    freeze_trainable_modules: str = field(default="all", metadata=SEMANTIC)
+    freeze_extra_modules: str | None = field(default=None, metadata=SEMANTIC)
+    lora_rank: int = field(default=8, metadata=SEMANTIC)
+    lora_alpha: int | None = field(default=None, metadata=SEMANTIC)  # becomes 2 * lora_rank
+    lora_dropout: float = field(default=0.0, metadata=SEMANTIC)
+    lora_target: str = field(default="all", metadata=SEMANTIC)
+    use_rslora: bool = field(default=False, metadata=SEMANTIC)
+    use_dora: bool = field(default=False, metadata=SEMANTIC)
+    disable_gradient_checkpointing: bool = field(default=False, metadata=OPERATIONAL)
+    pure_bf16: bool = field(default=False, metadata=SEMANTIC)
+    quantization_bit: Literal[4, 8] | None = field(default=None, metadata=SEMANTIC)
+    quantization_type: Literal["nf4", "fp4"] = field(default="nf4", metadata=SEMANTIC)
+    double_quantization: bool = field(default=True, metadata=SEMANTIC)
+    # data
+    dataset: str = field(metadata=OPERATIONAL)  # the entries' content is hashed, not their names
+    eval_dataset: str | None = field(default=None, metadata=OPERATIONAL)
+    dataset_dir: str = field(default="data", metadata=OPERATIONAL)
+    template: str = field(metadata=SEMANTIC)
+    enable_thinking: bool | None = field(default=True, metadata=SEMANTIC)
+    preserve_thinking: bool = field(default=False, metadata=SEMANTIC)
+    cutoff_len: int = field(default=CUTOFF_LEN, metadata=SEMANTIC)
+    max_samples: int | None = field(default=None, metadata=SEMANTIC)
+    mix_strategy: MixStrategy = field(default="concat", metadata=SEMANTIC)
+    interleave_probs: str | None = field(default=None, metadata=SEMANTIC)
+    val_size: float = field(default=0.0, metadata=SEMANTIC)
+    train_on_prompt: bool = field(default=False, metadata=SEMANTIC)
+    mask_history: bool = field(default=False, metadata=SEMANTIC)
+    packing: bool | None = field(default=None, metadata=SEMANTIC)
+    neat_packing: bool = field(default=False, metadata=SEMANTIC)
+    preprocessing_batch_size: int = field(default=1000, metadata=SEMANTIC)  # rows that are packed together
+    preprocessing_num_workers: int | None = field(default=None, metadata=SEMANTIC)
+    image_max_pixels: int = field(default=IMAGE_MAX_PIXELS, metadata=SEMANTIC)
+    image_min_pixels: int = field(default=IMAGE_MIN_PIXELS, metadata=SEMANTIC)
+    disable_shuffling: bool = field(default=False, metadata=SEMANTIC)
+    dataloader_num_workers: int = field(default=0, metadata=HF_OPERATIONAL)
+    dataloader_pin_memory: bool = field(default=True, metadata=HF_OPERATIONAL)
+    dataloader_persistent_workers: bool = field(default=False, metadata=HF_OPERATIONAL)
+    dataloader_prefetch_factor: int | None = field(default=None, metadata=HF_OPERATIONAL)
+    dataloader_drop_last: bool = field(default=False, metadata=HF_SEMANTIC)
+    train_sampling_strategy: SamplingStrategy = field(default="random", metadata=HF_SEMANTIC)
+    # optimisation
+    do_train: bool = field(default=False, metadata=OPERATIONAL)
+    per_device_train_batch_size: int = field(default=8, metadata=HF_SEMANTIC)
+    gradient_accumulation_steps: int = field(default=1, metadata=HF_SEMANTIC)
+    num_train_epochs: float = field(default=3.0, metadata=HF_SEMANTIC)
+    max_steps: int = field(default=-1, metadata=HF_SEMANTIC)
+    learning_rate: float = field(default=5e-5, metadata=HF_SEMANTIC)
+    lr_scheduler_type: LrScheduler = field(default="linear", metadata=HF_SEMANTIC)
+    lr_scheduler_kwargs: dict[str, Any] | None = field(default=None, metadata=HF_SEMANTIC)
+    warmup_steps: float = field(default=0, metadata=HF_SEMANTIC)  # below 1: a share of all steps
+    warmup_ratio: float | None = field(default=None, metadata=SEMANTIC)
+    optim: Optimizer = field(default="adamw_torch_fused", metadata=HF_SEMANTIC)
+    optim_args: str | None = field(default=None, metadata=HF_SEMANTIC)
+    weight_decay: float = field(default=0.0, metadata=HF_SEMANTIC)
+    adam_beta1: float = field(default=0.9, metadata=HF_SEMANTIC)
+    adam_beta2: float = field(default=0.999, metadata=HF_SEMANTIC)
+    adam_epsilon: float = field(default=1e-8, metadata=HF_SEMANTIC)
+    max_grad_norm: float = field(default=1.0, metadata=HF_SEMANTIC)
+    bf16: bool = field(default=False, metadata=HF_SEMANTIC)
+    fp16: bool = field(default=False, metadata=HF_SEMANTIC)
+    tf32: bool | None = field(default=None, metadata=HF_SEMANTIC)
+    seed: int = field(default=42, metadata=HF_SEMANTIC)
+    data_seed: int | None = field(default=None, metadata=HF_SEMANTIC)
+    full_determinism: bool = field(default=False, metadata=HF_OPERATIONAL)
+    use_cpu: bool = field(default=False, metadata=HF_OPERATIONAL)
+    # evaluation during training
+    eval_strategy: Strategy = field(default="no", metadata=HF_SELECTION)
+    eval_steps: float | None = field(default=None, metadata=HF_SELECTION)
+    eval_delay: float = field(default=0, metadata=HF_SELECTION)
+    eval_on_start: bool = field(default=False, metadata=HF_OPERATIONAL)
+    per_device_eval_batch_size: int = field(default=8, metadata=HF_SELECTION)
+    load_best_model_at_end: bool = field(default=False, metadata=HF_SEMANTIC)
+    metric_for_best_model: str | None = field(default=None, metadata=HF_SELECTION)
+    greater_is_better: bool | None = field(default=None, metadata=HF_SELECTION)
+    early_stopping_steps: int | None = field(default=None, metadata=SEMANTIC)
+    # output and logs
+    output_dir: str = field(default="trainer_output", metadata=OPERATIONAL)
+    save_strategy: Literal["no", "steps", "epoch", "best"] = field(default="steps", metadata=HF_SELECTION)
+    save_steps: float = field(default=500, metadata=HF_SELECTION)
+    save_total_limit: int | None = field(default=None, metadata=HF_OPERATIONAL)
+    logging_strategy: Strategy = field(default="steps", metadata=HF_OPERATIONAL)
+    logging_steps: float = field(default=500, metadata=HF_OPERATIONAL)
+    logging_first_step: bool = field(default=False, metadata=HF_OPERATIONAL)
+    plot_loss: bool = field(default=False, metadata=OPERATIONAL)
+    report_to: str | list[str] | None = field(default="none", metadata=OPERATIONAL)
+    run_name: str | None = field(default=None, metadata=HF_OPERATIONAL)
+    # distribution
+    ddp_timeout: int = field(default=1800, metadata=HF_OPERATIONAL)
+    ddp_backend: str | None = field(default=None, metadata=HF_OPERATIONAL)
+    ddp_bucket_cap_mb: int | None = field(default=None, metadata=HF_OPERATIONAL)
+    ddp_find_unused_parameters: bool | None = field(default=None, metadata=HF_OPERATIONAL)
+    fsdp: bool | str | None = field(default=None, metadata=HF_SEMANTIC)  # sums in another order: other last bits
+    fsdp_config: dict[str, Any] | str | None = field(default=None, metadata=HF_SEMANTIC)
+    deepspeed: dict[str, Any] | str | None = field(default=None, metadata=HF_SEMANTIC)
+    # true or null: the newest checkpoint of the run itself; a path: also the run's name covers what is there
+    resume_from_checkpoint: bool | str | None = field(default=None, metadata=OPERATIONAL)
+
+    def __post_init__(self) -> None:
+        # The defaults that LLaMA-Factory and transformers derive from other keys
+        if not self.lora_alpha:
+            object.__setattr__(self, "lora_alpha", 2 * self.lora_rank)
+        if self.eval_strategy == "steps" and not self.eval_steps:
+            object.__setattr__(self, "eval_steps", self.logging_steps)
+        needs_metric = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        if needs_metric and self.metric_for_best_model is None:
+            object.__setattr__(self, "metric_for_best_model", "loss")
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            object.__setattr__(self, "greater_is_better", not self.metric_for_best_model.endswith("loss"))
+        # What LLaMA-Factory, transformers or this engine would refuse
+        groups = (_range_problems, _output_dir_problems, _conflicts, _data_problems, _evaluation_problems)
+        if problems := [problem for find_problems in groups for problem in find_problems(self)]:
+            raise InvalidValueError(problems)
+
+    @property
+    def train_entries(self) -> tuple[str, ...]:
+        """Names in `dataset_info.json` to train on, in the recipe's order."""
+        return split_names(self.dataset)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What `report_to` names besides TensorBoard, which is always written."""
+        names = split_names(self.report_to) if isinstance(self.report_to, str) else tuple(self.report_to or ())
+        return tuple(name for name in names if name not in ("none", "tensorboard"))
+
+    @property
+    def eval_entries(self) -> tuple[str, ...]:
+        return split_names(self.eval_dataset)
+
+    @property
+    def probabilities(self) -> list[float] | None:
+        """How often each entry is drawn from; None to take turns."""
+        return None if self.interleave_probs is None else [float(part) for part in split_names(self.interleave_probs)]
+
+    @property
+    def packs(self) -> bool:
+        """Whether several rows share one sequence."""
+        return bool(self.packing or self.neat_packing)
+
+    @property
+    def row_cutoff_len(self) -> int:
+        """Most tokens of a row: one less where rows are packed, as in LLaMA-Factory."""
+        return self.cutoff_len - self.packs
+
+    @property
+    def turns(self) -> TurnSettings:
+        """How the trained model is asked; see `row_cutoff_len` for what trains it."""
+        return TurnSettings.of(self.to_dict())
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are rows to evaluate."""
+        return bool(self.eval_entries) or self.val_size > 0
+
+    @property
+    def evaluation_selects(self) -> bool:
+        """Whether evaluation decides which weights come out: best model, early stop, or a plateau schedule."""
+        return (
+            self.load_best_model_at_end
+            or self.early_stopping_steps is not None
+            or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        )
+
+    def training_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for transformers' `TrainingArguments`, without `output_dir`, precision or device.
+
+        `warmup_ratio` has become `warmup_steps` below 1. `bf16`, `fp16`, `tf32`, `use_cpu` are left out: what the
+        machine can do decides over them.
+        """
+        left_out = {"bf16", "fp16", "tf32", "use_cpu"}
+        names = [f.name for f in dataclasses.fields(self) if f.metadata["hf"] and f.name not in left_out]
+        values = {name: getattr(self, name) for name in names}
+        if self.warmup_ratio:
+            values["warmup_steps"] = self.warmup_ratio
+        if isinstance(self.fsdp, str):
+            values["fsdp"] = self.fsdp.replace(",", " ")  # the older form, "full_shard auto_wrap"
+        for name in ("fsdp_config", "deepspeed"):
+            values[name] = copy.deepcopy(values[name])  # transformers writes into it
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values of all fields; `TrainSpec(**values)` reads them back."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def split_names(text: str | None) -> tuple[str, ...]:
+    """Split LLaMA-Factory's comma lists: `"a, b"` is `("a", "b")`, None and `""` are `()`."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def _range_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
+    if spec.max_steps < -1:
+        text = f"max_steps is {spec.max_steps}: expected a number of steps, or -1 for num_train_epochs. Change it."
+        yield "max_steps", text
+    for key in _POSITIVE:
+        value = getattr(spec, key)
+        if value is not None and value <= 0:
+            yield key, f"{key} is {value}: expected a number above 0. Change it or delete the line."
+    for key in _NOT_NEGATIVE:
+        if getattr(spec, key) < 0:
+            yield key, f"{key} is {getattr(spec, key)}: expected 0 or more. Change it or delete the line."
+    for key in ("seed", "data_seed"):
+        if (getattr(spec, key) or 0) >= 2**32:
+            yield key, f"{key} is {getattr(spec, key)}: expected a number below 2**32, numpy's limit. Change it."
+    if not 0 <= spec.lora_dropout < 1:
+        yield "lora_dropout", f"lora_dropout is {spec.lora_dropout}: expected 0 or more and below 1. Change it."
+    if spec.warmup_ratio is not None and not 0 <= spec.warmup_ratio <= 1:
+        yield "warmup_ratio", f"warmup_ratio is {spec.warmup_ratio}: expected a share from 0 to 1. Change it."
+    for kind in ("logging", "eval", "save"):
+        steps = getattr(spec, f"{kind}_steps")
+        if getattr(spec, f"{kind}_strategy") == "steps" and (steps <= 0 or (steps > 1 and steps != int(steps))):
+            yield f"{kind}_steps", f"{kind}_steps is {steps}: expected a whole number or a share below 1. Change it."
+
+
+def _output_dir_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
+    """A run writes, renames and deletes in its `output_dir`, so it must be a folder of runs alone."""
+    name, parts = spec.output_dir, PurePosixPath(spec.output_dir).parts
+    example = "Name a folder of its own, for example output_dir: outputs/my_recipe."
+    if any(not character.isprintable() for character in name):
+        yield "output_dir", f"output_dir {name[:40]!r} has a character that is not printable. {example}"
+    elif any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
+        yield "output_dir", f"output_dir has a name of more than {MAX_NAME_BYTES} bytes. {example}"
+    elif not parts or parts == ("outputs",):
+        yield "output_dir", f"output_dir is {name!r}, which holds more than the runs of one recipe. {example}"
+    elif parts == ("/",) or parts[0].startswith("~") or any(part.startswith(".") for part in parts):
+        yield "output_dir", f"output_dir is {name!r}, which is a root, a home or a hidden folder. {example}"
+    elif parts[0] in NOT_FOR_RUNS:
+        yield "output_dir", f"output_dir is {name!r}, and {parts[0]}/ has other contents than runs. {example}"
+
+
+def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
+    if not spec.do_train:
+        yield "do_train", "do_train is false, LLaMA-Factory's default: this recipe trains nothing. Set do_train: true."
+    if not spec.train_entries:
+        yield "dataset", "dataset is empty. Name an entry of dataset_info.json, for example dataset: emoji_train."
+    if spec.template not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        yield "template", f"template is {spec.template!r}: expected one of {known}. Set the one of the model's family."
+    if spec.warmup_ratio and spec.warmup_steps:
+        yield "warmup_ratio", "warmup_ratio and warmup_steps are both set, and versions differ in which wins. Keep one."
+    if spec.image_max_pixels < spec.image_min_pixels:
+        text = f"image_max_pixels is {spec.image_max_pixels}, below image_min_pixels {spec.image_min_pixels}. Raise it."
+        yield "image_max_pixels", text
+    if spec.bf16 and spec.fp16:
+        yield "fp16", "bf16 and fp16 are both true. Keep one: bf16 where the GPU has it."
+    for name in spec.trackers:
+        if name not in TRACKERS:
+            known = ", ".join(("none", "tensorboard", *TRACKERS))
+            yield "report_to", f"report_to names {name!r}: expected of {known}. Change it or delete the line."
+    if spec.quantization_bit and spec.finetuning_type != "lora":
+        text = f"quantization_bit leaves only adapters to train, and finetuning_type is {spec.finetuning_type}. "
+        yield "quantization_bit", f"{text}Set finetuning_type: lora, or delete quantization_bit."
+    if spec.quantization_bit and (spec.fsdp or spec.deepspeed):
+        text = "quantization_bit holds the complete model on each device, and fsdp or deepspeed spreads it. Delete one."
+        yield "quantization_bit", text
+    if spec.fsdp and spec.deepspeed:
+        yield "deepspeed", "fsdp and deepspeed are both set, and a model is spread in one way only. Delete one."
+    if spec.fsdp_config and not spec.fsdp:
+        yield "fsdp_config", "fsdp_config is set but fsdp is not, so that nothing is spread. Set fsdp: true."
+    if isinstance(spec.fsdp_config, dict):
+        version = spec.fsdp_config.get("version", spec.fsdp_config.get("fsdp_version", 2))
+        if str(version) != "2":
+            text = f"fsdp_config asks for FSDP {version}, which PyTorch has replaced. Set version: 2 or delete it."
+            yield "fsdp_config", text
+    if spec.dataloader_prefetch_factor is not None and spec.dataloader_num_workers == 0:
+        key = "dataloader_prefetch_factor"
+        yield key, f"{key} needs loader processes, and dataloader_num_workers is 0. Set that or delete this line."
+
+
+def _data_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
+    if spec.mask_history and spec.train_on_prompt:
+        text = "mask_history supervises the last answer only and train_on_prompt the questions too. Keep one."
+        yield "mask_history", text
+    if spec.val_size and spec.eval_entries:
+        yield "val_size", "val_size and eval_dataset are both set, and there is one evaluation set. Keep one."
+    if not (spec.val_size == 0 or 0 < spec.val_size < 1 or spec.val_size >= 2):
+        text = f"val_size is {spec.val_size}: expected a share above 0 and below 1, or a number of rows from 2."
+        yield "val_size", f"{text} Change it."
+    if spec.interleave_probs is None:
+        return
+    if spec.mix_strategy == "concat":
+        text = "interleave_probs says how often to draw from each entry, and mix_strategy is concat. Set mix_strategy: "
+        yield "interleave_probs", f"{text}interleave_under or interleave_over, or delete the line."
+    try:
+        probabilities = spec.probabilities or []
+    except ValueError:
+        text = f"interleave_probs is {spec.interleave_probs!r}: expected numbers such as 0.7,0.3. Correct it."
+        yield "interleave_probs", text
+        return
+    if not all(p >= 0 for p in probabilities) or abs(sum(probabilities) - 1) > 1e-8:
+        text = f"interleave_probs is {spec.interleave_probs}: expected shares that sum to 1. Correct them."
+        yield "interleave_probs", text
+    for key, entries in (("dataset", spec.train_entries), ("eval_dataset", spec.eval_entries)):
+        if entries and len(entries) != len(probabilities):
+            text = f"interleave_probs has {len(probabilities)} numbers, and {key} {len(entries)} entries."
+            yield "interleave_probs", f"{text} Give one each."
+
+
+def _evaluation_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
+    if spec.eval_strategy != "no" and not spec.evaluates:
+        text = f"eval_strategy is {spec.eval_strategy} but there is no eval_dataset."
+        yield "eval_strategy", f"{text} Name an entry of dataset_info.json."
+    for key in ("load_best_model_at_end", "early_stopping_steps"):
+        if getattr(spec, key) and spec.eval_strategy == "no":
+            yield key, f"{key} needs evaluation during training. Set eval_strategy: steps and name an eval_dataset."
+    if spec.lr_scheduler_type == "reduce_lr_on_plateau" and spec.eval_strategy == "no":
+        yield "lr_scheduler_type", "reduce_lr_on_plateau needs evaluation during training. Set eval_strategy: steps."
+    if spec.early_stopping_steps and spec.metric_for_best_model is None:
+        yield "early_stopping_steps", "early_stopping_steps needs a metric to watch. Set metric_for_best_model: loss."
+    metric = spec.metric_for_best_model
+    if metric not in (None, "loss", "eval_loss"):
+        text = f"metric_for_best_model is {metric!r}: only the loss is measured. Set it to loss."
+        yield "metric_for_best_model", text
+    if not spec.load_best_model_at_end or spec.save_strategy == "best":
+        return
+    if spec.eval_strategy != spec.save_strategy:
+        found = f"eval_strategy is {spec.eval_strategy}, save_strategy {spec.save_strategy}"
+        yield "load_best_model_at_end", f"load_best_model_at_end needs equal strategies: {found}. Make them the same."
+    elif spec.eval_strategy == "steps" and not _is_multiple(spec.save_steps, spec.eval_steps or 0):
+        found = f"save_steps {spec.save_steps} is not a multiple of eval_steps {spec.eval_steps}"
+        yield "save_steps", f"load_best_model_at_end needs an evaluation at each checkpoint: {found}. Change one."
+
+
+def _is_multiple(value: float, of: float) -> bool:
+    return (value < 1) == (of < 1) and round(value * 1_000_000) % round(of * 1_000_000) == 0

@@ -1,0 +1,225 @@
+"""Batches: padding, token types, pixels, and logits at supervised positions only.
+
+Shape suffixes: B rows, T tokens of the longest row padded up to a multiple, N images over all rows, C H W pixels,
+S supervised positions of the row that has most.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from mllm_assets.errors import DataError, IntegrityError
+from mllm_assets.families.family import processor_family
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.recipe.asking import TurnSettings
+from mllm_assets.training.encoding.encode import IGNORE_INDEX, EncodedRow, image_token_id
+from mllm_assets.training.encoding.image_files import load_image
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+# Inputs of the families' towers; the image processors return counts and layouts as well
+TOWER_INPUTS = ("pixel_values", "image_grid_thw", "image_position_ids", "pixel_attention_mask")
+
+
+class ImageFeatures(Protocol):
+    """What replaces pixels when the vision tower's output is cached."""
+
+    def batch(self, paths: "Sequence[Path]") -> torch.Tensor:
+        """Return a row of features for each token of the images, one image after another."""
+        ...
+
+    def blank(self, num_tokens: int) -> torch.Tensor:
+        """Return the features of one blank image, a row for each of its tokens."""
+        ...
+
+
+class HiddenStates(Protocol):
+    """What replaces tokens and pixels when the states at a boundary inside the language model are cached."""
+
+    def batch(self, rows: Sequence[EncodedRow], length: int) -> torch.Tensor:
+        """Return each row's states, padded on the right to `length` tokens."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Padding:
+    """Where the rows of a batch are padded, "right" to train and "left" to answer; LLaMA-Factory pads to 8."""
+
+    side: Literal["right", "left"] = "right"
+    multiple_of: int = 8
+
+
+class Collator:
+    """Turns encoded rows into what the model's `forward` takes.
+
+    Args:
+        processor: The model's processor, as `load_processor` returns it.
+        settings: Limits of an image's area.
+        padding: How rows become equally long.
+        select_logits: Compute logits at supervised positions only; the loss is the same, without a 262k-wide softmax
+            over the prompt.
+        features: Cached tower outputs that replace the pixels.
+        hidden_states: Cached states that replace tokens and pixels.
+        separate_packed_rows: Rows packed into one sequence do not see each other.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        settings: TurnSettings = TurnSettings(),
+        *,
+        padding: Padding = Padding(),
+        select_logits: bool = True,
+        features: ImageFeatures | None = None,
+        hidden_states: HiddenStates | None = None,
+        separate_packed_rows: bool = False,
+    ) -> None:
+        tokenizer, self.family = processor.tokenizer, processor_family(processor)
+        self.image_processor = processor.image_processor
+        self.slots = self.family.slots(processor, self.family.image_token)
+        self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.image_token_id: int = image_token_id(processor)
+        self.image_limits = {"max_pixels": settings.image_max_pixels, "min_pixels": settings.image_min_pixels}
+        self.padding = padding
+        self.select_logits = select_logits
+        self.features = features
+        self.separate_packed_rows = separate_packed_rows
+        self._blank_size = self.slots.fitted(64, 64)
+        self._blank_slot = self.slots.slot(*self._blank_size)
+        self.hidden_states = hidden_states
+        self.selects_by_mask = False  # on the CPU: no logit too many, where nothing waits for a device
+        self.digests: FileDigests | None = None  # of images that are refused if they changed when they are read
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        """Collate at least one row.
+
+        Returns:
+            input_ids_BT, attention_mask_BT, labels_BT (int64, -100 where nothing is learned); for families that want
+            them token_type_ids_BT or mm_token_type_ids_BT (1 at image tokens; for PaliGemma 1 from the first supervised
+            token on, nowhere in a prompt) and image_grid_thw_N3; pixel_values, as the family's image processor makes
+            them, or cached features; with `select_logits` also logits_to_keep_BS, the places of supervised tokens, and
+            shift_labels_BS, -100 where a row has fewer: for a mask, as with `selects_by_mask`, the host would wait for
+            the GPU. While
+            training, a batch without images carries a blank one after its first row, which no token attends to: tower
+            and projector then have gradients of zero instead of none, so that weight decay and momentum move them as
+            in LLaMA-Factory. With cached `hidden_states` inputs_embeds_BTH instead of input_ids and pixel_values.
+
+        Raises:
+            DataError: An image is damaged. Names row and file.
+
+        Source:
+            Gemma 3 needs token_type_ids while training: huggingface/trl#5807. Without them no error is raised, but
+            image tokens do not attend to each other.
+        """
+        has_images = any(row.images for row in rows)
+        needs_no_blank = has_images or self.padding.side == "left" or self.hidden_states is not None
+        num_blank = 0 if needs_no_blank else self._blank_slot.num_tokens
+        longest = max(len(rows[0].input_ids) + num_blank, *(len(row.input_ids) for row in rows))
+        length = -(-longest // self.padding.multiple_of) * self.padding.multiple_of
+        input_ids_BT = self._pad([row.input_ids for row in rows], length, self.pad_id)
+        input_ids_BT[0, len(rows[0].input_ids) :][:num_blank] = self.image_token_id
+        labels_BT = self._pad([row.labels for row in rows], length, IGNORE_INDEX)
+        batch = {
+            "input_ids": input_ids_BT,
+            "attention_mask": self._pad([(1,) * len(row.input_ids) for row in rows], length, 0),
+            "labels": labels_BT,
+            **self._token_types(input_ids_BT, rows, length),
+        }
+        if any(row.positions for row in rows):
+            batch["position_ids"] = self._pad([row.positions for row in rows], length, 0)
+            if self.separate_packed_rows:
+                del batch["attention_mask"]  # the family's `packed_masks` makes one from the positions
+        if self.hidden_states is not None:
+            batch["inputs_embeds"] = self.hidden_states.batch(rows, length)
+            del batch["input_ids"]
+        elif has_images:
+            batch |= self._images(rows)
+        elif num_blank:
+            batch |= self._blank_image()
+        if self.features is not None and "pixel_values" in batch:
+            self._require_a_feature_for_each_token(input_ids_BT, len(batch["pixel_values"]), rows)
+        if self.select_logits:
+            batch |= self._supervised(labels_BT, rows)
+        return batch
+
+    def _supervised(self, labels_BT: torch.Tensor, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        shifted_BT = functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
+        keep_BT = shifted_BT != IGNORE_INDEX
+        most = int(keep_BT.sum(dim=1).max())
+        if not most:
+            raise DataError(f"No token is supervised in rows {', '.join(row.id for row in rows)}. Drop them.")
+        if self.selects_by_mask:
+            return {"logits_to_keep": keep_BT, "shift_labels": shifted_BT[keep_BT]}
+        places_BS = torch.argsort((~keep_BT).int(), dim=1, stable=True)[:, :most]  # the supervised ones, in order
+        return {"logits_to_keep": places_BS, "shift_labels": shifted_BT.gather(1, places_BS)}
+
+    def tower_inputs(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        """Return the vision tower's inputs for all images in order: pixel_values and what belongs to them.
+
+        Raises:
+            DataError: An image is damaged. Names row and file.
+            IntegrityError: One changed since its digest was taken. Names the file.
+        """
+        places = [(path, row.id) for row in rows for path in row.images]
+        images = [load_image(p, **self.image_limits, row_id=i, slots=self.slots) for p, i in places]
+        if self.digests is not None:
+            self.digests.require_unchanged(path for path, _ in places)
+        return self._processed(images)
+
+    def _processed(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        arranged = [[image] for image in images] if self.slots.by_image else images
+        processed = self.image_processor(arranged, return_tensors="pt")
+        return {name: processed[name] for name in TOWER_INPUTS if name in processed}
+
+    def _blank_image(self) -> dict[str, torch.Tensor]:
+        if self.features is None:
+            return self._processed([Image.new("RGB", self._blank_size, "white")])
+        grid = self._blank_slot.grid_thw
+        return {"pixel_values": self.features.blank(self._blank_slot.num_tokens)} | (
+            {"image_grid_thw": torch.tensor([grid])} if grid else {}
+        )
+
+    def _images(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        if self.features is None:
+            return self.tower_inputs(rows)
+        batch = {"pixel_values": self.features.batch([path for row in rows for path in row.images])}
+        grids_thw = [grid for row in rows for grid in row.grids_thw]
+        return batch | ({"image_grid_thw": torch.tensor(grids_thw)} if grids_thw else {})
+
+    def _require_a_feature_for_each_token(
+        self, input_ids_BT: torch.Tensor, num_features: int, rows: Sequence[EncodedRow]
+    ) -> None:
+        num_tokens = int((input_ids_BT == self.image_token_id).sum())
+        if num_tokens != num_features:
+            raise IntegrityError(
+                f"The cached vision features of rows {', '.join(row.id for row in rows)} do not fit: expected "
+                f"{num_tokens} rows of them, one for each image token, found {num_features}. Delete the cache's folder "
+                "and make them again."
+            )
+
+    def _token_types(
+        self, input_ids_BT: torch.Tensor, rows: Sequence[EncodedRow], length: int
+    ) -> dict[str, torch.Tensor]:
+        if self.family.token_types is None:
+            return {}
+        key, meaning = self.family.token_types
+        if meaning == "images":
+            return {key: (input_ids_BT == self.image_token_id).long()}
+        # what is supervised must not be seen from before it, so a prompt ends where the first label is
+        num_before = [sum(1 for _ in takewhile(lambda label: label == IGNORE_INDEX, row.labels)) for row in rows]
+        types = [(0,) * n + (1,) * (len(row.labels) - n) for n, row in zip(num_before, rows, strict=True)]
+        return {key: self._pad(types, length, 0)}
+
+    def _pad(self, sequences: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
+        padded_BT = torch.full((len(sequences), length), value, dtype=torch.long)
+        for index, sequence in enumerate(sequences):
+            at = slice(None, len(sequence)) if self.padding.side == "right" else slice(length - len(sequence), None)
+            padded_BT[index, at] = torch.tensor(sequence, dtype=torch.long)
+        return padded_BT

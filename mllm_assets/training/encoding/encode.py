@@ -1,0 +1,241 @@
+"""A ShareGPT row becomes token ids and labels exactly as LLaMA-Factory makes them.
+
+`turns.py` says how a conversation is tokenised. Here it is cut to `cutoff_len`, and each token of an answer, its end of
+turn included, becomes a label; so do those of a question with `train_on_prompt`.
+Source: llamafactory 0.9.5, `data/mm_plugin.py` and `data/processor/supervised.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
+from mllm_assets.errors import DataError, ModelError
+from mllm_assets.families.family import find_template, processor_family
+from mllm_assets.families.image_slots import ImageSlot
+from mllm_assets.recipe.asking import TurnSettings
+from mllm_assets.training.encoding.image_files import image_size
+from mllm_assets.training.encoding.turns import (
+    ImageTurns,
+    Lengths,
+    Turn,
+    TurnTokenizer,
+    kept_lengths,
+    smallest_cutoff_len,
+)
+
+if TYPE_CHECKING:
+    from mllm_assets.data.sharegpt.rows import Row
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedRow:
+    """One row's tokens: `input_ids` and `labels` are of one length, `images` in the order of their placeholders.
+
+    `grids_thw` has the images' patches in time, height and width, for models that need them; `num_patches` is how many
+    the tower sees of all images, None if it is the same for every image; `positions` restart at each row of a packed
+    sequence, and are empty if rows are not packed.
+    """
+
+    id: str
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    images: tuple[Path, ...] = ()
+    num_tokens_cut: int = 0
+    grids_thw: tuple[tuple[int, int, int], ...] = ()
+    num_patches: int | None = None
+    positions: tuple[int, ...] = ()
+
+
+class ImageCutError(DataError):
+    """`cutoff_len` cuts into an image."""
+
+
+class Encoder:
+    """Encodes rows for one model's processor.
+
+    Args:
+        processor: The model's processor, as `load_processor` returns it.
+        settings: The turn format and its limits.
+        train_on_prompt: Questions are supervised as well.
+        mask_history: Only the last answer is supervised, and a cut takes the first turns.
+        preserve_thinking: Reasoning stays in the answers that `mask_history` masks.
+        num_embeddings: Rows of the model's embedding; without it token ids are not compared with them.
+
+    Raises:
+        ModelError: The tokenizer lacks the family's image token.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        settings: TurnSettings = TurnSettings(),
+        *,
+        train_on_prompt: bool = False,
+        mask_history: bool = False,
+        preserve_thinking: bool = False,
+        num_embeddings: int | None = None,
+    ) -> None:
+        family = processor_family(processor)
+        self.cutoff_len = settings.cutoff_len
+        self.template = find_template(settings.template, family)
+        self.turns = TurnTokenizer(
+            processor.tokenizer, self.template, system=settings.system, enable_thinking=settings.enable_thinking
+        )
+        self.train_on_prompt = train_on_prompt
+        self.mask_history = mask_history
+        self._drops_history_thought = mask_history and not preserve_thinking
+        self.image_token_id = image_token_id(processor)
+        self._tokenizer, self._num_embeddings = processor.tokenizer, num_embeddings
+        self._slots = family.slots(processor, family.image_token)
+        self._image_limits = {"max_pixels": settings.image_max_pixels, "min_pixels": settings.image_min_pixels}
+
+    def encode(self, row: "Row") -> EncodedRow:
+        """Encode all turns of a row, answers supervised.
+
+        Raises:
+            ImageCutError: `cutoff_len` cuts into an image. Names the row.
+            DataError: `cutoff_len` leaves no supervised token, the text itself holds control tokens, or an image is
+                damaged. Names the row.
+        """
+        slots = self._image_slots(row)
+        input_ids = self._leading_images(slots)
+        labels = [IGNORE_INDEX] * len(input_ids)
+        turns = self._turns(row, slots, for_last_answer=self._drops_history_thought)
+        lengths = [(len(source), len(target)) for source, target in turns]
+        kept = kept_lengths(lengths, self.cutoff_len - len(input_ids), last_first=self.mask_history)
+        num_tokens_cut = sum(map(sum, lengths)) - sum(map(sum, kept))
+        if num_tokens_cut:
+            self._require_whole_images(row, turns, kept, num_leading=len(input_ids))
+        for index, ((source, target), (source_len, target_len)) in enumerate(zip(turns, kept, strict=True)):
+            is_history = self.mask_history and index < len(turns) - 1
+            source, target = source[:source_len], target[:target_len]
+            input_ids += source + target
+            labels += source if self.train_on_prompt else [IGNORE_INDEX] * source_len
+            labels += [IGNORE_INDEX] * target_len if is_history else target
+        encoded = self._row(row, slots, input_ids, labels, num_tokens_cut)
+        if all(label == IGNORE_INDEX for label in labels):
+            raise DataError(
+                f"Row {row.id} supervises no token: cutoff_len is {self.cutoff_len}, and its answers are empty or cut "
+                f"off ({num_tokens_cut} tokens). Raise cutoff_len or drop the row."
+            )
+        return encoded
+
+    def encode_prompt(self, row: "Row") -> EncodedRow:
+        """Encode what precedes a row's last answer, up to where the model answers; all labels are -100.
+
+        Reasoning is taken out of earlier answers, as in LLaMA-Factory's predictions and the models' chat templates.
+
+        Raises:
+            DataError: The text itself holds control tokens, or an image is damaged. Names the row.
+        """
+        slots = self._image_slots(row)
+        *earlier, (question, _) = self._turns(row, slots, for_last_answer=True)
+        input_ids = self._leading_images(slots)
+        input_ids += [token for source, target in earlier for token in source + target] + question
+        return self._row(row, slots, input_ids, [IGNORE_INDEX] * len(input_ids), 0)
+
+    def _row(
+        self, row: "Row", slots: Sequence[ImageSlot], input_ids: list[int], labels: list[int], num_tokens_cut: int
+    ) -> EncodedRow:
+        patches = [slot.num_patches for slot in slots]
+        encoded = EncodedRow(
+            id=row.id,
+            input_ids=tuple(input_ids),
+            labels=tuple(labels),
+            images=tuple(row.images),
+            num_tokens_cut=num_tokens_cut,
+            grids_thw=tuple(slot.grid_thw for slot in slots if slot.grid_thw is not None),
+            num_patches=sum(n for n in patches if n is not None) if any(patches) else None,
+        )
+        found, expected = input_ids.count(self.image_token_id), sum(slot.num_tokens for slot in slots)
+        if found != expected:
+            raise DataError(
+                f"Row {row.id} has {found} image tokens, expected {expected} for its {len(row.images)} images. Check "
+                f"the {IMAGE_PLACEHOLDER} placeholders of its user messages."
+            )
+        self._require_embedded(encoded)
+        return encoded
+
+    def _image_slots(self, row: "Row") -> list[ImageSlot]:
+        if not self._slots.needs_size:
+            return [self._slots.slot(0, 0)] * len(row.images)
+        sizes = (image_size(path, row_id=row.id, **self._image_limits) for path in row.images)
+        return [self._slots.slot(*self._slots.fitted(*size)) for size in sizes]
+
+    def _turns(self, row: "Row", slots: Sequence[ImageSlot], *, for_last_answer: bool = False) -> list[Turn]:
+        # with images before the first text their placeholders become nothing
+        texts = ["" if self.template.images_first else slot.text for slot in slots]
+        return self.turns.tokenize(row, texts, for_last_answer=for_last_answer)
+
+    def _leading_images(self, slots: Sequence[ImageSlot]) -> list[int]:
+        num_tokens = sum(slot.num_tokens for slot in slots) if self.template.images_first else 0
+        return [self.image_token_id] * num_tokens
+
+    def _require_whole_images(
+        self, row: "Row", turns: Sequence[Turn], kept: Sequence[Lengths], *, num_leading: int
+    ) -> None:
+        """Raise an `ImageCutError` for a cut into an image."""
+        image_turns = self._image_turns(turns, num_leading)
+        if image_turns.fits(self.cutoff_len, last_first=self.mask_history):
+            return
+        parts = [
+            part[:length] for turn, k in zip(turns, kept, strict=True) for part, length in zip(turn, k, strict=True)
+        ]
+        left = sum(part.count(self.image_token_id) for part in parts)
+        total = sum(part.count(self.image_token_id) for turn in turns for part in turn)
+        least = smallest_cutoff_len([image_turns], self.cutoff_len, last_first=self.mask_history)
+        raise ImageCutError(
+            f"Row {row.id} is cut inside its images: cutoff_len {self.cutoff_len} leaves {left} of {total} image "
+            f"tokens. Set cutoff_len: {least} or more, or drop the row."
+        )
+
+    def image_turns(self, row: "Row") -> ImageTurns:
+        """Return a row's turns, to find how short it may be cut."""
+        slots = self._image_slots(row)
+        turns = self._turns(row, slots, for_last_answer=self._drops_history_thought)
+        return self._image_turns(turns, len(self._leading_images(slots)))
+
+    def _image_turns(self, turns: Sequence[Turn], num_leading: int) -> ImageTurns:
+        return ImageTurns(
+            lengths=[(len(source), len(target)) for source, target in turns],
+            needed=[(self._end_of_images(source), self._end_of_images(target)) for source, target in turns],
+            num_leading=num_leading,
+        )
+
+    def _end_of_images(self, tokens: Sequence[int]) -> int:
+        return max((index + 1 for index, token in enumerate(tokens) if token == self.image_token_id), default=0)
+
+    def _require_embedded(self, row: EncodedRow) -> None:
+        """Refuse tokens that the tokenizer has and the model has not; an image token stands for what is no token."""
+        used = (*row.input_ids, self._tokenizer.pad_token_id or 0)
+        if self._num_embeddings is None or max(used) < self._num_embeddings:
+            return
+        beyond = next((id_ for id_ in used if id_ >= self._num_embeddings and id_ != self.image_token_id), None)
+        if beyond is not None:
+            who, token = f"Row {row.id}" if row.id else "The prompt", self._tokenizer.convert_ids_to_tokens(beyond)
+            raise DataError(
+                f"{who} needs the token {token!r} with the id {beyond}, and the model's embedding has "
+                f"{self._num_embeddings} rows, for the ids below. Take the tokenizer files that belong to the weights, "
+                f"or make the rows and save the model again: "
+                f"model.resize_token_embeddings({max(self._tokenizer.get_vocab().values()) + 1})."
+            )
+
+
+def image_token_id(processor: Any) -> int:
+    """Return the id of the token that represents an image's features.
+
+    Raises:
+        ModelError: The tokenizer does not have it as one token.
+    """
+    token, tokenizer = processor_family(processor).image_token, processor.tokenizer
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ModelError(
+            f"The tokenizer does not know the image token {token}, so it belongs to a model without images. "
+            f"Use the tokenizer files of {processor_family(processor).example} or of a model made from it."
+        )
+    return ids[0]

@@ -1,0 +1,324 @@
+"""What a run reads: the recipe's rows, encoded once."""
+
+import bisect
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mllm_assets.data.ingest.images import departure_text
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.data.sharegpt.rows import Row
+from mllm_assets.errors import DataError, RecipeError
+from mllm_assets.families.family import FAMILIES, processor_family, require_template
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.encoding.collate import Collator
+from mllm_assets.training.encoding.encode import IGNORE_INDEX, EncodedRow, Encoder, ImageCutError, image_token_id
+from mllm_assets.training.encoding.image_files import departures
+from mllm_assets.training.encoding.turns import smallest_cutoff_len
+from mllm_assets.training.models.freezing import TrainableSet
+from mllm_assets.training.models.load import load_config, load_processor
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+
+    from mllm_assets.worker.protocol import Reporter
+
+T = TypeVar("T")
+STOPPING = {
+    "interleave_under": "first_exhausted",
+    "interleave_over": "all_exhausted",
+    "interleave_once": "all_exhausted_without_replacement",
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class Inputs:
+    """What a run reads: the processor, the encoded rows, and the digests of its files."""
+
+    processor: Any
+    train_rows: list[EncodedRow]
+    eval_rows: list[EncodedRow]
+    digests: FileDigests
+
+    @property
+    def rows(self) -> list[EncodedRow]:
+        return [*self.train_rows, *self.eval_rows]
+
+
+def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, reporter: "Reporter") -> Inputs:
+    """Load and encode all rows and open every image's header, so that bad data is named before the first step.
+
+    Raises:
+        DataError, RecipeError, ModelError: What must change.
+    """
+    processor = load_processor(model_dir)
+    encoder = make_encoder(spec, processor, model_dir)
+    if spec.packs:
+        _check_packing(spec, processor, reporter)
+    train_rows, eval_rows = (encode_rows(encoder, rows, spec) for rows in read_rows(spec, dataset))
+    _warn_of_cuts([*train_rows, *eval_rows], spec, reporter)
+    warn_of_labels(train_rows, spec, processor, reporter)
+    if spec.packs:
+        train_rows, eval_rows = (
+            pack(
+                rows,
+                spec.row_cutoff_len,
+                group_size=spec.preprocessing_batch_size,
+                num_groups=spec.preprocessing_num_workers,
+            )
+            for rows in (train_rows, eval_rows)
+        )
+    inputs = Inputs(processor=processor, train_rows=train_rows, eval_rows=eval_rows, digests=dataset.digests)
+    check_pictures(inputs.rows, reporter)
+    return inputs
+
+
+def check_reach(shape: TrainableSet, rows: Sequence[EncodedRow], spec: TrainSpec, reporter: "Reporter") -> None:
+    """Refuse to train what no row reaches: tower and projector see pictures only.
+
+    Raises:
+        RecipeError: They are all that trains, and no row has a picture.
+    """
+    visual = [
+        name for name in shape.names if any(k in name for k in shape.family.vision_keys + shape.family.projector_keys)
+    ]
+    num_with = sum(bool(row.images) for row in rows)
+    is_all = len(visual) == len(shape.names)
+    if not visual or num_with == len(rows) or (num_with and not is_all):
+        return
+    parts = ", ".join(row["module"] for row in shape.table if any(row["module"] in name for name in visual))
+    count = f"{num_with} of {len(rows)} rows of {spec.dataset} have a picture"
+    if is_all and not num_with:
+        raise RecipeError(
+            f"Nothing would be learnt: only {parts} trains, which sees pictures alone, and {count}. Name a dataset "
+            "with an `images` column, or train the language model: freeze_language_model: false."
+        )
+    reporter.warn(f"{count}: from the others {parts} learns nothing.")
+
+
+def _check_packing(spec: TrainSpec, processor: Any, reporter: "Reporter") -> None:
+    family = processor_family(processor)
+    if family.packed_masks is None:
+        known = ", ".join(other.name for other in FAMILIES.values() if other.packed_masks)
+        raise RecipeError(
+            f"packing is only done for {known}, and the model is {family.name}: its positions do not restart in the "
+            f"middle of a sequence. Delete packing and neat_packing."
+        )
+    if spec.neat_packing:
+        reporter.warn("neat_packing: packed rows do not see each other. LLaMA-Factory 0.9.5 fails with it on Gemma 3.")
+    else:
+        reporter.warn(
+            "packing: a row sees the rows packed in front of it, as in LLaMA-Factory. "
+            "neat_packing: true keeps them apart."
+        )
+
+
+def _warn_of_cuts(rows: Sequence[EncodedRow], spec: TrainSpec, reporter: "Reporter") -> None:
+    num_cut = sum(row.num_tokens_cut > 0 for row in rows)
+    limit = f"cutoff_len {spec.cutoff_len}"
+    if spec.packs:
+        limit = f"the {spec.row_cutoff_len} tokens that {limit} leaves a row with packing"
+    if num_cut:
+        reporter.warn(f"{num_cut} of {len(rows)} rows are longer than {limit} and were cut.")
+
+
+def warn_of_labels(rows: Sequence[EncodedRow], spec: TrainSpec, processor: Any, reporter: "Reporter") -> None:
+    """Say what is learnt, or seen, otherwise than a reader of the recipe may expect."""
+    if spec.train_on_prompt:
+        labels = Counter(chain.from_iterable(row.labels for row in rows))
+        num_images, num_bos = labels[image_token_id(processor)], labels[processor.tokenizer.bos_token_id]
+        reporter.warn(
+            f"train_on_prompt: {num_images:,} image tokens and {num_bos:,} <bos> are among the "
+            f"{labels.total() - labels[IGNORE_INDEX]:,} labels, as in LLaMA-Factory: the whole question is learnt, "
+            "not its words alone."
+        )
+    family = processor_family(processor)
+    if family.token_types and family.token_types[1] == "answers" and not spec.train_on_prompt:
+        num_several = sum(len(list(groupby(row.labels, lambda label: label < 0))) > 2 for row in rows)
+        if num_several:
+            reporter.warn(
+                f"{num_several} of {len(rows)} rows have several answers. {family.name} is asked with all that is "
+                "before an answer seen in both directions; here that is the first question alone, or an answer would "
+                "be seen before it is learnt. mask_history: true learns the last answer only, as it is asked."
+            )
+
+
+def read_rows(spec: TrainSpec, dataset: Dataset) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on and to evaluate, mixed and held out as in the recipe.
+
+    Raises:
+        DataError, RecipeError: What must change.
+    """
+
+    def merged(entries: Sequence[str]) -> list[Row]:
+        return mixed([dataset.entry(name).rows[: spec.max_samples] for name in entries], spec)
+
+    train_rows, held_out = split(merged(spec.train_entries), spec)
+    if spec.eval_strategy == "no":
+        return train_rows, []
+    return train_rows, merged(spec.eval_entries) if spec.eval_entries else held_out
+
+
+def encode_rows(encoder: Encoder, rows: Sequence[Row], spec: TrainSpec) -> list[EncodedRow]:
+    """Encode rows.
+
+    Raises:
+        DataError: `cutoff_len` cuts into images (names the number of rows and the least that works), or a row is wrong.
+    """
+    encoded, cut = [], []
+    for row in rows:
+        try:
+            encoded.append(encoder.encode(row))
+        except ImageCutError as error:
+            cut.append(error)
+    if cut:
+        turns = [encoder.image_turns(row) for row in rows if row.images]
+        least = smallest_cutoff_len(turns, encoder.cutoff_len, last_first=spec.mask_history)
+        least += spec.cutoff_len - spec.row_cutoff_len
+        raise DataError(
+            f"cutoff_len {spec.cutoff_len} cuts into the images of {len(cut)} of {len(rows)} rows. The smallest that "
+            f"works for all of them is {least}: set cutoff_len: {least}. The first one: {cut[0]}"
+        )
+    return encoded
+
+
+def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
+    """Return the recipe's encoder.
+
+    Raises:
+        RecipeError: The recipe's template is of another family than the model.
+    """
+    require_template(spec.template, processor_family(processor), str(model_dir))
+    return Encoder(
+        processor,
+        replace(spec.turns, cutoff_len=spec.row_cutoff_len),
+        train_on_prompt=spec.train_on_prompt,
+        mask_history=spec.mask_history,
+        preserve_thinking=spec.preserve_thinking,
+        num_embeddings=load_config(model_dir).get_text_config().vocab_size,
+    )
+
+
+def make_collator(spec: TrainSpec, processor: Any, digests: FileDigests | None = None, **cached: Any) -> Collator:
+    """Return the recipe's collator of pixels, or of cached `features` or `hidden_states`.
+
+    With `digests` it refuses an image that changed since its digest was taken.
+    """
+    collator = Collator(processor, spec.turns, separate_packed_rows=spec.neat_packing, **cached)
+    collator.digests = digests
+    return collator
+
+
+def check_pictures(rows: Iterable[EncodedRow], reporter: "Reporter") -> None:
+    """Open every picture's header, and warn of how many the model sees differently than in LLaMA-Factory.
+
+    Raises:
+        DataError: A file is not a picture that can be used.
+    """
+    used: dict[Path, str] = {}
+    for row in rows:
+        for path in row.images:
+            used.setdefault(path, row.id)
+    for why, num_pictures in departures(used.items()).items():
+        reporter.warn(departure_text(why, num_pictures))
+
+
+def mixed(entries: Sequence[Sequence[T]], spec: TrainSpec) -> list[T]:
+    """Return the rows of all entries in the order of `mix_strategy`; a row may come twice with `interleave_over`."""
+    rows = list(chain.from_iterable(entries))
+    if len(entries) == 1 or spec.mix_strategy == "concat":
+        return rows
+    from datasets import interleave_datasets
+
+    first = [sum(map(len, entries[:k])) for k in range(len(entries))]
+    numbered = [_numbers(range(start, start + len(entry))) for start, entry in zip(first, entries, strict=True)]
+    merged = interleave_datasets(
+        numbered,
+        probabilities=spec.probabilities,
+        seed=spec.seed,
+        stopping_strategy=STOPPING[spec.mix_strategy],  # pyright: ignore[reportArgumentType]
+    )
+    return [rows[number] for number in merged["number"]]
+
+
+def split(rows: Sequence[T], spec: TrainSpec) -> tuple[list[T], list[T]]:
+    """Return the rows to train on and those that `val_size` holds out.
+
+    Raises:
+        DataError: One of the two would be empty.
+    """
+    if not spec.val_size:
+        return list(rows), []
+    # Above 1 a number of rows, below a share of them: scikit-learn's rule, which `datasets` follows
+    size = int(spec.val_size) if spec.val_size > 1 else spec.val_size
+    try:
+        parts = _numbers(range(len(rows))).train_test_split(test_size=size, seed=spec.seed)
+    except ValueError:
+        raise DataError(
+            f"val_size is {spec.val_size}, and the recipe has {len(rows)} rows: nothing would be left to train on or "
+            f"to evaluate. Choose a share between 0 and 1, or a number of rows below {len(rows)}."
+        ) from None
+    return [rows[k] for k in parts["train"]["number"]], [rows[k] for k in parts["test"]["number"]]
+
+
+def _numbers(values: range) -> "Table":
+    from datasets import Dataset as Table
+
+    return Table.from_dict({"number": list(values)})
+
+
+def pack(
+    rows: Sequence[EncodedRow], cutoff_len: int, *, group_size: int = 1000, num_groups: int | None = None
+) -> list[EncodedRow]:
+    """Return packed rows; the positions restart at each row in them.
+
+    Args:
+        rows: In the recipe's order.
+        cutoff_len: Most tokens of a sequence; no row is longer.
+        group_size: How many rows are packed together (`preprocessing_batch_size`).
+        num_groups: LLaMA-Factory's `preprocessing_num_workers`, each of which packs a separate stretch of the rows.
+
+    Source: llamafactory 0.9.5, `PackedSupervisedDatasetProcessor` and `greedy_knapsack`.
+    """
+    stretches = _stretches(rows, min(num_groups or 1, max(len(rows), 1)))
+    groups = [part[at : at + group_size] for part in stretches for at in range(0, len(part), group_size)]
+    return [_joined(knapsack) for group in groups for knapsack in _knapsacks(group, cutoff_len)]
+
+
+def _stretches(rows: Sequence[EncodedRow], count: int) -> Iterator[Sequence[EncodedRow]]:
+    """`Dataset.shard(contiguous=True)`: the first ones are longer by one."""
+    size, rest = divmod(len(rows), count)
+    for index in range(count):
+        start = size * index + min(index, rest)
+        yield rows[start : start + size + (index < rest)]
+
+
+def _knapsacks(rows: Sequence[EncodedRow], capacity: int) -> Iterator[list[EncodedRow]]:
+    """The longest row that still fits comes next; of equally long rows the last."""
+    by_length: dict[int, list[EncodedRow]] = defaultdict(list)
+    for row in rows:
+        by_length[len(row.input_ids)].append(row)
+    lengths = sorted(len(row.input_ids) for row in rows)
+    assert lengths[-1] <= capacity, "the encoder cuts rows to the capacity"
+    while lengths:
+        knapsack, room = [], capacity
+        while index := bisect.bisect(lengths, room):
+            length = lengths.pop(index - 1)
+            knapsack.append(by_length[length].pop())
+            room -= length
+        yield knapsack
+
+
+def _joined(rows: Sequence[EncodedRow]) -> EncodedRow:
+    return EncodedRow(
+        id=", ".join(row.id for row in rows),
+        input_ids=tuple(chain.from_iterable(row.input_ids for row in rows)),
+        labels=tuple(chain.from_iterable(row.labels for row in rows)),
+        images=tuple(chain.from_iterable(row.images for row in rows)),
+        num_tokens_cut=sum(row.num_tokens_cut for row in rows),
+        positions=tuple(chain.from_iterable(range(len(row.input_ids)) for row in rows)),
+    )

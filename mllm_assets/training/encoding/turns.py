@@ -1,0 +1,181 @@
+r"""A row's conversation becomes the token ids of its turns, question and answer tokenised separately.
+
+For Gemma 3: `<bos>` once, then for each turn `<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n` and the
+answer with its `<end_of_turn>\n`; a system text precedes the first user text with a blank line; `<image>` becomes
+the processor's full image sequence; nothing is trimmed. Other families differ as `families/` defines.
+Source: llamafactory 0.9.5, `data/template.py`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
+from mllm_assets.errors import DataError
+from mllm_assets.families.family import Template, fill
+
+if TYPE_CHECKING:
+    from mllm_assets.data.sharegpt.rows import Message, Row
+
+Turn = tuple[list[int], list[int]]  # token ids of a question and of its answer
+Lengths = tuple[int, int]  # tokens of a question and of its answer
+
+
+class TurnTokenizer:
+    """Tokenises conversations in one turn format.
+
+    Attributes:
+        system: System text for rows without one.
+        control_token: Matches the tokens that a text must not hold.
+    """
+
+    def __init__(self, tokenizer: Any, template: Template, *, system: str | None, enable_thinking: bool | None) -> None:
+        self.system = system
+        self.control_token = control_token_pattern(tokenizer)
+        self._tokenizer = tokenizer
+        self._template = template
+        self._enable_thinking = enable_thinking
+
+    def tokenize(self, row: "Row", image_texts: Sequence[str], *, for_last_answer: bool = False) -> list[Turn]:
+        """Return each turn's token ids; the answer of a row that ends with a question is empty.
+
+        Args:
+            row: The conversation.
+            image_texts: What replaces each image's placeholder.
+            for_last_answer: Reasoning is taken out of all earlier answers, and no empty one is put into them.
+
+        Raises:
+            DataError: A text holds control tokens. Names the row.
+        """
+        messages: Sequence[Message] = row.messages
+        system = self.system
+        if messages and messages[0].role == "system":
+            system, messages = messages[0].content, messages[1:]
+        if system:
+            self._refuse_control_tokens(row, "the system text", system)
+        images = iter(image_texts)
+        turns = []
+        opening, joined = self._opening(system or self._template.default_system)
+        for index in range(0, len(messages), 2):
+            question = messages[index].content
+            for part in question.split(IMAGE_PLACEHOLDER):
+                self._refuse_control_tokens(row, f"message {index}", part)
+            source = opening + self._tokens(fill(self._user_slot(question), joined + _expanded(question, images)))
+            opening, joined = [], ""
+            if index + 1 == len(messages):
+                turns.append((source + self._answer("", is_history=False)[0], []))
+                break
+            is_history = for_last_answer and index + 2 < len(messages)
+            answer = messages[index + 1].content
+            if self._enable_thinking is False or is_history:
+                answer = self._template.without_thought(answer)
+            for part in self._template.without_thought(answer).split(IMAGE_PLACEHOLDER):
+                self._refuse_control_tokens(row, f"message {index + 1}", part)
+            before, target = self._answer(_expanded(answer, images), is_history=is_history)
+            turns.append((source + before, target))
+        return turns
+
+    def _opening(self, system: str) -> tuple[list[int], str]:
+        """Return what precedes the first question: token ids, and text that is tokenised together with it."""
+        template, bos = self._template, self._tokenizer.bos_token_id
+        ids = [bos] if template.starts_with_bos and bos is not None else []
+        ids += self._tokens(template.prefix)
+        text = fill(template.system, system) if system else ""
+        return (ids, text) if template.system_in_user else (ids + self._tokens(text), "")
+
+    def _user_slot(self, question: str) -> str:
+        image_first = self._template.user_image_first
+        return image_first if image_first and question.startswith(IMAGE_PLACEHOLDER) else self._template.user
+
+    def _answer(self, answer: str, *, is_history: bool) -> Turn:
+        """Return what an answer adds to its question, and its own token ids."""
+        template = self._template
+        target = self._tokens(fill(template.assistant, answer))
+        if template.ends_with_eos and self._tokenizer.eos_token_id is not None:
+            target.append(self._tokenizer.eos_token_id)
+        if template.thought is None or is_history or not template.lacks_thought(answer):
+            return [], target
+        thought = self._tokens("".join(template.thought))
+        return ([], thought + target) if self._enable_thinking else (thought, target)
+
+    def _refuse_control_tokens(self, row: "Row", place: str, text: str) -> None:
+        """A tokenizer takes `<end_of_turn>` in a text for the end of the turn, and so does LLaMA-Factory.
+
+        Encoding it as plain characters instead would train what no chat program sends, and other ids than
+        LLaMA-Factory's from the same file.
+        """
+        if found := self.control_token.search(text):
+            raise DataError(
+                f"Row {row.id}: {place} holds {found.group()!r}, which steers the model and would be read as that, not "
+                "as text. Take it out, or drop the row."
+            )
+
+    def _tokens(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
+
+
+def control_token_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern that matches each special token of a tokenizer; without any it never matches."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(special, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # `(?!)` never matches
+
+
+def _expanded(text: str, images: Iterator[str]) -> str:
+    """Replace the placeholders by what represents the images, in order."""
+    first, *rest = text.split(IMAGE_PLACEHOLDER)
+    return first + "".join(next(images) + part for part in rest)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageTurns:
+    """The lengths of a row's turns, to find how short it may be cut."""
+
+    lengths: Sequence[Lengths]
+    needed: Sequence[Lengths]  # of each turn, up to and including the last token of an image
+    num_leading: int = 0  # tokens before the first turn
+
+    def fits(self, cutoff_len: int, *, last_first: bool) -> bool:
+        """Whether a cut at `cutoff_len` leaves every image complete."""
+        kept = kept_lengths(self.lengths, cutoff_len - self.num_leading, last_first=last_first)
+        return all(k[0] >= n[0] and k[1] >= n[1] for k, n in zip(kept, self.needed, strict=True))
+
+
+def kept_lengths(lengths: Sequence[Lengths], room: int, *, last_first: bool = False) -> list[Lengths]:
+    """Return how many tokens of each turn stay in a row of `room` tokens.
+
+    With `last_first`, as for `mask_history`, the last turn gets its tokens first.
+    Source: llamafactory 0.9.5, `SupervisedDatasetProcessor._encode_data_example`.
+    """
+    kept = [(0, 0)] * len(lengths)
+    for index in reversed(range(len(lengths))) if last_first else range(len(lengths)):
+        if room <= 0:
+            break
+        kept[index] = _shared(*lengths[index], room)
+        room -= sum(kept[index])
+    return kept
+
+
+def smallest_cutoff_len(rows: Iterable[ImageTurns], above: int, *, last_first: bool) -> int:
+    """Return the least `cutoff_len` above a given one at which no row loses part of an image.
+
+    It has to be searched: with more room a question may lose tokens, once all of its answer fits.
+    """
+    rows = list(rows)
+    candidate = above + 1
+    while not all(row.fits(candidate, last_first=last_first) for row in rows):
+        candidate += 1
+    return candidate
+
+
+def _shared(source_len: int, target_len: int, room: int) -> Lengths:
+    """`infer_seqlen`: the shorter half is kept completely if possible."""
+    if target_len * 2 < room:
+        max_target_len = room
+    elif source_len * 2 < room:
+        max_target_len = room - source_len
+    else:
+        max_target_len = int(room * (target_len / (source_len + target_len)))
+    kept_target_len = min(max_target_len, target_len)
+    return min(max(room - kept_target_len, 0), source_len), kept_target_len

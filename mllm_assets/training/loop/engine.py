@@ -1,0 +1,367 @@
+"""One training run: a recipe's meaning on top of transformers' `Trainer`.
+
+The run's folder fills in this order: `run.json` (what resume must not change), checkpoints and logs, `model/`, and last
+`manifest.json`, after the saved model was reloaded strictly and gave the same loss on one batch.
+"""
+
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import set_seed
+
+from mllm_assets.artifacts import is_complete, read_manifest, write_manifest
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.errors import IntegrityError
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.caches.prepare import (
+    CachePlan,
+    Setup,
+    fill_caches,
+    install_caches,
+    plan_caches,
+    restore_modules,
+)
+from mllm_assets.training.encoding.inputs import check_reach, read_inputs
+from mllm_assets.training.loop import loss, memory, reporting
+from mllm_assets.training.loop.checkpoints import (
+    Resumable,
+    find_resumable,
+    load_trainable,
+    seed_run,
+)
+from mllm_assets.training.loop.reporting import trainable_lines
+from mllm_assets.training.loop.trainer import (
+    FineTuner,
+    make_trainer,
+    require_distribution,
+    run_training,
+    training_facts,
+)
+from mllm_assets.training.models import freezing
+from mllm_assets.training.models.device import out_of_memory_is_an_error, peak_memory_gib, pick_device, pick_precision
+from mllm_assets.training.models.load import (
+    base_model,
+    load_config,
+    load_model,
+    model_on_meta,
+    publish_model,
+    publishing_dtype,
+    quiet_libraries,
+    release,
+    weights_digest,
+)
+from mllm_assets.training.runs.models import PUBLISHED, model_fingerprint
+from mllm_assets.training.runs.plan import (
+    DATA_DIGESTS,
+    StartingModel,
+    pin_setting,
+    read_run_file,
+    record_starting_model,
+)
+from mllm_assets.worker.protocol import is_first_rank, num_ranks, rank
+from mllm_assets.worker.tasks import Manifest, Part, TrainTask
+
+if TYPE_CHECKING:
+    from mllm_assets.worker.protocol import Reporter
+
+NUM_RELOAD_ROWS = 2
+CHECKPOINTED = "activations_computed_twice"  # in run.json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A run with its model in memory: what a step does not need is cached, and its last checkpoint is found."""
+
+    setup: Setup
+    plan: CachePlan
+    needed: memory.MemoryEstimate
+    trainable: freezing.TrainableSet
+    resumable: Resumable
+    trainer: FineTuner
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What the steps gave: figures, and all trained weights where this process's model is sharded or quantised."""
+
+    facts: dict[str, Any]
+    weights: dict[str, torch.Tensor] | None
+
+
+def train_task(task: TrainTask, reporter: "Reporter") -> Manifest:
+    """Train, or return the manifest of a finished run.
+
+    An unfinished run resumes from its newest undamaged checkpoint and ends with the same weights, bit for bit on the
+    CPU, as one that was never interrupted.
+
+    Raises:
+        MllmAssetsError: Recipe, data, model, machine or disk must change. Checkpoints stay.
+    """
+    if is_complete(task.run_dir):
+        return read_manifest(task.run_dir)
+    started_s = time.monotonic()
+    setup = open_run(task, reporter)
+    prepared = prepare_run(task, setup, reporter)
+    trained = train(prepared, reporter)
+    if not prepared.trainer.is_world_process_zero():
+        return {}
+    reporter.progress("publish", 0, 1)
+    reload = publish(task, prepared, trained)
+    _withdraw_if_changed(task.run_dir, setup.inputs.digests)
+    result = {
+        **_inputs_of(task, setup),
+        **_outcome_of(task, prepared),
+        **trained.facts,
+        "reload": reload,
+        "warnings": reporter.warnings,
+        "wall_s": time.monotonic() - started_s,
+        "peak_memory_gib": peak_memory_gib(setup.device),
+    }
+    manifest = write_manifest(task.run_dir, result, skip=[path.name for path in task.run_dir.glob("checkpoint-*")])
+    reporter.progress("publish", 1, 1)
+    return manifest
+
+
+def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
+    """Choose device and precision, compare data and model with the digests that named the run, and read the data."""
+    quiet_libraries()
+    for note in task.notes:
+        reporter.warn(note)
+    device = pick_device(task.accelerator.device, use_cpu=task.recipe.use_cpu)
+    precision = pick_precision(task.recipe, device)
+    task.run_dir.mkdir(parents=True, exist_ok=True)
+    # a run keeps its number of threads: sums in another order give other last bits
+    wanted = task.accelerator.num_threads or torch.get_num_threads()
+    torch.set_num_threads(pin_setting(task.run_dir, "num_threads", wanted))
+    require_distribution(task.recipe, reporter)
+    for note in precision.quantization.notes(device.kind) if precision.quantization else ():
+        reporter.warn(note)
+    digests = FileDigests()
+    require_same_model(task.model_dir, task.pretrained_fingerprint, digests)
+    return Setup(
+        spec=task.recipe,
+        model_dir=task.model_dir,
+        inputs=read_inputs(task.recipe, task.model_dir, unchanged_data(task, digests), reporter),
+        device=device,
+        precision=precision,
+        shape=freezing.apply(task.recipe, model_on_meta(load_config(task.model_dir), dtype=precision.weights)),
+        caches=task.caches,
+        num_processes=task.accelerator.num_processes,
+    )
+
+
+def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared:
+    """Refuse what cannot fit, cache what is frozen, load what trains, and find the checkpoint to resume from."""
+    check_reach(setup.shape, setup.inputs.train_rows, setup.spec, reporter)
+    plan = plan_caches(setup)
+    setup = decide_checkpointing(setup, plan, task.run_dir)
+    setup = fit_micro_batch(setup, plan, task, reporter)
+    needed = memory.estimate(setup, plan)
+    memory.require_memory(needed, setup.device)
+    for warning in setup.shape.warnings:
+        reporter.warn(warning)
+    reporter.notify("\n".join(trainable_lines(setup.shape.table, setup.shape.num_params)))
+
+    cure = "End other programs on the device, or set feature_cache: false for the recipe."
+    with out_of_memory_is_an_error("while the model was loaded and its frozen parts' output was cached", cure):
+        collator = fill_caches(plan, setup, reporter)
+        collator.selects_by_mask = setup.device.kind == "cpu"
+        set_seed(setup.spec.seed)
+        trainable = freezing.apply(setup.spec, setup.load())
+    install_caches(base_model(trainable.model), plan)
+    if not (setup.spec.fsdp or setup.spec.deepspeed):  # they need the output layer where they can spread it
+        loss.install(base_model(trainable.model))
+
+    resumable = clean_and_find_resumable(task.run_dir, task.resume_from, setup.spec, reporter)
+    trainer = make_trainer(setup, task.run_dir, trainable, collator, resumable, reporter)
+    if trainer.is_world_process_zero():
+        start = StartingModel(task.model_dir, task.pretrained_fingerprint, setup.spec)
+        record_starting_model(task.run_dir, start)
+        pin_setting(task.run_dir, DATA_DIGESTS, task.data_digests)
+        pin_setting(task.run_dir, "overrides", dict(task.overrides))  # so that an unfinished run has its name
+    return Prepared(
+        setup=setup,
+        plan=plan,
+        needed=needed,
+        trainable=trainable,
+        resumable=resumable,
+        trainer=trainer,
+    )
+
+
+def train(prepared: Prepared, reporter: "Reporter") -> Trained:
+    """Do the remaining steps, and gather what was trained from all processes."""
+    trainer, started_s = prepared.trainer, time.monotonic()
+    train_loss = run_training(trainer, prepared.resumable, reporter)
+    facts = training_facts(trainer, train_loss, time.monotonic() - started_s, prepared.resumable)
+    precision = prepared.setup.precision
+    is_rounded = publishing_dtype(prepared.setup.model_dir, precision.weights) != precision.weights
+    gathers = trainer.is_sharded or precision.quantization is not None or is_rounded
+    return Trained(facts=facts, weights=trainer.gather_trainable() if gathers else None)
+
+
+def publish(task: TrainTask, prepared: Prepared, trained: Trained) -> dict[str, Any]:
+    """Save the complete model, reload it, and return how the two agree on one batch."""
+    setup, trainer, trainable = prepared.setup, prepared.trainer, prepared.trainable
+    if trained.weights is not None and not trainer.is_sharded:
+        release(trainable.model)
+    if trained.weights is not None:  # this process's model is sharded, quantised or rounded, so not what is published
+        dtype = publishing_dtype(task.model_dir, setup.precision.weights)
+        trainable = freezing.apply(setup.spec, load_model(task.model_dir, dtype=dtype))
+        load_trainable(trainable.model, trained.weights)
+    else:
+        loss.uninstall(base_model(trainable.model))
+        restore_modules(base_model(trainable.model), prepared.plan, task.model_dir, setup.precision.weights)
+    setup.inputs.digests.require_unchanged()
+    rows = (setup.inputs.eval_rows or setup.inputs.train_rows)[:NUM_RELOAD_ROWS]
+    batch = setup.collator()(rows)
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes autocast off `forward`
+    trainer.accelerator.free_memory()
+    reload = publish_model(trainable.model, setup.inputs.processor, task.run_dir, task.model_dir, batch)
+    reporting.plot_loss(task.run_dir)
+    return reload
+
+
+def _withdraw_if_changed(run_dir: Path, digests: FileDigests) -> None:
+    """Take back what was published of a run if what it read is no longer what it is named by.
+
+    Raises:
+        IntegrityError: It is not. Checkpoints stay: each was written while it still was.
+    """
+    try:
+        digests.require_unchanged()
+    except IntegrityError:
+        for name in PUBLISHED:
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+        raise
+
+
+def _inputs_of(task: TrainTask, setup: Setup) -> dict[str, Any]:
+    """What the manifest says of where the run came from."""
+    quantization = setup.precision.quantization
+    return {
+        "recipe_name": task.recipe_name,
+        "fingerprint": task.fingerprint,
+        "overrides": task.overrides,
+        "data_digests": task.data_digests,
+        "stages": list(task.stages),
+        "num_train_samples": len(setup.inputs.train_rows),
+        "num_eval_samples": len(setup.inputs.eval_rows),
+        "num_threads": torch.get_num_threads(),
+        "quantization": quantization.describe() if quantization else None,
+        "device": asdict(setup.device),
+    }
+
+
+def _outcome_of(task: TrainTask, prepared: Prepared) -> dict[str, Any]:
+    """What the manifest says of what was trained."""
+    shape, resumable = prepared.setup.shape, prepared.resumable
+    return {
+        "recipe": prepared.setup.spec.to_dict(),
+        "model_dir": "model",
+        "weights_digest": weights_digest(task.run_dir / "model"),
+        "trainable": shape.table,
+        "num_trainable_params": shape.num_trainable_params,
+        "num_params": shape.num_params,
+        "caches": dict(prepared.plan.facts),
+        "trackers": reporting.tracker_runs(task.run_dir),
+        "memory_estimate_gib": prepared.needed.total_gib,
+        "resumed_from_step": resumable.step if resumable.path else None,
+        "skipped_checkpoints": resumable.skipped,
+    }
+
+
+def decide_checkpointing(setup: Setup, plan: CachePlan, run_dir: Path) -> Setup:
+    """Compute activations twice where the run does not fit otherwise; a run keeps its choice for life."""
+    kept = read_run_file(run_dir).get(CHECKPOINTED)
+    wanted = memory.needs_checkpointing(setup, plan) if kept is None else kept
+    return replace(setup, checkpointed=pin_setting(run_dir, CHECKPOINTED, wanted))
+
+
+def fit_micro_batch(setup: Setup, plan: CachePlan, task: TrainTask, reporter: "Reporter") -> Setup:
+    """Report the memory that the run needs and what would fit; with `regroup` take the largest that fits."""
+
+    def estimate_for(spec: TrainSpec) -> memory.MemoryEstimate:
+        return memory.estimate(replace(setup, spec=spec), plan)
+
+    spec, device = setup.spec, setup.device
+    fitting = memory.largest_micro_batch(spec, device, estimate_for)
+    if task.regroup:
+        size = pin_setting(task.run_dir, "per_device_train_batch_size", fitting.per_device_train_batch_size)
+        samples = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
+        spec = replace(spec, per_device_train_batch_size=size, gradient_accumulation_steps=samples // size)
+    text = f"memory: {estimate_for(spec).describe()} of {device.usable_gib:.1f} GiB free with {_grouping(spec)}"
+    if device.kind != "cpu":
+        text += f", activations computed {'twice (gradient checkpointing)' if setup.checkpointed else 'once'}"
+    if fitting != spec and (larger := estimate_for(fitting)).fits(device):
+        ratio = fitting.per_device_train_batch_size / spec.per_device_train_batch_size
+        text += f"; {_grouping(fitting)} would fit with {larger.total_gib:.2f} GiB"
+        text += "" if device.kind == "cpu" else f", for a step of {ratio:g} times fewer kernels"
+        text += " (regroup_micro_batches: true takes it)"
+    reporter.notify(text)
+    return replace(setup, spec=spec)
+
+
+def _grouping(spec: TrainSpec) -> str:
+    return f"micro-batches of {spec.per_device_train_batch_size} x {spec.gradient_accumulation_steps}"
+
+
+def clean_and_find_resumable(
+    run_dir: Path, resume_from: Path | None, spec: TrainSpec, reporter: "Reporter"
+) -> Resumable:
+    """Remove what a kill left half-written, and warn of the checkpoints that cannot be used.
+
+    A run without checkpoints begins with a copy of `resume_from`, if the recipe names one.
+    """
+    for leftover in run_dir.glob(".*.tmp") if is_first_rank() else ():
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    resumable = find_resumable(run_dir, with_best=spec.evaluation_selects)
+    if resume_from is not None and resumable.path is None:
+        if is_first_rank():
+            seed_run(run_dir, resume_from, with_best=spec.evaluation_selects)
+        while not is_complete(run_dir / resume_from.name):  # where the first rank fails, torchrun ends this one
+            time.sleep(0.1)
+        resumable = replace(find_resumable(run_dir), skipped=resumable.skipped)
+    for skipped in resumable.skipped:
+        reporter.warn(f"{skipped['name']} is skipped: {skipped['reason']}.")
+    return resumable
+
+
+def unchanged_data(task: TrainTask, digests: FileDigests) -> Dataset:
+    """Return the data, and refuse what changed since it was published, or since the run was named by it.
+
+    Each process reads its share of the images whose digests are recorded.
+
+    Raises:
+        IntegrityError: Names the image or the entry.
+    """
+    dataset = Dataset(task.data_dir, read_part=Part(index=rank(), count=num_ranks()), digests=digests)
+    for name in dict.fromkeys((*task.recipe.train_entries, *task.recipe.eval_entries)):
+        dataset.entry(name).require_unchanged(task.data_digests.get(name))
+    return dataset
+
+
+def require_same_model(model_dir: Path, fingerprint: str, digests: FileDigests) -> None:
+    """Refuse a model that is not the one the run was named by, or whose files changed since they were written.
+
+    Every byte is read, once for all processes of a run: weights that changed on disk load without an error.
+
+    Raises:
+        IntegrityError: Names the file if a manifest has its digest.
+    """
+    if not is_first_rank():
+        return
+    found = model_fingerprint(model_dir, digests)
+    if found != fingerprint:
+        raise IntegrityError(
+            f"The model in {model_dir} changed after this run was named by its content: expected digest "
+            f"{fingerprint[:12]}, found {found[:12]}. Start the run again: it gets a new name."
+        )

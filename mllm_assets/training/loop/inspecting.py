@@ -1,0 +1,165 @@
+"""What the model will see of a recipe: `mllm-assets inspect`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mllm_assets.data.ingest.images import open_picture
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.errors import RecipeError
+from mllm_assets.recipe.load import Recipe
+from mllm_assets.training.caches.prepare import Setup, plan_caches
+from mllm_assets.training.encoding.collate import Collator
+from mllm_assets.training.encoding.encode import EncodedRow, image_token_id
+from mllm_assets.training.encoding.image_files import load_image
+from mllm_assets.training.encoding.inputs import check_reach, make_collator, read_inputs
+from mllm_assets.training.loop import memory
+from mllm_assets.training.loop.memory import MemoryEstimate
+from mllm_assets.training.loop.reporting import trainable_lines
+from mllm_assets.training.models import freezing
+from mllm_assets.training.models.device import pick_device, pick_precision
+from mllm_assets.training.models.load import load_config, model_on_meta, quiet_libraries
+from mllm_assets.training.runs.models import find_model_dir
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import CacheSettings
+
+SUPERVISED, SHADE, PLAIN = "\033[1;32m", "\033[2m", "\033[0m"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """A recipe as a run would see it, before a weight is loaded."""
+
+    setup: Setup
+    needed: MemoryEstimate
+    notes: Sequence[str]
+
+    @property
+    def memory(self) -> str:
+        """What a step needs, of what there is."""
+        device = self.setup.device
+        return f"memory: {self.needed.describe()} of {device.memory_gib:.1f} GiB on {device.name} ({device.kind})"
+
+    def row(self, number: int) -> EncodedRow:
+        """A training row, from 0; negative ones count from the end.
+
+        Raises:
+            RecipeError: There is no such row.
+        """
+        rows = self.setup.inputs.train_rows
+        if not -len(rows) <= number < len(rows):
+            raise RecipeError(
+                f"--row {number}: the recipe has the training rows 0 to {len(rows) - 1}. Choose one of them."
+            )
+        return rows[number]
+
+    def images(self, row: EncodedRow) -> Sequence[Image.Image]:
+        """A row's images as the tower gets them."""
+        processor = self.setup.inputs.processor
+        return seen_images(row, make_collator(self.setup.spec, processor), processor) if row.images else []
+
+
+def look(recipe: Recipe, root: Path, *, device: str = "auto", max_rows: int | None = None) -> Look:
+    """Read a recipe's rows, or the first `max_rows`, and its model's shape, and estimate a step's memory.
+
+    Raises:
+        MllmAssetsError: What a run would refuse.
+    """
+    quiet_libraries()
+    spec, model_dir, reporter = recipe.spec, find_model_dir(recipe, root), Reporter()
+    if max_rows is not None:
+        spec = replace(spec, max_samples=min(max_rows, spec.max_samples or max_rows))
+    inputs = read_inputs(spec, model_dir, Dataset(root / spec.dataset_dir), reporter)
+    found = pick_device(device, use_cpu=spec.use_cpu)
+    precision = pick_precision(spec, found)
+    shape = freezing.apply(spec, model_on_meta(load_config(model_dir), dtype=precision.weights))
+    check_reach(shape, inputs.train_rows, spec, reporter)
+    setup = Setup(
+        spec=spec, model_dir=model_dir, inputs=inputs, device=found, precision=precision, shape=shape,
+        caches=CacheSettings(features_root=root / spec.output_dir / "inspect"),
+    )  # fmt: skip
+    plan = plan_caches(setup)
+    setup = replace(setup, checkpointed=memory.needs_checkpointing(setup, plan))
+    needed = memory.estimate(setup, plan)
+    return Look(setup=setup, needed=needed, notes=(*recipe.notes, *reporter.warnings, *shape.warnings))
+
+
+def inspect(recipe: Recipe, root: Path, *, row: int = 0, device: str = "auto", colour: bool = False) -> Iterator[str]:
+    """Yield lines: one training row as tokens and images, what trains, the memory, the keys without effect.
+
+    The images as the model sees them are written as PNG into `inspect` in the recipe's output folder. `row` counts in
+    the recipe's order, packed rows if it packs. Supervised tokens are in `colour`, otherwise in double brackets.
+
+    Raises:
+        MllmAssetsError: What a run would refuse; or there is no such row.
+    """
+    seen = look(recipe, root, device=device)
+    shown, num_rows, processor = seen.row(row), len(seen.setup.inputs.train_rows), seen.setup.inputs.processor
+    yield f"row {row % num_rows} of {num_rows}: {shown.id}"
+    yield row_facts(shown)
+    image_dir = root / recipe.spec.output_dir / "inspect"
+    yield from _image_lines(shown, make_collator(recipe.spec, processor), processor, image_dir)
+    yield "supervised tokens in green:" if colour else "supervised tokens in [[double brackets]]:"
+    yield token_text(shown, processor, colour=colour)
+    yield ""
+    yield from trainable_lines(seen.setup.shape.table, seen.setup.shape.num_params)
+    yield ""
+    yield seen.memory
+    for note in seen.notes:
+        yield f"note: {note}"
+
+
+def row_facts(row: EncodedRow) -> str:
+    """How much of a row there is."""
+    num_supervised = sum(label >= 0 for label in row.labels)
+    cut = f", {row.num_tokens_cut} cut off" if row.num_tokens_cut else ""
+    return f"{len(row.input_ids)} tokens, {num_supervised} supervised{cut}, {len(row.images)} images"
+
+
+def token_text(row: EncodedRow, processor: Any, *, colour: bool) -> str:
+    """Return a row's tokens as text: the supervised ones marked, and each image's tokens as one."""
+    image_token = image_token_id(processor)
+    decode = processor.tokenizer.decode
+
+    def kind(pair: tuple[int, int]) -> tuple[bool, bool]:
+        return pair[0] == image_token, pair[1] >= 0
+
+    parts = []
+    for (is_image, supervised), group in groupby(zip(row.input_ids, row.labels, strict=True), key=kind):
+        tokens = [token for token, _ in group]
+        text = f"{decode([image_token])} x {len(tokens)}" if is_image else decode(tokens).replace("\033", "\\033")
+        if supervised:
+            parts.append(f"{SUPERVISED}{text}{PLAIN}" if colour else f"[[{text}]]")
+        else:
+            parts.append(f"{SHADE}{text}{PLAIN}" if colour and is_image else text)
+    return "".join(parts)
+
+
+def _image_lines(row: EncodedRow, collator: Collator, processor: Any, folder: Path) -> Iterator[str]:
+    for number, path in enumerate(row.images):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open_picture(path) as original:
+            source = f"{path.name} {original.width}x{original.height} {original.mode}"
+        one = EncodedRow(id=row.id, input_ids=(), labels=(), images=(path,))
+        for tile, image in enumerate(seen_images(one, collator, processor)):
+            target = folder / f"{path.stem}-{number}-{tile}.png"
+            image.save(target)
+            yield f"image {number}: {source} -> {image.width}x{image.height} {target}"
+
+
+def seen_images(row: EncodedRow, collator: Collator, processor: Any) -> Sequence[Image.Image]:
+    """Return a row's images as the tower gets them, before normalisation; several for an image in tiles."""
+    pixels = collator.tower_inputs([row])["pixel_values"]
+    if pixels.ndim < 4 or pixels.shape[-3] != 3:  # a list of patches: show the image before it was cut into them
+        return [load_image(path, **collator.image_limits, row_id=row.id, slots=collator.slots) for path in row.images]
+    values, how = pixels.reshape(-1, *pixels.shape[-3:]).float(), processor.image_processor
+    if how.do_normalize:
+        mean, std = (torch.tensor(of_channels).view(3, 1, 1) for of_channels in (how.image_mean, how.image_std))
+        values = values * std + mean
+    tiles = (values * 255).round().clamp(0, 255).byte()
+    return [Image.fromarray(tile.permute(1, 2, 0).numpy()) for tile in tiles]

@@ -1,0 +1,197 @@
+"""Whether a run fits, before anything loads: weights, gradients, optimizer states, activations and logits.
+
+What counts is the memory that other processes leave free.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mllm_assets.errors import MachineError
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.caches.prepare import CachePlan, Setup
+from mllm_assets.training.loop.loss import LOSS_BLOCK
+from mllm_assets.training.loop.simulation import STATES, SimulatedStep, simulate
+from mllm_assets.training.models.device import GIB, Device
+from mllm_assets.training.models.load import base_model
+from mllm_assets.training.models.quantization import quantized_weights
+
+SAFE_SHARE = 0.8  # of a CPU's memory that a batch chosen by the count may take, which is right within a third
+# On a GPU, reckoned, not yet measured: cuBLAS's and cuDNN's workspaces and kernels that load when they are first used;
+# and blocks that PyTorch's allocator holds in sizes that nothing asks for again
+WORKSPACE_GIB, FRAGMENTATION = 0.7, 1.05
+# Values kept per token and layer for the backward pass, in units of hidden and intermediate width, counted in
+# Gemma3DecoderLayer with sdpa: four norms' inputs and outputs, q, k, v, attention output, residuals; gate, up, product.
+HIDDEN_KEPT = 14
+INTERMEDIATE_KEPT = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEstimate:
+    """In GiB on one device."""
+
+    weights_gib: float
+    gradients_gib: float
+    optimizer_gib: float
+    activations_gib: float
+    merge_gib: float = 0.0  # only the unquantised model, at the end of a quantised run
+
+    @property
+    def total_gib(self) -> float:
+        steps_gib = self.weights_gib + self.gradients_gib + self.optimizer_gib + self.activations_gib
+        return max(steps_gib, self.merge_gib)
+
+    def on(self, device: Device) -> float:
+        """What the device must have free for it: on a GPU also libraries and what the allocator cannot use again."""
+        return self.total_gib * FRAGMENTATION + WORKSPACE_GIB if device.kind == "cuda" else self.total_gib
+
+    def fits(self, device: Device) -> bool:
+        return self.on(device) <= device.usable_gib
+
+    def describe(self) -> str:
+        return (
+            f"about {self.total_gib:.2f} GiB (weights {self.weights_gib:.2f}, gradients and optimizer "
+            f"{self.gradients_gib + self.optimizer_gib:.2f}, activations {self.activations_gib:.2f}"
+            f"{f'; at the end the unquantised model, {self.merge_gib:.2f}' if self.merge_gib else ''})"
+        )
+
+
+def may_checkpoint(spec: TrainSpec, device: Device) -> bool:
+    """Return whether activations may be computed twice to save memory.
+
+    Not on the CPU, where it costs 31 % for 5 % of the memory (measured), nor where the recipe turns it off.
+    """
+    return device.kind != "cpu" and not spec.disable_gradient_checkpointing
+
+
+def needs_checkpointing(setup: Setup, plan: CachePlan) -> bool:
+    """Return whether a run fits only with activations computed twice; LLaMA-Factory always computes them twice."""
+    if not may_checkpoint(setup.spec, setup.device):
+        return False
+    return not estimate(replace(setup, checkpointed=False), plan).fits(setup.device)
+
+
+def estimate(setup: Setup, plan: CachePlan) -> MemoryEstimate:
+    """Estimate one device's peak from the model's shape, before a weight is loaded.
+
+    On a GPU a step is simulated; on the CPU, and where the family's images differ in their numbers of patches, the
+    values that a layer keeps are counted, which is right within a third.
+    """
+    checkpointed = may_checkpoint(setup.spec, setup.device) if setup.checkpointed is None else setup.checkpointed
+    if setup.device.kind == "cuda" and all(row.num_patches is None for row in setup.inputs.rows):
+        return _simulated(simulate(setup, plan, checkpointed=checkpointed), setup)
+    return _counted(setup, plan, checkpointed=checkpointed)
+
+
+def _simulated(step: SimulatedStep, setup: Setup) -> MemoryEstimate:
+    spreads = setup.num_processes > 1 and not (setup.spec.fsdp or setup.spec.deepspeed)
+    return MemoryEstimate(
+        weights_gib=step.weights / GIB,
+        gradients_gib=step.gradients * (2 if spreads else 1) / GIB,  # DDP sends them from buckets of its own
+        optimizer_gib=step.optimizer / GIB,
+        activations_gib=(step.highest - step.weights - step.gradients - step.optimizer) / GIB,
+    )
+
+
+def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEstimate:
+    model, family = setup.shape.model, setup.shape.family
+    names, rows = set(setup.shape.names), setup.inputs.rows
+    quantization = setup.precision.quantization
+    quantized = quantized_weights(base_model(model)) if quantization else set()
+    weights = sum(
+        quantization.weight_bytes(p) if quantization and id(p) in quantized else p.numel() * p.element_size()
+        for name, p in model.named_parameters()
+        if not (plan.tower and any(key in name for key in family.vision_keys))
+    )
+    trained = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name in names)
+    width = 4 if setup.precision.weights == torch.float32 else 2
+    batch = setup.spec.per_device_train_batch_size
+    text, vision = model.config.text_config, model.config.vision_config
+    kept = _kept(batch * max(len(row.input_ids) for row in rows), text, text.num_hidden_layers, checkpointed) * width
+    # what the tower sees of a row; families whose images all have as many patches do not count them
+    patches = batch * (
+        max(row.num_patches or 0 for row in rows)
+        or max(len(row.images) for row in rows) * (vision.image_size // vision.patch_size) ** 2
+    )
+    if setup.shape.tower_trains:
+        kept += _kept(patches, vision, getattr(vision, family.vision_layers_key), checkpointed) * width
+    elif not plan.tower:
+        kept += patches * (HIDDEN_KEPT * vision.hidden_size + INTERMEDIATE_KEPT * vision.intermediate_size) * width
+    num_supervised = max(sum(label >= 0 for label in row.labels) for row in rows)
+    head_trains = any("embed_tokens" in name or "lm_head" in name for name in names)
+    logits = batch * num_supervised * (3 * text.vocab_size if head_trains else LOSS_BLOCK) * 4
+    merges_here = quantization is not None and setup.device.kind == "cpu"
+    return MemoryEstimate(
+        weights_gib=weights / GIB,
+        gradients_gib=trained / GIB,
+        optimizer_gib=STATES.get(setup.spec.optim, 0) * trained / GIB,
+        activations_gib=(kept + logits) / GIB,
+        merge_gib=sum(p.numel() * p.element_size() for p in model.parameters()) / GIB if merges_here else 0.0,
+    )
+
+
+def largest_micro_batch(
+    spec: TrainSpec, device: Device, estimate_for: Callable[[TrainSpec], MemoryEstimate]
+) -> TrainSpec:
+    """Regroup a step's samples into the largest micro-batch that fits, with as little accumulation as possible.
+
+    The product of `per_device_train_batch_size` and `gradient_accumulation_steps` stays. The loss changes a little
+    if rows differ in length: it is a mean of micro-batch means. Unchanged if not even a single row would fit.
+    """
+    samples = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
+    sizes = [size for size in range(samples, 0, -1) if samples % size == 0]
+    while sizes:  # half as many estimates as sizes, or fewer: each may take seconds
+        size = sizes.pop(0)
+        grouped = replace(spec, per_device_train_batch_size=size, gradient_accumulation_steps=samples // size)
+        needed = estimate_for(grouped)
+        if needed.on(device) <= (device.usable_gib if device.kind == "cuda" else SAFE_SHARE * device.usable_gib):
+            return grouped
+        if device.kind == "cuda":  # activations grow with the batch, so at least these sizes are too large as well
+            held = needed.total_gib - needed.activations_gib
+            room = device.usable_gib - WORKSPACE_GIB - held * FRAGMENTATION
+            most = size * room / (needed.activations_gib * FRAGMENTATION) * 1.1
+            sizes = [other for other in sizes if other <= most]
+    return spec
+
+
+def require_memory(needed: MemoryEstimate, device: Device) -> None:
+    """Refuse a run that does not fit.
+
+    Raises:
+        MachineError: The estimate is above the device's memory. Says which part is largest and what lowers it.
+    """
+    if needed.fits(device):
+        return
+    parts = {
+        "activations": needed.activations_gib,
+        "weights": max(needed.weights_gib, needed.merge_gib),
+        "gradients and optimizer": needed.gradients_gib + needed.optimizer_gib,
+    }
+    cures = {
+        "activations": "Halve per_device_train_batch_size and double gradient_accumulation_steps",
+        "weights": "Set bf16: true",
+        "gradients and optimizer": "Train less of the model: finetuning_type: lora, or freeze_language_model: true",
+    }
+    shown = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items())
+    if device.kind == "cuda":
+        shown += f", workspaces and fragmentation {needed.on(device) - needed.total_gib:.1f}"
+    has = f"{device.memory_gib:.1f} GiB"
+    if device.usable_gib < device.memory_gib:
+        has = f"{device.usable_gib:.1f} GiB of {has} free"
+    cure = cures[max(parts, key=lambda name: parts[name])]
+    if needed.on(device) <= device.memory_gib:
+        cure = f"End other programs on it (nvidia-smi or top shows them), or: {cure}"
+    raise MachineError(
+        f"The run needs about {needed.on(device):.1f} GiB ({shown}), and {device.name} ({device.kind}) has "
+        f"{has}. {cure}."
+    )
+
+
+def _kept(num_tokens: int, config: Any, num_layers: int, checkpointed: bool) -> int:
+    """Return the number of values that one stack of layers keeps for its backward pass."""
+    a_layer = num_tokens * (HIDDEN_KEPT * config.hidden_size + INTERMEDIATE_KEPT * config.intermediate_size)
+    if checkpointed:
+        return num_tokens * config.hidden_size * num_layers + a_layer
+    return a_layer * num_layers

@@ -1,0 +1,283 @@
+"""What a run reports: `trainer_log.jsonl`, TensorBoard, trackers, loss plot, progress, and a check of its numbers.
+
+Trackers are what `report_to` names besides TensorBoard, which is always written. Their own settings count, such as
+MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, WANDB_PROJECT and WANDB_MODE. A resumed run keeps its id. Without
+MLFLOW_TRACKING_URI MLflow keeps a recipe's runs in `mlflow.db` next to them, which
+`mlflow ui --backend-store-uri sqlite:///outputs/<recipe>/mlflow.db` shows.
+"""
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mllm_assets.artifacts import write_text_atomic
+from mllm_assets.errors import MachineError, RecipeError
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.runs.history import TRAINER_LOG, read_log
+from mllm_assets.training.runs.plan import pin_setting, read_run_file
+
+if TYPE_CHECKING:
+    from mllm_assets.training.loop.checkpoints import Resumable
+    from mllm_assets.worker.protocol import Reporter
+
+MAX_NAMED_SAMPLES = 16
+TENSORBOARD_DIR = "logs"
+LOSS_PLOT = "training_loss.png"
+SQLITE = "sqlite:///"
+RUN_ID_VARIABLES = {
+    "mlflow": {"MLFLOW_RUN_ID": "{run_id}"},
+    "wandb": {"WANDB_RUN_ID": "{run_id}", "WANDB_RESUME": "allow"},
+}
+
+
+class RunLog(TrainerCallback):
+    """Appends LLaMA-Factory's keys to `trainer_log.jsonl`, at full precision, and reports progress.
+
+    After a resume, lines beyond the checkpoint are removed first: those steps are computed again.
+    """
+
+    def __init__(self, run_dir: Path, reporter: "Reporter", *, num_samples_per_step: int) -> None:
+        self.path = run_dir / TRAINER_LOG
+        self.reporter = reporter
+        self.num_samples_per_step = num_samples_per_step
+        self.facts: dict[str, float] = {}
+        self.started_s = 0.0
+        self.first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started_s = time.monotonic()
+        self.first_step = state.global_step
+        if state.is_world_process_zero:
+            kept = [line for line in read_log(self.path) if line["current_steps"] <= state.global_step]
+            write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.reporter.progress("train", state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        elapsed_s = max(time.monotonic() - self.started_s, 1e-9)
+        num_done = state.global_step - self.first_step
+        self.facts |= {
+            "samples_per_s": num_done * self.num_samples_per_step / elapsed_s,
+            "time_left_s": elapsed_s / num_done * (state.max_steps - state.global_step),
+        }
+        self.reporter.progress("train", state.global_step, state.max_steps, **self.facts)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        self.facts |= {key: float(logs[key]) for key in ("loss", "eval_loss") if key in logs}
+        if not state.is_world_process_zero or not ({"loss", "eval_loss"} & logs.keys()):
+            return
+        line = self._line(state, logs)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: value for key, value in line.items() if value is not None}) + "\n")
+
+    def _line(self, state: TrainerState, logs: Mapping[str, Any]) -> dict[str, Any]:
+        elapsed_s = time.monotonic() - self.started_s
+        num_done = max(state.global_step - self.first_step, 1)
+        remaining_s = elapsed_s / num_done * (state.max_steps - state.global_step)
+        num_tokens = state.num_input_tokens_seen
+        return {
+            "current_steps": state.global_step,
+            "total_steps": state.max_steps,
+            "loss": logs.get("loss"),
+            "eval_loss": logs.get("eval_loss"),
+            "lr": logs.get("learning_rate"),
+            "epoch": state.epoch,
+            "percentage": round(state.global_step / max(state.max_steps, 1) * 100, 2),
+            "elapsed_time": str(timedelta(seconds=int(elapsed_s))),
+            "remaining_time": str(timedelta(seconds=int(remaining_s))),
+            "throughput": round(num_tokens / elapsed_s, 2) if num_tokens and elapsed_s > 0 else None,
+            "total_tokens": num_tokens or None,
+        }
+
+
+def tensorboard_callback(run_dir: Path, *, first_step: int) -> TrainerCallback:
+    """Return transformers' TensorBoard callback, writing below `logs/`; events of steps to be repeated are purged."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    purge_step = first_step + 1 if first_step else None
+    return TensorBoardCallback(SummaryWriter(log_dir=str(run_dir / TENSORBOARD_DIR), purge_step=purge_step))
+
+
+def check_finite(step: int, batches: Sequence[tuple[Sequence[str], float]], grad_norm: float) -> None:
+    """Stop before the optimizer sees a number that is not finite.
+
+    `batches` are sample ids and loss of each micro-batch of the step, `grad_norm` the norm of their gradients together.
+
+    Raises:
+        RecipeError: A loss or the gradient norm is not finite. Names the step and the samples of the batches whose loss
+            is not finite, or of all where only the norm is not.
+    """
+    broken = [(ids, loss) for ids, loss in batches if not math.isfinite(loss)]
+    if not broken and math.isfinite(grad_norm):
+        return
+    named = [sample_id for ids, _ in broken or batches for sample_id in ids]
+    shown = ", ".join(named[:MAX_NAMED_SAMPLES]) + (
+        f" and {len(named) - MAX_NAMED_SAMPLES} more" if len(named) > MAX_NAMED_SAMPLES else ""
+    )
+    losses = ", ".join(f"{loss:.4g}" for _, loss in broken or batches)
+    raise RecipeError(
+        f"Step {step} is not finite: loss {losses}, gradient norm {grad_norm:.4g}, with the samples {shown}. The "
+        f"weights of step {step - 1} are untouched. Lower learning_rate, raise warmup_ratio, or use bf16 (or float32) "
+        f"instead of fp16, which overflows in some models, Gemma 3 among them, and run again."
+    )
+
+
+def plot_loss(run_dir: Path) -> Path:
+    """Draw `training_loss.png` from the log: training loss, its running mean, and evaluation loss."""
+    from matplotlib.figure import Figure
+
+    lines = read_log(run_dir / TRAINER_LOG)
+    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    steps, losses = _series(lines, "loss")
+    axes.plot(steps, losses, color="#1f77b4", alpha=0.35, label="loss")
+    axes.plot(steps, smooth(losses), color="#1f77b4", label="loss, smoothed")
+    eval_steps, eval_losses = _series(lines, "eval_loss")
+    if eval_steps:
+        axes.plot(eval_steps, eval_losses, color="#d62728", marker="o", markersize=3, label="eval_loss")
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = run_dir / LOSS_PLOT
+    figure.savefig(path, metadata={"Software": None})
+    return path
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Return the running mean that TensorBoard and LLaMA-Factory draw; its weight grows with the number of values."""
+    weight = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
+    smoothed: list[float] = []
+    for value in values:
+        last = smoothed[-1] if smoothed else value
+        smoothed.append(last * weight + (1 - weight) * value)
+    return smoothed
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = [line for line in lines if key in line]
+    return [line["current_steps"] for line in found], [line[key] for line in found]
+
+
+def trainable_lines(table: Sequence[Mapping[str, Any]], num_params: int) -> list[str]:
+    """Return the table of what trains: module, tensors, parameters, share of all; equal layers in one line."""
+    rows = _folded(table)
+    trained = sum(row["num_params"] for row in table)
+    total = ("all that trains", sum(row["num_tensors"] for row in table), trained)
+    width = max(len(name) for name, *_ in [*rows, total])
+    return [
+        f"{'module':<{width}}  tensors      parameters    share",
+        *(
+            f"{name:<{width}}  {tensors:>7,}  {params:>14,}  {params / num_params:>7.2%}"
+            for name, tensors, params in [*rows, total]
+        ),
+        f"{'of':<{width}}  {'':>7}  {num_params:>14,}",
+    ]
+
+
+def resume_line(resumable: "Resumable", num_steps: int, device: str) -> str:
+    """Say from which checkpoint a run resumes, and how exactly."""
+    how = "to the same bits" if device == "cpu" else f"exactly but for the last bits of sums on {device}"
+    return (
+        f"resuming from {resumable.path} after step {resumable.step} of {num_steps}, {how}: weights, optimizer, "
+        f"schedule and random states are restored"
+    )
+
+
+def _folded(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+    folded: list[tuple[str, int, int]] = []
+    for _, group in itertools.groupby(enumerate(table), key=_kind):
+        rows = [row for _, row in group]
+        first, last = rows[0]["module"], rows[-1]["module"].rpartition(".")[2]
+        name = first if len(rows) == 1 else f"{first} to {last}"
+        folded.append((name, sum(row["num_tensors"] for row in rows), sum(row["num_params"] for row in rows)))
+    return folded
+
+
+def _kind(numbered: tuple[int, Mapping[str, Any]]) -> tuple[Any, ...]:
+    """The same for equal layers that follow each other: their number rises with their position."""
+    place, row = numbered
+    layer = re.fullmatch(r"(.*\.layers)\.(\d+)", row["module"])
+    return (layer[1], int(layer[2]) - place, row["num_tensors"], row["num_params"]) if layer else (row["module"],)
+
+
+def start_trackers(spec: TrainSpec, run_dir: Path) -> list[str]:
+    """Return the trackers for `TrainingArguments.report_to`, set up to continue under the run's ids.
+
+    Raises:
+        MachineError: A tracker's package is not installed.
+    """
+    names = list(spec.trackers)
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MachineError(
+                f"The recipe's report_to names {name}, which is not installed. Install it (pip install {name}), or set "
+                f"report_to: tensorboard."
+            )
+    if "mlflow" in names:  # its own default is a file in the working directory
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"{SQLITE}{(run_dir.parent / 'mlflow.db').resolve()}")
+    for name, run in tracker_runs(run_dir).items():
+        for variable, value in RUN_ID_VARIABLES[name].items():
+            os.environ[variable] = value.format(run_id=run["run_id"])
+    return names
+
+
+class TrackerRuns(TrainerCallback):
+    """Writes the trackers' run ids and pages into `run.json` as soon as they have started."""
+
+    def __init__(self, run_dir: Path, names: list[str]) -> None:
+        self.run_dir = run_dir
+        self.names = names
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        pin_setting(self.run_dir, "trackers", {name: _FACTS[name]() for name in self.names})
+
+
+def tracker_runs(run_dir: Path) -> dict[str, dict[str, str]]:
+    """Return `run_id` and `url` (of the run's page, or the folder or database it is in) by tracker."""
+    return read_run_file(run_dir).get("trackers", {})
+
+
+def _mlflow_run() -> dict[str, str]:
+    import mlflow
+
+    run = mlflow.active_run()
+    assert run is not None, "MLflowCallback has begun a run"
+    server, experiment_id, run_id = mlflow.get_tracking_uri(), run.info.experiment_id, run.info.run_id
+    if server.startswith(SQLITE):
+        return {"run_id": run_id, "url": server.removeprefix(SQLITE)}
+    is_server = server.startswith(("http://", "https://"))
+    page = f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return {"run_id": run_id, "url": page if is_server else f"{server}/{experiment_id}/{run_id}"}
+
+
+def _wandb_run() -> dict[str, str]:
+    import wandb
+
+    run = wandb.run
+    assert run is not None, "WandbCallback has begun a run"
+    return {"run_id": run.id, "url": run.url or run.dir}
+
+
+_FACTS = {"mlflow": _mlflow_run, "wandb": _wandb_run}

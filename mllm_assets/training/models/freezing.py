@@ -1,0 +1,226 @@
+"""What trains: LLaMA-Factory's freezing rules, in the terms of the model's family.
+
+A parameter trains if its name matches what the recipe asks for and matches nothing that is frozen; frozen wins.
+Source: llamafactory 0.9.5, `model/adapter.py` and `model/model_utils/visual.py`.
+"""
+
+import re
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mllm_assets.errors import RecipeError, nearest
+from mllm_assets.families.family import FAMILIES, Family
+from mllm_assets.recipe.spec import TrainSpec, split_names
+from mllm_assets.training.models.quantization import num_values
+
+FREEZING_KEYS = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
+FROZEN_BY = f"{FREEZING_KEYS[0]}, {FREEZING_KEYS[1]} or {FREEZING_KEYS[2]}"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainableSet:
+    """The model ready to train, and what of it trains."""
+
+    model: Any  # or the PEFT model around it
+    family: Family
+    names: list[str]  # trainable parameters, in the model's order
+    table: list[dict[str, Any]]  # a row per module: `module`, `num_tensors`, `num_params`, `share` of all parameters
+    num_trainable_params: int
+    num_params: int
+    warnings: list[str] = field(default_factory=list)  # what the recipe asks for that has no effect
+
+    @property
+    def tower_trains(self) -> bool:
+        return any(key in name for name in self.names for key in self.family.vision_keys)
+
+
+def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
+    """Freeze what the recipe freezes, add LoRA where it asks for it, and upcast what trains to float32.
+
+    Trainable parameters stay in the model's own dtype with `pure_bf16`.
+
+    Raises:
+        RecipeError: A named module does not exist, or nothing trains.
+    """
+    family = model_family(model)
+    num_params = sum(num_values(p) for p in model.parameters())
+    notes: list[str] = []
+    if spec.finetuning_type == "lora":
+        model = _add_lora(spec, model, notes)
+    else:
+        wanted = None if spec.finetuning_type == "full" else _wanted_by_freeze(spec, model, family, notes)
+        frozen = _frozen_keys(spec, family)
+        for name, parameter in model.named_parameters():
+            is_wanted = wanted is None or any(key in name for key in wanted)
+            parameter.requires_grad_(is_wanted and not any(key in name for key in frozen))
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise RecipeError(f"Nothing trains: {_why_nothing_trains(spec)}")
+    if not spec.pure_bf16:
+        for _, parameter in trainable:
+            parameter.data = parameter.data.to(torch.float32)
+    return TrainableSet(
+        model=model,
+        family=family,
+        names=[name for name, _ in trainable],
+        table=_table(trainable, num_params),
+        num_trainable_params=sum(p.numel() for _, p in trainable),
+        num_params=num_params,
+        warnings=notes,
+    )
+
+
+def _why_nothing_trains(spec: TrainSpec) -> str:
+    if spec.finetuning_type == "freeze" and spec.freeze_trainable_layers == 0:
+        return (
+            "freeze_trainable_layers is 0, which trains no layer (2 is the last two of the language model, -2 the "
+            "first two), and nothing else that the recipe asks for may train. Change it, or set "
+            "freeze_multi_modal_projector: false to train only the projector."
+        )
+    frozen = ", ".join(key for key in FREEZING_KEYS if getattr(spec, key))
+    return f"finetuning_type is {spec.finetuning_type}, and {frozen} freeze all of it. Set one of them to false."
+
+
+def model_family(model: Any) -> Family:
+    """Return the family of a model of a known type."""
+    return FAMILIES[model.config.model_type]
+
+
+def _frozen_keys(spec: TrainSpec, family: Family) -> tuple[str, ...]:
+    keys: list[str] = []
+    if spec.freeze_vision_tower:
+        keys.extend(family.vision_keys)
+    if spec.freeze_multi_modal_projector:
+        keys.extend(family.projector_keys)
+    if spec.freeze_language_model:
+        keys.extend(family.language_keys)
+    return tuple(keys)
+
+
+def _wanted_by_freeze(spec: TrainSpec, model: nn.Module, family: Family, notes: list[str]) -> tuple[str, ...]:
+    """Return the name fragments that `finetuning_type: freeze` trains, frozen parts included.
+
+    Layer numbers count the text layers, but a fragment such as `.32.` matches the tower's layer of that number too:
+    only `freeze_vision_tower` keeps that one frozen. LLaMA-Factory does the same.
+    """
+    num_layers: int = model.config.get_text_config().num_hidden_layers  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    count = spec.freeze_trainable_layers
+    layers = range(max(0, num_layers - count), num_layers) if count > 0 else range(min(-count, num_layers))
+    names = [name for name, _ in model.named_parameters()]
+    in_layers = {name.split(".0.")[-1].split(".")[0] for name in names if ".0." in name}
+    outside = {name.split(".")[-2] for name in names if re.search(r"\.\d+\.", name) is None}
+
+    wanted: list[str] = []
+    frozen = _frozen_keys(spec, family)
+
+    def want(key: str, module: str, fragments: list[str], known: set[str]) -> None:
+        if module not in known:
+            raise _unknown_modules(key, [module], known)
+        wanted.extend(fragments)
+        matched = [name for name in names if any(fragment in name for fragment in fragments)]
+        if module != "all" and all(any(part in name for part in frozen) for name in matched):
+            why = "none of the chosen layers has it."
+            if matched:
+                why = f"its {len(matched)} parameters ({matched[0]} ...) are frozen by {FROZEN_BY}."
+            notes.append(f"{key} names {module}, but it trains nothing: {why}")
+
+    for module in split_names(spec.freeze_trainable_modules):
+        fragments = [f".{index}.{'' if module == 'all' else module}" for index in layers]
+        want("freeze_trainable_modules", module, fragments, in_layers | {"all"})
+    for module in split_names(spec.freeze_extra_modules):
+        want("freeze_extra_modules", module, [module], outside)
+    if not spec.freeze_multi_modal_projector:
+        wanted.extend(family.projector_keys)
+    return tuple(wanted)
+
+
+def _unknown_modules(key: str, modules: list[str], known: set[str]) -> RecipeError:
+    hints = [near[0] for module in modules if (near := nearest(module, known))]
+    hint = f"Did you mean {' and '.join(hints)}?" if hints else f"Choose from: {', '.join(sorted(known))}."
+    return RecipeError(f"{key} names {', '.join(map(repr, modules))}, which the model does not have. {hint}")
+
+
+def _add_lora(spec: TrainSpec, model: nn.Module, notes: list[str]) -> nn.Module:
+    from peft import LoraConfig, TaskType, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = lora_targets(spec, model)
+    for target in split_names(spec.lora_target):
+        if target != "all" and not any(target in name for name in layers):
+            notes.append(
+                f"lora_target names {target}, but it trains nothing: its layers are frozen by "
+                f"{FROZEN_BY}, or take no adapter, as lm_head."
+            )
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=False,
+        r=spec.lora_rank,
+        target_modules=layers,
+        lora_alpha=spec.lora_alpha or 2 * spec.lora_rank,
+        lora_dropout=spec.lora_dropout,
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 reads a name that transformers 5.23 deprecates
+        adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    if spec.bf16 or spec.fp16:  # autocast rounds again what PEFT makes float32 of, and the copy is kept for backward
+        tuners: list[Any] = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+        for tuner in tuners:
+            tuner.cast_input_dtype_enabled = False
+    return adapted
+
+
+def lora_targets(spec: TrainSpec, model: nn.Module) -> list[str]:
+    """Return full module names: `all` means linears, of the tower only where it is not frozen, never the projector.
+
+    Raises:
+        RecipeError: A name in `lora_target` matches no linear layer, or no name one that may train.
+    """
+    family, targets = model_family(model), split_names(spec.lora_target)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if unknown := [t for t in targets if targets != ("all",) and not any(t in name for name in linears)]:
+        raise _unknown_modules("lora_target", unknown, {"all", *(name.split(".")[-1] for name in linears)})
+    if targets == ("all",):
+        forbidden = {"lm_head", *family.projector_keys, *(family.vision_keys if spec.freeze_vision_tower else ())}
+        targets = {name.split(".")[-1] for name in linears if not any(key in name for key in forbidden)}
+    frozen = (*_frozen_keys(spec, family), *family.lora_conflict_keys)
+    names = [
+        name
+        for name in linears
+        if any(target in name for target in targets)
+        and not any(key in name for key in frozen)
+        and not name.endswith("lm_head")
+    ]
+    if not names:
+        raise RecipeError(
+            f"lora_target {spec.lora_target!r} matches no linear layer outside what is frozen. "
+            f"Set lora_target: all, or name layers such as q_proj,v_proj."
+        )
+    return names
+
+
+def _table(trainable: list[tuple[str, nn.Parameter]], num_params: int) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for name, parameter in trainable:
+        module = _module_of(name)
+        row = rows.setdefault(module, {"module": module, "num_tensors": 0, "num_params": 0, "share": 0.0})
+        row["num_tensors"] += 1
+        row["num_params"] += parameter.numel()
+    for row in rows.values():
+        row["share"] = row["num_params"] / num_params
+    return list(rows.values())
+
+
+def _module_of(name: str) -> str:
+    """`model.language_model.layers.2.mlp.up_proj.weight` belongs to `language_model.layers.2`."""
+    name = name.removeprefix("base_model.model.").removeprefix("model.")
+    layer = re.match(r"(.*?\.layers\.\d+)\.", name)
+    if layer:
+        return layer[1]
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "language_model" else parts[0]

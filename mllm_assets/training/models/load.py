@@ -1,0 +1,301 @@
+"""Loading a model of a known family, its processor, and its shape on the `meta` device; publishing it strictly."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from mllm_assets.artifacts import digest_json, sha256_file
+from mllm_assets.disk import no_space_is_an_error
+from mllm_assets.errors import IntegrityError, ModelError
+from mllm_assets.families.family import FAMILIES, Family, find_family
+from mllm_assets.hub.snapshot import require_safe_shards
+from mllm_assets.training.models.quantization import Quantization, keep_trainable
+
+PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+                   "merges.txt", "chat_template.*", "spiece.model")  # fmt: skip
+
+# Of a loss that the same bits of weights give twice. A kernel may be another one for memory that begins elsewhere, and
+# adds up in another order.
+RELOAD_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+CHECKS_OFF = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own bars and advice off the terminal: progress is ours to report."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def without_waiting_checks() -> Iterator[None]:
+    """Leave out transformers' comparison of image tokens and features, for which the host would wait for the device.
+
+    Rows are refused before a run where the two differ, see `encode.py`, and so are cached features, see `collate.py`.
+    """
+    before, written = os.environ.get(CHECKS_OFF), torch.Tensor.__format__
+    os.environ[CHECKS_OFF] = "1"
+    # the check's message, with both numbers in it, is written before anybody asks whether it is wanted
+    torch.Tensor.__format__ = _format_unread
+    try:
+        yield
+    finally:
+        torch.Tensor.__format__ = written
+        if before is None:
+            del os.environ[CHECKS_OFF]
+        else:
+            os.environ[CHECKS_OFF] = before
+
+
+def _format_unread(self: torch.Tensor, format_spec: str) -> str:
+    return f"a tensor on {self.device}"
+
+
+def load_config(directory: Path) -> Any:
+    """Read a model directory's configuration.
+
+    Raises:
+        ModelError: The directory does not exist, or does not hold a model of a known family.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{directory} is not a model directory: it has no config.json. Point to a Hugging Face model directory, "
+            f"for example the `model` folder of a run, or download one into pretrains/."
+        )
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}). Download the model again.") from None
+    find_family(model_type, str(directory))
+    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def load_processor(directory: Path) -> Any:
+    """Load a model's processor: `tokenizer`, `image_processor`, and what its family's image slots read.
+
+    Raises:
+        ModelError: Its files are missing or damaged.
+    """
+    config = load_config(directory)
+    family = FAMILIES[config.model_type]
+    try:
+        if family.loads_whole_processor:
+            return AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return ImageTextProcessor(directory, family, config.vision_config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{directory} has no usable processor ({type(error).__name__}: {error}). "
+            f"Copy tokenizer.json, tokenizer_config.json and processor_config.json of the model into it."
+        ) from error
+
+
+def load_model(
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantization: Quantization | None = None,
+) -> Any:
+    """Load weights strictly: every key of the model is in the files and every key of the files in the model.
+
+    Args:
+        directory: A Hugging Face model directory with safetensors.
+        dtype: Of all weights; None keeps the directory's own.
+        device: Where the model is put.
+        quantization: Of the frozen linear layers, on the CPU, so that it gives the same values for every device.
+
+    Raises:
+        ModelError: No known family, no weights, or keys are missing or unexpected.
+    """
+    load_config(directory)
+    require_safe_shards(directory, "Make or download the model again.")
+    quantized: dict[str, Any] = {}
+    if quantization is not None:
+        quantized = {"quantization_config": quantization.config(dtype or torch.float32), "device_map": {"": "cpu"}}
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            **quantized,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if not any(directory.glob("*.safetensors")) and (pickled := sorted(directory.glob("*.bin"))):
+            raise ModelError(
+                f"{pickled[0]} is a pickle, which can run code when it is loaded, with no safetensors next to it. "
+                "Where you trust it: AutoModelForImageTextToText.from_pretrained(DIR).save_pretrained(NEW_DIR)."
+            ) from None
+        raise ModelError(
+            f"The weights in {directory} cannot be loaded ({error}). Make or download them again."
+        ) from error
+    model, info = loaded
+    problems = {kind: sorted(info[f"{kind}_keys"], key=str) for kind in ("missing", "unexpected", "mismatched")}
+    if any(problems.values()):
+        counts = ", ".join(f"{len(keys)} {kind}" for kind, keys in problems.items() if keys)
+        first = next(keys[0] for keys in problems.values() if keys)
+        raise ModelError(
+            f"The weights in {directory} do not fit the model: {counts} keys, such as {first}. "
+            f"Make or download the model again."
+        )
+    keep_trainable(model)
+    return model.to(device)
+
+
+def model_on_meta(config: Any, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the model's shape without any memory behind it."""
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(config)
+    return model.to(dtype)
+
+
+def save_model(model: Any, processor: Any, directory: Path, *, source: Path) -> None:
+    """Write a complete Hugging Face directory: weights, configuration, tokenizer, chat template, processor.
+
+    The generation settings of `source` are kept; `use_cache` is on again.
+    """
+    model.config.text_config.use_cache = True
+    model.config.use_cache = True
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    for name in ("generation_config.json", "chat_template.jinja"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def publish_model(
+    model: Any, processor: Any, run_dir: Path, source: Path, batch: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Write `model/` (and `adapter/` for LoRA), reload it strictly and compare one batch's loss.
+
+    Raises:
+        IntegrityError: The loss differs, or the weights do not fit what was saved.
+        MachineError: The disk is full.
+    """
+    config_dtype = load_config(source).dtype or torch.float32
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    staging = run_dir / ".model.tmp"
+    shutil.rmtree(run_dir / "model", ignore_errors=True)
+    shutil.rmtree(run_dir / "adapter", ignore_errors=True)
+    with no_space_is_an_error(staging, "the trained model", num_bytes):
+        staging.mkdir()
+        try:
+            if hasattr(model, "merge_and_unload"):
+                model.save_pretrained(staging / "adapter")
+                model = model.merge_and_unload()
+            cast_weights(model, config_dtype)
+            model.requires_grad_(False)
+            save_model(model, processor, staging / "model", source=source)
+            for part in sorted(staging.iterdir()):
+                part.rename(run_dir / part.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    loss_saved, sums_saved = batch_loss(model, batch), bit_sums(model)
+    device = model.device
+    release(model)  # one of the two is in memory at a time
+    reloaded = load_model(run_dir / "model", device=device).requires_grad_(False)  # raises on a missing key
+    if other := sorted(name for name, bits in bit_sums(reloaded).items() if sums_saved.get(name) != bits):
+        raise IntegrityError(
+            f"{len(other)} of {len(sums_saved)} tensors have other bits after reloading than before, such as "
+            f"{other[0]}. Run again: it resumes from the last checkpoint and saves once more."
+        )
+    loss_reloaded = batch_loss(reloaded, batch)
+    if not math.isclose(loss_saved, loss_reloaded, rel_tol=RELOAD_TOLERANCE[config_dtype], abs_tol=0.0):
+        raise IntegrityError(
+            f"The saved model gives another loss than the trained one: {loss_reloaded!r} after reloading, "
+            f"{loss_saved!r} before. Run again: it resumes from the last checkpoint and saves once more."
+        )
+    return {"num_missing": 0, "num_unexpected": 0, "loss_saved": loss_saved, "loss_reloaded": loss_reloaded}
+
+
+def bit_sums(model: Any) -> dict[str, int]:
+    """Return the sum of each tensor's bits, read as whole numbers: it differs where one bit does."""
+    sums: dict[str, int] = {}
+    for name, tensor in model.state_dict().items():
+        as_numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        sums[name] = int(tensor.contiguous().view(as_numbers).sum(dtype=torch.int64))
+    return sums
+
+
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Cast what files hold, and leave the model as `load_model` with that dtype would make it from them.
+
+    `model.to(dtype)` would round the rotary frequencies, and keeps the rounding of Gemma's embedding scale from before:
+    neither is in a file.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale.data = torch.tensor(module.scalar_embed_scale, device=model.device).to(dtype)
+    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+        if config is not None:
+            config.dtype = dtype
+
+
+def publishing_dtype(directory: Path, trained: torch.dtype) -> torch.dtype:
+    """The dtype in which trained tensors are put into the model that they were trained from.
+
+    Wider than the one it was trained in where its files are: what stayed frozen is then published as it was.
+    """
+    return torch.promote_types(load_config(directory).dtype or torch.float32, trained)
+
+
+def release(model: Any) -> None:
+    """Free a model's memory, even while something such as an optimizer still holds its parameters."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+@torch.no_grad()
+def batch_loss(model: Any, batch: dict[str, torch.Tensor]) -> float:
+    """Return the mean loss in nats over a batch's supervised tokens, without dropout or autocast."""
+    model.eval()
+    moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    if "pixel_values" in moved:
+        moved["pixel_values"] = moved["pixel_values"].to(model.dtype)
+    return float(model(**moved, use_cache=False).loss)
+
+
+def weights_digest(directory: Path, digest: Callable[[Path], str] = sha256_file) -> str:
+    """Return the sha256 digest over a directory's weight files only."""
+    return digest_json({path.name: digest(path) for path in sorted(directory.glob("*.safetensors"))})
+
+
+def base_model(model: Any) -> Any:
+    """Return the model inside, which LoRA wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class ImageTextProcessor:
+    """Tokenizer and image processor of a model whose complete processor would need more, such as torchvision."""
+
+    def __init__(self, directory: Path, family: Family, vision_config: Any) -> None:
+        self.class_name = family.processor
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        self.image_processor: Any = AutoImageProcessor.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        self.directory = directory
+        self.vision_config = vision_config
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Copy the processor's files unchanged, those for video included."""
+        for pattern in PROCESSOR_FILES:
+            for path in self.directory.glob(pattern):
+                shutil.copyfile(path, Path(directory) / path.name)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the content of `processor_config.json`."""
+        return json.loads((self.directory / "processor_config.json").read_text(encoding="utf-8"))

@@ -1,0 +1,113 @@
+"""The runs of a project: what each was asked, how far it is, and the losses that it has logged so far."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mllm_assets.artifacts import is_complete, read_manifest
+from mllm_assets.errors import MllmAssetsError
+from mllm_assets.layout import Layout
+from mllm_assets.training.runs.plan import RUN_FILE, read_run_file, shown_overrides
+
+TRAINER_LOG = "trainer_log.jsonl"  # LLaMA-Factory's name and keys
+MAX_LOG_BYTES = 64 * 2**20  # some 300,000 lines
+MAX_POINTS = 1000  # of a curve on a page
+QUIET_S = 120  # an unfinished run that logged nothing for longer is not training
+# of a recipe's values those that say where things are, not what is computed
+_PLACES = ("output_dir", "logging_dir", "report_to", "run_name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownRun:
+    """One run below `outputs/`.
+
+    Attributes:
+        directory: `outputs/<recipe>/<fingerprint>`.
+        overrides: What it had otherwise than the recipe's file; empty too where that is not known yet.
+        recipe: All values that it trains with.
+        state: "training" where it has logged something in the last two minutes.
+        changed_s: When it last wrote something, in Unix time.
+    """
+
+    directory: Path
+    overrides: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    state: Literal["finished", "training", "stopped"]
+    changed_s: float
+
+    @property
+    def key(self) -> str:
+        """`<recipe>/<fingerprint>`, which every command takes."""
+        return f"{self.directory.parent.name}/{self.directory.name}"
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: the recipe, and what is otherwise than in its file."""
+        return f"{self.directory.parent.name} {shown_overrides(self.overrides)}".rstrip()
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """What it has logged so far."""
+        return read_log(self.directory / TRAINER_LOG)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a `trainer_log.jsonl`; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    with path.open(encoding="utf-8") as file:
+        text = file.read(MAX_LOG_BYTES)
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def known_runs(layout: Layout) -> list[KnownRun]:
+    """Every run of the project, the one that wrote last first; folders that cannot be read are left out."""
+    paths = [path for path in layout.outputs.glob(f"*/*/{RUN_FILE}") if not path.parent.is_symlink()]
+    runs = [run for path in paths if (run := _read(path.parent)) is not None]
+    return sorted(runs, key=lambda run: (run.state != "training", -run.changed_s))
+
+
+def _read(directory: Path) -> KnownRun | None:
+    try:
+        kept = read_run_file(directory)
+        finished = is_complete(directory)
+        manifest = read_manifest(directory) if finished else {}
+        recipe = manifest.get("recipe") or kept.get("starts_from", {}).get("recipe", {})
+        overrides = manifest.get("overrides") or kept.get("overrides") or {}
+        changed_s = max(path.stat().st_mtime for path in (directory, directory / RUN_FILE, *_log_of(directory)))
+    except (OSError, ValueError, AttributeError, MllmAssetsError):
+        return None
+    if not isinstance(recipe, dict) or not isinstance(overrides, dict):
+        return None
+    active = time.time() - changed_s < QUIET_S
+    state = "finished" if finished else "training" if active else "stopped"
+    return KnownRun(directory=directory, overrides=overrides, recipe=recipe, state=state, changed_s=changed_s)
+
+
+def _log_of(directory: Path) -> Iterator[Path]:
+    if (path := directory / TRAINER_LOG).is_file():
+        yield path
+
+
+def curve(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """A log's values by step, at most `MAX_POINTS`, evenly spaced."""
+    points = [(int(line["current_steps"]), float(line[key])) for line in log if line.get(key) is not None]
+    if len(points) <= MAX_POINTS:
+        return points
+    return [points[index * (len(points) - 1) // (MAX_POINTS - 1)] for index in range(MAX_POINTS)]
+
+
+def differing_keys(runs: Sequence[KnownRun]) -> list[str]:
+    """The recipe keys in which runs differ, apart from where they write."""
+    keys = dict.fromkeys(key for run in runs for key in run.recipe)
+    values = {key: {json.dumps(run.recipe.get(key), sort_keys=True) for run in runs} for key in keys}
+    return [key for key, found in values.items() if len(found) > 1 and key not in _PLACES]

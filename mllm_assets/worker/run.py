@@ -1,0 +1,112 @@
+"""The worker process: `python -m mllm_assets.worker TASK.json RESULT.json`.
+
+Only here is torch loaded, and only by the tasks that need it.
+"""
+
+import gc
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mllm_assets.artifacts import lock_path, write_json_atomic
+from mllm_assets.errors import MachineError, MllmAssetsError
+from mllm_assets.plugins import load_plugins, resolve
+from mllm_assets.redaction import redacted, redacted_output
+from mllm_assets.worker.protocol import EXIT_OK, EXIT_USER_ERROR, Reporter, error_payload, is_first_rank, open_reporter
+from mllm_assets.worker.supervisor import die_with_parent
+from mllm_assets.worker.tasks import Task, encode, from_json
+from mllm_assets.worker.usage import of_this_worker
+
+EXIT_CRASHED = 1  # as Python ends after an exception
+LOCK_WAIT_S = 5.0  # a worker that is being ended may still hold it
+MODULES: dict[str, Any] = sys.modules  # None means that a module counts as not installed
+
+
+def refuse_hub_kernels() -> None:
+    """Keep bitsandbytes, which PEFT imports if installed, from running code of the Hub. Call it before PEFT loads.
+
+    On CPUs with AVX512-BF16 it fetches a kernel with the package `kernels`, and advises to install that if missing.
+    """
+    MODULES.setdefault("kernels", None)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def find_function(task: Task[Any]) -> Callable[[Task[Any], Reporter], Any]:
+    """Import the function of a task."""
+    # The collector would look again and again through the objects of the libraries, which all stay: 4.7 s instead of
+    # 3.5 s of CPU time until `mllm_assets.evaluation.predict` is loaded, for 8 MiB
+    gc.disable()
+    try:
+        return resolve(task.entry)
+    finally:
+        gc.enable()
+
+
+def run(task: Task[Any], result_path: Path) -> None:
+    """Run one task and write its result."""
+    began_s = time.monotonic()
+    with open_reporter() as reporter, _alone_in(task.lock_dir):
+        result = find_function(task)(task, reporter)
+    if is_first_rank():
+        took = of_this_worker(began_s, task.accelerator.num_processes)
+        write_json_atomic(result_path, {"result": encode(result), "usage": took})
+
+
+@contextmanager
+def _alone_in(run_dir: Path | None) -> Iterator[None]:
+    """Hold a run's lock; the kernel gives it back however this process ends."""
+    if run_dir is None or not is_first_rank():
+        yield
+        return
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_path(run_dir))
+    try:
+        lock.acquire(timeout=LOCK_WAIT_S)
+    except Timeout:
+        raise MachineError(
+            f"Another process is training {run_dir}. Wait for it, or stop it; then the same command resumes."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def main() -> None:
+    """Entry point of the worker process."""
+    refuse_hub_kernels()
+    die_with_parent()  # a rank of torchrun too, whose parent is not the supervisor
+    task_path, result_path = (Path(argument) for argument in sys.argv[1:3])
+    with redacted_output():
+        code = run_file(task_path, result_path)
+    sys.exit(code)
+
+
+def run_file(task_path: Path, result_path: Path) -> int:
+    """Run the task in a file and write its outcome. Returns the exit code."""
+    try:
+        load_plugins()  # a recipe may name the turn format of one
+        task = from_json(json.loads(task_path.read_text(encoding="utf-8")))
+        if not task.quantizes:
+            MODULES.setdefault("bitsandbytes", None)  # which PEFT would import: saves 1.2 s of CPU time
+        run(task, result_path)
+        return EXIT_OK
+    except MllmAssetsError as error:
+        # any rank may have found it; the file is replaced atomically, so the last one wins
+        write_json_atomic(result_path, {"error": error_payload(error)})
+        return EXIT_USER_ERROR
+    except BaseException as crash:  # Ctrl-C and sys.exit within the libraries too: the launcher must see them
+        if not result_path.exists():  # an error that the user can fix in one rank matters more than the others' crash
+            write_json_atomic(result_path, {"traceback": redacted(traceback.format_exc())})
+        if not isinstance(crash, Exception):
+            raise
+        traceback.print_exc()  # here, where output is redacted
+        return EXIT_CRASHED

@@ -1,0 +1,150 @@
+"""The board, in a real browser: three runs compared, a run started and stopped, and each tab looked at."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.integration.conftest import Project, copied_project, emoji_ready, line_of, processes_of, wait_for
+
+__all__ = ["emoji_ready"]  # a fixture
+pytest.importorskip("gradio")
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def project(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A recipe that was evaluated, two trials of it with other values, and one that would train for long."""
+    with copied_project(emoji_ready, tmp_path_factory.mktemp("board") / "project") as project:
+        project.write_recipe("mine", max_steps=3, max_samples=16)
+        project.write_recipe("long", max_steps=5000, save_steps=100)
+        project.set_defaults(gates={"min_answer_gain": 0.9})
+        project.materialize(line_of("mine", "eval_metrics")).communicate(timeout=240)
+        for rate in ("2e-3", "4e-3"):
+            training = project.start("mllm_assets.cli", "train", "configs/mine.yaml", f"learning_rate={rate}")
+            assert training.wait(120) == 0
+        yield project
+
+
+@pytest.fixture(scope="module")
+def address(project: Project) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mllm_assets.cli", "board", "--device", "cpu", "--port", str(port)]
+    process = subprocess.Popen(command, env=project.env, cwd=project.root, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"the page is on http://127.0.0.1:{port}; Ctrl-C ends it\n"
+    yield f"http://127.0.0.1:{port}"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=90)
+    assert process.returncode == 0
+
+
+def open_tab(page: Page, address: str, name: str) -> list[str]:
+    """Open a tab; returns the addresses that the page asks from then on."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if request.url.startswith("http") else None)
+    page.goto(address)
+    page.get_by_role("tab", name=name, exact=True).click()
+    return asked
+
+
+def choose(page: Page, label: str, option: str | re.Pattern[str]) -> None:
+    page.get_by_label(label, exact=True).first.click()
+    page.get_by_role("option", name=option).first.click()
+
+
+def test_samples_are_filtered_and_searched_and_nothing_leaves_the_machine(page: Page, address: str) -> None:
+    asked = open_tab(page, address, "Samples")
+    expect(page.get_by_text("800 samples")).to_be_visible()
+    picture = page.locator(".board-card img").first
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.naturalWidth") > 0
+    choose(page, "Split", "val")
+    expect(page.get_by_text("120 samples")).to_be_visible()
+    page.get_by_label("Search").fill("melon")
+    expect(page.locator(".board-card")).to_have_count(0)
+    choose(page, "Split", "all")
+    expect(page.locator(".board-card").first).to_contain_text("melon")
+    assert [url for url in asked if not url.startswith(address)] == []
+
+
+def test_three_runs_are_compared(page: Page, address: str) -> None:
+    open_tab(page, address, "Runs")
+    for rate in ("0.002", "0.004"):
+        expect(page.locator("thead th", has_text=f"mine learning_rate={rate}")).to_be_visible()
+    expect(page.locator(".board-table thead th")).to_have_count(4)
+    expect(page.locator(".board-curves polyline")).to_have_count(3)
+    rates = page.locator("tr", has=page.get_by_role("rowheader", name="learning_rate", exact=True)).locator("td")
+    assert sorted(rates.all_inner_texts()) == ["0.001", "0.002", "0.004"]
+    gate = page.locator("tr", has=page.get_by_role("rowheader", name="beats_most_common_answer")).locator("td")
+    assert sorted(text.partition(" ")[0] for text in gate.all_inner_texts()) == ["failed", "–", "–"]
+    for width in (1440, 1280):
+        page.set_viewport_size({"width": width, "height": 1000})
+        table = page.locator(".board-table")
+        assert table.evaluate("table => table.scrollWidth <= table.clientWidth"), f"cut off at {width} px"
+
+
+def test_what_two_models_answer_is_shown_side_by_side(page: Page, address: str) -> None:
+    open_tab(page, address, "Gallery")
+    expect(page.locator(".board-card")).to_have_count(12)
+    expect(page.locator(".board-card").first.locator(".answer")).to_have_count(2)
+    choose(page, "Which samples", "both are wrong")
+    expect(page.locator(".board-card .answer.right")).to_have_count(0)
+
+
+def test_a_model_is_asked_twice_in_one_conversation(page: Page, address: str) -> None:
+    open_tab(page, address, "Chat")
+    question, answers = page.get_by_label("Question"), page.locator("#answers-0")
+    for number, text in enumerate(("What kind of emoji is this?", "And what is its <b>colour</b>?"), start=1):
+        question.fill(text)
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect(answers.get_by_text(re.compile(r"\d+ tokens? in \d+\.\d\d s"))).to_have_count(number)
+        expect(question).to_have_value("")
+    expect(answers.get_by_text("And what is its <b>colour</b>?")).to_be_visible()
+
+
+def test_a_recipe_is_estimated_and_its_rows_are_shown(page: Page, address: str) -> None:
+    open_tab(page, address, "Start")
+    expect(page.get_by_text("model_name_or_path").first).to_be_visible()  # the draft is there
+    page.get_by_role("button", name="Estimate and show rows").click()
+    expect(page.get_by_text(re.compile(r"memory: about \d"))).to_be_visible()
+    expect(page.locator(".board-look .board-card")).to_have_count(3)
+    expect(page.locator(".board-look mark").first).to_contain_text("<end_of_turn>")
+
+
+def test_a_run_is_started_and_stopped_from_the_board(page: Page, address: str, project: Project) -> None:
+    open_tab(page, address, "Start")
+    choose(page, "Or start a recipe of configs/", "long")
+    page.get_by_role("button", name="Start", exact=True).click()
+    expect(page.get_by_label("Log")).to_have_value(re.compile("long/checkpoint"))
+    wait_for(lambda: list(project.root.glob("outputs/long/*/trainer_log.jsonl")), "the first step", 150)
+    open_tab(page, address, "Runs")  # what was started is still there on a page that was loaded again
+    expect(page.locator('.board-curves polyline[data-run="long"]')).to_have_count(1)
+    page.get_by_role("tab", name="Start", exact=True).click()
+    choose(page, "Run", "long")
+    page.get_by_role("button", name="Stop", exact=True).click()
+    expect(page.get_by_text("stopped", exact=True)).to_be_visible(timeout=120_000)
+    wait_for(lambda: not workers(project.root), "the worker's end", 60)
+
+
+def workers(root: Path) -> list[int]:
+    found = [process for process in processes_of(root) if "mllm_assets.worker" in " ".join(process.cmdline())]
+    return [process.pid for process in found]
+
+
+@pytest.mark.attack("HTTP")
+@pytest.mark.parametrize("path", ["data/quality.duckdb", "configs/mine.yaml", "/etc/passwd"])
+def test_no_other_file_is_served(address: str, project: Project, path: str) -> None:
+    for prefix in ("gradio_api/file=", "file="):
+        assert httpx.get(f"{address}/{prefix}{project.root / path}").status_code in (403, 404)
+    assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
+    assert os.path.exists(project.root / path)

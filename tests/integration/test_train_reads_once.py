@@ -1,0 +1,166 @@
+"""Files that a training reads: each image is hashed once over all processes, and what changed is found by it."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mllm_assets.artifacts import sha256_file
+from mllm_assets.data.sharegpt.dataset import Dataset, listed_images
+from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation.predict import evaluate_task
+from mllm_assets.layout import Layout
+from mllm_assets.recipe.load import load_recipe
+from mllm_assets.training.caches.features import features_task
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.training.runs.plan import plan_run
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import TrainTask
+from tests.integration.conftest import REPOSITORY, Project
+from tests.unit.data.made_datasets import made_spec, png, run_line, write_source
+from tests.worker_tasks import evaluation, features_of
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+# In every Python process of the test's command: which process took the sha256 of what, and opened which split file
+HOOK = """
+import hashlib, os, sys
+wanted, log = set(open(os.environ["WANTED"]).read().split()), os.environ["READ_LOG"]
+
+def note(*words):
+    with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "w") as file:
+        file.write(" ".join(map(str, words)) + "\\n")
+
+class Counted:
+    def __init__(self, made):
+        self._made = made
+    def __getattr__(self, name):
+        return getattr(self._made, name)
+    def _noted(self, value):
+        if self._made.hexdigest() in wanted:
+            note("hash", os.getpid(), self._made.hexdigest())
+        return value
+    def digest(self):
+        return self._noted(self._made.digest())
+    def hexdigest(self):
+        return self._noted(self._made.hexdigest())
+
+sha256, new = hashlib.sha256, hashlib.new
+hashlib.sha256 = lambda *args, **options: Counted(sha256(*args, **options))
+hashlib.new = lambda name, *args, **options: Counted(made) if (made := new(name, *args, **options)).name == "sha256" else made
+
+def opened(event, args):
+    if event == "open" and str(args[0]).endswith(("train.json", "val.json")):
+        note("open", os.getpid(), args[0])
+
+sys.addaudithook(opened)
+"""  # noqa: E501
+
+
+def test_each_image_is_hashed_once_over_all_processes_and_each_split_parsed_once_in_each(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was four times an image: for the run's name, in the worker, for the cache's names, and to read the cache."""
+    version = (project.layout.data / "emoji").resolve()
+    splits = {str(version / f"{side}.json") for side in ("train", "val")}
+    named = {name for split in splits for row in json.loads(Path(split).read_text()) for name in row["images"]}
+    images = {digest for name, digest in listed_images(version) if name in named}  # test's are not read
+    hooks, log = tmp_path / "hooks", tmp_path / "read.log"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(HOOK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hooks), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
+    split_of = {sha256_file(Path(split)): split for split in splits}
+    (tmp_path / "wanted").write_text("\n".join([*images, *split_of]))
+    monkeypatch.setenv("WANTED", str(tmp_path / "wanted"))
+    monkeypatch.setenv("READ_LOG", str(log))
+    shutil.copy(REPOSITORY / "configs" / "emoji_projector_sft.yaml", project.root / "configs")
+    process = project.start_python(
+        "-m", "mllm_assets.cli", "train", "configs/emoji_projector_sft.yaml", "--device", "cpu",
+        "model_name_or_path=pretrains/gemma3_tiny", "max_steps=8", "max_samples=64", "report_to=none",
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+
+    events = [line.split(" ", 2) for line in log.read_text().splitlines()]
+    hashed = Counter(what for kind, _, what in events if kind == "hash" and what in images)
+    assert hashed == dict.fromkeys(images, 1), "once, and every one of them"
+    parsed = Counter((pid, what) for kind, pid, what in events if kind == "open" and what in splits)
+    for kind, pid, what in events:  # a file is opened to be hashed, too
+        if kind == "hash" and what in split_of:
+            parsed[pid, split_of[what]] -= 1
+    assert len({pid for pid, _ in parsed}) == 2, "the command and its worker"
+    assert set(parsed.values()) == {2}, "opened to tell its format by its beginning, and parsed once"
+    assert project.run_manifest("emoji_projector_sft")["caches"]["vision_features"] == "cached"
+
+
+@pytest.fixture
+def published(tmp_path: Path, parity_dir: Path) -> Layout:
+    """A project with a published dataset, a recipe and a model."""
+    layout = Layout(tmp_path)
+    write_source(layout.root, [(png(n), f"picture {n}") for n in range(12)])
+    run_line(made_spec(8, 4), layout)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "r.yaml").write_text(
+        "model_name_or_path: model\ndataset: made_train\neval_dataset: made_val\ntemplate: gemma3\ndo_train: true\n"
+        "output_dir: outputs/r\ndataset_dir: data\nmax_steps: 1\nuse_cpu: true\n"
+    )
+    (tmp_path / "model").symlink_to(parity_dir / "model")
+    return layout
+
+
+def task_of(layout: Layout) -> TrainTask:
+    return plan_run(load_recipe(layout.root / "configs" / "r.yaml"), root=layout.root).task
+
+
+def swap(path: Path) -> None:
+    """Other bytes of the same size and time of change."""
+    before, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("entry", ["made_train", "made_val"])
+@pytest.mark.parametrize("planned", [True, False], ids=["after-the-plan", "before-the-plan"])
+def test_an_image_that_changed_since_its_dataset_was_published_is_named_before_it_trains(
+    published: Layout, entry: str, planned: bool
+) -> None:
+    image = Dataset(published.data).entry(entry).rows[0].images[0]
+    if not planned:
+        swap(image)
+    task = task_of(published)
+    if planned:
+        swap(image)
+    message = rf"The image .*{image.name} of entry {entry} changed after its dataset was published: .* Materialise"
+    with pytest.raises(IntegrityError, match=message):
+        train_task(task, Reporter())
+    assert not list(task.run_dir.glob("checkpoint-*"))
+
+
+def test_a_changed_image_is_named_before_features_are_made_of_it_and_before_a_model_is_asked(published: Layout) -> None:
+    task = task_of(published)
+    image = Dataset(published.data).entry("made_val").rows[0].images[0]
+    asked = evaluation(
+        model_dir=task.model_dir, data_dir=task.data_dir, directory=published.root / "said", entries=["made_val"]
+    )
+    swap(image)
+    with pytest.raises(IntegrityError, match=rf"{image.name} of entry made_val changed after"):
+        features_task(features_of(task, published.features), Reporter())
+    with pytest.raises(IntegrityError, match=rf"{image.name} of entry made_val changed after"):
+        evaluate_task(asked, Reporter())
+    assert not published.features.exists() and not asked.directory.exists()
+
+
+def test_a_changed_image_of_an_entry_that_a_person_wrote_is_found_too(published: Layout) -> None:
+    """Nothing recorded what its images held, so the entry is named."""
+    for side in ("train", "val"):
+        shutil.copy(published.data / "made" / f"{side}.json", published.data / f"mine_{side}.json")
+    text = published.dataset_info.read_text()
+    published.dataset_info.write_text(text.replace('"made/', '"mine_'))
+    task = task_of(published)
+    assert Dataset(published.data).entry("made_train").recorded == {}
+    swap(Dataset(published.data).entry("made_train").rows[0].images[0])
+    with pytest.raises(IntegrityError, match=r"The entry made_train in .* changed after this run was named"):
+        train_task(task, Reporter())

@@ -1,0 +1,133 @@
+"""A mistake in any `defs.yaml` is named by file and line."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from mllm_assets.cli import main
+from mllm_assets.components.image_text_dataset import ImageTextDataset
+from mllm_assets.components.reporting import load_project, unreadable_assets
+from mllm_assets.components.yaml_checks import find_mistakes
+from mllm_assets.defs import resources
+from mllm_assets.errors import RecipeError
+
+DATASET = """type: mllm_assets.components.ImageTextDataset
+attributes:
+  name: NAME
+  source: {kind: parquet, path: x.parquet}
+  prompts: ["What is this?"]
+  split:
+    num_train: 8
+    num_val: 2
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.dg]\ndirectory_type = "project"\n[tool.dg.project]\nroot_module = "shop"\n'
+    )
+    for name in ("ants", "bees", "cats"):
+        folder = tmp_path / "shop" / "defs" / name
+        folder.mkdir(parents=True)
+        (folder / "defs.yaml").write_text(DATASET.replace("NAME", name))
+    return tmp_path
+
+
+def test_sound_files_have_no_mistakes(project: Path) -> None:
+    assert find_mistakes(project) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "line", "said"),
+    [
+        ("num_train: 8", "num_trian: 8", 6, "attributes.split: Additional properties are not allowed ('num_trian'"),
+        ("name: ants", "nmae: ants", 2, "attributes: Additional properties are not allowed ('nmae'"),
+        ("num_train: 8", "num_train: [8]", 7, "attributes.split.num_train: [8] is not"),
+        (
+            "components.ImageTextDataset",
+            "components.ImageTxtDataset",
+            1,
+            "the component mllm_assets.components",
+        ),
+        ("name: ants", "name: [ants", 4, "this is not YAML"),
+        ("type: mllm_assets.components.ImageTextDataset\n", "", 1, "`type:` is missing"),
+    ],
+)
+def test_a_mistake_is_named_in_each_file_of_a_type(project: Path, right: str, wrong: str, line: int, said: str) -> None:
+    for name in ("ants", "cats"):
+        path = project / "shop" / "defs" / name / "defs.yaml"
+        path.write_text(DATASET.replace("NAME", "ants").replace(right, wrong))
+    mistakes = find_mistakes(project)
+    assert any(m.startswith(f"shop/defs/ants/defs.yaml:{line}: {said}") for m in mistakes), mistakes
+    assert any(m.startswith(f"shop/defs/cats/defs.yaml:{line}: ") for m in mistakes), mistakes
+    if wrong.startswith("num_trian"):
+        assert mistakes[0].endswith("('num_trian' was unexpected). Did you mean 'num_train'?")
+
+
+SECRET = "hidden-4Xb7Qz9T"
+MODELS = """type: mllm_assets.components.PretrainedModels
+attributes:
+  models:
+    - {name: tiny, kind: tiny_gemma3}
+    - {name: mine, kind: local, license: LICENSE}
+"""
+RECIPES = """type: mllm_assets.components.FineTuning
+attributes:
+  defaults:
+    push_to_hub: {repo_id: 'me/LICENSE'}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        (DATASET.replace("NAME", "ants") + "  license: LICENSE\n", "9: attributes.license"),
+        (DATASET.replace("NAME", "ants").replace("What is this?", "What? LICENSE"), "5: attributes.prompts.0"),
+        (MODELS, "5: attributes.models.1.license"),
+    ],
+)
+def test_a_secret_is_refused_by_file_and_line_and_not_shown(
+    text: str, where: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was accepted, and stood in the asset's metadata."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.chdir(project)
+    (project / "shop" / "defs" / "ants" / "defs.yaml").write_text(text.replace("LICENSE", SECRET))
+    assert main(["check-graph"]) == 2
+    said = capsys.readouterr().err
+    assert f"shop/defs/ants/defs.yaml:{where} holds what looks like a token or password." in said
+    assert SECRET not in said and "HF_TOKEN " not in said
+
+
+@pytest.mark.parametrize("text", [DATASET.replace("NAME", "ants") + "  license: LICENSE\n", MODELS, RECIPES])
+def test_a_component_with_a_secret_from_a_template_is_not_built(
+    text: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file shows a template; the values that the component was loaded with hold the secret."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "shop"]:  # another test's project
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(project))
+    shutil.copy(Path(resources.__file__), project / "shop" / "defs")
+    (project / "shop" / "defs" / "ants" / "defs.yaml").write_text(
+        text.replace("'me/LICENSE'", "LICENSE").replace("LICENSE", "'{{ env.HF_TOKEN }}'")
+    )
+    definitions = load_project(project)
+    [message] = [text for text in unreadable_assets(definitions).values() if "token or password" in text]
+    assert "shop/defs/ants/defs.yaml:" in message
+    specs = list(definitions.resolve_all_asset_specs())
+    leaving = [(spec.key, spec.description, spec.tags) for spec in specs]  # Dagster keeps the component for itself
+    assert SECRET not in str(leaving)
+
+
+def test_what_is_wrong_with_each_part_of_a_dataset_is_said_at_once() -> None:
+    parts = {"source": {"kind": "parquet", "path": ""}, "split": {"num_train": 0}, "quality": {"max_decode_s": -1.0}}
+    dataset = ImageTextDataset.model_validate({"name": "ants", **parts})
+    with pytest.raises(RecipeError) as caught:
+        dataset.spec()
+    assert [line.partition(" ")[0] for line in str(caught.value).splitlines()] == [
+        "source.path", "split.num_train:", "quality.max_decode_s:"
+    ]  # fmt: skip

@@ -1,0 +1,211 @@
+"""`mllm-assets run` makes what is named, what it needs and is out of date, and nothing else."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from mllm_assets.cli import main
+from mllm_assets.components.instance.launch import run
+from mllm_assets.components.instance.location import Location
+from mllm_assets.components.instance.run_plan import Request, RunPlan, plan_run
+from mllm_assets.errors import RecipeError
+from mllm_assets.layout import Layout
+
+RECIPE = """model_name_or_path: pretrains/tiny
+stage: sft
+do_train: true
+finetuning_type: full
+dataset: birds_train
+eval_dataset: birds_val
+template: gemma3
+output_dir: outputs/birds_sft
+max_steps: 40
+"""
+DEFINITIONS = """from pathlib import Path
+import dagster as dg
+from mllm_assets.components.instance.executor import patient_in_process_executor
+from mllm_assets.components.jobs import LOGGERS
+from mllm_assets.components.reporting import failing_asset
+from mllm_assets.errors import RecipeError
+
+ROOT = Path(__file__).parents[1]
+
+def asset(name, *deps, checks=(), **metadata):
+    @dg.asset(key=name.split("/"), deps=[dep.split("/") for dep in deps], metadata=metadata,
+              check_specs=[dg.AssetCheckSpec(check, asset=name.split("/"), blocking=True) for check in checks])
+    def made():
+        path = ROOT / "made" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        text = "too few are right"
+        results = [dg.AssetCheckResult(check_name=name, passed=False, description=text) for name in checks]
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion("1"), check_results=results,
+            metadata={"path": str(path.relative_to(ROOT)), "fingerprint": "f"})
+    return made
+
+@dg.multi_asset(specs=[dg.AssetSpec(["birds", name], deps=[["birds", "raw"]]) for name in ("train", "val")])
+def splits():
+    for name in ("train", "val"):
+        yield dg.MaterializeResult(asset_key=["birds", name], data_version=dg.DataVersion("1"))
+
+recipe = dg.MetadataValue.path(str(ROOT / "configs" / "birds_sft.yaml"))
+defs = dg.Definitions(loggers=LOGGERS, executor=patient_in_process_executor, assets=[
+    asset("birds/raw"), splits, asset("birds/dataset_info", "birds/train", "birds/val"), asset("pretrained/tiny"),
+    asset("birds_sft/checkpoint", "birds/dataset_info", "pretrained/tiny", recipe_file=recipe),
+    asset("birds_sft/eval_metrics", "birds_sft/checkpoint", checks=["beats_base_model"]),
+    asset("birds_sft/released_model", "birds_sft/eval_metrics"),
+    asset("birds_sft/hub_model", "birds_sft/released_model"),
+    failing_asset(dg.AssetKey(["broken", "checkpoint"]), RecipeError("broken.yaml:3: unknown key")),
+])
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Path]:
+    """A project whose assets write a file each."""
+    package = f"shop_{tmp_path.parent.name.replace('-', '_')}_{tmp_path.name}"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "definitions.py").write_text(DEFINITIONS)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "birds_sft.yaml").write_text(RECIPE)
+    (tmp_path / "pyproject.toml").write_text(f'[tool.dg.project]\nroot_module = "{package}"\n')
+    sys.path.insert(0, str(tmp_path))
+    yield tmp_path
+    sys.path.remove(str(tmp_path))
+
+
+@pytest.fixture
+def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    with dg.DagsterInstance.get() as found:
+        yield found
+
+
+def planned(project: Path, instance: dg.DagsterInstance, *names: str, **values: object) -> RunPlan:
+    return plan_run(Request(names=names, **values), Location(project), instance, Layout(project))  # pyright: ignore
+
+
+def names(keys: object) -> list[str]:
+    return sorted(key.to_user_string() for key in keys)  # pyright: ignore[reportGeneralTypeIssues]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("birds_stf", "Nothing is called 'birds_stf'. Did you mean 'birds_sft'? There are: birds, birds_sft"),
+        ("birds_sft/eval_metric", "Did you mean 'birds_sft/eval_metrics'? birds_sft has checkpoint, eval_metrics"),
+        ("zebras", "There are: birds, birds_sft, broken; models: tiny. Nothing was run."),
+        ("*/nothing", "Nothing is called"),
+        ("", "Nothing is called ''"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_refused_with_the_nearest(
+    project: Path, instance: dg.DagsterInstance, name: str, expected: str
+) -> None:
+    """Dagster's selection of a name with a letter missing ran all 57 assets."""
+    with pytest.raises(RecipeError) as refused:
+        planned(project, instance, name)
+    assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["birds_sft", "configs/birds_sft.yaml"])
+def test_a_recipe_is_made_up_to_its_release_and_is_not_published(
+    project: Path, instance: dg.DagsterInstance, name: str
+) -> None:
+    plan = planned(project, instance, name)
+    assert names(plan.named) == ["birds_sft/released_model"]
+    assert "birds_sft/hub_model" not in names(plan.reasons) and "birds/raw" in names(plan.reasons)
+
+
+@pytest.mark.parametrize(("name", "last"), [("birds", "birds/dataset_info"), ("tiny", "pretrained/tiny")])
+def test_a_dataset_and_a_model_are_found_by_their_names(
+    project: Path, instance: dg.DagsterInstance, name: str, last: str
+) -> None:
+    assert names(planned(project, instance, name).named) == [last]
+
+
+def test_a_split_is_made_with_the_other_of_its_step(project: Path, instance: dg.DagsterInstance) -> None:
+    """Dagster refuses a selection of one alone."""
+    assert names(planned(project, instance, "birds/train", only=True).reasons) == ["birds/train", "birds/val"]
+
+
+def test_a_recipe_that_cannot_be_read_is_refused_before_anything_runs(
+    project: Path, instance: dg.DagsterInstance
+) -> None:
+    with pytest.raises(RecipeError, match=r"broken.yaml:3: unknown key\nNothing was run"):
+        planned(project, instance, "birds", "broken")
+
+
+def test_values_belong_to_a_recipe_and_are_checked_before_anything_runs(
+    project: Path, instance: dg.DagsterInstance
+) -> None:
+    with pytest.raises(RecipeError, match="only a recipe takes values"):
+        planned(project, instance, "birds", overrides=["max_steps=3"])
+    with pytest.raises(RecipeError, match="unknown key 'max_stps'. Did you mean max_steps"):
+        planned(project, instance, "birds_sft", overrides=["max_stps=3"])
+    with pytest.raises(RecipeError, match="Leave --only out"):
+        planned(project, instance, "birds_sft/eval_metrics", overrides=["max_steps=3"], only=True)
+
+
+def test_a_trial_is_judged_and_released_only_by_name(project: Path, instance: dg.DagsterInstance) -> None:
+    trial = ["max_steps=3", "logging_steps=7"]
+    plan = planned(project, instance, "birds_sft", overrides=trial)
+    assert names(plan.named) == ["birds_sft/eval_metrics"] and plan.title == "birds_sft max_steps=3"
+    assert plan.config == {
+        "ops": {"birds_sft__checkpoint": {"config": {"other": {"max_steps": 3, "logging_steps": 7}}}}
+    }
+    named = planned(project, instance, "birds_sft/released_model", overrides=trial)
+    assert names(named.named) == ["birds_sft/released_model"]
+    assert names(planned(project, instance, "birds_sft", overrides=["max_steps=40"]).named) == names(named.named)
+
+
+def test_what_is_up_to_date_stays_and_what_changed_is_made_with_what_follows(
+    project: Path, instance: dg.DagsterInstance, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    outcome = run(Request(names=["birds_sft"]), project, Layout(project), dry_run=False, notify=said.append)
+    assert outcome.problems == ("birds_sft/eval_metrics: beats_base_model failed: too few are right",)
+    log = capfd.readouterr().err
+    assert "FAILED  beats_base_model: too few are right" in log and "Traceback" not in log
+
+    plan = planned(project, instance, "birds_sft")
+    assert names(plan.reasons) == [] and names(plan.blocked) == ["birds_sft/released_model"]
+    again = run(Request(names=["birds_sft"]), project, Layout(project), dry_run=False, notify=said.append)
+    assert not again.was_made and "failed, and nothing changed since: too few are right" in again.problems[0]
+
+    (project / "made" / "birds" / "dataset_info").unlink()
+    changed = planned(project, instance, "birds_sft")
+    assert changed.reasons[dg.AssetKey(["birds", "dataset_info"])] == "made/birds/dataset_info is gone"
+    assert "birds/raw" in names(changed.current) and "birds_sft/checkpoint" in names(changed.reasons)
+
+    assert "birds/raw" in names(planned(project, instance, "birds_sft", force=True).reasons)
+    assert names(planned(project, instance, "birds_sft/eval_metrics", only=True).reasons) == ["birds_sft/eval_metrics"]
+    [record] = [record for record in instance.get_runs() if record.tags.get("run") == "birds_sft"]
+    assert record.is_failure
+
+
+def test_ctrl_c_in_any_step_is_a_stop_and_no_failure(
+    project: Path, instance: dg.DagsterInstance, capfd: pytest.CaptureFixture[str]
+) -> None:
+    module = next(project.glob("shop_*/definitions.py"))
+    module.write_text(module.read_text().replace('path.write_text("")', "os.kill(os.getpid(), signal.SIGINT)", 1))
+    module.write_text(f"import os, signal\n{module.read_text()}")
+    stopped = run(Request(names=["birds"]), project, Layout(project), dry_run=False, notify=lambda _: None)
+    assert stopped.was_cancelled
+    assert "Execution was interrupted unexpectedly" not in capfd.readouterr().err
+
+
+def test_a_folder_without_a_project_is_refused_and_gets_no_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    monkeypatch.delenv("MLLM_ASSETS_ROOT", raising=False)
+    assert main(["run", "emoji"]) == 2
+    assert "mllm-assets init" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -1,0 +1,104 @@
+"""Edges come from the recipes' own keys."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from mllm_assets.components.wiring import KnownAssets, chains_of, external_entries, resolve, split_cycles
+from mllm_assets.errors import RecipeError
+from mllm_assets.recipe.load import Recipe, load_recipe
+
+KNOWN_ASSETS = KnownAssets(
+    entries={
+        "emoji_train": dg.AssetKey(["emoji", "dataset_info"]),
+        "emoji_val": dg.AssetKey(["emoji", "dataset_info"]),
+    },
+    models={"pretrains/gemma3_tiny": dg.AssetKey(["pretrained", "gemma3_tiny"])},
+    recipes={"outputs/first": dg.AssetKey(["first", "checkpoint"])},
+)
+
+
+def write_recipe(folder: Path, name: str = "mine", **values: str) -> Recipe:
+    keys = {
+        "model_name_or_path": "pretrains/gemma3_tiny",
+        "stage": "sft",
+        "do_train": "true",
+        "finetuning_type": "full",
+        "dataset": "emoji_train",
+        "eval_dataset": "emoji_val",
+        "template": "gemma3",
+        "output_dir": f"outputs/{name}",
+        **values,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    return load_recipe(path)
+
+
+def test_an_entry_leads_to_the_dataset_that_writes_it(tmp_path: Path) -> None:
+    node = resolve(write_recipe(tmp_path), KNOWN_ASSETS)
+    assert node.data == [dg.AssetKey(["emoji", "dataset_info"])]
+    assert node.model == dg.AssetKey(["pretrained", "gemma3_tiny"])
+
+
+def test_an_output_of_another_recipe_leads_to_its_checkpoint(tmp_path: Path) -> None:
+    first = resolve(write_recipe(tmp_path, "first"), KNOWN_ASSETS)
+    second = resolve(write_recipe(tmp_path, "second", model_name_or_path="outputs/first/latest/model"), KNOWN_ASSETS)
+    assert second.model == dg.AssetKey(["first", "checkpoint"])
+    assert chains_of([first, second]) == {"first": ["first", "second"]}
+
+
+def test_an_unknown_dataset_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"mine\.yaml: dataset names 'emoji_trian'.*Did you mean 'emoji_train'\?"):
+        resolve(write_recipe(tmp_path, dataset="emoji_trian"), KNOWN_ASSETS)
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"'pretrains/gemma', which no asset makes\. Known models: pretrains/gemma3_tiny"
+    ):
+        resolve(write_recipe(tmp_path, model_name_or_path="pretrains/gemma"), KNOWN_ASSETS)
+
+
+def test_a_recipe_cannot_start_from_its_own_output(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "first", model_name_or_path="outputs/first/latest/model")
+    with pytest.raises(RecipeError, match="is the recipe's own output"):
+        resolve(recipe, KNOWN_ASSETS)
+
+
+def test_recipes_that_start_from_one_another_in_a_circle_are_refused_by_name(tmp_path: Path) -> None:
+    """Following their models never ended, and with it the loading of the code location."""
+    known_assets = replace(
+        KNOWN_ASSETS, recipes={f"outputs/{n}": dg.AssetKey([n, "checkpoint"]) for n in ("a", "b", "c")}
+    )
+    models = {"a": "outputs/b", "b": "outputs/a/latest/model", "c": "outputs/a"}
+    nodes = [resolve(write_recipe(tmp_path, name, model_name_or_path=m), known_assets) for name, m in models.items()]
+    sound, circular = split_cycles(nodes)
+    assert [node.name for node in sound] == ["c"]
+    assert {node.name for node, _ in circular} == {"a", "b"}
+    assert "a.yaml: model_name_or_path leads back to the recipe itself (a <- b <- a)" in str(circular[0][1])
+    assert chains_of(sound) == {"c": ["c"]}
+
+
+def test_a_recipe_knows_what_the_stages_before_it_train_on(tmp_path: Path) -> None:
+    """Another machine must have that data too, to see whether it is evaluated on."""
+    others = {name: dg.AssetKey([name, "dataset_info"]) for name in ("x", "y")}
+    recipes = {f"outputs/{n}": dg.AssetKey([n, "checkpoint"]) for n in ("a", "b", "c")}
+    known_assets = replace(KNOWN_ASSETS, entries={**KNOWN_ASSETS.entries, **others}, recipes=recipes)
+    keys = {
+        "a": {"dataset": "x", "eval_dataset": "y"},
+        "b": {"model_name_or_path": "outputs/a/latest/model"},
+        "c": {"model_name_or_path": "outputs/b/latest/model", "dataset": "y"},
+    }
+    sound, _ = split_cycles(
+        [resolve(write_recipe(tmp_path, name, **values), known_assets) for name, values in keys.items()]
+    )
+    assert {node.name: list(node.ancestor_data) for node in sound} == {"a": [], "b": [others["x"]], "c": [others["x"]]}
+
+
+def test_entries_written_by_hand_are_found_beside_those_that_datasets_write(tmp_path: Path) -> None:
+    path = tmp_path / "dataset_info.json"
+    path.write_text('{"emoji_train": {}, "my-own": {}}')
+    assert external_entries(path, ["emoji_train"]) == {"my-own": dg.AssetKey(["my_own", "dataset_info"])}

@@ -1,0 +1,214 @@
+"""LLaMA-Factory's format by both ways in: a hand-written entry and `kind: llamafactory` understand a row alike."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_assets.data.curate.checks import check_directory
+from mllm_assets.data.ingest.llamafactory import read_llamafactory
+from mllm_assets.data.ingest.source_rows import SourceRow
+from mllm_assets.data.ingest.spec import SourceSpec
+from mllm_assets.data.sharegpt.conversation import conversation_defect
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.data.sharegpt.entries import load_entry
+from mllm_assets.data.sharegpt.rows import parse_rows, rows_of_entry
+from mllm_assets.errors import DataError
+from tests.unit.data.made_datasets import png
+
+TURNS = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "That."}]
+COLUMNS = {"messages": "conversations", "images": "images"}
+
+
+def write(folder: Path, rows: list[Any], **entry: Any) -> Path:
+    (folder / "a.png").write_bytes(png(1))
+    entry = {"file_name": "rows.json", "formatting": "sharegpt", **entry}
+    (folder / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+def row(turns: Any = TURNS, **fields: Any) -> dict[str, Any]:
+    return {"conversations": turns, "images": ["a.png"], **fields}
+
+
+def by_hand(folder: Path) -> list[str | None]:
+    """What is wrong with each row."""
+    return [problems[0] if problems else None for _, problems in parse_rows(folder, load_entry(folder, "mine"))]
+
+
+def declared(folder: Path) -> list[SourceRow]:
+    return list(read_llamafactory(SourceSpec(kind="llamafactory", path=str(folder)), folder))
+
+
+def test_a_row_marked_good_is_learnt_and_one_marked_bad_is_not(tmp_path: Path) -> None:
+    """It was the other way round in hand-written directories, and the mark was not read in declared ones."""
+    folder = write(tmp_path, [row(mark=True), row(mark=False), row(mark=None), row(mark="yes"), row()],
+                   columns={**COLUMNS, "kto_tag": "mark"})  # fmt: skip
+    good, bad, *unmarked = by_hand(folder)
+    assert good is None
+    assert bad is not None and "row 1: 'mark' is false: the answer is marked as a bad one" in bad
+    assert all("'mark' should be true or false, got " in (text or "") for text in unmarked)
+    assert [r.defect for r in declared(folder)] == [None, "answer_marked_bad", *["answer_mark_unreadable"] * 3]
+
+
+ROWS = [
+    ("tools", {"tools": "[{}]"}, "tools_unsupported", "'tools' cannot be trained on here"),
+    ("videos", {"videos": ["a.mp4"]}, "videos_unsupported", "'videos' cannot be trained on here"),
+    ("audios", {"audios": ["a.wav"]}, "audios_unsupported", "'audios' cannot be trained on here"),
+    ("system", {"system": 7}, "messages_unreadable", "'system': expected a text, got int"),
+]
+
+
+@pytest.mark.parametrize(("column", "fields", "reason", "text"), ROWS)
+def test_a_column_that_cannot_be_used_is_refused(
+    tmp_path: Path, column: str, fields: dict[str, Any], reason: str, text: str
+) -> None:
+    """`kind: llamafactory` took in the answers to tools' turns and to videos as if there were neither."""
+    folder = write(tmp_path, [row(**fields), row(**{column: ""})], columns={**COLUMNS, column: column})
+    first, second = by_hand(folder)
+    assert text in (first or "") and second is None
+    assert [r.defect for r in declared(folder)] == [reason, None]
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason", "text"),
+    [
+        ([TURNS[0], {"from": "function_call", "value": "{}"}], "messages_role_order", "got 'function_call'"),
+        ([TURNS[0], {**TURNS[1], "tool_calls": [{}]}], "tools_unsupported", "'tool_calls' cannot be trained on"),
+        ([TURNS[0], {"from": "gpt", "value": None}], "messages_unreadable", "expected a text, got NoneType"),
+        ([TURNS[0], {"role": "assistant", "content": "x"}], "messages_unreadable", "with 'from' and 'value'"),
+        (TURNS[:1], "messages_role_order", "the last message is not the assistant's"),
+        ([{"from": "gpt", "value": "x"}, {"from": "human", "value": "x"}], "messages_role_order", "the user first"),
+        ("x", "messages_unreadable", "should be a list of messages"),
+    ],
+)
+def test_turns_are_understood_alike(tmp_path: Path, turns: Any, reason: str, text: str) -> None:
+    folder = write(tmp_path, [row(turns)], columns=COLUMNS)
+    assert text in (by_hand(folder)[0] or "")
+    assert [r.defect for r in declared(folder)] == [reason]
+
+
+def test_a_system_turn_needs_its_tag_in_both(tmp_path: Path) -> None:
+    """A `tags` block without system_tag resets it: LLaMA-Factory drops the row, a declared source took it in."""
+    tags = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
+    talk = [{"from": "system", "value": "Be brief."}, *TURNS]
+    for more, defect in (({}, "messages_role_order"), ({"system_tag": "system"}, None)):
+        folder = write(tmp_path, [row(talk)], columns=COLUMNS, tags={**tags, **more})
+        assert [r.defect for r in declared(folder)] == [defect]
+        assert (by_hand(folder)[0] is None) == (defect is None)
+    said = [(turn["role"], turn["content"]) for turn in json.loads(declared(folder)[0].messages or "")]
+    assert said == [("system", "Be brief."), ("user", "<image>What?"), ("assistant", "That.")]
+
+
+@pytest.mark.parametrize("history", [[["question alone"]], "a text", [["q", 7]], [7]])
+def test_a_history_that_is_not_pairs_is_refused(tmp_path: Path, history: Any) -> None:
+    """Such pairs were left out without a word."""
+    columns = {"prompt": "instruction", "response": "output", "history": "history", "images": "images"}
+    told = {"instruction": "<image>What?", "output": "That.", "images": ["a.png"]}
+    folder = write(tmp_path, [{**told, "history": history}, {**told, "history": None}], formatting="alpaca",
+                   columns=columns)  # fmt: skip
+    wrong, fine = by_hand(folder)
+    assert wrong is not None and fine is None
+    assert [r.defect for r in declared(folder)] == ["messages_unreadable", None]
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"ranking": True}, "sets `ranking`, which is for preference training"),
+        ({"columns": {**COLUMNS, "chosen": "chosen", "rejected": "rejected"}}, "has the columns chosen and rejected"),
+        ({"columns": {**COLUMNS, "kto_tags": "m"}}, "`columns` has no 'kto_tags', so that what it means would be "
+                                                    "skipped. Did you mean 'kto_tag'? It has: messages, prompt"),
+        ({"columns": COLUMNS, "tags": {"sytem_tag": "s"}}, "`tags` has no 'sytem_tag'"),
+        ({"columns": COLUMNS, "num_sample": 3}, "'num_sample' is read by nothing. Did you mean 'num_samples'?"),
+        ({"columns": {**COLUMNS, "system": "systm"}}, "reads 'system' from the column 'systm', which no row has"),
+        ({"columns": {**COLUMNS, "tools": "toolz"}}, "reads 'tools' from the column 'toolz', which no row has"),
+    ],
+)  # fmt: skip
+def test_a_name_that_would_be_skipped_is_refused(tmp_path: Path, entry: dict[str, Any], text: str) -> None:
+    folder = write(tmp_path, [row()], **entry)
+    for read in (lambda: list(rows_of_entry(folder, load_entry(folder, "mine"))), lambda: declared(folder)):
+        with pytest.raises(DataError) as caught:
+            read()
+        assert text in str(caught.value)
+
+
+def test_all_that_is_wrong_with_an_entry_is_said_at_once(tmp_path: Path) -> None:
+    folder = write(tmp_path, [row()], ranking=True, split="x", num_samples=3, columns={**COLUMNS, "kto": "m"})
+    with pytest.raises(DataError) as caught:
+        declared(folder)
+    assert len(str(caught.value).splitlines()) == 4
+
+
+TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+TALK = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "That."}]
+PARTS = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
+SHOWN = {**TALK[0], "content": PARTS}
+TWICE = {**TALK[0], "content": "<image><image>"}
+ALPACA_COLUMNS = {
+    "prompt": "instruction",
+    "query": "input",
+    "images": "images",
+    "response": "output",
+    "system": "system",
+}
+ALPACA = {"instruction": "What?", "input": "Now", "output": "That.", "images": "a.png", "system": "Be brief."}
+OPENAI = {"formatting": "sharegpt", "columns": {"messages": "messages", "images": "images"}, "tags": TAGS}
+
+
+def messages(*turns: dict[str, Any], **fields: Any) -> str:
+    return json.dumps({"messages": list(turns), "images": ["a.png"], **fields})
+
+
+# name -> (file's name and content, entry, whether it can be trained on)
+DIRECTORY: dict[str, tuple[str, str, dict[str, Any], bool]] = {
+    "lines_called_json": ("a.json", f"{messages(*TALK)}\n{messages(*TALK)}\n", OPENAI, True),
+    "a_list_called_jsonl": ("b.jsonl", f"[\n{messages(*TALK)},\n{messages(*TALK)}]", OPENAI, True),
+    "one_line_called_jsonl": ("c.jsonl", f"[{messages(*TALK)}, {messages(*TALK)}]", OPENAI, True),
+    "a_mark_and_windows_ends": ("d.json", f"\ufeff[\r\n{messages(*TALK)}]\r\n", OPENAI, True),
+    "not_a_number": ("e.json", f"[{messages(*TALK, score=float('nan'))}]", OPENAI, True),
+    "a_csv": ("f.csv", 'instruction,output,images\n<image>What?,That.,a.png\n',
+              {"columns": {"prompt": "instruction", "response": "output", "images": "images"}}, True),
+    "alpaca": ("g.json", json.dumps([ALPACA]), {"columns": ALPACA_COLUMNS}, True),
+    "alpaca_whose_images_nobody_reads": ("h.json", json.dumps([ALPACA]), {}, False),
+    "parts_with_pictures": ("i.jsonl", json.dumps({"messages": [SHOWN, TALK[1]]}), OPENAI, True),
+    "llava_with_text": ("j.json", json.dumps([{"id": "1", "image": "a.png", "conversations": TURNS},
+                                              {"id": "2", "conversations": [{**TURNS[0], "value": "Hi"}, TURNS[1]]}]),
+                        {"formatting": "sharegpt", "columns": {"messages": "conversations", "images": "image"}}, True),
+    "no_placeholder": ("k.json", f"[{messages({**TALK[0], 'content': 'What?'}, TALK[1])}]", OPENAI, True),
+    "the_answer_first": ("l.json", f"[{messages(TALK[1], *TALK)}]", OPENAI, False),
+    "gone": ("m.json", f"[{messages(*TALK).replace('a.png', 'gone.png')}]", OPENAI, False),
+    "too_many_placeholders": ("n.json", f"[{messages(TWICE, TALK[1])}]", OPENAI, False),
+    "from_the_hub": ("o.json", "[]", {"hf_hub_url": "a/b"}, False),
+}  # fmt: skip
+
+
+def test_check_data_the_component_and_training_agree_on_every_entry(tmp_path: Path) -> None:
+    """What one of them read, another refused, and images that an entry does not name were left out without a word."""
+    (tmp_path / "a.png").write_bytes(png(1))
+    info = {}
+    for name, (file, content, entry, _) in DIRECTORY.items():
+        (tmp_path / file).write_bytes(content.encode())
+        info[name] = {"file_name": file, **entry}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    checked = {report.name: not report.problems for report in check_directory(tmp_path)}
+    assert checked == {name: fine for name, (*_, fine) in DIRECTORY.items()}
+    assert {name: trains(tmp_path, name) for name in DIRECTORY} == checked
+    assert {name: ingests(tmp_path, name) for name in DIRECTORY} == checked
+
+
+def trains(folder: Path, name: str) -> bool:
+    try:
+        return len(Dataset(folder).entry(name).rows) > 0
+    except DataError:
+        return False
+
+
+def ingests(folder: Path, name: str) -> bool:
+    try:
+        rows = list(read_llamafactory(SourceSpec(kind="llamafactory", path=str(folder), split=name), folder))
+    except DataError:
+        return False
+    return not any(r.defect or conversation_defect(r.messages or "[]", len(r.images), 10**4) for r in rows)

@@ -1,0 +1,83 @@
+"""What a dataset's entries say of their images: read, or taken from the record of their publication."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mllm_assets.data.sharegpt.dataset import IMAGE_LIST, Dataset
+from mllm_assets.errors import DataError, IntegrityError
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.layout import Layout
+from mllm_assets.worker.tasks import Part
+from tests.unit.data.made_datasets import made_spec, png, run_line, write_source
+
+pytestmark = pytest.mark.not_fast
+
+
+@pytest.fixture
+def made(layout: Layout) -> Layout:
+    write_source(layout.root, [(png(n), f"picture {n}") for n in range(12)])
+    run_line(made_spec(8, 4), layout)
+    return layout
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The images that were read to be hashed."""
+    paths: list[Path] = []
+    of = FileDigests.of
+
+    def noted(self: FileDigests, path: Path) -> str:
+        if path.suffix == ".png":
+            paths.append(path)
+        return of(self, path)
+
+    monkeypatch.setattr(FileDigests, "of", noted)
+    return paths
+
+
+def test_a_planner_names_an_entry_by_its_record_and_reads_no_image(made: Layout, read: list[Path]) -> None:
+    planned = Dataset(made.data, read_part=None).entry("made_train").digest
+    assert read == []
+    assert planned == Dataset(made.data).entry("made_train").digest, "the same name as by what is on the disk"
+    assert len(read) == 8
+
+
+def test_the_processes_of_a_run_share_the_images_between_them(made: Layout, read: list[Path]) -> None:
+    for index in range(3):
+        Dataset(made.data, read_part=Part(index=index, count=3)).entry("made_train").require_unchanged()
+    assert sorted(read) == list(Dataset(made.data, read_part=None).entry("made_train").images)
+
+
+def test_a_file_that_something_touched_is_read_again_whatever_its_size_and_time(tmp_path: Path) -> None:
+    path, digests = tmp_path / "a.png", FileDigests()
+    path.write_bytes(b"one")
+    before, first = path.stat(), digests.of(path)
+    path.write_bytes(b"two")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert digests.of(path) != first == digests.take(path, first)
+
+
+def test_a_damaged_record_is_refused(made: Layout) -> None:
+    """A planner would name a run by digests that nothing ever had."""
+    record = (made.data / "made" / IMAGE_LIST).resolve()
+    text = record.read_text()
+    record.write_text(("0" if text[0] != "0" else "1") + text[1:])
+    with pytest.raises(IntegrityError, match=r"images.sha256 does not match its digest. Materialise made/train again"):
+        Dataset(made.data, read_part=None).entry("made_train").require_unchanged()
+
+
+def test_an_image_behind_a_link_inside_the_folder_is_read_and_one_outside_refused(made: Layout) -> None:
+    """Folders are resolved once; a link is still followed for each row."""
+    entry = Dataset(made.data).entry("made_train")
+    image = entry.rows[0].images[0]
+    moved = made.data / "elsewhere.png"
+    image.rename(moved)
+    image.symlink_to(moved)
+    assert Dataset(made.data).entry("made_train").rows[0].images == (moved.resolve(),)
+    moved.rename(made.root / "outside.png")
+    image.unlink()
+    image.symlink_to(made.root / "outside.png")
+    with pytest.raises(DataError, match="leaves"):
+        Dataset(made.data).entry("made_train").read()

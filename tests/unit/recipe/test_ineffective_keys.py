@@ -1,0 +1,71 @@
+"""A key that stands in a recipe and does nothing is named before the run starts."""
+
+from pathlib import Path
+
+import pytest
+
+from mllm_assets.recipe.load import load_recipe
+
+BASE = "model_name_or_path: m\ndataset: d\ntemplate: gemma3\ndo_train: true\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "note"),
+    [
+        ("finetuning_type: full\nlora_rank: 4", "lora_rank has no effect: finetuning_type is full, not lora."),
+        ("use_dora: true\nfinetuning_type: freeze", "use_dora has no effect: finetuning_type is freeze, not lora."),
+        ("freeze_trainable_layers: 3", "freeze_trainable_layers has no effect: finetuning_type is lora, not freeze."),
+        (
+            "freeze_multi_modal_projector: false",
+            "freeze_multi_modal_projector has no effect: LoRA trains adapters only, and the projector gets none.",
+        ),
+        (
+            "preprocessing_num_workers: 4",
+            "preprocessing_num_workers has no effect: rows are encoded while they are read, and nothing is cached.",
+        ),
+        ("mix_strategy: interleave_over", "mix_strategy has no effect: there is one entry, and nothing to mix."),
+        ("max_steps: 5\nnum_train_epochs: 2", "num_train_epochs has no effect: max_steps is set and wins."),
+        (
+            "quantization_type: fp4",
+            "quantization_type has no effect: quantization_bit is not set, so nothing is quantised.",
+        ),
+        (
+            "quantization_bit: 8\ndouble_quantization: false",
+            "double_quantization has no effect: quantization_bit is 8, and only 4 bits have kinds.",
+        ),
+        ("eval_steps: 10", "eval_steps has no effect: eval_strategy is no."),
+        ("save_strategy: epoch\nsave_steps: 10", "save_steps has no effect: save_strategy is epoch."),
+        (
+            "val_size: 0.1",
+            "val_size has no effect: eval_strategy is no: its rows are held out all the same, and not evaluated.",
+        ),
+        ("greater_is_better: true", "greater_is_better has no effect: evaluation does not choose the weights."),
+        ("preserve_thinking: true", "preserve_thinking has no effect: the template gemma3 has no place for reasoning."),
+    ],
+)
+def test_a_key_without_effect_is_named(tmp_path: Path, lines: str, note: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE + lines + "\n")
+    assert note in load_recipe(path).notes
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "lora_rank: 4",
+        "packing: true\npreprocessing_num_workers: 4",
+        "eval_strategy: steps\neval_steps: 5\neval_dataset: e",
+        "finetuning_type: freeze\nfreeze_trainable_layers: 3\nfreeze_multi_modal_projector: false",
+    ],
+)
+def test_a_key_with_effect_is_not(tmp_path: Path, lines: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE + lines + "\n")
+    assert load_recipe(path).notes == ()
+
+
+def test_an_entry_that_is_named_twice_is_said(tmp_path: Path) -> None:
+    """`dataset: a,a` trained on each row twice an epoch, without a word."""
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE.replace("dataset: d", "dataset: a,b,a"))
+    assert load_recipe(path).notes == ("dataset names a 2 times: each of its rows is read 2 times.",)

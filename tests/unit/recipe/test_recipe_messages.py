@@ -1,0 +1,266 @@
+"""Every mistake that a recipe can hold: what is said, with file and line and a next step."""
+
+from pathlib import Path
+
+import pytest
+
+from mllm_assets.errors import RecipeError
+from mllm_assets.recipe.load import Recipe, load_recipe
+
+BASE = "model_name_or_path: model\ndataset: emoji_train\ntemplate: gemma3\ndo_train: true\n"  # 4 lines
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Write a recipe `r.yaml` and load it from its own folder, so that messages start with "r.yaml"."""
+    monkeypatch.chdir(tmp_path)
+
+    def _load(text: str, overrides=None) -> Recipe:
+        Path("r.yaml").write_text(text)
+        return load_recipe(Path("r.yaml"), overrides)
+
+    return _load
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rat: 1", "r.yaml:5: unknown key 'learning_rat'. Did you mean learning_rate?"),
+        ("freeze_vison_tower: true", "r.yaml:5: unknown key 'freeze_vison_tower'. Did you mean freeze_vision_tower?"),
+        ("zzz: 1", "r.yaml:5: unknown key 'zzz'. Delete the line; keys are those of LLaMA-Factory's SFT."),
+        ("dataset: other", "r.yaml:5: dataset is set a second time; the first is r.yaml:2. Delete one."),
+        ("seed: tree", "r.yaml:5: seed: expected a whole number, got the text 'tree'. Change the value."),
+        ("seed: 1.5", "r.yaml:5: seed: expected a whole number, got 1.5. Change the value."),
+        ("seed: true", "r.yaml:5: seed: expected a whole number, got true. Change the value."),
+        ("seed:", "r.yaml:5: seed: expected a whole number, got null. Change the value."),
+        ('bf16: "yes"', "r.yaml:5: bf16: expected true or false, got the text 'yes'. Change the value."),
+        ("bf16: 1", "r.yaml:5: bf16: expected true or false, got 1. Change the value."),
+        ("learning_rate: .nan", "r.yaml:5: learning_rate: expected a number, got nan. Change the value."),
+        (
+            "finetuning_type: oft",
+            "r.yaml:5: finetuning_type: expected one of lora, freeze, full, got the text 'oft'. Change the value.",
+        ),
+        ("output_dir: 7", "r.yaml:5: output_dir: expected text, got 7. Change the value."),
+        (
+            "use_galore: true",
+            "r.yaml:5: use_galore is not supported with this value: the engine trains with PyTorch's own optimizers. "
+            "Delete the line and choose one with optim.",
+        ),
+        (
+            "quantization_bit: 4\nfinetuning_type: full",
+            "r.yaml:5: quantization_bit leaves only adapters to train, and finetuning_type is full. Set",
+        ),
+        ("quantization_bit: 3", "r.yaml:5: quantization_bit: expected one of 4, 8 or null, got 3. Change the value."),
+        (
+            "quantization_bit: 4\nfsdp: true",
+            "r.yaml:5: quantization_bit holds the complete model on each device, and fsdp or deepspeed spreads it.",
+        ),
+        (
+            "quantization_method: hqq",
+            "r.yaml:5: quantization_method is not supported with this value: only bitsandbytes quantises here. Set",
+        ),
+        ("stage: dpo", "r.yaml:5: stage is not supported with this value: only supervised fine-tuning is done here."),
+        ("val_size: 1.5", "r.yaml:5: val_size is 1.5: expected a share above 0 and below 1, or a number of rows"),
+        ("val_size: 0.1\neval_dataset: b", "r.yaml:5: val_size and eval_dataset are both set"),
+        ("mask_history: true\ntrain_on_prompt: true", "r.yaml:5: mask_history supervises the last answer only and"),
+        ("interleave_probs: 0.5,0.5", "r.yaml:5: interleave_probs says how often to draw from each entry, and mix"),
+        (
+            "mix_strategy: interleave_over\ninterleave_probs: a,b",
+            "r.yaml:6: interleave_probs is 'a,b': expected numbers such as 0.7,0.3. Correct it.",
+        ),
+        (
+            "mix_strategy: interleave_over\ninterleave_probs: 0.5,0.4",
+            "r.yaml:6: interleave_probs is 0.5,0.4: expected shares that sum to 1. Correct them.",
+        ),
+        (
+            "mix_strategy: interleave_over\ninterleave_probs: 0.5,0.5",
+            "r.yaml:6: interleave_probs has 2 numbers, and dataset 1 entries. Give one each.",
+        ),
+        ("learning_rate: -1.0", "r.yaml:5: learning_rate is -1.0: expected 0 or more. Change it or delete the line."),
+        (
+            "seed: 99999999999",
+            "r.yaml:5: seed is 99999999999: expected a number below 2**32, numpy's limit. Change it.",
+        ),
+        (
+            "max_steps: -5",
+            "r.yaml:5: max_steps is -5: expected a number of steps, or -1 for num_train_epochs. Change it.",
+        ),
+        ("cutoff_len: 0", "r.yaml:5: cutoff_len is 0: expected a number above 0. Change it or delete the line."),
+        ("max_samples: 0", "r.yaml:5: max_samples is 0: expected a number above 0. Change it or delete the line."),
+        ("lora_dropout: 1", "r.yaml:5: lora_dropout is 1: expected 0 or more and below 1. Change it."),
+        ("warmup_ratio: 10", "r.yaml:5: warmup_ratio is 10: expected a share from 0 to 1. Change it."),
+        ("save_steps: 2.5", "r.yaml:5: save_steps is 2.5: expected a whole number or a share below 1. Change it."),
+        ("logging_steps: 0", "r.yaml:5: logging_steps is 0: expected a whole number or a share below 1. Change it."),
+        ("image_max_pixels: 100", "r.yaml:5: image_max_pixels is 100, below image_min_pixels 1024. Raise it."),
+        ("bf16: true\nfp16: true", "r.yaml:6: bf16 and fp16 are both true. Keep one: bf16 where the GPU has it."),
+        ("warmup_ratio: 0.1\nwarmup_steps: 9", "r.yaml:5: warmup_ratio and warmup_steps are both set"),
+        ("dataloader_prefetch_factor: 2", "r.yaml:5: dataloader_prefetch_factor needs loader processes, and"),
+        ("eval_strategy: steps", "r.yaml:5: eval_strategy is steps but there is no eval_dataset. Name an entry of"),
+        ("load_best_model_at_end: true", "r.yaml:5: load_best_model_at_end needs evaluation during training. Set"),
+        ("early_stopping_steps: 2", "r.yaml:5: early_stopping_steps needs evaluation during training. Set eval"),
+        ("lr_scheduler_type: reduce_lr_on_plateau", "r.yaml:5: reduce_lr_on_plateau needs evaluation during training."),
+        ("metric_for_best_model: bleu", "r.yaml:5: metric_for_best_model is 'bleu': only the loss is measured. Set it"),
+        (
+            "eval_dataset: v\neval_strategy: epoch\nload_best_model_at_end: true",
+            "r.yaml:7: load_best_model_at_end needs equal strategies: eval_strategy is epoch, save_strategy steps. "
+            "Make them the same.",
+        ),
+        (
+            "eval_dataset: v\neval_strategy: steps\neval_steps: 4\nsave_steps: 6\nload_best_model_at_end: true",
+            "r.yaml:8: load_best_model_at_end needs an evaluation at each checkpoint: save_steps 6 is not a multiple "
+            "of eval_steps 4. Change one.",
+        ),
+        (
+            "output_dir: outputs/../../x",
+            "r.yaml:5: output_dir 'outputs/../../x' may leave the project's folder. Write a relative path without ..,",
+        ),
+        (
+            "output_dir: .",
+            "r.yaml:5: output_dir is '.', which holds more than the runs of one recipe. Name a folder of",
+        ),
+        (
+            "output_dir: ./outputs/",
+            "r.yaml:5: output_dir is './outputs/', which holds more than the runs of one recipe.",
+        ),
+        ("output_dir: /", "r.yaml:5: output_dir is '/', which is a root, a home or a hidden folder. Name a folder of"),
+        ("output_dir: ~/.ssh", "r.yaml:5: output_dir is '~/.ssh', which is a root, a home or a hidden folder. Name"),
+        ("output_dir: .git/x", "r.yaml:5: output_dir is '.git/x', which is a root, a home or a hidden folder. Name"),
+        ("output_dir: data", "r.yaml:5: output_dir is 'data', and data/ has other contents than runs. Name a folder"),
+        (
+            "output_dir: pretrains/x",
+            "r.yaml:5: output_dir is 'pretrains/x', and pretrains/ has other contents than runs.",
+        ),
+        (f"output_dir: outputs/{'x' * 300}", "r.yaml:5: output_dir has a name of more than 200 bytes."),
+        (
+            'output_dir: "outputs/a\\0b"',
+            "r.yaml:5: output_dir 'outputs/a\\x00b' has a character that is not printable.",
+        ),
+        ("deepspeed: ../ds.json", "r.yaml:5: deepspeed '../ds.json' may leave the project's folder."),
+        (
+            "run_name: hf_0123456789abcdefghij",
+            "r.yaml:5: the value of run_name holds what looks like a token or password. A recipe is copied into",
+        ),
+        ("group_by_length: 7", "r.yaml:5: group_by_length: expected one of random, sequential, group_by_length, got 7"),
+        (
+            "train_sampling_strategy: random\ngroup_by_length: true",
+            "r.yaml:6: group_by_length is another name of train_sampling_strategy, which is set too. Keep one.",
+        ),
+    ],
+)
+def test_a_wrong_line_is_named_with_a_next_step(load, line: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(BASE + line + "\n")
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "seed: 1\nlearning_rate:1e-4\nbf16: true\n",
+            "r.yaml:3: this is not YAML, at column 1: could not find expected ':'. Look at that line and the one "
+            "before it: a missing space after a colon, a tab or an open quote.",
+        ),
+        ("a: 'open\n", "r.yaml:2: this is not YAML, at column 1: found unexpected end of stream. Look at that line"),
+        ("seed: 1\n\tbf16: true\n", "r.yaml:2: this is not YAML, at column 1: found character '\\t' that cannot start"),
+        ("- a\n- b\n", "r.yaml:1: expected lines of `key: value`. Write one key per line."),
+        ("# nothing\n", "r.yaml is empty. Write a LLaMA-Factory recipe into it"),
+        (
+            "seed: !!python/object/apply:os.getcwd []\n",
+            "r.yaml:1: the value of seed cannot be read (could not determine",
+        ),
+        ("[" * 5000, "r.yaml is not read: it is nested deeper than 50 levels. Write a recipe: lines of `key: value`."),
+        ("a: \x00\n", "r.yaml: this is not YAML: unacceptable character #x0000"),
+        ("a: 1\n---\nb: 2\n", "r.yaml:2: this is not YAML, at column 1: but found another document. Look at that line"),
+        (BASE.replace("do_train: true", ""), "r.yaml: do_train is false, LLaMA-Factory's default: this recipe trains"),
+        (BASE.replace("do_train: true", "do_train: false"), "r.yaml:4: do_train is false, LLaMA-Factory's default"),
+        (
+            BASE.replace("gemma3", "qwen"),
+            "r.yaml:3: template is 'qwen': expected one of gemma3, gemma4, gemma4n, qwen2_vl",
+        ),
+        (BASE.replace("emoji_train", '" ,"'), "r.yaml:2: dataset is empty. Name an entry of dataset_info.json"),
+        ("seed: 1\n", "r.yaml: model_name_or_path is missing. Add a line model_name_or_path: with the directory of"),
+        ("model_name_or_path: m\n", "r.yaml: dataset is missing. Add a line dataset: with the entry of"),
+        ("model_name_or_path: m\ndataset: d\n", "r.yaml: template is missing. Add a line template: with gemma3."),
+    ],
+)
+def test_a_file_that_cannot_be_a_recipe_is_explained(load, text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(text)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_missing_file_a_folder_and_a_binary_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^There is no recipe .*none.yaml. Check the path"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").touch()
+    with pytest.raises(RecipeError, match=r"^There is no recipe .*mine. Did you mean .*/configs/mine.yaml\?$"):
+        load_recipe(tmp_path / "mine")
+    with pytest.raises(RecipeError, match=r"cannot be read as a text file \(.*Is a directory.*\). Name a YAML file.$"):
+        load_recipe(tmp_path)
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match=r"b.yaml cannot be read as a text file \('utf-8' codec"):
+        load_recipe(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("max_steps", "argument 'max_steps': expected key=value, for example max_steps=10."),
+        ("max_step=3", "argument 'max_step=3': unknown key 'max_step'. Did you mean max_steps?"),
+        ("max_steps=few", "argument 'max_steps=few': max_steps: expected a whole number, got the text 'few'."),
+        ("max_steps=[", "argument 'max_steps=[': the value cannot be read as YAML (expected the node content"),
+        ("learning_rate=-1", "argument 'learning_rate=-1': learning_rate is -1: expected 0 or more."),
+    ],
+)
+def test_a_wrong_argument_is_named(load, argument: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(BASE, [argument])
+    assert str(caught.value).startswith(message)
+
+
+def test_a_token_in_a_recipe_is_refused_and_never_repeated(load) -> None:
+    """A message with the value would carry the secret into logs and Dagster's event store."""
+    with pytest.raises(RecipeError) as caught:
+        load(BASE + "hf_hub_token: hf_sEcReT\n")
+    assert str(caught.value) == (
+        "r.yaml:5: hf_hub_token is not supported with this value: secrets do not belong in a recipe. "
+        "Delete it here and set the environment variable HF_TOKEN."
+    )
+
+
+def test_all_that_is_wrong_is_said_at_once(load) -> None:
+    """One refusal a try makes a recipe of ten mistakes take ten tries."""
+    lines = "max_pixels: 1\nseed: tree\nuse_galore: true\nseed: 2\nlearning_rate: -1.0\nbf16: true\nfp16: true\n"
+    with pytest.raises(RecipeError) as caught:
+        load(BASE.replace("do_train: true\n", "") + lines, ["max_step=3"])
+    assert str(caught.value).splitlines() == [
+        "r.yaml:7: seed is set a second time; the first is r.yaml:5. Delete one.",
+        "r.yaml:4: unknown key 'max_pixels'. Here it is image_max_pixels.",
+        "r.yaml:5: seed: expected a whole number, got the text 'tree'. Change the value.",
+        "r.yaml:6: use_galore is not supported with this value: the engine trains with PyTorch's own optimizers. "
+        "Delete the line and choose one with optim.",
+        "argument 'max_step=3': unknown key 'max_step'. Did you mean max_steps?",
+        "r.yaml:8: learning_rate is -1.0: expected 0 or more. Change it or delete the line.",
+        "r.yaml: do_train is false, LLaMA-Factory's default: this recipe trains nothing. Set do_train: true.",
+        "r.yaml:10: bf16 and fp16 are both true. Keep one: bf16 where the GPU has it.",
+    ]
+
+
+def test_what_follows_from_a_mistake_is_not_said_as_another(load) -> None:
+    """With `eval_datset` corrected there is an evaluation set, and a `datset` is not missing."""
+    text = BASE.replace("dataset", "datset") + "eval_datset: v\neval_strategy: steps\n"
+    with pytest.raises(RecipeError) as caught:
+        load(text)
+    assert str(caught.value).splitlines() == [
+        "r.yaml:2: unknown key 'datset'. Did you mean dataset?",
+        "r.yaml:5: unknown key 'eval_datset'. Did you mean eval_dataset?",
+    ]
+
+
+def test_a_recipe_of_nothing_but_mistakes_is_answered_in_a_page(load) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(BASE + "".join(f"zzz{n}: 1\n" for n in range(1000)))
+    assert len(str(caught.value).splitlines()) == 21
+    assert str(caught.value).endswith("\nand 980 more.")

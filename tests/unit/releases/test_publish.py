@@ -1,0 +1,248 @@
+"""Releases and their cards."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from huggingface_hub import ModelCard
+
+from mllm_assets.artifacts import find_damage, read_manifest, write_manifest
+from mllm_assets.errors import GateError, IntegrityError
+from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.evaluation.metrics import compute_metrics, read_metrics
+from mllm_assets.evaluation.table import to_table
+from mllm_assets.layout import Layout
+from mllm_assets.releases.model_card import Lineage
+from mllm_assets.releases.publish import Candidate, Judgement, publish
+from mllm_assets.releases.report import show_facts, show_text
+from mllm_assets.releases.versions import Release, current_release, list_releases
+from tests.unit.evaluation.made_predictions import prediction, predictions
+
+pytestmark = pytest.mark.not_fast
+
+LINEAGE: Lineage = {
+    "base_model": {"name": "gemma3_tiny", "fingerprint": "f" * 64, "license": "apache-2.0"},
+    "pretrained_model": {"name": "gemma3_tiny", "fingerprint": "f" * 64, "license": "apache-2.0"},
+    "datasets": [
+        {
+            "entry": "pets_train",
+            "use": "train",
+            "digest": "a" * 64,
+            "num_rows": 40,
+            "hub_id": "me/pets",
+            "revision": "1ab",
+        },
+        {"entry": "pets_val", "use": "evaluate", "digest": "b" * 64, "source": "parquet: pets | cats", "license": None},
+    ],
+    "recipe": {"finetuning_type": "full", "learning_rate": 0.001},
+    "versions": {"mllm-assets": "0.1.0", "transformers": "5.23.0"},
+    "command": "mllm-assets run pets",
+    "leaks": [],
+}
+RUN = {
+    "fingerprint": "0123456789abcdef",
+    "weights_digest": "c" * 64,
+    "num_steps": 4,
+    "recipe": {"template": "gemma3", "image_max_pixels": 589824, "enable_thinking": True},
+    "reload": {"num_missing": 0, "num_unexpected": 0, "loss_saved": 1.5, "loss_reloaded": 1.5},
+}
+
+
+def make_run(directory: Path, weights: bytes = b"w" * (2 << 20)) -> Path:
+    """A finished training run whose model is a file of bytes."""
+    (directory / "model").mkdir(parents=True)
+    (directory / "model" / "config.json").write_text("{}")
+    (directory / "model" / "model.safetensors").write_bytes(weights)
+    (directory / "model" / "README.md").write_text("left by a library")
+    (directory / "adapter").mkdir()
+    (directory / "adapter" / "adapter_model.safetensors").write_bytes(b"a")
+    config = {"base_model_name_or_path": "/a/folder/of/this/machine", "r": 8}
+    (directory / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (directory / "checkpoint-4").mkdir()
+    (directory / "checkpoint-4" / "optimizer.pt").write_bytes(b"o")
+    write_manifest(directory, RUN)
+    return directory
+
+
+@cache
+def usual_metrics() -> str:
+    """The metrics of the predictions that most tests release, as JSON: their bootstrap takes a second."""
+    return json.dumps(compute_metrics(predictions(), ["cat", "dog", "cat"]))
+
+
+def release(run_dir: Path, root: Path, said: pa.Table | None = None, **kwargs: Any) -> Release:
+    judgement = Judgement(
+        metrics=compute_metrics(said, ["cat", "dog", "cat"]) if said else json.loads(usual_metrics()),
+        predictions=said or predictions(),
+        weights_digest=kwargs.pop("scored_weights", "c" * 64),
+        data_digests={},
+    )
+    candidate = Candidate(
+        recipe_name="pets", run_dir=run_dir, judgement=judgement, lineage=kwargs.pop("lineage", LINEAGE)
+    )
+    return publish(candidate, kwargs.pop("gates", GateSpec()), Layout(root), **kwargs)
+
+
+def test_a_release_is_a_model_directory_with_card_metrics_and_manifest(tmp_path: Path) -> None:
+    made = release(make_run(tmp_path / "run"), tmp_path)
+    assert made.directory == tmp_path / "releases" / "pets" / "v1"
+    assert sorted(p.relative_to(made.directory).as_posix() for p in made.directory.rglob("*")) == [
+        "README.md", "adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "config.json",
+        "eval_metrics.json", "llamafactory_adapter.yaml", "llamafactory_inference.yaml", "manifest.json",
+        "model.safetensors", "predictions.parquet",
+    ]  # fmt: skip
+    assert find_damage(made.directory) is None
+    manifest = read_manifest(made.directory)
+    assert manifest["lineage"]["base_model"]["name"] == "gemma3_tiny"
+    assert [gate["name"] for gate in manifest["gates"] if gate["passed"]] == [
+        "checkpoint_reloads_strictly", "no_leakage", "beats_base_model", "beats_most_common_answer",
+        "the_model_uses_the_image",
+    ]  # fmt: skip
+    assert read_metrics(made.directory)["entries"]["pets_val"]["num_samples"] == 6
+
+
+def test_weights_share_their_blocks_with_the_run(tmp_path: Path) -> None:
+    """A release of an 8 GB model must not cost another 8 GB."""
+    run = make_run(tmp_path / "run")
+    made = release(run, tmp_path)
+    assert (made.directory / "model.safetensors").samefile(run / "model" / "model.safetensors")
+    assert not (made.directory / "config.json").samefile(run / "model" / "config.json")
+
+
+def test_the_same_checkpoint_is_released_once_and_another_gets_the_next_version(tmp_path: Path) -> None:
+    first = release(make_run(tmp_path / "run"), tmp_path)
+    assert release(make_run(tmp_path / "copy"), tmp_path) == first
+    second = release(make_run(tmp_path / "other", b"x" * 100), tmp_path)
+    assert second.version == "v2" and second.digest != first.digest
+    assert list_releases(Layout(tmp_path), "pets") == [first, second]
+    assert current_release(Layout(tmp_path), "pets") == second
+
+
+def test_two_releases_at_once_get_a_version_each(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"run-{i}", bytes([i]) * 1000) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda run: release(run, tmp_path), runs))
+    assert sorted(r.version for r in made) == ["v1", "v2", "v3", "v4"]
+
+
+def test_a_damaged_release_is_not_handed_out_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (release(run, tmp_path).directory / "config.json").unlink()
+    assert release(run, tmp_path).version == "v2"
+
+
+def test_a_model_that_fails_its_gates_is_not_released(tmp_path: Path) -> None:
+    """A blocking check does not stop a later run that selects only the release."""
+    with pytest.raises(GateError) as caught:
+        release(make_run(tmp_path / "run"), tmp_path, predictions(answer="cat"))
+    message = str(caught.value)
+    assert message.startswith(
+        "pets is not released: 1 of 5 gates did not pass.\n  beats_most_common_answer: pets_val: "
+    )
+    assert message.endswith("change the gates in the component's YAML.")
+    assert list_releases(Layout(tmp_path), "pets") == []
+
+
+def test_a_model_worse_than_the_release_is_not_released(tmp_path: Path) -> None:
+    release(make_run(tmp_path / "run"), tmp_path)
+    rows = [prediction(m, i) for m in ("base", "tuned") for i in range(6)]
+    worse = [row | {"loss_nats": row["loss_nats"] + 0.5 * (row["model"] == "tuned")} for row in rows]
+    with pytest.raises(GateError, match="no_regression_against_release: pets_val: the gain in loss .* is -0.5000"):
+        release(make_run(tmp_path / "worse", b"y"), tmp_path, to_table(worse))
+
+
+def test_a_changed_file_of_the_checkpoint_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "model" / "model.safetensors").write_bytes(b"v" * (2 << 20))
+    with pytest.raises(GateError, match="checkpoint_reloads_strictly: model/model.safetensors does not match its dig"):
+        release(run, tmp_path)
+    assert not (tmp_path / "releases" / "pets").exists()
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="has no manifest.json, so it was never finished"):
+        release(tmp_path, tmp_path)
+
+
+def test_what_does_not_verify_is_not_published(tmp_path: Path) -> None:
+    def refuse(directory: Path) -> dict[str, Any]:
+        assert (directory / "config.json").is_file()
+        raise IntegrityError("2 tensors are missing")
+
+    with pytest.raises(IntegrityError, match="2 tensors are missing"):
+        release(make_run(tmp_path / "run"), tmp_path, verify=refuse)
+    assert list_releases(Layout(tmp_path), "pets") == []
+
+
+def test_the_card_carries_lineage_results_and_the_command(tmp_path: Path) -> None:
+    verified = {"num_missing": 0, "num_unexpected": 0, "loss": 1.25}
+    card = (
+        release(make_run(tmp_path / "run"), tmp_path, verify=lambda _: verified).directory / "README.md"
+    ).read_text()
+    for text in (
+        "| label_accuracy | 0.1667 | 0.8333 | 0.3333 | +0.6667 (",
+        "| base model | gemma3_tiny |  | `ffffffffffffffff` | apache-2.0 |",
+        "| training data `pets_train`, 40 rows | me/pets | 1ab | `aaaaaaaaaaaaaaaa` | not stated |",
+        "parquet: pets \\| cats",
+        "loss on a fixed input 1.250000",
+        "learning_rate: 0.001",
+        LINEAGE["command"],
+    ):
+        assert text in card
+
+
+def test_a_staged_releases_card_has_the_hub_id_and_licence_of_what_its_line_began_with(tmp_path: Path) -> None:
+    """The adapter goes on what it was trained on, which is not what the Hub has."""
+    staged: Lineage = {
+        **LINEAGE,
+        "base_model": {"name": "outputs/first/latest/model", "fingerprint": "1" * 64, "license": "gemma"},
+        "pretrained_model": {
+            "name": "pretrains/gemma", "fingerprint": "2" * 64, "hub_id": "google/gemma", "revision": "c0ffee",
+            "license": "gemma",
+        },
+    }  # fmt: skip
+    directory = release(make_run(tmp_path / "run"), tmp_path, lineage=staged).directory
+    card = (directory / "README.md").read_text()
+    front = ModelCard(card).data.to_dict()
+    assert (front["base_model"], front["license"]) == ("google/gemma", "gemma")
+    assert "| base model | outputs/first/latest/model |  | `1111111111111111` | gemma |\n| pretrained model | " in card
+    assert "| pretrained model | google/gemma | c0ffee | `2222222222222222` | gemma |\n| training data" in card
+    config = json.loads((directory / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("outputs/first/latest/model", None)
+    text = show_text(show_facts(Layout(tmp_path), "pets"))
+    assert "  pretrained  google/gemma at c0ffee, fingerprint 2222222222222222, licence gemma\n" in text
+
+
+def test_the_hub_can_read_the_cards_front_matter(tmp_path: Path) -> None:
+    card = ModelCard.load(release(make_run(tmp_path / "run"), tmp_path).directory / "README.md")
+    assert card.data.to_dict()["pipeline_tag"] == "image-text-to-text"
+    assert card.data.to_dict()["datasets"] == ["me/pets"]
+    results = {r.metric_type: r.metric_value for r in card.data.eval_results or []}
+    assert results["label_accuracy"] == pytest.approx(5 / 6, abs=1e-6)
+
+
+def test_the_card_says_where_the_evaluation_leaked_into_the_training(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "outputs" / "pets" / "0123")
+    leaked: Lineage = {**LINEAGE, "leaks": ["3 problems, the first: images/a.png = images/a.png."]}
+    with pytest.raises(GateError, match="no_leakage: 3 problems, the first: .* set `allow_leakage: true`"):
+        release(run_dir, tmp_path, lineage=leaked)
+    made = release(run_dir, tmp_path, lineage=leaked, allow_leakage=True)
+    card = (made.directory / "README.md").read_text()
+    assert "| no_leakage | no, allowed | 3 problems, the first: images/a.png = images/a.png. |" in card
+    assert "**These figures may say too much:** 3 problems, the first: images/a.png = images/a.png.\n" in card
+
+
+def test_a_release_says_that_it_was_trained_on_a_quantised_base(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    kind = "4-bit nf4, double, bitsandbytes 0.50.2"
+    write_manifest(run_dir, {**RUN, "recipe": {**RUN["recipe"], "quantization_bit": 4}, "quantization": kind})
+    directory = release(run_dir, tmp_path).directory
+    assert read_manifest(directory)["quantization"] == kind
+    card = (directory / "README.md").read_text()
+    assert f"- Trained with `quantization_bit: 4`: adapters on a quantised base ({kind}), merged into the" in card
+    plain = release(make_run(tmp_path / "plain"), tmp_path / "another").directory
+    assert "quantised" not in (plain / "README.md").read_text()

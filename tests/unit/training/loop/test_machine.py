@@ -1,0 +1,204 @@
+"""Device, precision, memory, and numbers that are none: each message says what to do."""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mllm_assets.errors import MachineError, RecipeError
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.caches.prepare import CachePlan, Setup
+from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.inputs import Inputs
+from mllm_assets.training.loop import memory
+from mllm_assets.training.loop.memory import MemoryEstimate
+from mllm_assets.training.loop.reporting import check_finite, plot_loss, smooth
+from mllm_assets.training.models import freezing
+from mllm_assets.training.models.device import (
+    Device,
+    Precision,
+    out_of_memory_is_an_error,
+    pick_device,
+    pick_precision,
+)
+from mllm_assets.training.models.load import load_config, model_on_meta
+from mllm_assets.training.models.quantization import Quantization
+from mllm_assets.training.runs.history import read_log
+from mllm_assets.worker.tasks import CacheSettings
+
+CPU = Device(kind="cpu", name="a CPU", driver="", memory_gib=8.0)
+
+
+def make_spec(**values: Any) -> TrainSpec:
+    return TrainSpec(model_name_or_path="m", dataset="d", template="gemma3", do_train=True, **values)
+
+
+def estimate(spec: TrainSpec, shape: freezing.TrainableSet, quantization: Quantization | None = None) -> MemoryEstimate:
+    """What a run of one row with 64 tokens, 8 of them supervised, and one image takes on a CPU."""
+    labels = (-100,) * 56 + (1,) * 8
+    row = EncodedRow(id="a", input_ids=(1,) * 64, labels=labels, images=(Path("a.png"),))
+    setup = Setup(
+        spec=spec,
+        model_dir=Path("m"),
+        inputs=Inputs(processor=None, train_rows=[row], eval_rows=[], digests=FileDigests()),
+        device=CPU,
+        precision=Precision(weights=torch.float32, autocast=None, quantization=quantization),
+        shape=shape,
+        caches=CacheSettings(),
+    )
+    return memory.estimate(setup, CachePlan(tower=False, boundary=None, facts={}))
+
+
+def test_cuda_asked_for_and_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that a machine with a GPU runs this test too
+    with pytest.raises(
+        MachineError, match=r"The device cuda was asked for, and this machine has only .*cpu.* sees no"
+    ) as e:
+        pick_device("cuda")
+    assert "or set device: auto" in str(e.value)
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"device is 'tpu': expected auto, cuda, mps or cpu"):
+        pick_device("tpu")
+
+
+def test_the_device_is_named_with_its_memory() -> None:
+    device = pick_device("cpu")
+    assert device.kind == "cpu" and device.name and device.memory_gib > 0.5
+
+
+def test_the_recipes_use_cpu_wins_over_auto() -> None:
+    assert pick_device("auto", use_cpu=True).kind == "cpu"
+
+
+def test_fp16_on_the_cpu_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"fp16 needs a CUDA device, and this run is on cpu"):
+        pick_precision(make_spec(fp16=True), CPU)
+
+
+def test_bf16_means_bf16_weights_under_autocast() -> None:
+    assert pick_precision(make_spec(bf16=True), CPU) == Precision(weights=torch.bfloat16, autocast="bf16")
+    assert pick_precision(make_spec(), CPU) == Precision(weights=torch.float32, autocast=None)
+
+
+def test_quantisation_without_bitsandbytes_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MachineError, match=r"quantization_bit: 4 needs bitsandbytes, .*pip install .*\[qlora\]"):
+        pick_precision(make_spec(quantization_bit=4), CPU)
+
+
+def test_quantisation_on_metal_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"quantization_bit needs a CUDA device, .* this run is on mps\. Delete"):
+        pick_precision(make_spec(quantization_bit=8), dataclasses.replace(CPU, kind="mps"))
+
+
+@pytest.mark.parametrize(("bits", "double", "bytes_a_weight"), [(4, True, 0.516), (4, False, 0.5625), (8, True, 1.05)])
+def test_the_estimate_counts_quantised_layers_by_their_bits(
+    parity_dir: Path, bits: int, double: bool, bytes_a_weight: float
+) -> None:
+    spec = make_spec(quantization_bit=bits)
+    shape = freezing.apply(spec, model_on_meta(load_config(parity_dir / "model")))
+    linear = [
+        module.weight
+        for name, module in shape.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name and "lm_head" not in name
+    ]
+    num_quantized = sum(weight.numel() for weight in linear)
+    assert num_quantized > 150_000
+
+    whole = estimate(spec, shape)
+    quantized = estimate(spec, shape, Quantization(bits=bits, type="nf4", double=double))
+    saved = (whole.weights_gib - quantized.weights_gib) * 2**30
+    assert saved == pytest.approx(num_quantized * (4 - bytes_a_weight), rel=0.02)
+    assert quantized.merge_gib == pytest.approx(whole.weights_gib)
+
+
+def test_a_run_whose_unquantised_model_does_not_fit_is_refused() -> None:
+    needed = MemoryEstimate(weights_gib=1, gradients_gib=0, optimizer_gib=0, activations_gib=1, merge_gib=9)
+    with pytest.raises(MachineError, match=r"needs about 9\.0 GiB .*weights 9\.0.* has 8\.0 GiB\. Set bf16: true"):
+        memory.require_memory(needed, CPU)
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_largest_part_and_its_cure() -> None:
+    needed = MemoryEstimate(weights_gib=1.0, gradients_gib=1.0, optimizer_gib=2.0, activations_gib=9.0)
+    with pytest.raises(MachineError, match=r"needs about 13\.0 GiB .*a CPU \(cpu\) has 8\.0 GiB\. Halve per_device"):
+        memory.require_memory(needed, CPU)
+    memory.require_memory(MemoryEstimate(weights_gib=1, gradients_gib=1, optimizer_gib=2, activations_gib=1), CPU)
+
+
+def test_the_estimate_counts_three_copies_of_what_trains(parity_dir: Path) -> None:
+    spec = make_spec(finetuning_type="full", freeze_multi_modal_projector=False)
+    trainable = freezing.apply(spec, model_on_meta(load_config(parity_dir / "model")))
+    needed = estimate(spec, trainable)
+    assert needed.weights_gib == pytest.approx(265_088 * 4 / 2**30)
+    assert needed.gradients_gib == pytest.approx(228_576 * 4 / 2**30)
+    assert needed.optimizer_gib == pytest.approx(2 * needed.gradients_gib)
+    assert needed.activations_gib > 0
+
+
+def test_a_step_that_is_not_finite_is_named_with_its_samples() -> None:
+    batches = [(["a", "b"], 1.0), (["c"], math.nan)]
+    with pytest.raises(
+        RecipeError, match=r"Step 12 is not finite: loss nan, .* with the samples c\. .* Lower learning"
+    ):
+        check_finite(12, batches, math.nan)
+    with pytest.raises(RecipeError, match=r"gradient norm inf, with the samples a, b, d\."):
+        check_finite(12, [(["a", "b"], 1.0), (["d"], 2.0)], math.inf)
+    check_finite(12, [(["a"], 1.0)], 3.0)
+
+
+def test_a_log_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "trainer_log.jsonl"
+    path.write_text('{"current_steps": 1, "loss": 2.0}\n{"current_steps": 2, "lo')
+    assert read_log(path) == [{"current_steps": 1, "loss": 2.0}]
+
+
+def test_the_plot_is_drawn_from_the_log(tmp_path: Path) -> None:
+    lines = "".join(f'{{"current_steps": {step}, "loss": {10 - step}}}\n' for step in range(1, 9))
+    (tmp_path / "trainer_log.jsonl").write_text(lines + '{"current_steps": 8, "eval_loss": 2.5}\n')
+    assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_smoothing_keeps_the_first_value() -> None:
+    assert smooth([4.0, 2.0])[0] == 4.0
+    assert smooth([]) == []
+
+
+def estimate_of(spec: TrainSpec) -> MemoryEstimate:
+    return MemoryEstimate(
+        weights_gib=1, gradients_gib=0, optimizer_gib=0, activations_gib=spec.per_device_train_batch_size
+    )
+
+
+@pytest.mark.parametrize(("memory_gib", "grouping"), [(100, (12, 1)), (8, (4, 3)), (3.8, (2, 6)), (1, (2, 6))])
+def test_the_largest_micro_batch_that_fits_keeps_the_samples_of_a_step(
+    memory_gib: float, grouping: tuple[int, int]
+) -> None:
+    device = Device(kind="cpu", name="a CPU", driver="", memory_gib=memory_gib)
+    spec = make_spec(per_device_train_batch_size=2, gradient_accumulation_steps=6)
+    found = memory.largest_micro_batch(spec, device, estimate_of)
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == grouping
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to"),
+])  # fmt: skip
+def test_a_failed_allocation_names_the_setting(error: BaseException) -> None:
+    with (
+        pytest.raises(MachineError, match=r"^Out of memory in step 3: .* Lower it\.$"),
+        out_of_memory_is_an_error("in step 3", "Lower it."),
+    ):
+        raise error
+
+
+def test_another_error_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="^shapes differ$"), out_of_memory_is_an_error("in step 3", "x"):
+        raise RuntimeError("shapes differ")

@@ -1,0 +1,71 @@
+"""The runs that the board lists, their curves and what differs between them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_assets.artifacts import write_manifest
+from mllm_assets.evaluation.side_by_side import Pair, ordered, table_of
+from mllm_assets.layout import Layout
+from mllm_assets.training.runs.history import MAX_POINTS, curve, differing_keys, known_runs
+
+
+def made(root: Path, name: str, *, finished: bool = False, losses: int = 2, **overrides: Any) -> Path:
+    run = root / "outputs" / "mine" / name
+    run.mkdir(parents=True)
+    recipe = {"learning_rate": 1e-3, "max_steps": 4, "output_dir": f"outputs/{name}", **overrides}
+    (run / "run.json").write_text(json.dumps({"starts_from": {"recipe": recipe}, "overrides": overrides}))
+    lines = [{"current_steps": step, "total_steps": 4, "loss": 1 / step} for step in range(1, losses + 1)]
+    (run / "trainer_log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"current_st')
+    if finished:
+        write_manifest(run, {"recipe": recipe, "overrides": overrides, "weights_digest": name})
+    return run
+
+
+def test_a_run_has_its_name_and_curve_before_it_is_finished(tmp_path: Path) -> None:
+    made(tmp_path, "aaaa", finished=True)
+    made(tmp_path, "bbbb", learning_rate=0.01)
+    (tmp_path / "outputs" / "mine" / "latest").symlink_to("aaaa")
+    running, finished = known_runs(Layout(tmp_path))
+    assert (running.name, running.state) == ("mine learning_rate=0.01", "training")
+    assert (finished.name, finished.state) == ("mine", "finished")
+    assert curve(running.log, "loss") == [(1, 1.0), (2, 0.5)]
+    assert differing_keys([running, finished]) == ["learning_rate"]
+
+
+def test_the_table_of_runs_shows_what_differs_and_which_is_best(tmp_path: Path) -> None:
+    made(tmp_path, "aaaa", losses=2)
+    made(tmp_path, "bbbb", losses=4, max_steps=8)
+    runs = known_runs(Layout(tmp_path))
+    lines = {line.name: line for line in table_of(Layout(tmp_path), runs, {})}
+    assert sorted(lines["max_steps"].texts) == ["4", "8"] and "learning_rate" not in lines
+    [best] = lines["last loss"].best
+    assert lines["last loss"].texts[best] == "0.25"
+
+
+@pytest.mark.attack("damage")
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"starts_from": 3}', '{"starts_from": {"recipe": []}}', "\udcff"])
+def test_a_damaged_run_costs_no_other(tmp_path: Path, text: str) -> None:
+    made(tmp_path, "aaaa")
+    (made(tmp_path, "bbbb") / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert [run.directory.name for run in known_runs(Layout(tmp_path))] == ["aaaa"]
+
+
+def test_a_long_curve_keeps_its_first_and_last_point() -> None:
+    log = [{"current_steps": step, "loss": 1.0} for step in range(1, 5001)]
+    points = curve(log, "loss")
+    assert len(points) == MAX_POINTS and (points[0][0], points[-1][0]) == (1, 5000)
+
+
+def test_pairs_are_ordered_by_how_much_better_the_second_is() -> None:
+    pairs = [
+        Pair(
+            sample_id=name, entry="val", images=(), prompt="?", reference="a", answers=("a", "b"),
+            rights=(True, False), losses_nats=losses,
+        )
+        for name, losses in (("one", (1.0, 2.0)), ("two", (3.0, 0.5)))
+    ]  # fmt: skip
+    assert [pair.sample_id for pair in ordered(pairs, "second better first")] == ["two", "one"]
+    assert pairs[0].changes == {"", "differ", "broken"}
