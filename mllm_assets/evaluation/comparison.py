@@ -50,7 +50,7 @@ def compare(layout: Layout, names: Sequence[str], output: Path, *, notify: Calla
     left_out = sorted({name for run in runs for name in run["metrics"]["entries"]} - set(gains))
     if left_out:
         notify(f"left out, because the runs were not asked the same samples: {', '.join(left_out)}{_how_many(runs)}")
-    samples = paired_samples(first, second, set(gains))
+    samples = pair_samples(first, second, set(gains))
     page = page_template("mllm_assets.evaluation", "comparison.html.jinja").render(
         titles=[run["title"] for run in runs],
         facts=[_facts(layout, run) for run in runs],
@@ -135,7 +135,7 @@ def _metric_rows(metrics: Sequence[Mapping[str, Any]], gains: Mapping[str, Any])
     return rows
 
 
-def paired_samples(first: pa.Table, second: pa.Table, entries: set[str]) -> list[dict[str, Any]]:
+def pair_samples(first: pa.Table, second: pa.Table, entries: set[str]) -> list[dict[str, Any]]:
     """Both tuned rows of each sample; `gain_nats` is how much lower the second one's loss is."""
     by_place = {(row["entry"], row["row_index"]): row for row in first.to_pylist() if row["model"] == "tuned"}
     samples = []

@@ -227,7 +227,7 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 300) -> Any:
     """Poll until the condition gives something true, and return it."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

@@ -20,7 +20,7 @@ class Server:
     def query(self, query: str, **variables: Any) -> dict[str, Any]:
         body = json.dumps({"query": query, "variables": variables}).encode()
         request = urllib.request.Request(f"{self.url}/graphql", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=500) as response:
             return json.load(response)["data"]
 
     def is_up(self) -> bool:
@@ -41,7 +41,7 @@ def serve(project: Project, *arguments: str) -> Server:
     port = free_port()
     process = project.start("dagster", "dev", "-h", "127.0.0.1", "-p", str(port), *arguments)
     server = Server(process, port)
-    wait_for(server.is_up, "dagster dev", 90)
+    wait_for(server.is_up, "dagster dev")
     return server
 
 
@@ -52,4 +52,4 @@ def loaded_location(server: Server) -> str:
         entries = server.query(LOCATIONS)["workspaceOrError"]["locationEntries"]
         return next((entry["name"] for entry in entries if entry["loadStatus"] == "LOADED"), None)
 
-    return wait_for(find, "the code location", 60)
+    return wait_for(find, "the code location")

@@ -32,12 +32,12 @@ class Server:
     def client(self, key: str = KEY) -> Any:
         from openai import OpenAI
 
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=500)
 
     def stop(self) -> str:
         """Press Ctrl-C; returns what was printed since."""
         self.process.send_signal(signal.SIGINT)
-        return self.process.communicate(timeout=60)[0]
+        return self.process.communicate(timeout=500)[0]
 
 
 def data_url(image: Path | bytes) -> str:

@@ -52,7 +52,7 @@ def postgres_server(binaries: Path) -> Iterator[PostgresServer]:
     def run(program: str, *arguments: str) -> None:
         command = [*prefix, str(binaries / program), "-D", str(folder / "data"), *arguments]
         done = subprocess.run(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500, check=False
         )
         assert done.returncode == 0, done.stdout
 

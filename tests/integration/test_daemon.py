@@ -16,7 +16,7 @@ from dagster._core.scheduler.instigation import InstigatorTick, TickStatus
 from tests.integration.conftest import IN_PROCESS, Project, processes_of, wait_for
 from tests.unit.operations.test_alerts import Receiver, receiver  # noqa: F401 (a fixture)
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 BIRDS = {
     "type": "mllm_assets.components.ImageTextDataset",
@@ -103,10 +103,10 @@ def test_the_daemon_retrains_what_changed_ingests_new_files_skips_with_reasons_a
         seen = Headless(project, instance)
         # a tick that skips
         unchanged = "the 8 files of birds are those that were ingested"
-        wait_for(lambda: unchanged in seen.skips("birds_new_files"), "a tick that skips", 90)
+        wait_for(lambda: unchanged in seen.skips("birds_new_files"), "a tick that skips")
         # a tick that launches a run, which succeeds; a tick while it runs
         write_image(project, 4)
-        run = wait_for(lambda: seen.finished("birds_new_files"), "the run that ingests", 180)
+        run = wait_for(lambda: seen.finished("birds_new_files"), "the run that ingests")
         assert run.status is dg.DagsterRunStatus.SUCCESS
         assert run.tags["dagster/max_runtime"] == "21600"
         assert re.fullmatch("the 10 files of birds changed, and then did not for .* s", run.tags["mllm_assets/reason"])
@@ -114,18 +114,18 @@ def test_the_daemon_retrains_what_changed_ingests_new_files_skips_with_reasons_a
         assert "a run of birds is in progress" in seen.skips("birds_new_files")
         assert len(seen.launched("birds_new_files")) == 1
         # the schedule
-        retrained = wait_for(lambda: seen.finished("weekly_retraining"), "the retraining", 180)
+        retrained = wait_for(lambda: seen.finished("weekly_retraining"), "the retraining")
         assert retrained.status is dg.DagsterRunStatus.SUCCESS
         assert retrained.tags["dagster/max_runtime"] == "86400"
         assert project.run_manifest("mine")["num_steps"] == 2
         # a failure is told
         (project.root / "birds" / "metadata.jsonl").write_text("no JSON\n")
-        [alert] = wait_for(lambda: receiver.alerts, "the alert", 180)
+        [alert] = wait_for(lambda: receiver.alerts, "the alert")
         assert (alert["event"], alert["step"]) == ("run_failed", "birds__raw")
         assert "metadata.jsonl" in alert["error"]
     daemon.send_signal(signal.SIGINT)
-    daemon.wait(60)
-    wait_for(lambda: not processes_of(project.root), "all processes to end", 30)
+    daemon.wait(300)
+    wait_for(lambda: not processes_of(project.root), "all processes to end")
     written = [
         path
         for path in project.root.rglob("*")
@@ -148,10 +148,10 @@ def test_a_scheduled_run_that_takes_too_long_is_ended_and_leaves_no_trainer(proj
     daemon = start_daemon(project)
     with dg.DagsterInstance.from_config(str(project.home)) as instance:
         seen = Headless(project, instance)
-        run = wait_for(lambda: seen.finished("weekly_retraining"), "the run's end", 240)
+        run = wait_for(lambda: seen.finished("weekly_retraining"), "the run's end")
         assert run.status is dg.DagsterRunStatus.FAILURE
         told = [str(record.dagster_event and record.dagster_event.message) for record in instance.all_logs(run.run_id)]
         assert any("exceeding maximum runtime of 10 seconds" in text for text in told)
     daemon.send_signal(signal.SIGINT)
-    daemon.wait(60)
-    wait_for(lambda: not processes_of(project.root), "all processes to end", 30)
+    daemon.wait(300)
+    wait_for(lambda: not processes_of(project.root), "all processes to end")

@@ -16,7 +16,7 @@ from tests.integration.conftest import Project, copied_project, line_of
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     pytest.mark.attack("damage"),
 ]
 # The file, what happens to it, who reads it, and who makes it

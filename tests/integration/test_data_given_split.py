@@ -7,7 +7,7 @@ import yaml
 
 from tests.integration.conftest import Project, line_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_the_guides_split_warns_trains_and_is_released_only_where_leakage_is_allowed(project: Project) -> None:
@@ -21,10 +21,10 @@ def test_the_guides_split_warns_trains_and_is_released_only_where_leakage_is_all
     project.set_defaults(gates={"min_loss_gain_nats": -100.0, "min_answer_gain": -2.0, "min_image_gain_nats": -100.0})
     project.write_recipe("given", max_steps=1, max_samples=8)
     run = project.materialize(line_of("given", "eval_metrics"))
-    output, _ = run.communicate(timeout=200)
+    output, _ = run.communicate(timeout=500)
     assert run.returncode == 1 and "given/eval_metrics: no_leakage" in output, output
     run = project.materialize('key:"given/released_model"')
-    output, _ = run.communicate(timeout=200)
+    output, _ = run.communicate(timeout=500)
     assert run.returncode == 1, output
     assert "given is not released:" in output and "set `allow_leakage: true`" in output
     assert not project.layout.releases("given").exists()

@@ -67,7 +67,7 @@ def test_repositories_without_parquet_are_streamed_at_their_commit(tmp_path: Pat
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=500,
         )
     assert made.returncode == 0, made.stderr
     found = dict(zip(asked, map(json.loads, made.stdout.splitlines()), strict=True))

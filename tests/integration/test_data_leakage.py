@@ -8,7 +8,7 @@ import yaml
 from mllm_assets.artifacts import read_manifest
 from tests.integration.conftest import Project, line_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def add_emoji_again(project: Project) -> None:
@@ -32,7 +32,7 @@ def test_a_recipe_that_would_evaluate_on_pictures_it_trains_on_does_not_train(pr
     project.write_recipe("mixed", dataset="emoji_train", eval_dataset="again_val", max_steps=1, max_samples=8)
 
     run = project.materialize('+key:"again/dataset_info" or key:"mixed/checkpoint"')
-    output, _ = run.communicate(timeout=200)
+    output, _ = run.communicate(timeout=500)
     assert run.returncode == 1, output
     assert "pictures are trained on in one dataset and evaluated on in another" in output
     assert "of emoji_train ~ images/" in output and "Take one of the two entries out of the recipe" in output
@@ -52,7 +52,7 @@ def test_a_stage_that_is_evaluated_on_pictures_of_an_earlier_one_does_not_train(
     project.made('+key:"first/checkpoint"')
 
     run = project.materialize('key:"second/checkpoint"')
-    output, _ = run.communicate(timeout=200)
+    output, _ = run.communicate(timeout=500)
     assert run.returncode == 1, output
     fingerprint = project.run_manifest("first")["fingerprint"]
     assert "were trained on in an earlier stage, the first: images/" in output

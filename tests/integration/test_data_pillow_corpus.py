@@ -23,7 +23,7 @@ from PIL import Image
 from mllm_assets.data.quality.store import QualityStore
 from tests.integration.conftest import Project, make_project
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 REASONS = {
     "image_empty",

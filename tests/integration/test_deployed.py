@@ -18,7 +18,7 @@ from mllm_assets.layout import Layout
 from tests.integration.conftest import REPOSITORY, descendants, wait_for
 from tests.integration.dagster_dev import Server, free_port, loaded_location
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 LAUNCH = """mutation($location: String!, $repository: String!) { launchPipelineExecution(executionParams: {
   selector: {repositoryLocationName: $location, repositoryName: $repository, jobName: "__ASSET_JOB",
@@ -90,9 +90,9 @@ def test_the_units_run_an_asset_listen_on_loopback_and_end_when_asked(machine: M
     for name in ("code", "daemon", "webserver"):
         machine.start(name)
     server = Server(machine.processes["webserver"], int(machine.ui_port))
-    wait_for(server.is_up, "the webserver", 120)
+    wait_for(server.is_up, "the webserver")
     assert loaded_location(server) == "mllm_assets"
-    assert wait_for(lambda: not machine.failing_checks(), "all checks of health", 120)
+    assert wait_for(lambda: not machine.failing_checks(), "all checks of health")
 
     launched = server.query(LAUNCH, location="mllm_assets", repository="__repository__")["launchPipelineExecution"]
     run_id = launched["run"]["runId"]
@@ -101,7 +101,7 @@ def test_the_units_run_an_asset_listen_on_loopback_and_end_when_asked(machine: M
         status = server.query(STATUS, id=run_id)["runOrError"]["status"]
         return status if status in ("SUCCESS", "FAILURE", "CANCELED") else None
 
-    assert wait_for(ended, "the run", 120) == "SUCCESS"
+    assert wait_for(ended, "the run") == "SUCCESS"
     assert list(Layout(machine.state).root.glob("data/.raw/emoji*"))
 
     for process in machine.processes.values():
@@ -116,9 +116,9 @@ def test_the_units_run_an_asset_listen_on_loopback_and_end_when_asked(machine: M
         machine.processes[name].send_signal(signal.SIGTERM)  # as systemd stops a unit
     started = time.monotonic()
     for process in machine.processes.values():
-        process.wait(60)
+        process.wait(300)
     assert time.monotonic() - started < 60
-    wait_for(lambda: not any(child.is_running() for child in children), "the children of the units to end", 30)
+    wait_for(lambda: not any(child.is_running() for child in children), "the children of the units to end")
 
 
 def test_dagster_dev_reads_the_workspace_file(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_dagster_dev_reads_the_workspace_file(tmp_path: Path) -> None:
     )
     try:
         server = Server(process, port)
-        wait_for(server.is_up, "dagster dev", 120)
+        wait_for(server.is_up, "dagster dev")
         assert loaded_location(server) == "mllm_assets"
     finally:
         for child in [*descendants(process.pid), process]:

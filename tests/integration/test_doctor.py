@@ -194,7 +194,7 @@ def test_a_short_transaction_is_nobodys_fault(tmp_path: Path) -> None:
         assert holder.stdout is not None and holder.stdout.readline() == "open\n"
 
         def end(seconds: float) -> None:
-            holder.communicate(timeout=30)
+            holder.communicate(timeout=500)
 
         assert check_database(path, sleep=end).status == "ok"
 
@@ -208,7 +208,7 @@ def test_a_worker_without_a_supervisor_is_an_orphan_and_one_with_it_is_not() -> 
         assert finding.status == "warn" and f"PID {orphan.pid}: " in finding.detail
         assert finding.next_step.startswith("kill -9 ") and str(orphan.pid) in finding.next_step.split()
     with running([sys.executable, supervisor.__file__, "1", "-", *sleeper], **mark) as supervised:
-        below = wait_for(lambda: supervisor.tree(supervised.pid), "the worker", 30)
+        below = wait_for(lambda: supervisor.tree(supervised.pid), "the worker")
         finding = check_orphans()
         shown = finding.next_step.split()
         assert str(supervised.pid) not in shown and str(below[0]) not in shown
@@ -280,7 +280,7 @@ def doctor(home: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "mllm_assets.cli", "doctor", *options],
         cwd=REPOSITORY, env={**os.environ, **env, "MLLM_ASSETS_ROOT": str(home / "root")},
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from mllm_assets.releases.versions import current_release, list_releases, requir
 from tests.damage import publish_changed
 from tests.integration.conftest import REPOSITORY, Project, copied_project, line_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 SHORT = {"per_device_train_batch_size": 16, "learning_rate": 6.0e-4, "max_steps": 40}
 

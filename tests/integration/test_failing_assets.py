@@ -14,7 +14,7 @@ from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.errors import DataError
 from tests.integration.conftest import Project, copied_project, line_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 MESSAGE = "the last of all is torn. Repair it."
 # Assets -> what the domain does last for them

@@ -19,7 +19,7 @@ from mllm_assets.layout import Layout
 from mllm_assets.operations.gc import Policy, find_garbage
 from tests.unit.data.made_datasets import made_spec, png, write_source
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.attack("full disk"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.attack("full disk"), pytest.mark.timeout(1200)]
 KIB = 1024
 NUM_ROWS = 48
 

@@ -55,7 +55,7 @@ def test_a_gated_dataset_and_model_come_with_their_commits_and_the_token_is_writ
         monkeypatch.setenv("HF_TOKEN", OTHER_TOKEN)
         selection = 'key:"birds/raw" or key:"pretrained/made"'
         refused = project.materialize(selection)
-        refused_output, _ = refused.communicate(timeout=240)
+        refused_output, _ = refused.communicate(timeout=500)
         monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
         output = project.made(selection)
     assert refused.returncode != 0

@@ -13,7 +13,7 @@ import pytest
 from mllm_assets.components.slots import end_dead_runs
 from tests.integration.conftest import Project, descendants, processes_of, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600), pytest.mark.attack("kill -9")]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200), pytest.mark.attack("kill -9")]
 
 SELECT = 'key:"victim/checkpoint"'
 
@@ -58,8 +58,8 @@ def test_kill_9_of_trainer_step_worker_or_run_changes_no_bit_of_the_weights(
         command = project.materialize(SELECT, no_retry, executor="multiprocess")
         wait_for(lambda step=step: num_steps_logged(project) >= step, f"step {step}")
         find(victim, command).send_signal(signal.SIGKILL)
-        command.communicate(timeout=120)
-        wait_for(lambda: not processes_of(project.root), "all processes to end", 30)
+        command.communicate(timeout=500)
+        wait_for(lambda: not processes_of(project.root), "all processes to end")
         assert not list((project.layout.outputs / "victim").glob("*/manifest.json")), "it finished before the kill"
         end_killed_runs(project)
     project.made(SELECT)
@@ -92,9 +92,9 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_was_done(project: Project) -> N
     wait_for(lambda: num_steps_logged(project) >= 7, "step 7")
     assert any("mllm_assets.worker" in p.cmdline() for p in descendants(command.pid))
     command.send_signal(signal.SIGINT)
-    command.communicate(timeout=120)
+    command.communicate(timeout=500)
     assert command.returncode != 0
-    wait_for(lambda: not processes_of(project.root), "all processes to end", 30)
+    wait_for(lambda: not processes_of(project.root), "all processes to end")
     assert list((project.layout.outputs / "victim").glob("*/checkpoint-6"))
     with dg.DagsterInstance.from_config(str(project.home)) as instance:
         [run] = instance.get_runs(limit=1)

@@ -15,7 +15,7 @@ from mllm_assets.components.slots import end_dead_runs
 from mllm_assets.evaluation.table import predictions_digest, read_predictions
 from tests.integration.conftest import Project, line_of, make_project, processes_of, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.attack("kill -9"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.attack("kill -9"), pytest.mark.timeout(1200)]
 
 ASSETS = [
     'key:"pretrained/gemma3_tiny"',
@@ -69,7 +69,7 @@ def test_an_asset_that_is_killed_is_made_again(asset: str, victim: Project) -> N
     for process in processes_of(victim.root):
         process.send_signal(signal.SIGKILL)
     command.communicate()
-    wait_for(lambda: not processes_of(victim.root), "all processes to end", 60)
+    wait_for(lambda: not processes_of(victim.root), "all processes to end")
     with dg.DagsterInstance.from_config(str(victim.home)) as instance:
         end_dead_runs(instance)
     victim.made(asset)

@@ -122,7 +122,7 @@ def test_no_process_stays_when_the_launcher_is_ended_by(number: signal.Signals, 
     launcher = world.launch("stubborn")
     assert len(world.alive()) >= 6
     os.kill(launcher.pid, number)
-    launcher.wait(20)
+    launcher.wait(300)
     wait_until(lambda: world.alive() == [], timeout_s=20)
 
 
@@ -140,7 +140,7 @@ def test_ctrl_c_on_a_terminal_twice_leaves_nothing(world: World) -> None:
     for _ in range(2):
         os.killpg(launcher.pid, signal.SIGINT)
         time.sleep(0.15)
-    launcher.wait(20)
+    launcher.wait(300)
     wait_until(lambda: world.alive() == [], timeout_s=20)
 
 
@@ -159,7 +159,7 @@ def test_a_launcher_elsewhere_that_gives_no_sign_of_life_ends_the_task(world: Wo
 
     wait_until(is_up_for_long, timeout_s=60)
     assert process.poll() is None, "it ended while its launcher lived"
-    process.wait(30)
+    process.wait(300)
     wait_until(lambda: world.alive() == [], timeout_s=5)
 
 
@@ -171,7 +171,7 @@ def test_launcher_and_supervisor_killed_at_once_leave_no_rank(world: World) -> N
     assert len(world.alive()) == 5, "launcher, supervisor, torchrun and two ranks"
     for pid in (supervisor.pid, launcher.pid):
         os.kill(pid, signal.SIGKILL)
-    launcher.wait(20)
+    launcher.wait(300)
     wait_until(lambda: world.alive() == [], timeout_s=20)
 
 
@@ -269,7 +269,7 @@ def test_two_workers_never_train_in_one_directory(world: World) -> None:
         f"Another process is training {run_dir}. Wait for it, or stop it; then the same command resumes."
     )
     first.kill()
-    first.wait(20)
+    first.wait(300)
     assert world.run("variables", run_dir=run_dir)["stdin"] == ""
 
 

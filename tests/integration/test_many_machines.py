@@ -16,7 +16,7 @@ from tests.integration.s3_server import BUCKET, S3Server, s3_server
 
 pytest.importorskip("s3fs", reason="the extra s3 is not installed")
 pytest.importorskip("moto", reason="the extra e2e is not installed")
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 
@@ -94,7 +94,7 @@ def test_a_failed_upload_fails_the_asset_and_the_next_one_only_sends(project: Pr
     made(project, 'key:"emoji/train" or key:"emoji/val" or key:"emoji/test" or key:"emoji/dataset_info"')
     s3.forbidden = ("PUT", "POST")
     line = project.materialize(line_of("mine", "checkpoint"))
-    output, _ = line.communicate(timeout=240)
+    output, _ = line.communicate(timeout=500)
     assert line.returncode == 1 and "refuses this machine" in output and "planted" not in output
     s3.forbidden = ()
     made(project, line_of("mine", "checkpoint"))

@@ -13,7 +13,7 @@ from mllm_assets.releases.publish import list_releases
 from tests.integration.conftest import Project, line_of
 from tests.integration.stand_in_hub import Repo, running_hub
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # An asset of the user's own that tells its secrets wherever it can
 LEAKY = """import logging
@@ -94,14 +94,14 @@ def planted() -> dict[str, str]:
 
 def failing(project: Project, selection: str) -> str:
     process = project.materialize(selection)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == 1, output
     return output
 
 
 def command(project: Project, *arguments: str) -> tuple[int, str]:
     process = project.start("mllm_assets.cli", *arguments)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=500)
     return process.returncode, output
 
 

@@ -11,7 +11,7 @@ from tests.integration.conftest import REPOSITORY, Project, make_project
 from tests.integration.postgres_server import PostgresServer, find_postgres, postgres_server
 
 pytest.importorskip("dagster_postgres", reason="the extra postgres is not installed")
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 IN_TURN = """import time
 
@@ -58,7 +58,7 @@ def test_two_runs_at_once_are_recorded_whole_and_take_turns_at_the_gpu(on_postgr
     project = on_postgres
     selections = ['key:"first" or key:"emoji/raw"', 'key:"second"']
     runs = [project.materialize(selection, executor="multiprocess") for selection in selections]
-    outputs = [run.communicate(timeout=300)[0] for run in runs]
+    outputs = [run.communicate(timeout=500)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert not any("planted" in output for output in outputs), "the password is in no log"
 

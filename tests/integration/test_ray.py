@@ -34,7 +34,7 @@ from tests.worker_tasks import ONE_CPU_THREAD, evaluation
 
 ray_jobs = pytest.importorskip("ray.job_submission", reason="the extra ray is not installed")
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 R = TypeVar("R")
 SELECT = 'key:"twin/checkpoint"'
@@ -72,7 +72,7 @@ def cluster() -> Iterator[Any]:
         yield wait_for(connected, "the cluster")
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(300)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -116,10 +116,10 @@ def test_trained_on_ray_the_weights_are_those_of_the_local_launcher_and_a_cancel
     wait_for(checkpoint, "step 9")
     assert any("mllm_assets.worker" in p.cmdline() for p in processes_of(project.root)), "the job's worker"
     command.send_signal(signal.SIGINT)
-    output, _ = command.communicate(timeout=120)
+    output, _ = command.communicate(timeout=500)
     assert command.returncode != 0
     assert sorted(status_of(client, "train")) == ["STOPPED", "SUCCEEDED"], output
-    wait_for(lambda: not processes_of(project.root), "all processes to end", 30)
+    wait_for(lambda: not processes_of(project.root), "all processes to end")
     assert list((project.layout.outputs / "twin").glob("*/checkpoint-9")), "what was done is kept"
     assert not list(project.layout.ray_jobs.iterdir())
 

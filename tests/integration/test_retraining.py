@@ -9,7 +9,7 @@ import yaml
 
 from tests.integration.conftest import Project, line_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 
 # A process of its own for each tick: definitions are read once a process
@@ -36,7 +36,7 @@ with dg.DagsterInstance.get() as instance:
 def tick(project: Project, *options: str) -> dict[str, Any]:
     """Evaluate the schedule once; `--in-progress` then records a run of what it asked for as started."""
     process = project.start_python("-c", TICK, project.package, *options)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     return json.loads(output.strip().splitlines()[-1])
 
@@ -74,7 +74,7 @@ def test_a_line_that_a_failed_check_blocks_is_not_launched_again(project: Projec
     """With the same inputs the gate would fail again, every week."""
     project.write_recipe("weak", max_steps=1, max_samples=8)
     project.set_defaults(gates={"min_answer_gain": 0.5})
-    project.materialize(line_of("weak", "eval_metrics")).communicate(timeout=240)
+    project.materialize(line_of("weak", "eval_metrics")).communicate(timeout=500)
     blocked = tick(project)
     assert blocked["requests"] == []
     assert re.fullmatch("weak: blocked by the failed check [a-z_]+ of weak/eval_metrics", blocked["skipped"])

@@ -9,7 +9,7 @@ import pytest
 from tests.integration.conftest import Project, wait_for
 from tests.integration.test_interruption import find_trainer, num_steps_logged, weights
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SELECT = 'key:"victim/checkpoint"'
 
@@ -31,7 +31,7 @@ def test_a_killed_trainer_is_started_again_and_the_weights_are_those_of_a_run_ne
     command = project.materialize(SELECT, retrying(2))
     wait_for(lambda: num_steps_logged(project) >= 7, "step 7")
     find_trainer(command).send_signal(signal.SIGKILL)
-    output, _ = command.communicate(timeout=240)
+    output, _ = command.communicate(timeout=500)
     assert command.returncode == 0, output
     assert "was ended by signal 9" in output and "run it again and it goes on" in output
     counts = steps_of_newest_run(project)
@@ -49,14 +49,14 @@ def test_retries_end_with_the_reason_and_a_mistake_of_a_person_is_not_tried_agai
     project.write_recipe("victim", max_steps=2000)
     killed = project.materialize(SELECT, retrying(0))
     find_trainer(killed).send_signal(signal.SIGKILL)
-    output, _ = killed.communicate(timeout=240)
+    output, _ = killed.communicate(timeout=500)
     assert killed.returncode != 0
     assert "The system may have run out of memory: lower the batch size." in output
     assert steps_of_newest_run(project)["STEP_FAILURE"] == 1
 
     project.write_recipe("victim", max_steps=1, cutoff_len=16)  # the worker finds that this cuts images
     mistaken = project.materialize(SELECT, retrying(2))
-    output, _ = mistaken.communicate(timeout=240)
+    output, _ = mistaken.communicate(timeout=500)
     assert mistaken.returncode != 0 and "cutoff_len" in output
     counts = steps_of_newest_run(project)
     assert (counts["STEP_START"], counts["STEP_FAILURE"], counts["STEP_UP_FOR_RETRY"]) == (1, 1, 0)

@@ -186,7 +186,7 @@ def test_an_answer_ends_before_a_stop_text_streamed_or_not(server: Server) -> No
 def test_a_stream_ends_as_openai_ends_it(server: Server) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     body = {"messages": question("What?"), "stream": True, "max_tokens": 2}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", headers=headers, json=body, timeout=60)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", headers=headers, json=body, timeout=500)
     assert answer.text.endswith("}\n\ndata: [DONE]\n\n") and answer.text.count("[DONE]") == 1
 
 

@@ -102,7 +102,7 @@ def test_those_above_the_limit_of_requests_are_told_when_to_come_again(server: S
 
 def ask_plainly(server: Server) -> httpx.Response:
     body = {"messages": question("What?"), "max_tokens": 1}
-    return httpx.post(f"{server.url}/v1/chat/completions", headers=AUTHORIZED, json=body, timeout=60)
+    return httpx.post(f"{server.url}/v1/chat/completions", headers=AUTHORIZED, json=body, timeout=500)
 
 
 @pytest.mark.parametrize(

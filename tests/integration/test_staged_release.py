@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from tests.integration.conftest import Project, line_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 SHORT = {"max_steps": 1, "max_samples": 16}
 
@@ -39,6 +39,6 @@ def test_a_staged_release_names_licence_and_hub_id_of_the_pretrained_model(stage
     recorded = staged.metadata("second", "checkpoint")
     assert recorded["base_model"]["hub_id"] is None and recorded["pretrained_model"]["hub_id"] == "google/tiny"
     show = staged.start("mllm_assets.cli", "releases", "show", "second")
-    shown, _ = show.communicate(timeout=60)
+    shown, _ = show.communicate(timeout=500)
     assert "  base model  outputs/first/latest/model, " in shown and "  pretrained  google/tiny, " in shown
     assert shown.count("licence gemma") == 2

@@ -31,7 +31,7 @@ from tests.interruption import CASES, make_task
 from tests.unit.data.made_datasets import made_spec, png, write_source
 from tests.worker_tasks import evaluation
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.attack("swapped data"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.attack("swapped data"), pytest.mark.timeout(1200)]
 
 
 def swap(path: Path) -> bytes:
@@ -58,7 +58,7 @@ def stopped(task: Task[Any], folder: Path, reached: Callable[[], bool]) -> Itera
             process.send_signal(signal.SIGSTOP)
             yield process
             process.send_signal(signal.SIGCONT)
-            process.wait(240)
+            process.wait(300)
         finally:
             process.kill()
 
@@ -239,7 +239,7 @@ def test_a_source_that_is_swapped_while_it_is_ingested_is_named_and_nothing_is_k
     process.send_signal(signal.SIGSTOP)
     content = swap(files[-1])
     process.send_signal(signal.SIGCONT)
-    _, said = process.communicate(timeout=240)
+    _, said = process.communicate(timeout=500)
     assert process.returncode == 1, said
     assert said.startswith("DataError source.path") and files[-1].name in said and "changed while it was read" in said
     assert not list(parent.glob("[!.]*")) and not list(parent.glob(".*.tmp"))

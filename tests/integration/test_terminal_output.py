@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 def test_a_launch_prints_a_line_an_asset_and_the_event_log_stays_whole(project: Project) -> None:
     """Forty lines of DEBUG for one asset hid the two that a person looks for."""
     process = project.start("dagster_dg_cli.cli", "launch", "--assets", 'key:"emoji/raw"')
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     assert "DEBUG" not in output and "Warning" not in output
     [line] = output.splitlines()

@@ -16,7 +16,7 @@ from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import TrainTask
 from tests.interruption import losses, make_task
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NUM_STEPS = 16
 VALUES = {

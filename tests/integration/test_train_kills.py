@@ -7,7 +7,7 @@ import pytest
 
 from tests.interruption import CASES, KilledRun
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.attack("kill -9")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.attack("kill -9")]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -24,7 +24,7 @@ from tests.interruption import CASES, KilledRun, losses, make_task
 
 pytest.importorskip("bitsandbytes", reason="the extra gpu is not installed")
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PLAIN = {
     "lora_dropout": 0.0, "gradient_accumulation_steps": 1, "disable_shuffling": True, "warmup_ratio": 0.0,

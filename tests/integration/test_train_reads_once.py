@@ -23,7 +23,7 @@ from tests.integration.conftest import REPOSITORY, Project
 from tests.unit.data.made_datasets import made_spec, png, run_line, write_source
 from tests.worker_tasks import evaluation, features_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 # In every Python process of the test's command: which process took the sha256 of what, and opened which split file
 HOOK = """

@@ -159,7 +159,7 @@ def test_a_step_that_does_not_fit_names_the_setting(parity_dir: Path, tmp_path: 
     task = make_task(parity_dir, tmp_path, per_device_train_batch_size=48, max_steps=1, eval_strategy="no")
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, json.dumps(to_json(task))],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert "refused: Out of memory in step 1: " in done.stdout, done.stdout + done.stderr
     assert "per_device_train_batch_size is 48: set it to 24 and gradient_accumulation_steps to 2" in done.stdout

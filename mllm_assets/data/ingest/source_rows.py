@@ -270,8 +270,3 @@ def put_together(cells: list[Any]) -> Any:
 def encodable(text: str) -> str:
     """Replace lone surrogates of JSON and file names with U+FFFD, which `conversation.text_defect` reports."""
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-
-
-def found_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The columns of rows without a schema, in the order in which they come."""
-    return list(dict.fromkeys(str(name) for row in rows for name in row))
