@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TextIO
@@ -50,10 +50,10 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a file's text so that a reader sees the old or the new one, never a part."""
+def write_text_atomic(path: Path, text: str | Iterable[str]) -> None:
+    """Replace a file's text, given whole or in parts, so that a reader sees the old or the new one, never a part."""
     with _replacing(path) as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

@@ -7,6 +7,8 @@ from mllm_assets.evaluation.scores import METRICS, definitions
 PATH = "Its path below the project's root."
 COUNTS = {
     "num_samples": "Rows of this split.",
+    "rows": "Its first eight rows, in the order that the seed drew, with their pictures.",
+    "report_path": "A page of all samples of the dataset, to filter and search, to open in a browser.",
     "num_raw": "Rows of the source.",
     "num_train": "Rows in train.",
     "num_val": "Rows in val.",
@@ -37,6 +39,7 @@ COST_KEYS: Mapping[str, str] = {
 METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
     "raw": {
         "num_samples": "Rows of the source, before any is judged.",
+        "rows": "Eight rows, evenly spaced in the source, with their pictures.",
         "size_mib": "Size of the ingested copy.",
         **SOURCE,
         "source_listing": "Digest of the names and times of a watched folder's files; a sensor compares it.",

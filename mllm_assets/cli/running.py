@@ -90,9 +90,12 @@ def _ended(outcome: "Outcome", request: "Request", layout: Layout, *, dry_run: b
 
 
 def _figures(owner: str, overrides: Sequence[str], layout: Layout) -> str | None:
-    """The results of a recipe that was trained; of a dataset the log has said all."""
+    """The results of a recipe that was trained; where a dataset's samples are to be looked at."""
     from mllm_assets.cli.summary import summarise
+    from mllm_assets.data.curate.sample_page import REPORT
 
+    if (page := layout.data / owner / REPORT).is_file():
+        return f"\nAll samples, to look at in a browser: {layout.relative(page)}\n"
     if not (layout.outputs / owner).is_dir():
         return None
     try:

@@ -11,7 +11,9 @@ from mllm_assets.components.automation.sources import LISTING, SOURCE
 from mllm_assets.components.reporting import check_results, counts_table
 from mllm_assets.components.resources import ProjectResource
 from mllm_assets.data.curate.checks import counts_add_up, every_image_has_a_placeholder, splits_share_no_image
+from mllm_assets.data.curate.publish import side_files
 from mllm_assets.data.curate.register import register
+from mllm_assets.data.curate.sample_page import REPORT
 from mllm_assets.data.curate.splits import SplitResult, no_test_text, split
 from mllm_assets.data.curate.variety import rows_say_different_things
 from mllm_assets.data.ingest.paths import is_watchable, list_source
@@ -19,6 +21,7 @@ from mllm_assets.data.ingest.sources import ingest
 from mllm_assets.data.ingest.spec import DatasetSpec, as_json
 from mllm_assets.data.ingest.split_spec import SIDES, TEST, TRAIN, VAL
 from mllm_assets.data.quality.assess import assess
+from mllm_assets.data.quality.preview import preview_rows, preview_source
 from mllm_assets.data.quality.report import write_report
 from mllm_assets.layout import Layout
 
@@ -61,6 +64,7 @@ def raw_asset(spec: DatasetSpec, description: str, license: str) -> dg.AssetsDef
                 "revision": result.revision or "",
                 "hub_id": spec.source.repo,
                 "license": license,
+                "rows": dg.MetadataValue.md(preview_source(result.directory, spec.quality.decode_limits)),
                 **({LISTING: listing.digest} if listing else {}),
                 "path": project.layout.relative(result.directory),
             },
@@ -178,6 +182,7 @@ def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
         # a given split may have duplicates on two sides: a warning here, refused by the release
         only_warn = {variety, leak} if spec.split_is_given else {variety}
         metadata = _split_metadata(result, project.layout)
+        files = side_files(result.directory, spec.output.format)
 
         def made(side: str) -> dg.MaterializeResult:
             its = {name: outcomes[name] for name in ("every_image_has_a_placeholder", *checks[side])}
@@ -185,7 +190,11 @@ def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
                 asset_key=keys[side],
                 data_version=dg.DataVersion(getattr(result, f"{side}_digest") or "no samples"),
                 check_results=check_results(keys[side], its, only_warn=only_warn),
-                metadata={"num_samples": getattr(result, f"num_{side}"), **metadata},
+                metadata={
+                    "num_samples": getattr(result, f"num_{side}"),
+                    "rows": dg.MetadataValue.md(preview_rows(files[side], data) if side in files else ""),
+                    **metadata,
+                },
             )
 
         return made(TRAIN), made(VAL), made(TEST)
@@ -208,6 +217,7 @@ def _split_metadata(result: SplitResult, layout: Layout) -> dict[str, Any]:
         "num_copies_left_out": sum(result.copies_left_out.values()),
         "unused_reasons": counts_table(result.unused_reasons, "reason"),
         "augmentations": counts_table(result.augmentations, "augmentation"),
+        "report_path": layout.relative(layout.data / result.directory.parent.name / REPORT),
         "path": layout.relative(result.directory),
     }
 

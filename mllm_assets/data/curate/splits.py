@@ -39,6 +39,7 @@ from mllm_assets.data.curate.assign import (
 )
 from mllm_assets.data.curate.augment import LEFT_OUT, MATCHES, Forbidden, augmented_copies
 from mllm_assets.data.curate.publish import ImageWriter, build_row, image_number, side_files, split_file
+from mllm_assets.data.curate.sample_page import SamplePage
 from mllm_assets.data.ingest.raw_files import index_images, read_raw
 from mllm_assets.data.ingest.spec import DatasetSpec, as_json
 from mllm_assets.data.ingest.split_spec import SIDES, TEST, TRAIN, VAL
@@ -49,7 +50,7 @@ from mllm_assets.data.sharegpt.row_files import write_rows
 from mllm_assets.errors import IntegrityError
 from mllm_assets.layout import Layout
 
-COLUMNS = ("sample_id", "row_index", "source_split", "reject_reason", "duplicate_group")
+COLUMNS = ("sample_id", "row_index", "source_split", "reject_reason", "flags", "duplicate_group")
 
 
 class RowSpool:
@@ -128,7 +129,8 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
         assignments = _assign(spec, store, samples, raw, quality)
     images = ImageWriter(spec, layout)
     with staging_directory(layout.version(spec.name, "new").parent) as staging:
-        fates = _write_sides(spec, images, raw, quality, assignments, staging)
+        page = SamplePage(staging, assignments, samples)
+        fates = _write_sides(spec, images, raw, quality, assignments, staging, page)
         images.write_list(staging / IMAGE_LIST)
         del images  # frees its digests: DuckDB needs the memory next
         digests = {side: sha256_file(path)[:16] for side, path in side_files(staging, spec.output.format).items()}
@@ -162,6 +164,7 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
         write_manifest(staging, manifest)
         publish(staging, result.directory)
         point_symlink(layout.data / spec.name, result.directory)
+        page.write(result.directory, quality, dataset=spec.name)
     pa.default_memory_pool().release_unused()
     store.write({"split_membership": membership(spec, digest, assignments, samples, fates, run_id)})
     return result
@@ -198,14 +201,20 @@ def _assign(spec: DatasetSpec, store: QualityStore, samples: pa.Table, raw: Path
 
 
 def _write_sides(
-    spec: DatasetSpec, images: ImageWriter, raw: Path, quality: Path, assignments: Assignments, staging: Path
+    spec: DatasetSpec,
+    images: ImageWriter,
+    raw: Path,
+    quality: Path,
+    assignments: Assignments,
+    staging: Path,
+    page: SamplePage,
 ) -> list[tuple[str, str]]:
     """Write the images and all sides' rows; returns what `_spool_copies` does."""
     sizes = {side: int(assignments.positions_S[assignments.of(side)].max(initial=NONE)) + 1 for side in SIDES}
     num_copies = sizes[TRAIN] * len(spec.augment)  # after all samples
     with TemporaryFile(dir=staging) as file:
         spools = {side: RowSpool(file, size + num_copies * (side == TRAIN)) for side, size in sizes.items()}
-        _spool_rows(spec, images, raw, assignments, spools)
+        _spool_rows(spec, images, raw, assignments, spools, page)
         fates = _spool_copies(spec, images, raw, quality, assignments, spools[TRAIN], sizes[TRAIN])
         for side, rows in spools.items():
             if side == TEST and not sizes[side]:
@@ -215,19 +224,27 @@ def _write_sides(
 
 
 def _spool_rows(
-    spec: DatasetSpec, images: ImageWriter, raw: Path, assignments: Assignments, spools: Mapping[str, RowSpool]
+    spec: DatasetSpec,
+    images: ImageWriter,
+    raw: Path,
+    assignments: Assignments,
+    spools: Mapping[str, RowSpool],
+    page: SamplePage,
 ) -> None:
-    """Publish the images of used samples and build their rows."""
+    """Publish the images of used samples and build their rows; all samples come on the page."""
     places = zip(assignments.splits_S.tolist(), assignments.positions_S.tolist(), strict=True)
     for sample, (number, position) in zip(read_raw(raw), places, strict=True):
         if position == NONE:
+            page.add(sample, None)
             continue
         side = SPLITS[number]
         paths = [
             images.write(data, source_id, image_number(side, position, index))
             for index, (source_id, data) in enumerate(zip(sample["image_ids"], sample["images"], strict=True))
         ]
-        spools[side].add(position, build_row(spec, sample, position, paths))
+        row = build_row(spec, sample, position, paths)
+        spools[side].add(position, row)
+        page.add(sample, row)
 
 
 def _spool_copies(

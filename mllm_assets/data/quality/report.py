@@ -170,20 +170,20 @@ def _render_markdown(facts: Mapping[str, Any]) -> str:
     sections = [
         f"{counts['num_samples']} samples, {counts['num_rejected']} rejected, {counts['num_flagged']} flagged, "
         f"{counts['num_duplicates']} duplicates.",
-        _table(
+        markdown_table(
             ("rejected for", "samples", "the first of them"),
             ((row["name"], row["count"], row["example"]) for row in facts["reasons"]),
         ),
-        _table(("flagged as", "samples"), ((row["name"], row["count"]) for row in facts["flags"])),
+        markdown_table(("flagged as", "samples"), ((row["name"], row["count"]) for row in facts["flags"])),
         f"![histograms]({facts['histograms']})" if facts["histograms"] else "",
-        _table(
+        markdown_table(
             ("worst samples", "issue", "score", "limit", "where", "caption"),
             (
                 (_picture(facts, row["image_sha256"]), *(row[key] for key in WORST_COLUMNS))
                 for row in facts["worst"][:NUM_MARKDOWN_WORST]
             ),
         ),
-        _table(
+        markdown_table(
             ("duplicates", "", "kind", "bits apart", "where", "captions"),
             (
                 (
@@ -207,7 +207,8 @@ def _render_markdown(facts: Mapping[str, Any]) -> str:
     return "\n\n".join(kept) + "\n"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as a table, "" if there are none; a cell that begins with a picture is one already."""
     lines = [
         "| " + " | ".join(cell if str(cell).startswith("![") else markdown_cell(cell) for cell in row) + " |"
         for row in rows

@@ -47,7 +47,8 @@ def test_every_format_is_read_by_training_and_by_llamafactory(layout: Layout, fo
     write_source(layout.root, [(png(n), f"picture {n}\n<b> é 日本 ") for n in range(12)])
     spec = made_spec(8, 2, output=OutputSpec(format=format), augment=("flip",), system="Be brief.")
     *_, version = run_line(spec, layout)
-    files = {*(f"{side}.{format}" for side in SIDES), "images.sha256", "manifest.json"}
+    pages = {"report.html", "report_samples.js"}
+    files = {*(f"{side}.{format}" for side in SIDES), "images.sha256", "manifest.json", *pages}
     assert {path.name for path in version.directory.iterdir()} == files
     for side in ("train", "val"):
         rows = Dataset(layout.data).entry(f"made_{side}").rows
