@@ -22,8 +22,8 @@ COUNTS = {
     "path": PATH,
 }
 SOURCE = {
-    "revision": "The commit that was read; empty where the source has none.",
-    "hub_id": "The repository on the Hugging Face Hub; empty elsewhere.",
+    "revision": "The commit that was read, where the source has one.",
+    "hub_id": "The repository on the Hugging Face Hub, where it is from there.",
     "license": "Its licence as the YAML says; it is in the model card.",
 }
 
@@ -69,7 +69,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "path": PATH,
     },
     "checkpoint": {
-        "training_loss": "Plot of the loss, with `plot_loss: true`.",
+        "training_loss": "Plot of the losses with `plot_loss: true`: all steps, and the last three quarters of them.",
         "final_loss": "Mean training loss since the last line of the log, nats a token.",
         "eval_loss": "Loss on `eval_dataset` at the end, where the recipe evaluates.",
         "num_steps": "Optimizer steps.",

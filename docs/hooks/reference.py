@@ -120,7 +120,7 @@ def assets() -> str:
         "## Metadata",
         "",
         "What a materialisation says, in the order of the page. `*` is a dataset's or a recipe's name.",
-        "Figures are plotted over time.",
+        "Figures are plotted over time; what is empty is left out.",
     ]
     for name, keys in METADATA_KEYS.items():
         title = "pretrained/*" if name == "pretrained" else f"*/{name}"

@@ -21,8 +21,10 @@ METADATA_KEYS, COST_KEYS = KEYS["METADATA_KEYS"], KEYS["COST_KEYS"]
 EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 
 WHERE_ASKED_FOR = {"source_listing", "eval_loss", "overrides", "mlflow_run", "wandb_run", "quantization", "cost_money",
-    "line_money", "anls", "character_error_rate", "json_valid",
-    "json_field_f1", "box_iou"}  # fmt: skip
+    "line_money", "anls", "character_error_rate", "json_valid", "json_field_f1", "box_iou", "training_loss",
+    # what is empty in this line is not shown
+    "revision", "hub_id", "license", "reject_reasons", "flags", "unused_reasons", "augmentations", "warnings",
+    "leaks"}  # fmt: skip
 
 
 def config(recipe: str, **values: Any) -> dict[str, Any]:

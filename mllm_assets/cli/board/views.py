@@ -11,7 +11,7 @@ from mllm_assets.data.quality.browse import SamplePage
 from mllm_assets.data.quality.report import thumbnail
 from mllm_assets.evaluation.side_by_side import Line, Pair
 from mllm_assets.pages import page_template
-from mllm_assets.training.runs.history import KnownRun, curve
+from mllm_assets.training.runs.history import KnownRun, curve, smoothed
 
 THUMBNAIL_PX = 224
 COLORS = ("#4f43dd", "#d9730d", "#1a7f4b", "#c2255c", "#0b7285", "#8a6d00", "#7048e8", "#5d6b7a")
@@ -51,15 +51,6 @@ def table_view(runs: Sequence[KnownRun], lines: Sequence[Line], titles: Sequence
     for line in lines:
         groups.setdefault(line.group, []).append(line)
     return _rendered("runs", runs=runs, titles=titles, groups=groups, colors=COLORS)
-
-
-def smoothed(points: Sequence[tuple[int, float]], weight: float) -> list[tuple[int, float]]:
-    """The exponential running mean, corrected for its beginning, so that it does not lag there."""
-    mean, share, found = 0.0, 0.0, []
-    for step, value in points:
-        mean, share = weight * mean + (1 - weight) * value, weight * share + (1 - weight)
-        found.append((step, mean / share))
-    return found
 
 
 def curves_view(runs: Sequence[KnownRun], titles: Sequence[str], *, smooth: float, logarithmic: bool) -> str:

@@ -205,7 +205,7 @@ def _checkpoint_result(
             ),
         ],
         metadata={
-            "training_loss": image_markdown(plot) if plot.is_file() else "no plot: set plot_loss: true",
+            **({"training_loss": image_markdown(plot)} if plot.is_file() else {}),
             "final_loss": rounded(result["final_loss"]),
             **({"eval_loss": rounded(result["eval_loss"])} if result["eval_loss"] is not None else {}),
             "num_steps": result["num_steps"],

@@ -27,6 +27,7 @@ def step(body: Callable[..., Results]) -> Callable[..., Results]:
 
     An error in the body fails the step as in `as_dagster_failures`. What the body returns is redacted, sent to the
     artefact store, written into the table `runs` of DuckDB, and logged, with what the body took of its machine.
+    Metadata that is empty is left out.
     """
 
     @functools.wraps(body)  # Dagster reads the parameters off the body
@@ -66,7 +67,15 @@ def _with_cost(result: dg.MaterializeResult, usage: Usage) -> dg.MaterializeResu
 
 
 def _redacted(result: dg.MaterializeResult) -> dg.MaterializeResult:
-    return result._replace(metadata={name: _redacted_value(value) for name, value in (result.metadata or {}).items()})
+    shown = {name: value for name, value in (result.metadata or {}).items() if not _is_empty(value)}
+    return result._replace(metadata={name: _redacted_value(value) for name, value in shown.items()})
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether it would be a row of the asset's page with nothing in it; zeros and False say something."""
+    if isinstance(value, dg.TableMetadataValue):
+        return not value.records
+    return getattr(value, "value", value) in ("", None, [], {}, ())
 
 
 def _redacted_value(value: Any) -> Any:

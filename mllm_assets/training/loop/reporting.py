@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mllm_assets.artifacts import write_text_atomic
 from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.training.runs.history import TRAINER_LOG, read_log
+from mllm_assets.training.runs.history import TRAINER_LOG, curve, read_log, smoothed
 from mllm_assets.training.runs.plan import pin_setting, read_run_file
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MAX_NAMED_SAMPLES = 16
 TENSORBOARD_DIR = "logs"
 LOSS_PLOT = "training_loss.png"
+PLOT_SIZE_IN = (8.8, 3.6)  # at 100 dpi: as wide as the window in which Dagster shows it
 SQLITE = "sqlite:///"
 RUN_ID_VARIABLES = {
     "mlflow": {"MLFLOW_RUN_ID": "{run_id}"},
@@ -142,40 +143,47 @@ def check_finite(step: int, batches: Sequence[tuple[Sequence[str], float]], grad
     )
 
 
-def plot_loss(run_dir: Path) -> Path:
-    """Draw `training_loss.png` from the log: training loss, its running mean, and evaluation loss."""
-    from matplotlib.figure import Figure
+def plot_loss(run_dir: Path) -> Path | None:
+    """Draw `training_loss.png` from the log: training loss, its running mean and evaluation loss.
 
-    lines = read_log(run_dir / TRAINER_LOG)
-    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    steps, losses = _series(lines, "loss")
-    axes.plot(steps, losses, color="#1f77b4", alpha=0.35, label="loss")
-    axes.plot(steps, smooth(losses), color="#1f77b4", label="loss, smoothed")
-    eval_steps, eval_losses = _series(lines, "eval_loss")
-    if eval_steps:
-        axes.plot(eval_steps, eval_losses, color="#d62728", marker="o", markersize=3, label="eval_loss")
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    A second panel leaves out the first quarter of the steps, whose fall makes the rest look flat. None where there are
+    not two points to draw a curve through.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    log = read_log(run_dir / TRAINER_LOG)
+    losses, eval_losses = curve(log, "loss"), curve(log, "eval_loss")
+    if len(losses) < 2 and len(eval_losses) < 2:
+        return None
+    first_step = max(step for step, _ in losses + eval_losses) / 4
+    later, eval_later = ([point for point in some if point[0] >= first_step] for some in (losses, eval_losses))
+    panels = {"all steps": (losses, eval_losses)}
+    panels |= {"the last three quarters": (later, eval_later)} if len(later) > 2 else {}
+    figure = Figure(figsize=PLOT_SIZE_IN, dpi=100, layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False).flat
+    for axes, (title, (trained, evaluated)) in zip(all_axes, panels.items(), strict=True):
+        axes.plot(*_columns(trained), color="#1f77b4", alpha=0.35, label="loss")
+        axes.plot(*_columns(smoothed(trained, _weight(len(trained)))), color="#1f77b4", label="loss, smoothed")
+        if evaluated:
+            axes.plot(*_columns(evaluated), color="#d62728", marker="o", markersize=4, label="eval_loss")
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set(xlabel="step", ylabel="loss (nats a token)")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
     path = run_dir / LOSS_PLOT
     figure.savefig(path, metadata={"Software": None})
     return path
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Return the running mean that TensorBoard and LLaMA-Factory draw; its weight grows with the number of values."""
-    weight = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
-    smoothed: list[float] = []
-    for value in values:
-        last = smoothed[-1] if smoothed else value
-        smoothed.append(last * weight + (1 - weight) * value)
-    return smoothed
+def _weight(num_points: int) -> float:
+    """LLaMA-Factory's weight of the past in the smoothed loss, which grows with the number of points, up to 0.9."""
+    return 1.8 * (1 / (1 + math.exp(-0.05 * num_points)) - 0.5)
 
 
-def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    found = [line for line in lines if key in line]
-    return [line["current_steps"] for line in found], [line[key] for line in found]
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def trainable_lines(table: Sequence[Mapping[str, Any]], num_params: int) -> list[str]:

@@ -106,6 +106,15 @@ def curve(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]
     return [points[index * (len(points) - 1) // (MAX_POINTS - 1)] for index in range(MAX_POINTS)]
 
 
+def smoothed(points: Sequence[tuple[int, float]], weight: float) -> list[tuple[int, float]]:
+    """The exponential running mean, corrected for its beginning, so that it does not lag there."""
+    mean, share, found = 0.0, 0.0, []
+    for step, value in points:
+        mean, share = weight * mean + (1 - weight) * value, weight * share + (1 - weight)
+        found.append((step, mean / share))
+    return found
+
+
 def differing_keys(runs: Sequence[KnownRun]) -> list[str]:
     """The recipe keys in which runs differ, apart from where they write."""
     keys = dict.fromkeys(key for run in runs for key in run.recipe)

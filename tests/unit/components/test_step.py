@@ -70,9 +70,13 @@ def rows(project: ProjectResource) -> list[dict[str, object]]:
 
 def test_what_a_body_returns_is_sent_and_recorded_and_it_sees_its_config(project: ProjectResource) -> None:
     def body(context: dg.AssetExecutionContext, config: Amount, project: ProjectResource) -> dg.MaterializeResult:
-        return made(project, num_photos=config.number)
+        empty = dg.MetadataValue.table([], schema=dg.TableSchema([dg.TableColumn("reason")]))
+        return made(project, num_photos=config.number, num_left=0, reasons=empty, notes=[], hub_id="")
 
-    assert run(body, project, number=7).success
+    assert (done := run(body, project, number=7)).success
+    [event] = [event for event in done.all_events if event.is_step_materialization]
+    shown = event.step_materialization_data.materialization.metadata
+    assert {"num_photos", "num_left"} <= shown.keys() and not {"reasons", "notes", "hub_id"} & shown.keys()
     [row] = rows(project)
     recorded = json.loads(row.pop("metadata"))
     assert row == {"asset": "birds/photos", "digest": "1"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.file_digests import FileDigests
@@ -17,7 +18,7 @@ from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.inputs import Inputs
 from mllm_assets.training.loop import memory
 from mllm_assets.training.loop.memory import MemoryEstimate
-from mllm_assets.training.loop.reporting import check_finite, plot_loss, smooth
+from mllm_assets.training.loop.reporting import check_finite, plot_loss
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import (
     Device,
@@ -28,7 +29,7 @@ from mllm_assets.training.models.device import (
 )
 from mllm_assets.training.models.load import load_config, model_on_meta
 from mllm_assets.training.models.quantization import Quantization
-from mllm_assets.training.runs.history import read_log
+from mllm_assets.training.runs.history import read_log, smoothed
 from mllm_assets.worker.tasks import CacheSettings
 
 CPU = Device(kind="cpu", name="a CPU", driver="", memory_gib=8.0)
@@ -159,15 +160,25 @@ def test_a_log_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     assert read_log(path) == [{"current_steps": 1, "loss": 2.0}]
 
 
-def test_the_plot_is_drawn_from_the_log(tmp_path: Path) -> None:
+def test_the_plot_is_drawn_from_the_log_and_fits_dagsters_window(tmp_path: Path) -> None:
     lines = "".join(f'{{"current_steps": {step}, "loss": {10 - step}}}\n' for step in range(1, 9))
     (tmp_path / "trainer_log.jsonl").write_text(lines + '{"current_steps": 8, "eval_loss": 2.5}\n')
-    assert plot_loss(tmp_path).read_bytes().startswith(b"\x89PNG")
+    path = plot_loss(tmp_path)
+    assert path is not None
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and picture.width <= 900
 
 
-def test_smoothing_keeps_the_first_value() -> None:
-    assert smooth([4.0, 2.0])[0] == 4.0
-    assert smooth([]) == []
+def test_a_single_point_is_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "trainer_log.jsonl").write_text('{"current_steps": 1, "loss": 2.0}\n')
+    assert plot_loss(tmp_path) is None and not (tmp_path / "training_loss.png").exists()
+
+
+def test_the_smoothed_loss_does_not_lag_at_its_beginning() -> None:
+    """Begun at the first value, it was at 4.5 in the tenth step, when the loss had been 1 since the second."""
+    fell = [(1, 10.0), *((step, 1.0) for step in range(2, 41))]
+    found = dict(smoothed(fell, 0.9))
+    assert found[1] == pytest.approx(10.0) and found[10] < 2 and smoothed([], 0.9) == []
 
 
 def estimate_of(spec: TrainSpec) -> MemoryEstimate:
