@@ -93,7 +93,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "warnings": "Warnings of the run, recipe keys without effect included.",
         "caches": "Which caches it trained from, and why it did not use the others.",
         "device": "Device, precision and number of processes.",
-        "trainable": "Module, tensors, parameters and share of what trains.",
+        "trainable": "Module, tensors, parameters and share of what trains; equal layers are one row.",
     },
     "predictions": {
         "gallery": "Telling samples: picture, question, right answer, both models' answers, loss.",
@@ -109,8 +109,11 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         **{name: text[:1].upper() + text[1:] + "." for name, text in definitions().items() if name in METRICS},
         "num_samples": "Samples that were scored.",
         "path": PATH,
-        "metrics": "Each metric of both models, and its gain over base model and release with its interval.",
-        "confusion": "What was named for each label; with several entries one table each.",
+        "metrics": "Each metric of the base and the tuned model and the gain with its interval, for each entry.",
+        "gains_over_release": "Each metric's gain over the current release, where there is one.",
+        "confusion": "Picture of what was named for each label, of at most 20 labels.",
+        "mistakes": "What was named most often instead of the right label.",
+        "gates": "Each gate's figure with its interval, and its threshold; the sentences are in the checks.",
         "definitions": "Library, version and tokeniser of each metric.",
     },
     "released_model": {
@@ -119,7 +122,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "model_card": "Its README.md.",
         "path": PATH,
         "leaks": "Validation samples that were trained on, which is allowed only with `allow_leakage`.",
-        "gates": "Each gate with its figures, as it was judged for this release.",
+        "gates": "Each gate's figure with its interval and its threshold, as it was judged for this release.",
         **{
             name.replace("cost_", "line_"): f"{text.removesuffix('.')}; over the line up to the release."
             for name, text in COST_KEYS.items()

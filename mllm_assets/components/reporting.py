@@ -81,9 +81,9 @@ def rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def image_markdown(path: Path) -> dg.MarkdownMetadataValue:
+def image_markdown(name: str, png: bytes) -> dg.MarkdownMetadataValue:
     """A PNG inside the metadata; the UI shows it behind "Show Markdown"."""
-    return dg.MetadataValue.md(f"![{path.stem}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})")
+    return dg.MetadataValue.md(f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
 def load_project(folder: Path) -> dg.Definitions:
@@ -181,7 +181,12 @@ def _check(name: str, result: GateResult | None) -> dg.AssetCheckResult:
     if result is None:
         text = "This recipe has no release yet."
         return dg.AssetCheckResult(check_name=name, passed=True, description=text)
-    figures = {"observed": result.observed, "threshold": result.threshold}
+    figures = {
+        "observed": result.observed,
+        "interval_low": result.low,
+        "interval_high": result.high,
+        "threshold": result.threshold,
+    }
     return dg.AssetCheckResult(
         check_name=name,
         passed=result.passed,

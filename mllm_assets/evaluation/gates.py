@@ -52,7 +52,8 @@ class GateResult:
     """One gate's outcome.
 
     Attributes:
-        observed: What was compared with `threshold`; both are None where nothing could be measured.
+        observed: The figure of the sentence; it and `threshold` are None where nothing could be measured.
+        low, high: Ends of its 95 % interval, one of which is what has to pass `threshold`; None of a figure without.
         required: Whether failing it stops a release. The settings can make `no_leakage` a warning.
     """
 
@@ -62,6 +63,8 @@ class GateResult:
     observed: float | None
     threshold: float | None
     required: bool = True
+    low: float | None = None
+    high: float | None = None
 
 
 Judge = Callable[[Mapping[str, Any], GateSpec, Mapping[str, Any] | None], GateResult | None]
@@ -181,11 +184,13 @@ def gain_gate(
                 passed=measured["low"] > threshold,
                 description=f"{entry}: the {claim} is {_with_interval(measured)}; more than {threshold:g} is needed "
                 "of the interval's lower end.",
-                observed=measured["low"],
+                observed=measured["mean"],
                 threshold=threshold,
+                low=measured["low"],
+                high=measured["high"],
             )
         )
-    return min(judged, key=lambda result: result.observed)
+    return min(judged, key=lambda result: result.low)
 
 
 def _gain_judge(name: str, gain: str, threshold: str, *, over: str, metric: str | None = None) -> Judge:
@@ -205,19 +210,23 @@ def _regression_gate(
         text = "The validation samples changed since the release, so the losses cannot be compared."
         return GateResult(name=name, passed=True, description=text, observed=None, threshold=None)
     entry = min(losses, key=lambda entry: losses[entry]["high"])
-    least_rise = -losses[entry]["high"]
+    gain = losses[entry]
+    rise = gain | {"mean": -gain["mean"], "low": -gain["high"], "high": -gain["low"]}
     return GateResult(
         name=name,
-        passed=least_rise <= spec.max_regression_nats,
-        description=f"{entry}: the gain in loss over the release is {_with_interval(losses[entry])}; it is a "
-        f"regression where all of the interval is below {-spec.max_regression_nats:g}.",
-        observed=least_rise,
+        passed=rise["low"] <= spec.max_regression_nats,
+        description=f"{entry}: the rise in loss over the release is {_with_interval(rise)}; it is a regression where "
+        f"all of the interval is above {spec.max_regression_nats:g}.",
+        observed=rise["mean"],
         threshold=spec.max_regression_nats,
+        low=rise["low"],
+        high=rise["high"],
     )
 
 
-def _with_interval(gain: Mapping[str, Any]) -> str:
-    return f"{gain['mean']:z.4f} (95 % interval {gain['low']:z.4f} to {gain['high']:z.4f}, {gain['num_pairs']} samples)"
+def _with_interval(found: Mapping[str, Any]) -> str:
+    interval = f"95 % interval {found['low']:z.4f} to {found['high']:z.4f}"
+    return f"{found['mean']:z.4f} ({interval}, {found['num_pairs']} samples)"
 
 
 for _entry in (

@@ -1,6 +1,6 @@
 """`<recipe>/checkpoint`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.releases.model_card import Origin
 from mllm_assets.store.mirror import Mirror
+from mllm_assets.training.runs.history import folded
 from mllm_assets.training.runs.plan import (
     RunPlan,
     overridden,
@@ -189,7 +190,6 @@ def _checkpoint_result(
     gates: GateSpec,
     origin: Origin,
 ) -> dg.MaterializeResult:
-    columns = {"module": "string", "num_tensors": "int", "num_params": "int", "share": "float"}
     plot = plan.directory / "training_loss.png"
     [check] = gate_checks([reload_gate(result["reload"], None, gates)], [RELOADS])
     return dg.MaterializeResult(
@@ -205,7 +205,7 @@ def _checkpoint_result(
             ),
         ],
         metadata={
-            **({"training_loss": image_markdown(plot)} if plot.is_file() else {}),
+            **({"training_loss": image_markdown("training_loss", plot.read_bytes())} if plot.is_file() else {}),
             "final_loss": rounded(result["final_loss"]),
             **({"eval_loss": rounded(result["eval_loss"])} if result["eval_loss"] is not None else {}),
             "num_steps": result["num_steps"],
@@ -228,6 +228,15 @@ def _checkpoint_result(
             "warnings": dg.MetadataValue.json(result["warnings"]),
             "caches": dg.MetadataValue.json(result["caches"]),
             "device": dg.MetadataValue.json(result["device"]),
-            "trainable": table(result["trainable"], columns),
+            "trainable": _trainable_table(result["trainable"], result["num_params"]),
         },
     )
+
+
+def _trainable_table(trainable: Sequence[Mapping[str, Any]], num_params: int) -> dg.TableMetadataValue:
+    """What trains, equal layers in one row, with its share of all parameters of the model."""
+    rows = [
+        {"module": name, "tensors": f"{tensors:,}", "parameters": f"{params:,}", "share": f"{params / num_params:.2%}"}
+        for name, tensors, params in folded(trainable)
+    ]
+    return table(rows, dict.fromkeys(("module", "tensors", "parameters", "share"), "string"))

@@ -17,22 +17,25 @@ from mllm_assets.components.assets.lineage import (
     upstream_path,
 )
 from mllm_assets.components.assets.step import step
-from mllm_assets.components.reporting import gate_checks, gate_specs, metric_gates, rounded, table
+from mllm_assets.components.reporting import gate_checks, gate_specs, image_markdown, metric_gates, rounded, table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.register import judging_entries
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.evaluation.gates import GateSpec, evaluate_gates, leakage_gate
-from mllm_assets.evaluation.intervals import gain_text
+from mllm_assets.evaluation.metric_page import (
+    confusion_png,
+    gates_markdown,
+    metrics_markdown,
+    mistakes,
+    release_gains_markdown,
+)
 from mllm_assets.evaluation.metrics import ReleasedPredictions, metric_rows, sample_metrics, score_predictions
 from mllm_assets.evaluation.table import read_predictions, store_table
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.releases.versions import judged_release, version_folders
 from mllm_assets.training.runs.models import model_fingerprint
 from mllm_assets.worker.tasks import EvaluateTask, EvaluationSettings
-
-MAX_CONFUSION_LABELS = 20  # a table with more columns cannot be read
-MAX_MISTAKES = 100
 
 
 def predictions_asset(node: Node) -> dg.AssetsDefinition:
@@ -177,8 +180,8 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
                 **_headline(metrics),
                 "num_samples": scored.num_samples,
                 "path": project.layout.relative(scored.directory),
-                "metrics": _metrics_table(metrics),
-                **_confusion_tables(metrics),
+                **_tables(metrics),
+                "gates": dg.MetadataValue.md(gates_markdown([asdict(result) for result in results])),
                 "definitions": dg.MetadataValue.json(metrics["definitions"]),
             },
         )
@@ -196,46 +199,18 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _confusion_tables(metrics: Mapping[str, Any]) -> dict[str, dg.TableMetadataValue]:
-    """The tuned model's answers for each label: one column per label, or for many labels the most frequent mistakes."""
-    tables = {}
+def _tables(metrics: Mapping[str, Any]) -> dict[str, dg.MetadataValue]:
+    """Each entry's tables and the picture of its confusion matrix, with its name in the key where there are several."""
+    columns = {"label": "string", "named": "string", "count": "int"}
+    found: dict[str, dg.MetadataValue] = {}
     for entry, scored in metrics["entries"].items():
-        if "confusion" not in scored:
-            continue
-        confusion = scored["confusion"]["tuned"]
-        labels, named = confusion["labels"], confusion["named"]
-        if len(labels) <= MAX_CONFUSION_LABELS:
-            rows = [
-                {"label": label, **{f"as {name}": count for name, count in zip(named, counts, strict=True)}}
-                for label, counts in zip(labels, confusion["counts"], strict=True)
-            ]
-            columns = {"label": "string", **{f"as {name}": "int" for name in named}}
-        else:
-            mistakes = [
-                {"label": label, "named": name, "count": count}
-                for label, counts in zip(labels, confusion["counts"], strict=True)
-                for name, count in zip(named, counts, strict=True)
-                if count and name != label
-            ]
-            rows = sorted(mistakes, key=lambda row: -row["count"])[:MAX_MISTAKES]
-            columns = {"label": "string", "named": "string", "count": "int"}
-        tables[f"confusion_{entry}" if len(metrics["entries"]) > 1 else "confusion"] = table(rows, columns)
-    return tables
-
-
-def _metrics_table(metrics: Mapping[str, Any]) -> dg.TableMetadataValue:
-    release_gains = metrics["over_release"] or {}
-    rows = [
-        {
-            "entry": entry,
-            "metric": metric,
-            "base": scored["models"]["base"].get(metric),
-            "tuned": value,
-            "gain_over_base": gain_text(scored["gains"]["tuned_over_base"].get(metric)),
-            "gain_over_release": gain_text(release_gains.get(entry, {}).get(metric)),
-        }
-        for entry, scored in metrics["entries"].items()
-        for metric, value in scored["models"]["tuned"].items()
-    ]
-    columns = {"entry": "string", "metric": "string", "base": "float", "tuned": "float"}
-    return table(rows, columns | {"gain_over_base": "string", "gain_over_release": "string"})
+        of_entry = f"_{entry}" if len(metrics["entries"]) > 1 else ""
+        found[f"metrics{of_entry}"] = dg.MetadataValue.md(metrics_markdown(scored))
+        if gains := (metrics["over_release"] or {}).get(entry):
+            found[f"gains_over_release{of_entry}"] = dg.MetadataValue.md(release_gains_markdown(gains))
+        if "confusion" in scored:
+            confusion = scored["confusion"]["tuned"]
+            if (png := confusion_png(confusion)) is not None:
+                found[f"confusion{of_entry}"] = image_markdown("confusion", png)
+            found[f"mistakes{of_entry}"] = table(mistakes(confusion), columns)
+    return found

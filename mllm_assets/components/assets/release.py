@@ -23,6 +23,7 @@ from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.leaks import require_sound_versions
 from mllm_assets.data.sharegpt.dataset import Dataset, Entry
 from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.evaluation.metric_page import gates_markdown
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import materialize_command
 from mllm_assets.releases.cost import line_costs, total
@@ -94,7 +95,6 @@ def released_model_asset(node: Node) -> dg.AssetsDefinition:
 def _release_result(
     release: Release, current: Release | None, layout: Layout, leaks: Sequence[str]
 ) -> dg.MaterializeResult:
-    columns = {"name": "string", "passed": "bool", "description": "string"}
     return dg.MaterializeResult(
         data_version=dg.DataVersion(release.digest),
         metadata={
@@ -103,7 +103,7 @@ def _release_result(
             "model_card": dg.MetadataValue.md((release.directory / "README.md").read_text(encoding="utf-8")),
             "path": layout.relative(release.directory),
             "leaks": list(leaks),
-            "gates": table(read_manifest(release.directory)["gates"], columns),
+            "gates": dg.MetadataValue.md(gates_markdown(read_manifest(release.directory)["gates"])),
         },
     )
 

@@ -7,11 +7,9 @@ MLFLOW_TRACKING_URI MLflow keeps a recipe's runs in `mlflow.db` next to them, wh
 """
 
 import importlib.util
-import itertools
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -23,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mllm_assets.artifacts import write_text_atomic
 from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.training.runs.history import TRAINER_LOG, curve, read_log, smoothed
+from mllm_assets.training.runs.history import TRAINER_LOG, curve, folded, read_log, smoothed
 from mllm_assets.training.runs.plan import pin_setting, read_run_file
 
 if TYPE_CHECKING:
@@ -188,7 +186,7 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
 
 def trainable_lines(table: Sequence[Mapping[str, Any]], num_params: int) -> list[str]:
     """Return the table of what trains: module, tensors, parameters, share of all; equal layers in one line."""
-    rows = _folded(table)
+    rows = folded(table)
     trained = sum(row["num_params"] for row in table)
     total = ("all that trains", sum(row["num_tensors"] for row in table), trained)
     width = max(len(name) for name, *_ in [*rows, total])
@@ -209,23 +207,6 @@ def resume_line(resumable: "Resumable", num_steps: int, device: str) -> str:
         f"resuming from {resumable.path} after step {resumable.step} of {num_steps}, {how}: weights, optimizer, "
         f"schedule and random states are restored"
     )
-
-
-def _folded(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
-    folded: list[tuple[str, int, int]] = []
-    for _, group in itertools.groupby(enumerate(table), key=_kind):
-        rows = [row for _, row in group]
-        first, last = rows[0]["module"], rows[-1]["module"].rpartition(".")[2]
-        name = first if len(rows) == 1 else f"{first} to {last}"
-        folded.append((name, sum(row["num_tensors"] for row in rows), sum(row["num_params"] for row in rows)))
-    return folded
-
-
-def _kind(numbered: tuple[int, Mapping[str, Any]]) -> tuple[Any, ...]:
-    """The same for equal layers that follow each other: their number rises with their position."""
-    place, row = numbered
-    layer = re.fullmatch(r"(.*\.layers)\.(\d+)", row["module"])
-    return (layer[1], int(layer[2]) - place, row["num_tensors"], row["num_params"]) if layer else (row["module"],)
 
 
 def start_trackers(spec: TrainSpec, run_dir: Path) -> list[str]:

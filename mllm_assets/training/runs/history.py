@@ -1,6 +1,8 @@
 """The runs of a project: what each was asked, how far it is, and the losses that it has logged so far."""
 
+import itertools
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,3 +122,21 @@ def differing_keys(runs: Sequence[KnownRun]) -> list[str]:
     keys = dict.fromkeys(key for run in runs for key in run.recipe)
     values = {key: {json.dumps(run.recipe.get(key), sort_keys=True) for run in runs} for key in keys}
     return [key for key, found in values.items() if len(found) > 1 and key not in _PLACES]
+
+
+def folded(trainable: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+    """Module, tensors and parameters of what trains; equal layers that follow each other are one line."""
+    found: list[tuple[str, int, int]] = []
+    for _, group in itertools.groupby(enumerate(trainable), key=_kind):
+        rows = [row for _, row in group]
+        first, last = rows[0]["module"], rows[-1]["module"].rpartition(".")[2]
+        name = first if len(rows) == 1 else f"{first} to {last}"
+        found.append((name, sum(row["num_tensors"] for row in rows), sum(row["num_params"] for row in rows)))
+    return found
+
+
+def _kind(numbered: tuple[int, Mapping[str, Any]]) -> tuple[Any, ...]:
+    """The same for equal layers that follow each other: their number rises with their position."""
+    place, row = numbered
+    layer = re.fullmatch(r"(.*\.layers)\.(\d+)", row["module"])
+    return (layer[1], int(layer[2]) - place, row["num_tensors"], row["num_params"]) if layer else (row["module"],)

@@ -47,7 +47,8 @@ def test_a_gain_within_its_noise_does_not_pass() -> None:
     rows = [prediction("base", i, loss_nats=1.0) for i in range(6)]
     rows += [prediction("tuned", i, loss_nats=0.7 if i == 0 else 1.0) for i in range(6)]
     gate = evaluate_gates(compute_metrics(to_table(rows), TRAIN), GateSpec())[0]
-    assert not gate.passed and gate.observed == 0 and "is 0.0500 (95 % interval 0.0000 to" in gate.description
+    assert not gate.passed and "is 0.0500 (95 % interval 0.0000 to" in gate.description
+    assert (gate.observed, gate.low) == (pytest.approx(0.05), 0) and gate.high is not None and gate.high > 0.05
 
 
 def test_the_dust_of_another_order_of_sums_is_no_gain() -> None:
@@ -55,7 +56,7 @@ def test_the_dust_of_another_order_of_sums_is_no_gain() -> None:
     rows = [prediction("base", i, loss_nats=1.0 + i) for i in range(6)]
     rows += [prediction("tuned", i, loss_nats=1.0 + i - 1e-8) for i in range(6)]
     gate = evaluate_gates(compute_metrics(to_table(rows), TRAIN), GateSpec())[0]
-    assert not gate.passed and gate.observed is not None and gate.observed > 0
+    assert not gate.passed and gate.low is not None and gate.low > 0
 
 
 def test_the_worst_of_several_entries_counts() -> None:
@@ -85,7 +86,8 @@ def regression_gate(spec: GateSpec, *rises: float) -> GateResult:
 def test_a_worse_loss_than_the_release_does_not_pass() -> None:
     gate = regression_gate(GateSpec(), 0.4, 0.5, 0.6, 0.5)
     assert (gate.name, gate.passed) == ("no_regression_against_release", False)
-    assert "the gain in loss over the release is -0.5000 (95 % interval -0.5" in gate.description
+    assert "the rise in loss over the release is 0.5000 (95 % interval 0.4" in gate.description
+    assert gate.low is not None and gate.low > 0.01 and gate.observed == pytest.approx(0.5)
     assert regression_gate(GateSpec(max_regression_nats=0.6), 0.4, 0.5, 0.6, 0.5).passed
     assert regression_gate(GateSpec(), 0.0, 0.0, 0.0, 0.0).passed
 
