@@ -23,6 +23,8 @@ MAX_MARKDOWN_BYTES = 190_000  # Dagster+ answers 413 above about 1 MB, and sever
 HTML_THUMBNAIL_PX = 224
 MARKDOWN_THUMBNAIL_PX = 72
 MAX_CELL_CHARS = 60
+MAX_WRONG_CHARS = 28
+_MARKS: Mapping[bool | None, str] = {True: "✅", False: "❌", None: ""}
 
 
 def write_gallery(directory: Path, predictions: pa.Table, *, data_dir: Path, title: str) -> None:
@@ -131,9 +133,9 @@ def render_markdown(samples: Sequence[Mapping[str, Any]], *, data_dir: Path) -> 
     for why, sample in _worth_a_look(samples):
         pictures = " ".join(f"![]({thumbnail(data_dir / p, MARKDOWN_THUMBNAIL_PX)})" for p in sample["images"])
         asked = [sample["models"][model] for model in ("base", "tuned") if model in sample["models"]]
-        answers, losses = [row["answer"] for row in asked], [f"{row['loss_nats']:.2f}" for row in asked]
-        texts = (sample["prompt"], sample["reference"], *answers)
-        cells = [why, pictures, *map(_cell, texts), " → ".join(losses)]
+        losses = [f"{row['loss_nats']:.2f}" for row in asked]
+        texts = (_cell(sample["prompt"]), _cell(sample["reference"]), *map(_answer_cell, asked))
+        cells = [why, pictures, *texts, " → ".join(losses)]
         line = "| " + " | ".join(cells) + " |"
         size += len(line.encode()) + 1
         if size > MAX_MARKDOWN_BYTES:
@@ -168,8 +170,14 @@ def evenly_spaced(samples: Sequence[Mapping[str, Any]], most: int) -> list[Mappi
     return [samples[index * len(samples) // most] for index in range(most)]
 
 
-def _cell(text: str) -> str:
+def _answer_cell(row: Mapping[str, Any]) -> str:
+    """An answer with its mark; of a wrong one, which may be gibberish of any length, the beginning will do."""
+    most = MAX_WRONG_CHARS if row["right"] is False else MAX_CELL_CHARS
+    return f"{_MARKS[row['right']]} {_cell(row['answer'], most)}".strip()
+
+
+def _cell(text: str, most: int = MAX_CELL_CHARS) -> str:
     """What a person or a model wrote, as text of one table cell: neither Markdown nor HTML of its own."""
     text = " ".join(text.split())
-    text = text if len(text) <= MAX_CELL_CHARS else text[: MAX_CELL_CHARS - 1] + "…"
+    text = text if len(text) <= most else text[: most - 1] + "…"
     return re.sub(r"[\\`*_\[\]<>|&~#!$]", lambda match: f"&#{ord(match[0])};", text)

@@ -8,7 +8,7 @@ from mllm_assets.artifacts import digest_json
 from mllm_assets.components.assets.lineage import upstream_path
 from mllm_assets.components.assets.step import step
 from mllm_assets.components.automation.sources import LISTING, SOURCE
-from mllm_assets.components.reporting import check_results, counts_table
+from mllm_assets.components.reporting import check_results, counts_table, link
 from mllm_assets.components.resources import ProjectResource
 from mllm_assets.data.curate.checks import counts_add_up, every_image_has_a_placeholder, splits_share_no_image
 from mllm_assets.data.curate.publish import side_files
@@ -127,7 +127,7 @@ def sample_quality_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
                 "reject_reasons": counts_table(result.reject_reasons, "reason"),
                 "flags": counts_table(result.flags, "flag"),
                 "report": dg.MetadataValue.md(report.markdown),
-                "report_path": project.layout.relative(report.html),
+                "report_path": link(str(report.html)),
                 "path": project.layout.relative(result.directory),
             },
         )
@@ -217,7 +217,7 @@ def _split_metadata(result: SplitResult, layout: Layout) -> dict[str, Any]:
         "num_copies_left_out": sum(result.copies_left_out.values()),
         "unused_reasons": counts_table(result.unused_reasons, "reason"),
         "augmentations": counts_table(result.augmentations, "augmentation"),
-        "report_path": layout.relative(layout.data / result.directory.parent.name / REPORT),
+        "report_path": link(str(layout.data / result.directory.parent.name / REPORT)),
         "path": layout.relative(result.directory),
     }
 

@@ -17,7 +17,7 @@ from mllm_assets.components.assets.lineage import (
     upstream_path,
 )
 from mllm_assets.components.assets.step import step
-from mllm_assets.components.reporting import gate_checks, gate_specs, image_markdown, metric_gates, rounded, table
+from mllm_assets.components.reporting import gate_checks, gate_specs, image_markdown, link, metric_gates, rounded, table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.register import judging_entries
@@ -87,7 +87,7 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(result["digest"]),
             metadata={
                 "gallery": dg.MetadataValue.md((directory / "gallery.md").read_text(encoding="utf-8")),
-                "gallery_path": layout.relative(directory / "gallery.html"),
+                "gallery_path": link(str(directory / "gallery.html")),
                 "num_samples": sum(result["entries"].values()),
                 "num_predictions": result["num_predictions"],
                 "wall_s": result["wall_s"],

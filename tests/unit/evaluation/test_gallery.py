@@ -37,6 +37,8 @@ def test_each_sample_shows_both_answers_and_what_tuning_changed(data_dir: Path) 
     assert [sample["change"] for sample in collect_samples(predictions())] == [
         "fixed", "right", "fixed", "fixed", "fixed", "wrong",
     ]  # fmt: skip
+    assert html.count('<div class="answer wrong"><div class="who">base') == 5
+    assert html.count('<div class="answer right"><div class="who">tuned') == 5
     assert "fixed by tuning (4)" in html and "broken by tuning" not in html
     assert "83.3 %" in html and "16.7 %" in html
 
@@ -77,6 +79,14 @@ def test_markdown_stays_small_enough_for_metadata(data_dir: Path) -> None:
     assert len(text.encode()) <= MAX_MARKDOWN_BYTES
     assert text.splitlines()[0] == "| | image | asked | right answer | base model | tuned model | loss |"
     assert len(text.splitlines()) > 4
+
+
+def test_in_markdown_a_wrong_answer_is_cut_short_and_each_has_its_mark(data_dir: Path) -> None:
+    """The gibberish of an untrained base model pushed the tuned model's answer out of sight."""
+    rows = [prediction("base", 0, answer="op " * 400), prediction("tuned", 0)]
+    [line] = render_markdown(collect_samples(to_table(rows)), data_dir=data_dir).splitlines()[2:]
+    *_, base, tuned, _ = line.split(" | ")
+    assert base == "❌ op op op op op op op op op …" and tuned == "✅ cat"
 
 
 def test_a_large_set_is_shown_evenly_spaced(data_dir: Path) -> None:
