@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 PIPED_WIDTH = 10_000
-MIN_PROSE_WIDTH = 24
+MIN_PROSE_WIDTH = 12
 
 
 def print_table(

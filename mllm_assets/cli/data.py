@@ -16,7 +16,8 @@ def add_commands(verbs: Verbs) -> None:
     of.add_argument("--dataset")
     of.add_argument("--recipe", help="for `hardest`")
     quality.add_argument("--limit", type=at_least_one, default=20, help="rows to show, 20 by default")
-    quality.add_argument("--json", action="store_true", help="print a JSON list")
+    quality.add_argument("--wide", action="store_true", help="all columns, ids and digests too")
+    quality.add_argument("--json", action="store_true", help="print a JSON list, of all columns")
     quality.set_defaults(run=_quality)
 
     add = verbs.add_parser("add-dataset", help="declare a folder of images, tables or tars as a dataset")
@@ -47,7 +48,7 @@ def _quality(arguments: argparse.Namespace) -> int:
         wanted = "--recipe" if arguments.view == "hardest" else "--dataset"
         raise RecipeError(f"quality {arguments.view} needs {wanted} NAME. Give it instead of the other one.")
     rows = ask(Layout.from_environment(), arguments.view, name, arguments.limit)
-    print_rows(rows, view=arguments.view, name=name, as_json=arguments.json)
+    print_rows(rows, view=arguments.view, name=name, as_json=arguments.json, wide=arguments.wide)
     return 0
 
 

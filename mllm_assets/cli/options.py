@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from difflib import get_close_matches
 from typing import NoReturn, TypeAlias
 
 from mllm_assets.errors import did_you_mean
@@ -19,7 +20,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             word, known = found[1], re.findall(r"[\w-]+", found[2])
-            message = f"unknown: {word!r}. {did_you_mean(word, known)}There are: {', '.join(known)}"
+            alike = did_you_mean(word, known) or "".join(
+                f"Did you mean {near!r}? " for near in get_close_matches(word, known, n=1)
+            )  # verbs are few and far from each other, so that two letters will do
+            message = f"unknown: {word!r}. {alike}There are: {', '.join(known)}"
         super().error(message)
 
 

@@ -11,6 +11,27 @@ from mllm_assets.errors import DataError, RecipeError, did_you_mean
 from mllm_assets.layout import Layout
 
 PROSE = ("caption", "reference", "answer")
+# What a terminal of 80 columns shows of each view, and its heading; `--wide` and `--json` have all columns
+SHOWN: Mapping[str, Mapping[str, str]] = {
+    "worst": {"source_location": "where", "issue": "issue", "score": "score", "score_limit": "limit"},
+    "leaks": {
+        "held_out_location": "where", "split": "split", "train_dataset": "trained on in", "train_location": "where",
+        "kind": "kind",
+    },
+    "duplicates": {
+        "location_a": "first", "caption_a": "its caption", "location_b": "second", "caption_b": "its caption",
+        "kind": "kind",
+    },
+    "captions": {
+        "source_location": "where", "issue": "issue", "num_with_this_caption": "samples", "caption": "caption",
+    },
+    "rejects": {"source_location": "where", "reason": "reason", "looked_for": "looked for", "caption": "caption"},
+    "hardest": {
+        "source_location": "where", "reference": "right answer", "answer": "answer", "is_right": "right",
+        "loss_nats": "loss",
+    },
+}  # fmt: skip
+MAX_PROSE_CHARS = {False: 60, True: 160}  # on a terminal, by whether it is wide
 NOTHING = {
     "worst": "No sample of {dataset} has a measured image; see: mllm-assets quality rejects --dataset {dataset}",
     "leaks": "No picture of {dataset}'s validation and test samples is trained on.",
@@ -48,8 +69,8 @@ def ask(layout: Layout, view: str, name: str, limit: int | None) -> list[dict[st
     )
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], *, view: str, name: str, as_json: bool) -> None:
-    """Print rows as JSON or as a table; only prose is cut, and only on a terminal."""
+def print_rows(rows: Sequence[Mapping[str, Any]], *, view: str, name: str, as_json: bool, wide: bool) -> None:
+    """Print rows as JSON or as a table, of a few columns unless it is `wide`; only prose is cut, on a terminal."""
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False, default=str))
         return
@@ -58,23 +79,29 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, view: str, name: str, as_js
         return
     from mllm_assets.tables import print_table
 
-    columns = list(rows[0])
+    shown = {column: column for column in rows[0]} if wide else SHOWN[view]
+    shown = {column: title for column, title in shown.items() if wide or any(row[column] is not None for row in rows)}
+    folded = [column for column in shown if column.startswith(PROSE) or (not wide and "location" in column)]
     print_table(
-        columns,
-        [[_shown(value, is_prose=column.startswith(PROSE)) for column, value in row.items()] for row in rows],
-        numbers=[column for column in columns if any(isinstance(row[column], int | float) for row in rows)],
-        prose=[column for column in columns if column.startswith(PROSE)],
-    )
+        list(shown.values()),
+        [[_shown(row[column], MAX_PROSE_CHARS[wide] if column.startswith(PROSE) else None) for column in shown]
+         for row in rows],
+        numbers=[title for column, title in shown.items() if any(isinstance(row[column], int | float) for row in rows)],
+        prose=[shown[column] for column in folded],
+    )  # fmt: skip
 
 
-def _shown(value: Any, *, is_prose: bool) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return " ".join(value)
-    if isinstance(value, str) and len(value) == 64 and value.isalnum():
-        return value[:16]  # an image's digest; these digits name its published file
+def _shown(value: Any, most_chars: int | None) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.4g}"
+        case list():
+            return " ".join(value)
+        case str() if len(value) == 64 and value.isalnum():
+            return value[:16]  # an image's digest; these digits name its published file
     text = "".join(char if char.isprintable() else " " for char in str(value))
-    return f"{text[:159]}…" if is_prose and len(text) > 160 and sys.stdout.isatty() else text
+    return f"{text[: most_chars - 1]}…" if most_chars and len(text) > most_chars and sys.stdout.isatty() else text

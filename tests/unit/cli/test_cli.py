@@ -223,6 +223,7 @@ def test_init_makes_parents_and_quotes_a_path_with_a_space_where_make_works_too(
     [
         ("sumary emoji_sft", "unknown: 'sumary'. Did you mean 'summary'? There are: run,"),
         ("releases lst", "Did you mean 'list'?"),
+        ("rn emoji_sft", "Did you mean 'run'?"),
         ("zebra", "unknown: 'zebra'. There are: run, "),
     ],
 )

@@ -1,6 +1,7 @@
 """`mllm-assets quality`: the answers, the table and the messages."""
 
 import json
+import re
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -136,10 +137,23 @@ def test_leaks_are_those_of_another_dataset_that_has_the_same_pictures(root: Pat
 
 
 def test_a_pipe_gets_whole_lines_and_a_limit_counts_them(root: Path, capsys, monkeypatch) -> None:
-    text = asked("captions", capsys, monkeypatch, root, "--limit", "3")
+    text = asked("captions", capsys, monkeypatch, root, "--limit", "3", "--wide")
     lines = [line for line in text.splitlines() if line.strip()]
     assert len(lines) == 2 + 3
     assert "num_with_this_caption" in lines[0] and "…" not in text
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("view", ["worst", "duplicates", "captions", "rejects"])
+def test_a_terminal_gets_a_table_of_a_few_columns(view: str, columns: int, root: Path, capsys, monkeypatch) -> None:
+    """Thirteen columns did not fit any terminal, so that each row was a paragraph."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = re.sub(r"\033\[[0-9;]*m", "", asked(view, capsys, monkeypatch, root)).splitlines()
+    assert max(map(len, lines)) <= columns
+    [ruled] = [line for line in lines if set(line.strip()) == {"─"}]
+    assert 3 <= len(re.split(r" {2,}", lines[lines.index(ruled) - 1].strip())) <= 5
 
 
 def test_an_unknown_dataset_is_answered_with_the_known_ones(root: Path, capsys, monkeypatch) -> None:
