@@ -40,6 +40,11 @@ def test_the_yaml_examples_of_the_readme_are_valid() -> None:
     assert [example["attributes"].get("name") for example in examples] == ["birds", None]
 
 
+def test_the_readme_is_read_in_three_minutes() -> None:
+    """It grew with every feature; details are on the pages of `docs/`."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 def test_the_first_make_says_what_it_installs_and_how_long_it_takes() -> None:
     """Minutes of silence look like a hang."""
     done = subprocess.run(

@@ -1,6 +1,7 @@
 """The command line, before it starts any work."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -241,3 +242,30 @@ def test_the_help_of_every_verb_ends_with_an_example_that_the_parser_takes() -> 
         example = (parser.epilog or "").removeprefix("example: mllm-assets ")
         assert shlex.split(example)[:1] == [verb], f"{verb} has no example"
         assert parse(shlex.split(example)).run
+
+
+INLINE = re.compile(r"`mllm-assets\s+([^`]+)`")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs"])
+def test_the_commands_within_a_sentence_are_what_the_parser_takes(page: str) -> None:
+    """Those in fences are run; a sentence went on naming an option that is gone."""
+    paths = sorted((ROOT / page).rglob("*.md")) if page == "docs" else [ROOT / page]
+    for path in paths:
+        text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for line in INLINE.findall(text):
+            assert is_taken(shlex.split(line)), f"{path.relative_to(ROOT)}: mllm-assets {line}"
+
+
+def is_taken(words: list[str]) -> bool:
+    """Whether it is a command, or names a verb, maybe with options, and not what the verb needs."""
+    parser = _parser()
+    while words and (choices := [a.choices for a in parser._actions if isinstance(a.choices, dict)]):
+        if words[0].startswith("-"):
+            break
+        if words[0] not in choices[0]:
+            return False
+        parser, words = choices[0][words[0]], words[1:]
+    options = [word for word in words if word.startswith("-")]
+    return set(options) <= parser._option_string_actions.keys()
