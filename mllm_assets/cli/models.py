@@ -86,7 +86,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     if folders and len(arguments.image) > 1:
         raise DataError(f"{folders[0]} is a folder, whose images are asked about one by one. Give it alone.")
     model = find_named_model(arguments.model, Layout.from_environment())  # before what takes seconds to import
-    turns = replace(model.turns, system=arguments.system, template=arguments.template or model.turns.template)
+    system = model.turns.system if arguments.system is None else arguments.system
+    turns = replace(model.turns, system=system, template=arguments.template or model.turns.template)
     model = replace(model, turns=turns)
     given = {name: getattr(arguments, name) for name in ("temperature", "top_p", "seed")}
     given = {name: value for name, value in given.items() if value is not None}

@@ -90,6 +90,7 @@ class Family:
         vision_layers_key: Name of the number of the tower's layers in its configuration.
         token_types: What the model's mask depends on: the key of the batch, and its meaning ("images": 1 at image
             tokens; "answers": 0 in the prompt, which is seen in both directions, and 1 from the first answer on).
+        sees_ahead: Whether some tokens see what comes after them, which FlashAttention's kernels cannot compute.
         loads_whole_processor: Whether its processor needs no video part, which transformers has only with torchvision.
         vision_cut: Its `vision_cuts.VisionCut`, where the frozen tower's output is kept; None computes it at each step.
         packed_masks: What `neat_packing` masks attention with, as `trainer.gemma3_masks`; None refuses to pack rows.
@@ -109,6 +110,7 @@ class Family:
     lora_conflict_keys: tuple[str, ...] = ()
     vision_layers_key: str = "num_hidden_layers"
     token_types: tuple[str, Literal["images", "answers"]] | None = None
+    sees_ahead: bool = False
     loads_whole_processor: bool = True
     vision_cut: str | None = None
     packed_masks: str | None = None
@@ -192,6 +194,7 @@ for _entry in (
         processor="Gemma3Processor",
         image_token="<image_soft_token>",
         token_types=("token_type_ids", "images"),
+        sees_ahead=True,
         vision_cut=f"{_CUTS}:Gemma3Cut",
         packed_masks="mllm_assets.training.loop.trainer:gemma3_masks",
         caches_hidden_states=True,
@@ -208,6 +211,7 @@ for _entry in (
         projector_keys=("model.embed_vision", "model.embed_audio"),
         lora_conflict_keys=("per_layer_projection_norm",),
         token_types=("mm_token_type_ids", "images"),
+        sees_ahead=True,
         loads_whole_processor=False,
         vision_cut=f"{_CUTS}:Gemma4Cut",
     ),
@@ -287,6 +291,7 @@ for _entry in (
         image_token="<image>",
         slots=repeated_token,
         token_types=("token_type_ids", "answers"),
+        sees_ahead=True,
         vision_cut=f"{_CUTS}:VisionCut",
     ),
 ):
@@ -340,6 +345,19 @@ def require_template(template: str, family: Family, where: str) -> None:
         raise RecipeError(
             f"template is {template!r}, and the model in {where} is {family.name} ({family.model_type}), whose turns "
             f"it does not fit. Set template: {fitting}, or name another model."
+        )
+
+
+def require_attention(flash_attn: str, family: Family) -> None:
+    """Refuse kernels that would compute another attention than the family's.
+
+    Raises:
+        RecipeError: Names what computes it.
+    """
+    if flash_attn == "fa2" and family.sees_ahead:
+        raise RecipeError(
+            f"flash_attn is fa2, whose kernels let a token see only what is before it, and in {family.name} the tokens "
+            "of an image, or of a question, see each other. Set flash_attn: auto."
         )
 
 

@@ -18,7 +18,7 @@ class TurnSettings:
 
     Attributes:
         template: Name of the turn format; None for the family's usual one.
-        system: System text for rows without one. Recipes have none.
+        system: System text for rows without one, in recipes `default_system`; None for the format's own, "" for none.
         enable_thinking: What becomes of reasoning in formats that have a place for it. An answer without it gets an
             empty one: supervised if true, part of the question otherwise. False takes it out of all answers.
         cutoff_len: Most tokens a row may have; what is longer is cut as LLaMA-Factory cuts it.
@@ -36,7 +36,8 @@ class TurnSettings:
     @classmethod
     def of(cls, recipe: Mapping[str, Any]) -> "TurnSettings":
         """Take them from a recipe's keys; absent ones have their defaults."""
-        return cls(**{name: recipe[name] for name in cls.__slots__ if name in recipe})
+        values = {name: recipe[name] for name in cls.__slots__ if name in recipe}
+        return cls(**{"system": recipe.get("default_system"), **values})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

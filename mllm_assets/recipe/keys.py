@@ -19,10 +19,6 @@ from mllm_assets.recipe.spec import TrainSpec
 
 Status = Literal["supported", "no_effect", "refused"]
 _NOTHING = (None, False, "", "no", "none", [])
-METHOD_KEYS = {
-    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "use_dora"),
-    "freeze": ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +59,7 @@ ALIASES = {
     "group_by_length": Alias(
         "train_sampling_strategy", lambda value: {True: "group_by_length", False: "random"}.get(value, value)
     ),
+    "merger_lr": Alias("projector_lr"),  # as 2U1's trainers of other families name it
     "adafactor": Alias("optim", lambda value: {True: "adafactor", False: "adamw_torch_fused"}.get(value, value)),
 }
 
@@ -73,13 +70,12 @@ _REFUSED = {
         use_galore:bool=false use_apollo:bool=false use_badam:bool=false use_adam_mini:bool=false use_muon:bool=false
         optim_target_modules:str?=null""",
     "the engine trains on the plain cross-entropy of the answers. Delete the line.": """
-        use_dft_loss:bool=false use_asft_loss:bool=false use_eaft_loss:bool=false label_smoothing_factor:float=0.0
-        neftune_noise_alpha:float?=null ignore_pad_token_for_loss:bool=true""",
-    "LoRA starts at random and has one learning rate. Delete the line.": """
-        pissa_init:bool=false pissa_convert:bool=false
-        loraplus_lr_ratio:float?=null use_llama_pro:bool=false""",
-    "LoRA trains its adapters only. Use finetuning_type: freeze with freeze_extra_modules to train whole modules.": """
-        additional_target:str?=null""",
+        use_dft_loss:bool=false use_asft_loss:bool=false use_eaft_loss:bool=false
+        ignore_pad_token_for_loss:bool=true""",
+    "the merged model is what a run publishes, and pissa_init changes its base. Delete the line; name the run's model/ "
+    "where its adapter/ was wanted.": "pissa_convert:bool=false",
+    "layers are not added. Delete the line; finetuning_type: freeze trains some of those that there are.": """
+        use_llama_pro:bool=false""",
     "a run starts from a complete model. Name the model/ directory of the adapter's run in model_name_or_path, where "
     "the adapter is merged.": "adapter_name_or_path:str?=null adapter_folder:str?=null",
     "a quantised model trains on one device. Delete the line.": "quantization_device_map:str?=null",
@@ -98,12 +94,10 @@ _REFUSED = {
         resize_vocab:bool=false add_tokens:str?=null add_special_tokens:str?=null new_special_tokens_config:str?=null
         split_special_tokens:bool=false rope_scaling:str?=null shift_attn:bool=false mixture_of_depths:str?=null
         train_from_scratch:bool=false upcast_layernorm:bool=false""",
-    "attention is PyTorch's sdpa. Set flash_attn: auto.": "flash_attn:str=auto",
     "datasets are read completely, and evaluated together. Delete the line.": """
         streaming:bool=false tokenized_path:str?=null eval_on_each_dataset:bool=false""",
     "images are in dataset_dir. Move them there and delete the line.": "media_dir:str?=null",
-    "a system message is part of the data. Put it into the rows, or into the dataset component's `system`.": """
-        default_system:str?=null tool_format:str?=null""",
+    "rows hold no calls of tools. Delete the line.": "tool_format:str?=null",
     "an image is one tile. Delete the line.": "image_do_pan_and_scan:bool=false crop_to_patches:bool=false",
     "the batch size is part of what a run computes. Set per_device_train_batch_size.": """
         auto_find_batch_size:bool=false""",
@@ -170,11 +164,12 @@ _NO_EFFECT = {
         use_v1_kernels:bool?=false use_cache:bool=false jit_mode_eval:bool=false use_ipex:bool=false
         half_precision_backend:str=auto fp16_backend:str=auto fp16_opt_level:str=O1 past_index:int=-1
         torchdynamo:str?=null remove_unused_columns:bool=true length_column_name:str=length""",
+    "adapters are on linear layers, none on an embedding.": "loraplus_lr_embedding:float=1e-6",
     "the pretrained asset pins the revision.": "model_revision:str=main",
     "it belongs to a switch that is off.": """
         hyper_parallel_args:str?=null fp8_backend:str=auto
-        fp8_enable_fsdp_float8_all_gather:bool=false pissa_iter:int=16 create_new_adapter:bool=false
-        loraplus_lr_embedding:float=1e-6 asft_alpha:float=0.1 eaft_alpha:float=1.0 moe_aux_loss_coef:float?=null
+        fp8_enable_fsdp_float8_all_gather:bool=false create_new_adapter:bool=false
+        asft_alpha:float=0.1 eaft_alpha:float=1.0 moe_aux_loss_coef:float?=null
         init_special_tokens:str=noise_init kt_weight_path:str?=null
         kt_expert_checkpoint_path:str?=null kt_use_lora_experts:bool?=null kt_lora_expert_num:int?=null
         kt_lora_expert_intermediate_size:int?=null module_dropout:float=0.0 oft_rank:int=0 oft_block_size:int=32
@@ -252,16 +247,15 @@ def repeated_notes(spec: TrainSpec) -> Iterator[str]:
 
 
 def _reasons(spec: TrainSpec) -> Iterator[tuple[str, str]]:
-    for method, keys in METHOD_KEYS.items():
-        if spec.finetuning_type != method:
-            yield from ((key, f"finetuning_type is {spec.finetuning_type}, not {method}") for key in keys)
-    if spec.finetuning_type == "lora" and not spec.freeze_multi_modal_projector:
-        yield "freeze_multi_modal_projector", "LoRA trains adapters only, and the projector gets none"
-    if spec.quantization_bit != 4:
-        why = "quantization_bit is not set, so nothing is quantised"
-        if spec.quantization_bit is not None:
-            why = f"quantization_bit is {spec.quantization_bit}, and only 4 bits have kinds"
-        yield from ((key, why) for key in ("quantization_type", "double_quantization"))
+    yield from spec.idle_method_keys.items()
+    is_lora = spec.finetuning_type == "lora"
+    if is_lora and not spec.freeze_multi_modal_projector and not spec.additional_target:
+        why = "LoRA trains adapters only, and the projector gets none; additional_target names modules that train whole"
+        yield "freeze_multi_modal_projector", why
+    if spec.freeze_vision_tower:
+        yield "vision_lr", "freeze_vision_tower is true, so nothing of the tower trains"
+    if not (spec.additional_target if is_lora else not spec.freeze_multi_modal_projector):
+        yield "projector_lr", "the projector does not train"
     if not spec.packs:
         for key in ("preprocessing_num_workers", "preprocessing_batch_size"):
             yield key, "rows are encoded while they are read, and nothing is cached"

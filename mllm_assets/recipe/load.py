@@ -163,6 +163,8 @@ def _check(written: str, entry: Entry) -> tuple[str, Entry, str | None]:
     if name not in KEYS:
         raise RecipeError(f"{entry.where}: unknown key {written!r}. {advice_for(written, _NAMES)[0]}")
     key = KEYS[name]
+    if name == "interleave_probs" and isinstance(value, list):
+        value = ",".join(map(str, value))
     try:
         value = convert(value, key.annotation)
     except WrongTypeError as error:

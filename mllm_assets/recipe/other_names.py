@@ -36,6 +36,12 @@ _RENAMED = {
     "image_min_pixels": "min_pixels",
     "flash_attn": "attn_impl attn_implementation flash_attention use_flash_attn",
     "learning_rate": "lr",
+    "vision_lr": "vit_lr vision_tower_lr mm_vision_tower_lr",
+    "projector_lr": "aligner_lr mm_projector_lr",
+    "default_system": "system system_message system_prompt",
+    "additional_target": "modules_to_save lora_modules_to_save",
+    "neftune_noise_alpha": "neftune_alpha",
+    "label_smoothing_factor": "label_smoothing",
     "lr_scheduler_type": "lr_scheduler scheduler",
     "optim": "optimizer",
     "warmup_steps": "warmup",
@@ -55,17 +61,14 @@ _OTHERWISE = {
     "Set freeze_vision_tower, the opposite.": "tune_mm_vision tune_vision_tower train_vision_encoder",
     "Set freeze_multi_modal_projector, the opposite.": "tune_mm_mlp tune_projector train_vision_projector",
     "Set freeze_language_model, the opposite.": "tune_mm_llm tune_language_model",
-    "All that is trained has one learning_rate. Delete the line, or freeze the part.": """
-        vision_lr vit_lr aligner_lr merger_lr projector_lr mm_projector_lr vision_tower_lr mm_vision_tower_lr
-        embedding_lr""",
+    "Tower and projector can have a learning rate of their own: vision_lr, projector_lr. Delete the line.": """
+        embedding_lr llm_lr""",
     "Set finetuning_type: lora.": "use_lora use_peft lora_enable",
     "Set quantization_bit: 4.": "load_in_4bit",
     "Set quantization_bit: 8.": "load_in_8bit",
     "Set bf16: true, fp16: true or pure_bf16: true.": """
         torch_dtype dtype precision mixed_precision bnb_4bit_compute_dtype""",
     "The family follows from the model's config.json. Delete the line.": "model_type",
-    "Whole modules train with finetuning_type: freeze and freeze_extra_modules. Delete the line.": """
-        modules_to_save lora_modules_to_save""",
     "A run starts from a complete model: name the model/ directory of the earlier run in model_name_or_path.": """
         checkpoint_dir adapters lora_model_dir""",
     "Answers alone are supervised, unless train_on_prompt: true. Delete the line.": """
@@ -73,7 +76,6 @@ _OTHERWISE = {
     "Columns and splits stand in dataset_info.json. Delete the line.": """
         dataset_text_field dataset_train_split dataset_test_split image_folder media_root""",
     "Rows with pictures are recognised. Delete the line.": "visual_inputs",
-    "A system message is part of the data. Put it into the rows, or into the dataset component's `system`.": "system",
     "Rows hold images and text only. Delete the line.": "video_resolution",
     "It has no counterpart here. Delete the line.": """
         tuner_backend lazy_tokenize efficient_eos reserved_label_len lora_bias packing_strategy pad_to_multiple_of

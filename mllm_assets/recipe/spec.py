@@ -14,15 +14,19 @@ from typing import Any, Literal
 from mllm_assets.errors import RecipeError, all_of
 from mllm_assets.families.family import TEMPLATES
 from mllm_assets.recipe.asking import CUTOFF_LEN, IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS, TurnSettings
+from mllm_assets.recipe.method_keys import (
+    ADDED,
+    HF_ADDED,
+    HF_OPERATIONAL,
+    HF_SELECTION,
+    HF_SEMANTIC,
+    OPERATIONAL,
+    SEMANTIC,
+    MethodKeys,
+    method_problems,
+    split_names,
+)
 
-# What a field is for. "semantic" fields decide which weights come out and are hashed into the run's name;
-# "selection" fields do so only where evaluation picks the best model, stops the run or steers the learning rate;
-# "operational" fields never do. `hf`: transformers' TrainingArguments has a field of that name.
-SEMANTIC = {"scope": "semantic", "hf": False}
-OPERATIONAL = {"scope": "operational", "hf": False}
-HF_SEMANTIC = {"scope": "semantic", "hf": True}
-HF_SELECTION = {"scope": "selection", "hf": True}
-HF_OPERATIONAL = {"scope": "operational", "hf": True}
 LrScheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
@@ -35,10 +39,11 @@ TRACKERS = ("mlflow", "wandb")
 NOT_FOR_RUNS = ("data", "pretrains", "releases", "cache", "configs")  # folders of the project with other contents
 MAX_NAME_BYTES = 200  # of the file system's 255: a run's directory, its lock and leftovers have longer names
 # Keys whose number must be above 0, and keys where it may be 0; null passes
-_POSITIVE = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps cutoff_len lora_rank
+_POSITIVE = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps cutoff_len
     num_train_epochs image_min_pixels max_samples save_total_limit early_stopping_steps preprocessing_batch_size
     preprocessing_num_workers""".split()
-_NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed eval_delay dataloader_num_workers".split()
+_NOT_NEGATIVE = """learning_rate weight_decay max_grad_norm warmup_steps seed eval_delay dataloader_num_workers
+    neftune_noise_alpha""".split()
 
 
 class InvalidValueError(RecipeError):
@@ -50,34 +55,20 @@ class InvalidValueError(RecipeError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainSpec:
+class TrainSpec(MethodKeys):
     """A validated recipe. Comma lists stay strings, as LLaMA-Factory writes them; read them with `split_names`."""
 
     # model
     model_name_or_path: str = field(metadata=OPERATIONAL)  # its content is hashed, not its path
-    finetuning_type: Literal["lora", "freeze", "full"] = field(default="lora", metadata=SEMANTIC)
-    freeze_vision_tower: bool = field(default=True, metadata=SEMANTIC)
-    freeze_multi_modal_projector: bool = field(default=True, metadata=SEMANTIC)
-    freeze_language_model: bool = field(default=False, metadata=SEMANTIC)
-    freeze_trainable_layers: int = field(default=2, metadata=SEMANTIC)
-    freeze_trainable_modules: str = field(default="all", metadata=SEMANTIC)
-    freeze_extra_modules: str | None = field(default=None, metadata=SEMANTIC)
-    lora_rank: int = field(default=8, metadata=SEMANTIC)
-    lora_alpha: int | None = field(default=None, metadata=SEMANTIC)  # becomes 2 * lora_rank
-    lora_dropout: float = field(default=0.0, metadata=SEMANTIC)
-    lora_target: str = field(default="all", metadata=SEMANTIC)
-    use_rslora: bool = field(default=False, metadata=SEMANTIC)
-    use_dora: bool = field(default=False, metadata=SEMANTIC)
     disable_gradient_checkpointing: bool = field(default=False, metadata=OPERATIONAL)
     pure_bf16: bool = field(default=False, metadata=SEMANTIC)
-    quantization_bit: Literal[4, 8] | None = field(default=None, metadata=SEMANTIC)
-    quantization_type: Literal["nf4", "fp4"] = field(default="nf4", metadata=SEMANTIC)
-    double_quantization: bool = field(default=True, metadata=SEMANTIC)
+    flash_attn: Literal["auto", "disabled", "sdpa", "fa2"] = field(default="auto", metadata=ADDED)
     # data
     dataset: str = field(metadata=OPERATIONAL)  # the entries' content is hashed, not their names
     eval_dataset: str | None = field(default=None, metadata=OPERATIONAL)
     dataset_dir: str = field(default="data", metadata=OPERATIONAL)
     template: str = field(metadata=SEMANTIC)
+    default_system: str | None = field(default=None, metadata=ADDED)  # for rows without a system message
     enable_thinking: bool | None = field(default=True, metadata=SEMANTIC)
     preserve_thinking: bool = field(default=False, metadata=SEMANTIC)
     cutoff_len: int = field(default=CUTOFF_LEN, metadata=SEMANTIC)
@@ -118,6 +109,8 @@ class TrainSpec:
     adam_beta2: float = field(default=0.999, metadata=HF_SEMANTIC)
     adam_epsilon: float = field(default=1e-8, metadata=HF_SEMANTIC)
     max_grad_norm: float = field(default=1.0, metadata=HF_SEMANTIC)
+    label_smoothing_factor: float = field(default=0.0, metadata=ADDED)
+    neftune_noise_alpha: float | None = field(default=None, metadata=HF_ADDED)
     bf16: bool = field(default=False, metadata=HF_SEMANTIC)
     fp16: bool = field(default=False, metadata=HF_SEMANTIC)
     tf32: bool | None = field(default=None, metadata=HF_SEMANTIC)
@@ -169,7 +162,14 @@ class TrainSpec:
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             object.__setattr__(self, "greater_is_better", not self.metric_for_best_model.endswith("loss"))
         # What LLaMA-Factory, transformers or this engine would refuse
-        groups = (_range_problems, _output_dir_problems, _conflicts, _data_problems, _evaluation_problems)
+        groups = (
+            method_problems,
+            _range_problems,
+            _output_dir_problems,
+            _conflicts,
+            _data_problems,
+            _evaluation_problems,
+        )
         if problems := [problem for find_problems in groups for problem in find_problems(self)]:
             raise InvalidValueError(problems)
 
@@ -244,11 +244,6 @@ class TrainSpec:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
-def split_names(text: str | None) -> tuple[str, ...]:
-    """Split LLaMA-Factory's comma lists: `"a, b"` is `("a", "b")`, None and `""` are `()`."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
 def _range_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     if spec.max_steps < -1:
         text = f"max_steps is {spec.max_steps}: expected a number of steps, or -1 for num_train_epochs. Change it."
@@ -258,13 +253,14 @@ def _range_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
         if value is not None and value <= 0:
             yield key, f"{key} is {value}: expected a number above 0. Change it or delete the line."
     for key in _NOT_NEGATIVE:
-        if getattr(spec, key) < 0:
+        if (getattr(spec, key) or 0) < 0:
             yield key, f"{key} is {getattr(spec, key)}: expected 0 or more. Change it or delete the line."
     for key in ("seed", "data_seed"):
         if (getattr(spec, key) or 0) >= 2**32:
             yield key, f"{key} is {getattr(spec, key)}: expected a number below 2**32, numpy's limit. Change it."
-    if not 0 <= spec.lora_dropout < 1:
-        yield "lora_dropout", f"lora_dropout is {spec.lora_dropout}: expected 0 or more and below 1. Change it."
+    if not 0 <= spec.label_smoothing_factor < 1:
+        text = f"label_smoothing_factor is {spec.label_smoothing_factor}: expected 0 or more and below 1. Change it."
+        yield "label_smoothing_factor", text
     if spec.warmup_ratio is not None and not 0 <= spec.warmup_ratio <= 1:
         yield "warmup_ratio", f"warmup_ratio is {spec.warmup_ratio}: expected a share from 0 to 1. Change it."
     for kind in ("logging", "eval", "save"):
@@ -308,9 +304,6 @@ def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
         if name not in TRACKERS:
             known = ", ".join(("none", "tensorboard", *TRACKERS))
             yield "report_to", f"report_to names {name!r}: expected of {known}. Change it or delete the line."
-    if spec.quantization_bit and spec.finetuning_type != "lora":
-        text = f"quantization_bit leaves only adapters to train, and finetuning_type is {spec.finetuning_type}. "
-        yield "quantization_bit", f"{text}Set finetuning_type: lora, or delete quantization_bit."
     if spec.quantization_bit and (spec.fsdp or spec.deepspeed):
         text = "quantization_bit holds the complete model on each device, and fsdp or deepspeed spreads it. Delete one."
         yield "quantization_bit", text
@@ -323,6 +316,9 @@ def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
         if str(version) != "2":
             text = f"fsdp_config asks for FSDP {version}, which PyTorch has replaced. Set version: 2 or delete it."
             yield "fsdp_config", text
+    if spec.neat_packing and spec.flash_attn not in ("auto", "sdpa"):
+        text = "neat_packing keeps rows apart with masks that only PyTorch's sdpa reads, and flash_attn is "
+        yield "flash_attn", f"{text}{spec.flash_attn}. Set flash_attn: auto."
     if spec.dataloader_prefetch_factor is not None and spec.dataloader_num_workers == 0:
         key = "dataloader_prefetch_factor"
         yield key, f"{key} needs loader processes, and dataloader_num_workers is 0. Set that or delete this line."

@@ -221,7 +221,10 @@ class EvaluationSettings:
     def conditions(self, recipe: TrainSpec) -> dict[str, Any]:
         """Everything that answers depend on except models and data."""
         names = ("cutoff_len", "image_max_pixels", "image_min_pixels", "template", "enable_thinking")
-        return {**{name: getattr(recipe, name) for name in names}, **asdict(self)}
+        asked = {name: getattr(recipe, name) for name in names}
+        if recipe.default_system is not None:
+            asked["default_system"] = recipe.default_system
+        return {**asked, **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -105,7 +105,17 @@ CASES: dict[str, dict[str, Any]] = {
     "neat_packing": {
         "dataset": "conversations", "neat_packing": True, "cutoff_len": 160, "per_device_train_batch_size": 1,
     },
+    "neftune": {"neftune_noise_alpha": 5.0, "freeze_language_model": True},
+    "smoothed": {"label_smoothing_factor": 0.2, "val_size": 0.25, "eval_strategy": "epoch"},
+    "smoothed_frozen_head": {
+        "label_smoothing_factor": 0.1, "finetuning_type": "freeze", "freeze_trainable_layers": 1,
+    },
+    "eager": {"flash_attn": "disabled", "num_train_epochs": 1},
+    "lora_plus": {**LORA, "loraplus_lr_ratio": 8.0, "lora_rank": 4, "additional_target": "multi_modal_projector"},
+    "lora_pissa_exact": {**LORA, "pissa_init": True, "pissa_iter": -1, "lora_rank": 4},
     "stable_decay": {"lr_scheduler_type": "warmup_stable_decay", "per_device_train_batch_size": 1},
+    # the last: LLaMA-Factory writes it into the template, where the next case in this process would find it
+    "default_system": {"dataset": "conversations", "default_system": "Name what you see.", "num_train_epochs": 1},
 }  # fmt: skip
 
 

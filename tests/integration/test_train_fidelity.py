@@ -37,7 +37,15 @@ def recording(case: str) -> dict[str, Any]:
 
 # Two seconds each: the rest belongs to make test-all
 QUICK = {"uneven_accumulation", "every_image_mode_tower_trains", "batches_without_images", "freeze_first_layer"}
-QUICK |= {"lora_some_modules", "packing", "val_size_share", "interleave_over", "mask_history"}
+QUICK |= {
+    "neftune",
+    "default_system",
+    "lora_some_modules",
+    "packing",
+    "val_size_share",
+    "interleave_over",
+    "mask_history",
+}
 TRAINED = [case for case in CASES if "error" not in recording(case)]
 
 

@@ -261,3 +261,23 @@ def test_a_full_disk_at_publication_is_said(parity_dir: Path, tmp_path: Path) ->
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "run" / "model").exists()
     assert train_task(task, Reporter())["num_steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_frozen_weights_rates_and_noise(parity_dir: Path, tmp_path: Path) -> None:
+    """PiSSA takes what stays frozen out of random draws, and no checkpoint holds it."""
+    values = {
+        "pissa_init": True, "pissa_iter": 4, "additional_target": "multi_modal_projector", "loraplus_lr_ratio": 4.0,
+        "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1, "max_steps": 10, "eval_strategy": "no",
+    }  # fmt: skip
+    task = make_task(parity_dir, tmp_path / "run", cache_dir=tmp_path / "cache", **values)
+    whole = train_task(task, Reporter())
+    assert whole["caches"]["vision_features"] == "cached"
+    assert whole["caches"]["hidden_states"].startswith("neftune_noise_alpha adds noise")
+    assert not (tmp_path / "run" / "adapter").exists()
+    for name in ("checkpoint-10", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "manifest.json").unlink()
+    resumed = train_task(task, Reporter())
+    assert resumed["resumed_from_step"] == 5
+    assert resumed["weights_digest"] == whole["weights_digest"]

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.integration
 
 # One thread and float32 as recorded; LoRA's start is random and its reference was drawn by another PEFT
 TOLERANCE = {"projector": 5e-6, "freeze": 5e-6, "full": 5e-6, "lora": 1e-3}
+TOLERANCE |= dict.fromkeys(("lora_additional", "lora_pissa", "freeze_smooth"), 2e-5)
 
 
 def reference_task(
@@ -36,7 +37,7 @@ def reference_task(
     return task, reference
 
 
-@pytest.mark.parametrize("name", ["projector", "freeze", "full", "lora"])
+@pytest.mark.parametrize("name", TOLERANCE)
 def test_losses_equal_llamafactorys(parity_dir: Path, tmp_path: Path, name: str) -> None:
     task, reference = reference_task(parity_dir, tmp_path / "run", name)
     result = train_task(task, Reporter())
@@ -46,7 +47,8 @@ def test_losses_equal_llamafactorys(parity_dir: Path, tmp_path: Path, name: str)
     rates = [line["lr"] for line in lines if "lr" in line]
     assert rates == pytest.approx([log["learning_rate"] for log in reference["logs"] if "learning_rate" in log])
     eval_losses = [log["eval_loss"] for log in reference["logs"] if "eval_loss" in log]
-    assert result["eval_loss"] == pytest.approx(eval_losses[-1], abs=TOLERANCE[name])
+    if eval_losses:
+        assert result["eval_loss"] == pytest.approx(eval_losses[-1], abs=TOLERANCE[name])
     assert result["num_trainable_params"] == reference["trainable_params"]
 
 

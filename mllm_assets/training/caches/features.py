@@ -159,7 +159,8 @@ def features_task(task: FeaturesTask, reporter: "Reporter") -> Features:
         entry.require_unchanged()
     images = images_by_digest((row for entry in entries for row in entry.rows[: spec.max_samples]), dataset.digests)
     with out_of_memory_is_an_error(f"loading {task.model_dir}", "End other programs."):
-        model = load_model(task.model_dir, dtype=precision.weights, quantization=precision.quantization).eval()
+        how = {"quantization": precision.quantization, "attention": precision.attention}
+        model = load_model(task.model_dir, dtype=precision.weights, **how).eval()
     fingerprint = tower.tower_fingerprint(model, processor, spec, precision, device.kind)
     store = FeatureStore(task.features_root / fingerprint, dataset.digests)
     maker = FeatureMaker(

@@ -46,7 +46,8 @@ class Setup:
 
     def load(self) -> Any:
         """Load the model's weights, and see that they are still those that the run is named by."""
-        model = load_model(self.model_dir, dtype=self.precision.weights, quantization=self.precision.quantization)
+        how = self.precision
+        model = load_model(self.model_dir, dtype=how.weights, quantization=how.quantization, attention=how.attention)
         self.inputs.digests.require_unchanged()
         return model
 
@@ -213,6 +214,8 @@ def _boundary(setup: Setup) -> int | str:
         return f"only the hidden states of {known} are cached, and this model is {shape.family.name}"
     if setup.spec.packs:
         return "rows are packed, so what enters a layer depends on what a row is packed with"
+    if setup.spec.neftune_noise_alpha is not None:
+        return "neftune_noise_alpha adds noise to what enters the layers, other noise at every step"
     text = shape.model.config.text_config
     boundary = hidden_states.first_trained_layer(shape.names, text.num_hidden_layers)
     if isinstance(boundary, str):

@@ -83,13 +83,13 @@ class Gemma3Cut(VisionCut):
         return list(core.multi_modal_projector.avg_pool(grid).flatten(2).transpose(1, 2).contiguous())
 
     def install(self, core: Any) -> None:
-        projector = core.multi_modal_projector
+        projector = _active(core.multi_modal_projector)
         core.vision_tower = CachedTower(core.config.mm_tokens_per_image)
         projector.patches_per_image = projector.tokens_per_side
         projector.avg_pool = nn.Identity()
 
     def uninstall(self, core: Any, modules: Mapping[str, nn.Module]) -> None:
-        projector, vision = core.multi_modal_projector, core.config.vision_config
+        projector, vision = _active(core.multi_modal_projector), core.config.vision_config
         core.vision_tower = modules["vision_tower"]
         projector.patches_per_image = vision.image_size // vision.patch_size
         projector.avg_pool = nn.AvgPool2d(kernel_size=projector.kernel_size, stride=projector.kernel_size)
@@ -200,6 +200,12 @@ class SmolVLMCut(VisionCut):
 
     def project(self, core: Any, rows_RW: torch.Tensor) -> BaseModelOutputWithPooling:
         return _listed(core.connector.modality_projection(rows_RW))
+
+
+def _active(module: Any) -> Any:
+    """Return the copy of a module that trains, where PEFT wraps it (`additional_target`)."""
+    copies = vars(module)["_modules"].get("modules_to_save")
+    return module if copies is None else copies[module.active_adapter]
 
 
 def _listed(features: torch.Tensor) -> BaseModelOutputWithPooling:

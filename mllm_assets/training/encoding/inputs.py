@@ -12,7 +12,7 @@ from mllm_assets.data.ingest.images import departure_text
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.errors import DataError, RecipeError
-from mllm_assets.families.family import FAMILIES, processor_family, require_template
+from mllm_assets.families.family import FAMILIES, processor_family, require_attention, require_template
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import Collator
@@ -190,9 +190,10 @@ def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
     """Return the recipe's encoder.
 
     Raises:
-        RecipeError: The recipe's template is of another family than the model.
+        RecipeError: The recipe's template is of another family than the model, or its `flash_attn` cannot compute it.
     """
     require_template(spec.template, processor_family(processor), str(model_dir))
+    require_attention(spec.flash_attn, processor_family(processor))
     return Encoder(
         processor,
         replace(spec.turns, cutoff_len=spec.row_cutoff_len),

@@ -26,7 +26,7 @@ class TurnTokenizer:
     """Tokenises conversations in one turn format.
 
     Attributes:
-        system: System text for rows without one.
+        system: System text for rows without one; None for the format's own.
         control_token: Matches the tokens that a text must not hold.
     """
 
@@ -49,14 +49,16 @@ class TurnTokenizer:
             DataError: A text holds control tokens. Names the row.
         """
         messages: Sequence[Message] = row.messages
-        system = self.system
+        system = self.system or ""
         if messages and messages[0].role == "system":
-            system, messages = messages[0].content, messages[1:]
+            system, messages = messages[0].content or system, messages[1:]
         if system:
             self._refuse_control_tokens(row, "the system text", system)
+        elif self.system is None:
+            system = self._template.default_system
         images = iter(image_texts)
         turns = []
-        opening, joined = self._opening(system or self._template.default_system)
+        opening, joined = self._opening(system)
         for index in range(0, len(messages), 2):
             question = messages[index].content
             for part in question.split(IMAGE_PLACEHOLDER):

@@ -143,13 +143,14 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
         reporter.warn(note)
     digests = FileDigests()
     require_same_model(task.model_dir, task.pretrained_fingerprint, digests)
+    shape = model_on_meta(load_config(task.model_dir), dtype=precision.weights, attention=precision.attention)
     return Setup(
         spec=task.recipe,
         model_dir=task.model_dir,
         inputs=read_inputs(task.recipe, task.model_dir, unchanged_data(task, digests), reporter),
         device=device,
         precision=precision,
-        shape=freezing.apply(task.recipe, model_on_meta(load_config(task.model_dir), dtype=precision.weights)),
+        shape=freezing.apply(task.recipe, shape),
         caches=task.caches,
         num_processes=task.accelerator.num_processes,
     )
@@ -174,8 +175,11 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
         set_seed(setup.spec.seed)
         trainable = freezing.apply(setup.spec, setup.load())
     install_caches(base_model(trainable.model), plan)
-    if not (setup.spec.fsdp or setup.spec.deepspeed):  # they need the output layer where they can spread it
-        loss.install(base_model(trainable.model))
+    loss.install(
+        base_model(trainable.model),
+        label_smoothing=setup.spec.label_smoothing_factor,
+        keeps_head=bool(setup.spec.fsdp or setup.spec.deepspeed),  # they need it where they can spread it
+    )
 
     resumable = clean_and_find_resumable(task.run_dir, task.resume_from, setup.spec, reporter)
     trainer = make_trainer(setup, task.run_dir, trainable, collator, resumable, reporter)
@@ -222,7 +226,13 @@ def publish(task: TrainTask, prepared: Prepared, trained: Trained) -> dict[str, 
     batch = setup.collator()(rows)
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes autocast off `forward`
     trainer.accelerator.free_memory()
-    reload = publish_model(trainable.model, setup.inputs.processor, task.run_dir, task.model_dir, batch)
+    if setup.precision.attention is not None:  # what a user loads has the usual one
+        usual = model_on_meta(load_config(task.model_dir)).config._attn_implementation
+        base_model(trainable.model).set_attn_implementation(usual)
+    reload = publish_model(
+        trainable.model, setup.inputs.processor, task.run_dir, task.model_dir, batch,
+        with_adapter=trainable.adapter_stands_alone,
+    )  # fmt: skip
     reporting.plot_loss(task.run_dir)
     return reload
 

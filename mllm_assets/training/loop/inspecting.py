@@ -77,7 +77,8 @@ def look(recipe: Recipe, root: Path, *, device: str = "auto", max_rows: int | No
     inputs = read_inputs(spec, model_dir, Dataset(root / spec.dataset_dir), reporter)
     found = pick_device(device, use_cpu=spec.use_cpu)
     precision = pick_precision(spec, found)
-    shape = freezing.apply(spec, model_on_meta(load_config(model_dir), dtype=precision.weights))
+    on_meta = model_on_meta(load_config(model_dir), dtype=precision.weights, attention=precision.attention)
+    shape = freezing.apply(spec, on_meta)
     check_reach(shape, inputs.train_rows, spec, reporter)
     setup = Setup(
         spec=spec, model_dir=model_dir, inputs=inputs, device=found, precision=precision, shape=shape,

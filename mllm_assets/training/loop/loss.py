@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 LOSS_BLOCK = 32768  # most of a frozen output layer that is multiplied at once
 BLOCK = {"cpu": 2048}  # of the vocabulary; on other devices LOSS_BLOCK
@@ -24,7 +25,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """Mean loss in nats; the gradient is made on the way, where there is one."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_SH: torch.Tensor, weight_VH: torch.Tensor, labels_S: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden_SH: torch.Tensor, weight_VH: torch.Tensor, labels_S: torch.Tensor, label_smoothing: float
+    ) -> torch.Tensor:
         needs_grad = ctx.needs_input_grad[0]
         hidden_SH = hidden_SH.to(weight_VH.dtype)
         counts_S = labels_S >= 0
@@ -42,6 +45,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 mean_SH = mean_SH * shrink_S1 + (weights_SB.to(block_BH.dtype) @ block_BH).float()
             highest_S1 = new_S1
         target_SH = weight_VH[labels_S.clamp(min=0)]
+        if label_smoothing:  # the mean of all logits is the product with the mean of all rows
+            mean_H = weight_VH.mean(dim=0, dtype=torch.float32).to(weight_VH.dtype)
+            target_SH = torch.lerp(target_SH, mean_H, label_smoothing)
         target_logits_S = torch.linalg.vecdot(hidden_SH, target_SH).float()
         if needs_grad:
             ctx.save_for_backward((mean_SH / total_S1 - target_SH.float()) * counts_S[:, None] / num)
@@ -50,7 +56,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (grad_SH,) = ctx.saved_tensors
-        return grad_SH * grads[0], None, None
+        return grad_SH * grads[0], None, None, None
 
 
 class _NoHead(nn.Module):
@@ -60,35 +66,53 @@ class _NoHead(nn.Module):
         return hidden
 
 
-def frozen_head_loss(hidden_SH: torch.Tensor, weight_VH: torch.Tensor, labels_S: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy in nats of `hidden @ weight.T` against labels; a gradient for `hidden` only."""
+def frozen_head_loss(
+    hidden_SH: torch.Tensor, weight_VH: torch.Tensor, labels_S: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Return the mean cross-entropy in nats of `hidden @ weight.T` against labels; a gradient for `hidden` only.
+
+    `label_smoothing` is the share of each target that is spread over the whole vocabulary.
+    """
     with torch.autocast(hidden_SH.device.type, enabled=False):
-        return _FrozenHeadLoss.apply(hidden_SH, weight_VH, labels_S)  # pyright: ignore[reportReturnType]
+        return _FrozenHeadLoss.apply(hidden_SH, weight_VH, labels_S, label_smoothing)  # pyright: ignore[reportReturnType]
 
 
-def install(model: Any) -> bool:
-    """Let a model's loss go through `frozen_head_loss`, where its output layer allows; `forward` stays the library's.
+def install(model: Any, *, label_smoothing: float = 0.0, keeps_head: bool = False) -> bool:
+    """Give a model this project's loss where its own would do more work; `forward` stays the library's.
 
-    The model then returns hidden states instead of logits. Returns whether it was done.
+    Where the output layer allows, and unless `keeps_head`, the model then returns hidden states instead of logits.
+    Returns whether it does.
+
+    Args:
+        model: Without LoRA around it.
+        label_smoothing: Share of each target that is spread over the whole vocabulary.
+        keeps_head: The output layer is sharded.
     """
     head = model.get_output_embeddings()
     capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     is_plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and not capped
     # An untied output layer would be left behind when the model moves to its device
-    if not is_plain or head.weight is not model.get_input_embeddings().weight or any(map(os.environ.get, SHARDING)):
-        return False
+    is_tied = is_plain and head.weight is model.get_input_embeddings().weight
+    is_frozen_head = is_tied and not keeps_head and not any(map(os.environ.get, SHARDING))
 
     def loss(logits: torch.Tensor, labels: Any, vocab_size: int, *, shift_labels: torch.Tensor, **_: Any) -> Any:
-        return frozen_head_loss(logits.flatten(0, -2), head.weight, shift_labels.flatten())
+        labels_S = shift_labels.flatten()
+        if is_frozen_head:
+            return frozen_head_loss(logits.flatten(0, -2), head.weight, labels_S, label_smoothing)
+        logits_SV = logits.flatten(0, -2).float()
+        return functional.cross_entropy(logits_SV, labels_S.to(logits.device), label_smoothing=label_smoothing)
 
-    model.lm_head = _NoHead()
-    model.loss_function = loss
-    model._frozen_head = [head]  # in a list, so that it is not a submodule
-    return True
+    if is_frozen_head:
+        model.lm_head = _NoHead()
+        model._frozen_head = [head]  # in a list, so that it is not a submodule
+    if is_frozen_head or label_smoothing:
+        model.loss_function = loss
+    return is_frozen_head
 
 
 def uninstall(model: Any) -> None:
-    """Put the output layer back if `install` replaced it."""
+    """Put back what `install` replaced."""
     if isinstance(model.lm_head, _NoHead):
         [model.lm_head] = model._frozen_head
-        del model._frozen_head, model._loss_function
+        del model._frozen_head
+    vars(model).pop("_loss_function", None)

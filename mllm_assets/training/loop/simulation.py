@@ -90,12 +90,14 @@ class _BatchSize:
 def _run(setup: Setup, plan: CachePlan, size: _BatchSize, *, checkpointed: bool) -> SimulatedStep:
     spec, precision = setup.spec, setup.precision
     config = copy.deepcopy(base_model(setup.shape.model).config)
-    trainable = freezing.apply(spec, model_on_meta(config, dtype=precision.weights))
+    trainable = freezing.apply(spec, model_on_meta(config, dtype=precision.weights, attention=precision.attention))
     model, core = trainable.model, base_model(trainable.model)
     core.config.text_config.use_cache = False
     quantized = quantized_weights(core) if precision.quantization else set()
     install_caches(core, plan)
-    is_frozen_head = not (spec.fsdp or spec.deepspeed) and loss.install(core)
+    is_frozen_head = loss.install(
+        core, label_smoothing=spec.label_smoothing_factor, keeps_head=bool(spec.fsdp or spec.deepspeed)
+    )
     if checkpointed:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()

@@ -25,6 +25,7 @@ from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.loop import delta_trainer, reporting
 from mllm_assets.training.loop.checkpoints import Resumable, require_same_conditions
 from mllm_assets.training.loop.delta_trainer import DeltaTrainer
+from mllm_assets.training.loop.learning_rates import LearningRates
 from mllm_assets.training.loop.reporting import resume_line
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import out_of_memory_is_an_error
@@ -42,9 +43,11 @@ class FineTuner(DeltaTrainer):
 
     Attributes:
         has_other_length: Whether it resumes a run of another number of steps.
+        rates: What learns at which rate.
     """
 
     has_other_length = False
+    rates: LearningRates | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -99,6 +102,14 @@ class FineTuner(DeltaTrainer):
             return super()._get_eval_sampler(eval_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return _by_length(eval_dataset, self.args.eval_batch_size, torch.Generator().manual_seed(seed))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        trained = self.model if model is None else model
+        groups = self.rates and self.rates.groups(trained, self.get_decay_parameter_names(trained))
+        if groups and self.optimizer is None:
+            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = kind(groups, **kwargs)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.args.lr_scheduler_type == "warmup_stable_decay":
@@ -198,6 +209,7 @@ def make_trainer(
         callbacks=_callbacks(setup.spec, run_dir, args, resumable, reporter),
     )
     trainer.digests = setup.inputs.digests
+    trainer.rates = LearningRates(spec=setup.spec, family=trainable.family)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

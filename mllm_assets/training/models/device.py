@@ -1,5 +1,6 @@
 """The machine: which device computes, in which precision, and how much memory it has and has used."""
 
+import importlib.util
 import os
 import platform
 import resource
@@ -46,12 +47,14 @@ class Device:
 class Precision:
     """`weights`: the dtype that frozen weights have; `autocast`: bf16, fp16 or no mixed precision.
 
-    With `quantization`, frozen linear layers have 4 or 8 bits, and `weights` is what they compute in.
+    With `quantization`, frozen linear layers have 4 or 8 bits, and `weights` is what they compute in. `attention` is
+    transformers' name of another attention than the model's usual one, PyTorch's sdpa.
     """
 
     weights: torch.dtype
     autocast: str | None
     quantization: Quantization | None = None
+    attention: str | None = None
 
     @property
     def computed(self) -> torch.dtype:
@@ -68,7 +71,8 @@ class Precision:
 
     def describe(self) -> str:
         quantized = f", {self.quantization.describe()}" if self.quantization else ""
-        return f"{str(self.weights).removeprefix('torch.')}, autocast {self.autocast}{quantized}"
+        attention = f", {self.attention} attention" if self.attention else ""
+        return f"{str(self.weights).removeprefix('torch.')}, autocast {self.autocast}{quantized}{attention}"
 
 
 def pick_device(wanted: str = "auto", *, use_cpu: bool = False) -> Device:
@@ -148,7 +152,29 @@ def pick_precision(spec: TrainSpec, device: Device) -> Precision:
             "among them."
         )
     autocast = "fp16" if spec.fp16 else "bf16" if spec.bf16 else None
-    return Precision(weights=weights, autocast=autocast, quantization=quantization)
+    attention = pick_attention(spec, device)
+    return Precision(weights=weights, autocast=autocast, quantization=quantization, attention=attention)
+
+
+def pick_attention(spec: TrainSpec, device: Device) -> str | None:
+    """Read `flash_attn`: transformers' name of what computes attention, None for the model's usual sdpa.
+
+    Raises:
+        MachineError: FlashAttention is asked for where it cannot run.
+    """
+    if spec.flash_attn != "fa2":
+        return "eager" if spec.flash_attn == "disabled" else None
+    instead = "Set flash_attn: auto, with which PyTorch's sdpa computes the same"
+    if device.kind != "cuda":
+        raise MachineError(f"flash_attn: fa2 needs a CUDA device, and this run is on {device.kind}. {instead}.")
+    if weights_dtype(spec) == torch.float32:
+        raise MachineError(f"flash_attn: fa2 computes in 16 bits, and this run in 32. {instead}, or set bf16: true.")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise MachineError(
+            f"flash_attn: fa2 needs the package flash-attn, which is not installed. {instead}, or install it "
+            "(pip install flash-attn --no-build-isolation)."
+        )
+    return "flash_attention_2"
 
 
 def peak_memory_gib(device: Device) -> float:

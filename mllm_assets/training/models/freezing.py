@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import set_seed
 
 from mllm_assets.errors import RecipeError, nearest
 from mllm_assets.families.family import FAMILIES, Family
-from mllm_assets.recipe.spec import TrainSpec, split_names
+from mllm_assets.recipe.method_keys import split_names
+from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.models.quantization import num_values
 
 FREEZING_KEYS = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
@@ -32,6 +34,7 @@ class TrainableSet:
     num_trainable_params: int
     num_params: int
     warnings: list[str] = field(default_factory=list)  # what the recipe asks for that has no effect
+    adapter_stands_alone: bool = True  # whether LoRA's adapter on the model that the run starts from is the trained one
 
     @property
     def tower_trains(self) -> bool:
@@ -71,6 +74,7 @@ def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
         num_trainable_params=sum(p.numel() for _, p in trainable),
         num_params=num_params,
         warnings=notes,
+        adapter_stands_alone=not spec.pissa_init,
     )
 
 
@@ -155,6 +159,11 @@ def _add_lora(spec: TrainSpec, model: nn.Module, notes: list[str]) -> nn.Module:
                 f"lora_target names {target}, but it trains nothing: its layers are frozen by "
                 f"{FROZEN_BY}, or take no adapter, as lm_head."
             )
+    if spec.pissa_init:
+        notes.append(
+            "pissa_init takes the adapters out of the base's weights, so that they fit only what is left of it: the "
+            "merged model/ is published, and no adapter/."
+        )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         inference_mode=False,
@@ -164,7 +173,11 @@ def _add_lora(spec: TrainSpec, model: nn.Module, notes: list[str]) -> nn.Module:
         lora_dropout=spec.lora_dropout,
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
+        modules_to_save=additional_targets(spec, model),
+        init_lora_weights=_initial_weights(spec, model),
     )
+    if spec.pissa_init:
+        set_seed(spec.seed)  # part of what stays frozen follows from its draws, wherever the model is loaded again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 reads a name that transformers 5.23 deprecates
         adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
@@ -173,6 +186,42 @@ def _add_lora(spec: TrainSpec, model: nn.Module, notes: list[str]) -> nn.Module:
         for tuner in tuners:
             tuner.cast_input_dtype_enabled = False
     return adapted
+
+
+def _initial_weights(spec: TrainSpec, model: nn.Module) -> Any:
+    """PEFT's name for how adapters begin; a shape on `meta` has nothing to decompose."""
+    if not spec.pissa_init or next(model.parameters()).is_meta:
+        return True
+    return "pissa" if spec.pissa_iter == -1 else f"pissa_niter_{spec.pissa_iter}"
+
+
+def additional_targets(spec: TrainSpec, model: nn.Module) -> list[str] | None:
+    """Return the modules that train whole next to LoRA, by the ends of their names, as PEFT takes them.
+
+    Raises:
+        RecipeError: There is no such module, or it cannot train so. Names what to write instead.
+    """
+    targets = list(split_names(spec.additional_target))
+    modules = dict(model.named_modules())
+    if unknown := [t for t in targets if not any(name.endswith(t) for name in modules if name)]:
+        known = {name.split(".")[-1] for name, module in modules.items() if any(True for _ in module.parameters())}
+        raise _unknown_modules("additional_target", unknown, {name for name in known if name and not name.isdigit()})
+    family = model_family(model)
+    for target in targets:
+        names = [name for name in modules if name.endswith(target)]
+        if spec.freeze_vision_tower and any(key in name for name in names for key in family.vision_keys):
+            raise RecipeError(
+                f"additional_target names {target}, which is part of the vision tower, and freeze_vision_tower is "
+                "true. Set freeze_vision_tower: false, or name another module."
+            )
+        outer: Any = model
+        tied = {outer.get_input_embeddings(), outer.get_output_embeddings()}
+        if outer.config.get_text_config().tie_word_embeddings and any(modules[name] in tied for name in names):
+            raise RecipeError(
+                f"additional_target names {target}, whose weights the model's input and output share; PEFT would train "
+                "a copy for one of the two. Use finetuning_type: freeze with freeze_extra_modules: embed_tokens."
+            )
+    return targets or None
 
 
 def lora_targets(spec: TrainSpec, model: nn.Module) -> list[str]:

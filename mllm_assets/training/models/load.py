@@ -104,6 +104,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantization: Quantization | None = None,
+    attention: str | None = None,
 ) -> Any:
     """Load weights strictly: every key of the model is in the files and every key of the files in the model.
 
@@ -112,6 +113,7 @@ def load_model(
         dtype: Of all weights; None keeps the directory's own.
         device: Where the model is put.
         quantization: Of the frozen linear layers, on the CPU, so that it gives the same values for every device.
+        attention: What computes attention, by transformers' name; None for the model's usual one.
 
     Raises:
         ModelError: No known family, no weights, or keys are missing or unexpected.
@@ -128,6 +130,7 @@ def load_model(
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
+            attn_implementation=attention,
             **quantized,
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -152,10 +155,10 @@ def load_model(
     return model.to(device)
 
 
-def model_on_meta(config: Any, *, dtype: torch.dtype = torch.float32) -> Any:
+def model_on_meta(config: Any, *, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
     """Return the model's shape without any memory behind it."""
     with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(config)
+        model: Any = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
     return model.to(dtype)
 
 
@@ -174,9 +177,15 @@ def save_model(model: Any, processor: Any, directory: Path, *, source: Path) -> 
 
 
 def publish_model(
-    model: Any, processor: Any, run_dir: Path, source: Path, batch: dict[str, torch.Tensor]
+    model: Any,
+    processor: Any,
+    run_dir: Path,
+    source: Path,
+    batch: dict[str, torch.Tensor],
+    *,
+    with_adapter: bool = True,
 ) -> dict[str, Any]:
-    """Write `model/` (and `adapter/` for LoRA), reload it strictly and compare one batch's loss.
+    """Write `model/` (and `adapter/` for LoRA, `with_adapter`), reload it strictly and compare one batch's loss.
 
     Raises:
         IntegrityError: The loss differs, or the weights do not fit what was saved.
@@ -191,7 +200,8 @@ def publish_model(
         staging.mkdir()
         try:
             if hasattr(model, "merge_and_unload"):
-                model.save_pretrained(staging / "adapter")
+                if with_adapter:
+                    model.save_pretrained(staging / "adapter")
                 model = model.merge_and_unload()
             cast_weights(model, config_dtype)
             model.requires_grad_(False)

@@ -17,7 +17,6 @@ from mllm_assets.artifacts import digest_json, is_complete, point_symlink, read_
 from mllm_assets.data.curate.leaks import Stage, training_lineage
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import ModelError, RecipeError
-from mllm_assets.recipe.keys import METHOD_KEYS
 from mllm_assets.recipe.load import Recipe, load_recipe, with_config_files
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.runs.models import (
@@ -242,15 +241,14 @@ def point_latest(plan: RunPlan) -> None:
 def semantic_values(spec: TrainSpec) -> dict[str, Any]:
     """The fields that decide which weights come out."""
     scopes = {"semantic", "selection"} if spec.evaluation_selects else {"semantic"}
-    idle = {key for method, keys in METHOD_KEYS.items() if method != spec.finetuning_type for key in keys}
+    idle = set(spec.idle_method_keys)
     if not spec.packs:
         idle |= {"preprocessing_batch_size", "preprocessing_num_workers"}
     if len(spec.train_entries) == 1 and len(spec.eval_entries) < 2:
         idle |= {"mix_strategy", "interleave_probs"}
     if spec.quantization_bit is None:
-        idle |= {"quantization_bit", "quantization_type", "double_quantization"}
-    elif spec.quantization_bit != 4:
-        idle |= {"quantization_type", "double_quantization"}
+        idle.add("quantization_bit")
+    idle |= {f.name for f in dataclasses.fields(spec) if "added" in f.metadata and getattr(spec, f.name) == f.default}
     return {
         f.name: getattr(spec, f.name)
         for f in dataclasses.fields(spec)

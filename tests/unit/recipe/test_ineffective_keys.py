@@ -17,7 +17,8 @@ BASE = "model_name_or_path: m\ndataset: d\ntemplate: gemma3\ndo_train: true\n"
         ("freeze_trainable_layers: 3", "freeze_trainable_layers has no effect: finetuning_type is lora, not freeze."),
         (
             "freeze_multi_modal_projector: false",
-            "freeze_multi_modal_projector has no effect: LoRA trains adapters only, and the projector gets none.",
+            "freeze_multi_modal_projector has no effect: LoRA trains adapters only, and the projector gets none; "
+            "additional_target names modules that train whole.",
         ),
         (
             "preprocessing_num_workers: 4",
@@ -40,6 +41,9 @@ BASE = "model_name_or_path: m\ndataset: d\ntemplate: gemma3\ndo_train: true\n"
             "val_size has no effect: eval_strategy is no: its rows are held out all the same, and not evaluated.",
         ),
         ("greater_is_better: true", "greater_is_better has no effect: evaluation does not choose the weights."),
+        ("pissa_iter: 4", "pissa_iter has no effect: pissa_init is not set."),
+        ("vision_lr: 1e-4", "vision_lr has no effect: freeze_vision_tower is true, so nothing of the tower trains."),
+        ("merger_lr: 1e-4", "projector_lr has no effect: the projector does not train."),
         ("preserve_thinking: true", "preserve_thinking has no effect: the template gemma3 has no place for reasoning."),
     ],
 )
@@ -55,7 +59,8 @@ def test_a_key_without_effect_is_named(tmp_path: Path, lines: str, note: str) ->
         "lora_rank: 4",
         "packing: true\npreprocessing_num_workers: 4",
         "eval_strategy: steps\neval_steps: 5\neval_dataset: e",
-        "finetuning_type: freeze\nfreeze_trainable_layers: 3\nfreeze_multi_modal_projector: false",
+        "finetuning_type: freeze\nfreeze_trainable_layers: 3\nfreeze_multi_modal_projector: false\nprojector_lr: 1e-3",
+        "freeze_multi_modal_projector: false\nadditional_target: multi_modal_projector\nloraplus_lr_ratio: 4",
     ],
 )
 def test_a_key_with_effect_is_not(tmp_path: Path, lines: str) -> None:

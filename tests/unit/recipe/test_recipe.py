@@ -71,6 +71,11 @@ def test_a_list_serves_as_a_comma_list(recipe_file) -> None:
     assert split_names(" a , b,") == ("a", "b") and split_names(None) == ()
 
 
+def test_shares_may_be_a_list_of_numbers(recipe_file) -> None:
+    values = "mix_strategy: interleave_over\ninterleave_probs: [0.7, 0.3]\n"
+    assert load_recipe(recipe_file(values), ["dataset=a,b"]).spec.probabilities == [0.7, 0.3]
+
+
 def test_derived_defaults_are_those_of_llamafactory_and_transformers() -> None:
     assert spec_of().lora_alpha == 16
     assert spec_of(lora_rank=4).lora_alpha == 8

@@ -63,6 +63,19 @@ def test_a_prompt_ends_where_the_model_answers(processor: Any, rows: list[Row]) 
     assert full.input_ids[: len(prompt.input_ids)] == prompt.input_ids
 
 
+def test_a_default_system_text_is_that_of_rows_without_one_in_training_and_questions(
+    processor: Any, rows: list[Row]
+) -> None:
+    """Whoever asks the trained model reads the same settings from its recipe."""
+    plain = next(row for row in rows if row.messages[0].role == "user")
+    own = next(row for row in rows if row.messages[0].role == "system")
+    encoder = Encoder(processor, TurnSettings.of({"default_system": "Name it."}))
+    told = replace(plain, messages=(Message("system", "Name it."), *plain.messages))
+    assert encoder.encode(plain) == Encoder(processor).encode(told)
+    assert encoder.encode_prompt(plain) == Encoder(processor).encode_prompt(told)
+    assert encoder.encode(own) == Encoder(processor).encode(own)
+
+
 def test_a_cutoff_inside_an_image_is_refused_by_row(processor: Any, rows: list[Row]) -> None:
     """LLaMA-Factory cuts the image tokens and fails in the forward pass, without a word about the row."""
     what = "cutoff_len 10 leaves 0 of 4 image tokens. Set cutoff_len: 18 or more"

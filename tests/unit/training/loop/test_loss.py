@@ -8,16 +8,17 @@ from mllm_assets.training.loop import loss
 from mllm_assets.training.loop.loss import frozen_head_loss
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_loss_and_gradient_are_those_of_cross_entropy(dtype: torch.dtype, tolerance: float) -> None:
+def test_loss_and_gradient_are_those_of_cross_entropy(dtype: torch.dtype, tolerance: float, smoothing: float) -> None:
     """5000 words do not fill whole blocks, and large logits would overflow without the running maximum."""
     torch.manual_seed(0)
     weight = torch.randn(5000, 24).to(dtype)
     labels = torch.randint(0, 5000, (7,))
     plain = (torch.randn(7, 24) * 20).to(dtype).requires_grad_()
     blocked = plain.detach().clone().requires_grad_()
-    expected = functional.cross_entropy(functional.linear(plain, weight).float(), labels)
-    found = frozen_head_loss(blocked, weight, labels)
+    expected = functional.cross_entropy(functional.linear(plain, weight).float(), labels, label_smoothing=smoothing)
+    found = frozen_head_loss(blocked, weight, labels, smoothing)
     expected.backward()
     (3 * found).backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-6 if dtype == torch.float32 else 5e-3)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mllm_assets.errors import MachineError, RecipeError
+from mllm_assets.families.family import FAMILIES, require_attention
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import CachePlan, Setup
@@ -81,6 +82,20 @@ def test_the_recipes_use_cpu_wins_over_auto() -> None:
 def test_fp16_on_the_cpu_is_refused() -> None:
     with pytest.raises(MachineError, match=r"fp16 needs a CUDA device, and this run is on cpu"):
         pick_precision(make_spec(fp16=True), CPU)
+
+
+def test_flash_attention_that_cannot_run_is_refused_and_eager_is_another_precision() -> None:
+    """Cached features of eager and sdpa differ in their last bits, and are named by the precision."""
+    with pytest.raises(MachineError, match=r"flash_attn: fa2 needs a CUDA device, and this run is on cpu\. Set flash"):
+        pick_precision(make_spec(flash_attn="fa2", bf16=True), CPU)
+    with pytest.raises(MachineError, match=r"flash_attn: fa2 computes in 16 bits, and this run in 32\. Set flash_attn"):
+        pick_precision(make_spec(flash_attn="fa2"), dataclasses.replace(CPU, kind="cuda"))
+    with pytest.raises(RecipeError, match=r"flash_attn is fa2, .* in Gemma 3 .* Set flash_attn: auto"):
+        require_attention("fa2", FAMILIES["gemma3"])
+    require_attention("fa2", FAMILIES["qwen2_5_vl"])
+    eager, usual = (pick_precision(make_spec(flash_attn=name), CPU) for name in ("disabled", "sdpa"))
+    assert eager.describe() == "float32, autocast None, eager attention"
+    assert usual == pick_precision(make_spec(), CPU)
 
 
 def test_bf16_means_bf16_weights_under_autocast() -> None:

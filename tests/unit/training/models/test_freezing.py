@@ -11,6 +11,7 @@ from transformers import Gemma3Config
 
 from mllm_assets.errors import RecipeError
 from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.loop.learning_rates import LearningRates
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.load import load_config, load_model, model_on_meta
 
@@ -63,7 +64,7 @@ def test_what_trains_for_the_guides_recipes(golden: Callable[[str, Any], None], 
     )
 
 
-@pytest.mark.parametrize("name", ["projector", "freeze", "full", "lora"])
+@pytest.mark.parametrize("name", ["projector", "freeze", "full", "lora", "lora_additional"])
 def test_what_trains_equals_llamafactorys_set_in_order(parity_dir: Path, name: str) -> None:
     reference = json.loads((parity_dir / "reference" / f"{name}.json").read_text())
     known = {field.name for field in fields(TrainSpec)}
@@ -143,6 +144,48 @@ def test_a_name_whose_modules_stay_frozen_is_said(parity_dir: Path, values: dict
     trainable = freezing.apply(make_spec(**values), model_on_meta(load_config(parity_dir / "model")))
     (warning,) = trainable.warnings
     assert warning.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("multi_modal_projecto", r"which the model does not have\. Did you mean multi_modal_projector\?"),
+        ("vision_tower", r"part of the vision tower, and freeze_vision_tower is true\. Set freeze_vision_tower: false"),
+        ("embed_tokens", r"whose weights the model's input and output share; .* Use finetuning_type: freeze with"),
+        ("lm_head", r"whose weights the model's input and output share"),
+    ],
+)
+def test_a_module_that_cannot_train_whole_beside_lora_is_refused(parity_dir: Path, target: str, said: str) -> None:
+    """PEFT passes over a name that it does not find, and merges one copy of a tied embedding only."""
+    with pytest.raises(RecipeError, match=f"additional_target names '?{target}'?, {said}"):
+        freezing.apply(make_spec(additional_target=target), model_on_meta(load_config(parity_dir / "model")))
+
+
+@pytest.mark.parametrize(
+    ("values", "rates"),
+    [
+        ({"loraplus_lr_ratio": 4.0, "additional_target": "multi_modal_projector"}, {"lora_A": 1e-3, "lora_B": 4e-3,
+                                                        "mm_input_projection": 1e-3, "mm_soft_emb_norm": 4e-3}),
+        ({"finetuning_type": "full", "freeze_vision_tower": False, "freeze_multi_modal_projector": False,
+          "vision_lr": 1e-5, "projector_lr": 1e-4},
+         {"vision_tower": 1e-5, "multi_modal_projector": 1e-4, "language_model": 1e-3}),
+        ({"finetuning_type": "full", "vision_lr": None}, None),
+    ],
+)  # fmt: skip
+def test_each_part_learns_at_its_own_rate(
+    parity_dir: Path, values: dict[str, Any], rates: dict[str, float] | None
+) -> None:
+    spec = make_spec(learning_rate=1e-3, **values)
+    trainable = freezing.apply(spec, model_on_meta(load_config(parity_dir / "model")))
+    names = {id(p): name for name, p in trainable.model.named_parameters()}
+    groups = LearningRates(spec=spec, family=trainable.family).groups(trainable.model, trainable.names)
+    if rates is None:
+        assert groups is None
+        return
+    found = {names[id(p)]: group["lr"] for group in groups or () for p in group["params"]}
+    assert sorted(found) == sorted(trainable.names), "each once"
+    for name, rate in found.items():
+        assert [rate] == [wanted for part, wanted in rates.items() if part in name], name
 
 
 def test_lora_reaches_the_tower_only_when_it_is_not_frozen(parity_dir: Path) -> None:

@@ -43,6 +43,15 @@ def name_of(train: str = "t1", val: str = "v1", model: str = "m1", num_processes
         {"packing": True},
         {"neat_packing": True},
         {"eval_dataset": None, "val_size": 0.2},
+        {"default_system": "Answer."},
+        {"default_system": ""},
+        {"label_smoothing_factor": 0.1},
+        {"neftune_noise_alpha": 5.0},
+        {"loraplus_lr_ratio": 4.0},
+        {"additional_target": "multi_modal_projector"},
+        {"pissa_init": True},
+        {"vision_lr": 1e-6},
+        {"flash_attn": "disabled"},
     ],
     ids=str,
 )
@@ -70,6 +79,8 @@ def test_what_changes_the_weights_changes_the_name(change: dict) -> None:
         {"ddp_timeout": 180000000},
         {"preprocessing_batch_size": 10},  # nothing is packed
         {"mix_strategy": "interleave_under"},  # of one entry
+        {"pissa_iter": 4},  # without pissa_init
+        {"flash_attn": "auto"},
         {"freeze_trainable_layers": 3},  # it is a LoRA recipe
         {"quantization_type": "fp4", "double_quantization": False},  # nothing is quantised
     ],
@@ -78,6 +89,11 @@ def test_what_changes_the_weights_changes_the_name(change: dict) -> None:
 def test_what_does_not_change_the_weights_keeps_the_name(change: dict) -> None:
     """A new name would throw a finished run away because somebody wanted more log lines."""
     assert name_of(**change) == name_of()
+
+
+def test_a_key_that_runs_are_older_than_leaves_their_names() -> None:
+    """Each new key would otherwise throw away every finished run."""
+    assert name_of() == "1b00cb2b4db8fc77"
 
 
 @pytest.mark.parametrize(
