@@ -150,7 +150,10 @@ def test_a_name_whose_modules_stay_frozen_is_said(parity_dir: Path, values: dict
     ("target", "said"),
     [
         ("multi_modal_projecto", r"which the model does not have\. Did you mean multi_modal_projector\?"),
-        ("vision_tower", r"part of the vision tower, and freeze_vision_tower is true\. Set freeze_vision_tower: false"),
+        (
+            "vision_tower",
+            r"which is part of the vision tower, and freeze_vision_tower is true\. Set freeze_vision_tower: false",
+        ),
         ("embed_tokens", r"whose weights the model's input and output share; .* Use finetuning_type: freeze with"),
         ("lm_head", r"whose weights the model's input and output share"),
     ],
