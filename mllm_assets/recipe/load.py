@@ -12,7 +12,7 @@ from typing import Any
 from mllm_assets.artifacts import slug
 from mllm_assets.errors import RecipeError, all_of
 from mllm_assets.families.family import TEMPLATES
-from mllm_assets.recipe.keys import ALIASES, KEYS, ineffective_notes, repeated_notes
+from mllm_assets.recipe.keys import ALIASES, KEYS, ineffective_notes, repeated_notes, value_advice
 from mllm_assets.recipe.other_names import advice_for
 from mllm_assets.recipe.spec import InvalidValueError, TrainSpec
 from mllm_assets.recipe.yaml_file import Entry, WrongTypeError, convert, parse_value, read_yaml
@@ -168,7 +168,7 @@ def _check(written: str, entry: Entry) -> tuple[str, Entry, str | None]:
     try:
         value = convert(value, key.annotation)
     except WrongTypeError as error:
-        raise RecipeError(f"{entry.where}: {written}: {error}. Change the value.") from None
+        raise RecipeError(f"{entry.where}: {written}: {error}. {value_advice(name, value)}") from None
     note = None
     if key.status != "supported" and key.asks_for_something(value):
         # The value is not shown: it may be a secret

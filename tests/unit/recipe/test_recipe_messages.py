@@ -38,13 +38,28 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("learning_rate: .nan", "r.yaml:5: learning_rate: expected a number, got nan. Change the value."),
         (
             "finetuning_type: oft",
-            "r.yaml:5: finetuning_type: expected one of lora, freeze, full, got the text 'oft'. Change the value.",
+            "r.yaml:5: finetuning_type: expected one of lora, freeze, full, got the text 'oft'. Set "
+            "finetuning_type: lora, whose adapters are merged in the same way.",
         ),
         ("output_dir: 7", "r.yaml:5: output_dir: expected text, got 7. Change the value."),
         (
             "use_galore: true",
             "r.yaml:5: use_galore is not supported with this value: the engine trains with PyTorch's own optimizers. "
             "Delete the line and choose one with optim.",
+        ),
+        (
+            "optim: adamw_8bit",
+            "r.yaml:5: optim: expected one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, "
+            "got the text 'adamw_8bit'. Optimizer states in 8 bits are not kept here. Set optim: adamw_torch",
+        ),
+        (
+            "optim: muon",
+            "r.yaml:5: optim: expected one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, "
+            "got the text 'muon'. Set optim: adamw_torch_fused, LLaMA-Factory's default.",
+        ),
+        (
+            "add_tokens: <a>",
+            "r.yaml:5: add_tokens is not supported with this value: tokens belong to the model, so that whoever loads",
         ),
         (
             "quantization_bit: 4\nfinetuning_type: full",
