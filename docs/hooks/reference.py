@@ -10,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal
 
 from metadata_keys import COST_KEYS, METADATA_KEYS, PROGRESS_KEYS
+from recipe_keys import KEY_SENTENCES
 
 from mllm_assets.cli import _parser
 from mllm_assets.data.ingest.flags import PROBES
@@ -33,8 +34,11 @@ def recipe_keys() -> str:
         f"## Supported ({len(supported)})",
         "",
         *_table(
-            ("key", "type", "default"),
-            ((f"`{name}`", _type(key.annotation), _default(key)) for name, key in supported.items()),
+            ("key", "what it does", "type", "default"),
+            (
+                (f"`{name}`", KEY_SENTENCES[name], _type(key.annotation), _default(key))
+                for name, key in supported.items()
+            ),
         ),
         "",
         "Older names: " + ", ".join(f"`{old}` is `{alias.name}`" for old, alias in sorted(ALIASES.items())) + ".",

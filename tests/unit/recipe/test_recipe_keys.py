@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import runpy
 from pathlib import Path
 
 from mllm_assets.recipe.keys import ALIASES, KEYS
@@ -60,3 +61,9 @@ def test_every_supported_key_is_read_by_the_code() -> None:
         if not field.metadata["hf"] and not re.search(rf"\.{field.name}\b", source)
     }
     assert unread <= read_in_spec
+
+
+def test_every_supported_key_has_a_sentence_in_the_reference() -> None:
+    """The table had names, types and defaults, and who did not know a key already learnt nothing."""
+    sentences = runpy.run_path(str(Path(__file__).parents[3] / "docs/hooks/recipe_keys.py"))["KEY_SENTENCES"]
+    assert [name for name, key in KEYS.items() if key.status == "supported" and name not in sentences] == []
