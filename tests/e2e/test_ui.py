@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from tests.integration.conftest import copied_project, emoji_ready, line_of, processes_of, wait_for
 from tests.integration.dagster_dev import Server, loaded_location, serve
@@ -50,7 +50,7 @@ def test_the_graph_shows_one_line_in_its_groups(server: Server, page: Page) -> N
 
 def test_a_checkpoint_shows_what_trained_and_the_plot_of_its_loss_opens(server: Server, page: Page) -> None:
     page.goto(f"{server.url}/assets/mine/checkpoint")
-    for text in ("num_steps", "trainable", "language_model.embed_tokens", "recipe: mine", "PyTorch"):
+    for text in ("num_steps", "trainable", "recipe: mine", "PyTorch"):
         expect(page.get_by_text(text, exact=True).first).to_be_visible()
     open_markdown(page, "training_loss")
 
@@ -63,10 +63,55 @@ def test_the_gallery_opens(server: Server, page: Page) -> None:
 
 def open_markdown(page: Page, key: str) -> None:
     """Open a piece of metadata, and see that its first picture was drawn."""
-    page.locator("tr", has=page.get_by_text(key, exact=True)).get_by_text("Show Markdown").click()
-    picture = page.get_by_role("dialog").locator("img").first
+    picture = window(page, key).locator("img").first
     expect(picture).to_be_visible()
     assert picture.evaluate("image => image.naturalWidth") > 0
+
+
+def window(page: Page, key: str) -> Locator:
+    """Open the window of a piece of metadata."""
+    page.locator("tr", has=page.get_by_text(key, exact=True)).get_by_text("Show Markdown").first.click()
+    return page.get_by_role("dialog")
+
+
+# of each asset of the line: what is behind "Show Markdown", and a text or a picture in it
+PAGES = {
+    "emoji/raw": {"rows": "img"},
+    "emoji/sample_quality": {"report": "img"},
+    "emoji/train": {"rows": "img"},
+    "mine/checkpoint": {"training_loss": "img", "trainable": "text=language_model.embed_tokens"},
+    "mine/predictions": {"gallery": "text=tuned model"},
+    "mine/eval_metrics": {
+        "metrics": "text=label_accuracy",
+        "confusion": "img",
+        "gates": "text=beats_most_common_answer",
+    },
+}
+TOO_WIDE = """tables => tables.map(table => [table, table.closest("td, [role=dialog]")]).filter(([table, column]) => {
+    if (!column) return false;
+    const box = table.closest("[class*=ScrollContainer]") ?? column;
+    return table.getBoundingClientRect().right > Math.min(box.getBoundingClientRect().right, innerWidth) + 1;
+}).map(([table]) => table.innerText.slice(0, 80))"""
+
+
+@pytest.mark.parametrize("width_px", [1440, 1280])
+def test_no_table_or_picture_of_an_assets_page_is_wider_than_its_column(
+    server: Server, page: Page, width_px: int
+) -> None:
+    """Eight columns of metrics, the confusion matrix and the sentences of the gates went off the screen."""
+    page.set_viewport_size({"width": width_px, "height": 1000})
+    for asset, windows in PAGES.items():
+        page.goto(f"{server.url}/assets/{asset}")
+        expect(page.get_by_text("cost_wall_s", exact=True).first).to_be_visible()
+        assert page.locator("td table").evaluate_all(TOO_WIDE) == [], asset
+        for key, content in windows.items():
+            opened = window(page, key)
+            expect(opened.locator(content).first).to_be_visible()
+            assert opened.locator("table").evaluate_all(TOO_WIDE) == [], f"{asset}: {key}"
+            right = opened.locator("img, table").first.evaluate("found => found.getBoundingClientRect().right")
+            assert right <= opened.evaluate("found => found.getBoundingClientRect().right"), f"{asset}: {key}"
+            page.keyboard.press("Escape")
+            expect(opened).to_have_count(0)
 
 
 def test_a_failed_gate_can_be_read(server: Server, page: Page) -> None:

@@ -12,13 +12,14 @@ from pydantic import Field, create_model
 from mllm_assets.artifacts import digest_json, read_manifest
 from mllm_assets.components.assets.lineage import find_origin, model_directory, pull_data, upstream_path
 from mllm_assets.components.assets.step import step
-from mllm_assets.components.reporting import RELOADS, gate_checks, gate_specs, image_markdown, link, rounded, table
+from mllm_assets.components.reporting import RELOADS, gate_checks, gate_specs, image_markdown, in_window, link, rounded
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.slots import RUN_TAG
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.checks import CheckOutcome
 from mllm_assets.data.curate.leaks import datasets_share_no_image, training_lineage
 from mllm_assets.data.curate.register import judging_entries
+from mllm_assets.data.quality.report import markdown_table
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import DataError
 from mllm_assets.evaluation.gates import GateSpec, reload_gate
@@ -228,15 +229,17 @@ def _checkpoint_result(
             "warnings": dg.MetadataValue.json(result["warnings"]),
             "caches": dg.MetadataValue.json(result["caches"]),
             "device": dg.MetadataValue.json(result["device"]),
-            "trainable": _trainable_table(result["trainable"], result["num_params"]),
+            "trainable": in_window(_trainable_markdown(result["trainable"], result["num_params"])),
         },
     )
 
 
-def _trainable_table(trainable: Sequence[Mapping[str, Any]], num_params: int) -> dg.TableMetadataValue:
+def _trainable_markdown(trainable: Sequence[Mapping[str, Any]], num_params: int) -> str:
     """What trains, equal layers in one row, with its share of all parameters of the model."""
-    rows = [
-        {"module": name, "tensors": f"{tensors:,}", "parameters": f"{params:,}", "share": f"{params / num_params:.2%}"}
-        for name, tensors, params in folded(trainable)
-    ]
-    return table(rows, dict.fromkeys(("module", "tensors", "parameters", "share"), "string"))
+    return markdown_table(
+        ("module", "tensors", "parameters", "share"),
+        (
+            (name, f"{tensors:,}", f"{params:,}", f"{params / num_params:.2%}")
+            for name, tensors, params in folded(trainable)
+        ),
+    )

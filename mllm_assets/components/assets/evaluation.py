@@ -17,7 +17,16 @@ from mllm_assets.components.assets.lineage import (
     upstream_path,
 )
 from mllm_assets.components.assets.step import step
-from mllm_assets.components.reporting import gate_checks, gate_specs, image_markdown, link, metric_gates, rounded, table
+from mllm_assets.components.reporting import (
+    gate_checks,
+    gate_specs,
+    image_markdown,
+    in_window,
+    link,
+    metric_gates,
+    rounded,
+    table,
+)
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.register import judging_entries
@@ -181,7 +190,7 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
                 "num_samples": scored.num_samples,
                 "path": project.layout.relative(scored.directory),
                 **_tables(metrics),
-                "gates": dg.MetadataValue.md(gates_markdown([asdict(result) for result in results])),
+                "gates": in_window(gates_markdown([asdict(result) for result in results])),
                 "definitions": dg.MetadataValue.json(metrics["definitions"]),
             },
         )
@@ -205,9 +214,9 @@ def _tables(metrics: Mapping[str, Any]) -> dict[str, dg.MetadataValue]:
     found: dict[str, dg.MetadataValue] = {}
     for entry, scored in metrics["entries"].items():
         of_entry = f"_{entry}" if len(metrics["entries"]) > 1 else ""
-        found[f"metrics{of_entry}"] = dg.MetadataValue.md(metrics_markdown(scored))
+        found[f"metrics{of_entry}"] = in_window(metrics_markdown(scored))
         if gains := (metrics["over_release"] or {}).get(entry):
-            found[f"gains_over_release{of_entry}"] = dg.MetadataValue.md(release_gains_markdown(gains))
+            found[f"gains_over_release{of_entry}"] = in_window(release_gains_markdown(gains))
         if "confusion" in scored:
             confusion = scored["confusion"]["tuned"]
             if (png := confusion_png(confusion)) is not None:

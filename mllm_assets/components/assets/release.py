@@ -17,7 +17,7 @@ from mllm_assets.components.assets.lineage import (
     upstream_path,
 )
 from mllm_assets.components.assets.step import step
-from mllm_assets.components.reporting import link, table
+from mllm_assets.components.reporting import in_window, link, table
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.leaks import require_sound_versions
@@ -103,7 +103,7 @@ def _release_result(
             "model_card": dg.MetadataValue.md((release.directory / "README.md").read_text(encoding="utf-8")),
             "path": layout.relative(release.directory),
             "leaks": list(leaks),
-            "gates": dg.MetadataValue.md(gates_markdown(read_manifest(release.directory)["gates"])),
+            "gates": in_window(gates_markdown(read_manifest(release.directory)["gates"])),
         },
     )
 
