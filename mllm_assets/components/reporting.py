@@ -89,9 +89,9 @@ def in_window(markdown: str) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md(markdown.ljust(1000, "\n"))
 
 
-def image_markdown(name: str, png: bytes) -> dg.MarkdownMetadataValue:
-    """A PNG inside the metadata; the UI shows it behind "Show Markdown"."""
-    return dg.MetadataValue.md(f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})")
+def png_markdown(name: str, png: bytes) -> str:
+    """A picture inside the metadata."""
+    return f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})"
 
 
 def load_project(folder: Path) -> dg.Definitions:

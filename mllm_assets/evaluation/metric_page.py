@@ -56,15 +56,15 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:z.4g}"
 
 
-def mistakes(confusion: Mapping[str, Any]) -> list[dict[str, Any]]:
+def mistakes_markdown(confusion: Mapping[str, Any]) -> str:
     """What was named most often instead of the right label: at most `MAX_MISTAKES`, the most frequent first."""
     found = [
-        {"label": label, "named": name, "count": count}
+        (label, name, count)
         for label, counts in zip(confusion["labels"], confusion["counts"], strict=True)
         for name, count in zip(confusion["named"], counts, strict=True)
         if count and name != label
     ]
-    return sorted(found, key=lambda row: -row["count"])[:MAX_MISTAKES]
+    return markdown_table(("right label", "named", "samples"), sorted(found, key=lambda row: -row[2])[:MAX_MISTAKES])
 
 
 def confusion_png(confusion: Mapping[str, Any]) -> bytes | None:

@@ -12,7 +12,7 @@ from pydantic import Field, create_model
 from mllm_assets.artifacts import digest_json, read_manifest
 from mllm_assets.components.assets.lineage import find_origin, model_directory, pull_data, upstream_path
 from mllm_assets.components.assets.step import step
-from mllm_assets.components.reporting import RELOADS, gate_checks, gate_specs, image_markdown, in_window, link, rounded
+from mllm_assets.components.reporting import RELOADS, gate_checks, gate_specs, in_window, link, png_markdown, rounded
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.slots import RUN_TAG
 from mllm_assets.components.wiring import Node
@@ -206,7 +206,9 @@ def _checkpoint_result(
             ),
         ],
         metadata={
-            **({"training_loss": image_markdown("training_loss", plot.read_bytes())} if plot.is_file() else {}),
+            **(
+                {"training_loss": in_window(png_markdown("training_loss", plot.read_bytes()))} if plot.is_file() else {}
+            ),
             "final_loss": rounded(result["final_loss"]),
             **({"eval_loss": rounded(result["eval_loss"])} if result["eval_loss"] is not None else {}),
             "num_steps": result["num_steps"],

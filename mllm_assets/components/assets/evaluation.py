@@ -20,12 +20,11 @@ from mllm_assets.components.assets.step import step
 from mllm_assets.components.reporting import (
     gate_checks,
     gate_specs,
-    image_markdown,
     in_window,
     link,
     metric_gates,
+    png_markdown,
     rounded,
-    table,
 )
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.wiring import Node
@@ -36,7 +35,7 @@ from mllm_assets.evaluation.metric_page import (
     confusion_png,
     gates_markdown,
     metrics_markdown,
-    mistakes,
+    mistakes_markdown,
     release_gains_markdown,
 )
 from mllm_assets.evaluation.metrics import ReleasedPredictions, metric_rows, sample_metrics, score_predictions
@@ -210,7 +209,6 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _tables(metrics: Mapping[str, Any]) -> dict[str, dg.MetadataValue]:
     """Each entry's tables and the picture of its confusion matrix, with its name in the key where there are several."""
-    columns = {"label": "string", "named": "string", "count": "int"}
     found: dict[str, dg.MetadataValue] = {}
     for entry, scored in metrics["entries"].items():
         of_entry = f"_{entry}" if len(metrics["entries"]) > 1 else ""
@@ -219,7 +217,7 @@ def _tables(metrics: Mapping[str, Any]) -> dict[str, dg.MetadataValue]:
             found[f"gains_over_release{of_entry}"] = in_window(release_gains_markdown(gains))
         if "confusion" in scored:
             confusion = scored["confusion"]["tuned"]
-            if (png := confusion_png(confusion)) is not None:
-                found[f"confusion{of_entry}"] = image_markdown("confusion", png)
-            found[f"mistakes{of_entry}"] = table(mistakes(confusion), columns)
+            png = confusion_png(confusion)
+            picture = f"{png_markdown('confusion', png)}\n\n" if png else ""
+            found[f"confusion{of_entry}"] = in_window(picture + mistakes_markdown(confusion))
     return found

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from PIL import Image
 
 from mllm_assets.evaluation.gates import GateSpec, evaluate_gates
-from mllm_assets.evaluation.metric_page import confusion_png, gates_markdown, metrics_markdown, mistakes
+from mllm_assets.evaluation.metric_page import confusion_png, gates_markdown, metrics_markdown, mistakes_markdown
 from mllm_assets.evaluation.metrics import compute_metrics
 from mllm_assets.evaluation.table import to_table
 from tests.unit.evaluation.made_predictions import REFERENCES, prediction, predictions
@@ -35,6 +35,6 @@ def test_the_confusion_matrix_is_a_picture_as_wide_as_the_window_and_its_worst_c
     confusion = compute_metrics(predictions(), REFERENCES)["entries"]["pets_val"]["confusion"]["tuned"]
     with Image.open(io.BytesIO(confusion_png(confusion) or b"")) as picture:
         assert picture.width <= 900
-    assert {"label": "horse", "named": "(none)", "count": 1} in mistakes(confusion)
+    assert "| horse | (none) | 1 |" in mistakes_markdown(confusion)
     many = {"labels": [str(n) for n in range(21)], "named": [], "counts": []}
     assert confusion_png(many) is None
