@@ -185,11 +185,11 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(scored.digest),
             check_results=gate_checks(results, metric_gates()),
             metadata={
+                **_tables(metrics),
+                "gates": in_window(gates_markdown([asdict(result) for result in results])),
                 **_headline(metrics),
                 "num_samples": scored.num_samples,
                 "path": project.layout.relative(scored.directory),
-                **_tables(metrics),
-                "gates": in_window(gates_markdown([asdict(result) for result in results])),
                 "definitions": dg.MetadataValue.json(metrics["definitions"]),
             },
         )
