@@ -166,7 +166,13 @@ def staged_directory(target: Path) -> Iterator[Path]:
         publish(staging, target)
 
 
-def write_manifest(directory: Path, payload: Mapping[str, Any], *, skip: Collection[str] = ()) -> dict[str, Any]:
+def write_manifest(
+    directory: Path,
+    payload: Mapping[str, Any],
+    *,
+    skip: Collection[str] = (),
+    digest: Callable[[Path], str] = sha256_file,
+) -> dict[str, Any]:
     """Flush every file, then publish sizes and digests together with `payload`: the directory is complete from now on.
 
     Names in `skip`, right below `directory`, are left out: they are complete or deleted on their own, such as a run's
@@ -178,7 +184,7 @@ def write_manifest(directory: Path, payload: Mapping[str, Any], *, skip: Collect
         if name.parts[0] in skip:
             continue
         fsync_path(path)
-        files[name.as_posix()] = {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        files[name.as_posix()] = {"num_bytes": path.stat().st_size, "sha256": digest(path)}
     manifest = json.loads(json.dumps({**payload, "engine_version": __version__, "files": files}))
     manifest[DIGEST] = digest_json(manifest)
     write_json_atomic(directory / MANIFEST, manifest)

@@ -1,7 +1,7 @@
 """What a process reads: the digest of each file, and whether it is still the same before something is named by it."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,17 @@ class FileDigests:
         """Use a recorded digest instead of reading the file, as long as the file is not changed from now on."""
         self._known.setdefault(path, _Known(digest, digest, state_of(path.stat())))
         return digest
+
+    def states(self) -> dict[str, tuple[str, int, int]]:
+        """What was read, by path, for another process of this machine: digest, inode and time of change."""
+        return {str(path): (known.now, *known.state) for path, known in self._known.items()}
+
+    def take_untouched(self, states: Mapping[str, tuple[str, int, int]]) -> None:
+        """Use the digests of another process's `states` for files that nothing touched since it read them."""
+        for name, (digest, *state) in states.items():
+            path = Path(name)
+            if path.is_file() and state_of(path.stat()) == tuple(state):
+                self.take(path, digest)
 
     def require_unchanged(self, paths: Iterable[Path] | None = None) -> None:
         """Refuse files that are no longer what they were when their digest was first asked for; all by default.

@@ -88,8 +88,8 @@ _REFUSED = {
     "only are what makes it cheap here.": """
         use_unsloth:bool=false use_kt:bool=false use_mca:bool=false use_hyper_parallel:bool=false
         use_liger_kernel:bool=false""",
-    "steps are not compiled, since batches differ in length and each would be compiled again. Delete the line.": """
-        torch_compile:bool=false torch_compile_backend:str?=null torch_compile_mode:str?=null""",
+    "layers are compiled in PyTorch's usual way. Delete the line: torch_compile: true is enough.": """
+        torch_compile_mode:str?=null""",
     "processes share the work with DDP, fsdp or deepspeed. Delete the line.": """
         accelerator_config:any=null parallelism_config:any=null tpu_num_cores:int?=null""",
     "tokens belong to the model, so that whoever loads it has them. Delete the line; add them to the model before: "
@@ -157,7 +157,7 @@ _NO_EFFECT = {
         activation_checkpointing_kwargs:any=null use_reentrant_gc:bool=true use_unsloth_gc:bool=false""",
     "the loss of a step is the mean over its batches, as in LLaMA-Factory.": """
         average_tokens_across_devices:bool=true""",
-    "logits are computed where there is a label only, in 32 bits.": """
+    "logits are computed where there is a label only, in 32 bits; torch_compile: true makes larger kernels.": """
         enable_liger_kernel:bool=false liger_kernel_config:any=null upcast_lmhead_output:bool=false""",
     "the run reports this in its own way: bar, trainer_log.jsonl, TensorBoard, metadata of the asset.": """
         disable_tqdm:bool?=null log_level:str=passive log_level_replica:str=warning log_on_each_node:bool=true

@@ -34,6 +34,7 @@ LrScheduler = Literal[
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"]
 Strategy = Literal["no", "steps", "epoch"]
 MixStrategy = Literal["concat", "interleave_under", "interleave_over", "interleave_once"]
+Compiler = Literal["inductor", "aot_eager", "eager"]
 SamplingStrategy = Literal["random", "sequential", "group_by_length"]
 TRACKERS = ("mlflow", "wandb")
 NOT_FOR_RUNS = ("data", "pretrains", "releases", "cache", "configs")  # folders of the project with other contents
@@ -61,6 +62,8 @@ class TrainSpec(MethodKeys):
     # model
     model_name_or_path: str = field(metadata=OPERATIONAL)  # its content is hashed, not its path
     disable_gradient_checkpointing: bool = field(default=False, metadata=OPERATIONAL)
+    torch_compile: bool = field(default=False, metadata=ADDED)  # of the text layers: sums in another order
+    torch_compile_backend: Compiler | None = field(default=None, metadata=ADDED)
     pure_bf16: bool = field(default=False, metadata=SEMANTIC)
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2"] = field(default="auto", metadata=ADDED)
     # data
@@ -307,6 +310,11 @@ def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     if spec.quantization_bit and (spec.fsdp or spec.deepspeed):
         text = "quantization_bit holds the complete model on each device, and fsdp or deepspeed spreads it. Delete one."
         yield "quantization_bit", text
+    for key in ("fsdp", "deepspeed", "quantization_bit"):
+        if spec.torch_compile and getattr(spec, key):
+            yield "torch_compile", f"torch_compile together with {key} has not been tried. Delete one."
+    if spec.torch_compile_backend and not spec.torch_compile:
+        yield "torch_compile_backend", "torch_compile_backend is set, and nothing is compiled. Set torch_compile: true."
     if spec.fsdp and spec.deepspeed:
         yield "deepspeed", "fsdp and deepspeed are both set, and a model is spread in one way only. Delete one."
     if spec.fsdp_config and not spec.fsdp:

@@ -153,6 +153,7 @@ class TrainTask(RecipeTask[Manifest]):
     Attributes:
         data_digests: Of each entry when the run was named; what has changed since is refused.
         pretrained_fingerprint: Of the model, when the run was named.
+        model_files: Digest, inode and time of change of the model's files where they were read to name the run.
         stages: The runs that the model went through, this one last, as the manifest holds them.
         resume_from: The checkpoint that the recipe names.
         notes: Warnings about the recipe.
@@ -174,6 +175,7 @@ class TrainTask(RecipeTask[Manifest]):
     notes: tuple[str, ...] = ()
     regroup: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
+    model_files: dict[str, tuple[str, int, int]] = field(default_factory=dict)
 
     @property
     def lock_dir(self) -> Path | None:

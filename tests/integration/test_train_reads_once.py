@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForImageTextToText
 
+from mllm_assets import artifacts, file_digests
 from mllm_assets.artifacts import sha256_file
 from mllm_assets.data.sharegpt.dataset import Dataset, listed_images
 from mllm_assets.errors import IntegrityError
@@ -18,7 +21,7 @@ from mllm_assets.training.caches.features import features_task
 from mllm_assets.training.loop.engine import train_task
 from mllm_assets.training.runs.plan import plan_run
 from mllm_assets.worker.protocol import Reporter
-from mllm_assets.worker.tasks import TrainTask
+from mllm_assets.worker.tasks import CacheSettings, TrainTask
 from tests.integration.conftest import REPOSITORY, Project
 from tests.unit.data.made_datasets import made_spec, png, run_line, write_source
 from tests.worker_tasks import evaluation, features_of
@@ -120,6 +123,34 @@ def swap(path: Path) -> None:
     before, content = path.stat(), path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_run_loads_its_base_twice_and_hashes_each_file_of_base_and_model_once(
+    published: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was three loads, two passes over a base without a manifest (name, run) and two over the trained model."""
+    loads, hashed = Counter[Path](), Counter[Path]()
+    load, sha256 = AutoModelForImageTextToText.from_pretrained, sha256_file
+
+    def counted_load(directory: Path, **options: object) -> object:
+        loads[Path(directory)] += 1
+        return load(directory, **options)
+
+    def counted_sha256(path: Path) -> str:
+        hashed[path] += 1
+        return sha256(path)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", counted_load)
+    for module in (artifacts, file_digests):
+        monkeypatch.setattr(module, "sha256_file", counted_sha256)
+    values = {"max_steps": 3, "finetuning_type": "freeze", "freeze_trainable_layers": 1}
+    task = plan_run(load_recipe(published.root / "configs" / "r.yaml", values), root=published.root).task
+    caches = CacheSettings(features_root=published.features, hidden_states_root=published.hidden_states)
+    manifest = train_task(replace(task, caches=caches), Reporter())
+    assert manifest["caches"] == {"vision_features": "cached", "hidden_states": "cached below layer 3"}
+    assert loads == {task.model_dir: 2, task.run_dir / "model": 1}, "to train, and what was cached to be published"
+    weights = [directory / "model.safetensors" for directory in (task.model_dir, task.run_dir / "model")]
+    assert [hashed[path] for path in weights] == [1, 1]
 
 
 @pytest.mark.parametrize("entry", ["made_train", "made_val"])

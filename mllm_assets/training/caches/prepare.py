@@ -75,11 +75,10 @@ class CachePlan:
         return not self.tower and self.boundary is None
 
 
-def fill_caches(plan: CachePlan, setup: Setup, reporter: "Reporter") -> Collator:
-    """Compute what is missing, and return the collator that reads the caches.
+def fill_caches(plan: CachePlan, setup: Setup, reporter: "Reporter") -> tuple[Collator, Any]:
+    """Compute what is missing, and return the collator that reads the caches, and the model.
 
-    Some of it is compared with the model's own output. The model is loaded for this and dropped again, so that the
-    frozen parts are not in memory while training. Every process computes its share and waits for the others.
+    Some of it is compared with the model's own output. Every process computes its share and waits for the others.
 
     Raises:
         IntegrityError: What is cached is damaged or not what this model computes.
@@ -88,14 +87,16 @@ def fill_caches(plan: CachePlan, setup: Setup, reporter: "Reporter") -> Collator
     """
     if plan.tower:
         tower.require_frozen(setup.shape.names, setup.shape.family)
-    cached = {}
+    cached, model = {}, setup.load()
     if not plan.is_empty:
-        model = setup.load()
         if plan.boundary is not None:
             cached["hidden_states"] = _filled_hidden_states(plan.boundary, model, setup, reporter, plan=plan)
         else:
             cached["features"] = _filled_features(model, setup, reporter)
-    return setup.collator(**cached)
+        if setup.spec.fsdp or setup.spec.deepspeed:  # they spread a model that is on no device yet
+            del model
+            model = setup.load()
+    return setup.collator(**cached), model
 
 
 def _filled_features(model: Any, setup: Setup, reporter: "Reporter") -> features.FeatureStore:

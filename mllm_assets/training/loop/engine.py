@@ -44,6 +44,7 @@ from mllm_assets.training.loop.trainer import (
 )
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import out_of_memory_is_an_error, peak_memory_gib, pick_device, pick_precision
+from mllm_assets.training.models.kernels import install_kernels, require_kernels, uninstall_kernels
 from mllm_assets.training.models.load import (
     base_model,
     load_config,
@@ -113,16 +114,19 @@ def train_task(task: TrainTask, reporter: "Reporter") -> Manifest:
     reporter.progress("publish", 0, 1)
     reload = publish(task, prepared, trained)
     _withdraw_if_changed(task.run_dir, setup.inputs.digests)
+    own = FileDigests()  # each file of the model is read once for both
     result = {
         **_inputs_of(task, setup),
         **_outcome_of(task, prepared),
+        "weights_digest": weights_digest(task.run_dir / "model", own.of),
         **trained.facts,
         "reload": reload,
         "warnings": reporter.warnings,
         "wall_s": time.monotonic() - started_s,
         "peak_memory_gib": peak_memory_gib(setup.device),
     }
-    manifest = write_manifest(task.run_dir, result, skip=[path.name for path in task.run_dir.glob("checkpoint-*")])
+    checkpoints = [path.name for path in task.run_dir.glob("checkpoint-*")]
+    manifest = write_manifest(task.run_dir, result, skip=checkpoints, digest=own.of)
     reporter.progress("publish", 1, 1)
     return manifest
 
@@ -139,9 +143,11 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
     wanted = task.accelerator.num_threads or torch.get_num_threads()
     torch.set_num_threads(pin_setting(task.run_dir, "num_threads", wanted))
     require_distribution(task.recipe, reporter)
+    require_kernels(task.recipe, device.kind)
     for note in precision.quantization.notes(device.kind) if precision.quantization else ():
         reporter.warn(note)
     digests = FileDigests()
+    digests.take_untouched(task.model_files)
     require_same_model(task.model_dir, task.pretrained_fingerprint, digests)
     shape = model_on_meta(load_config(task.model_dir), dtype=precision.weights, attention=precision.attention)
     return Setup(
@@ -170,16 +176,18 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
 
     cure = "End other programs on the device, or set feature_cache: false for the recipe."
     with out_of_memory_is_an_error("while the model was loaded and its frozen parts' output was cached", cure):
-        collator = fill_caches(plan, setup, reporter)
+        collator, model = fill_caches(plan, setup, reporter)
         collator.selects_by_mask = setup.device.kind == "cpu"
         set_seed(setup.spec.seed)
-        trainable = freezing.apply(setup.spec, setup.load())
+        trainable = freezing.apply(setup.spec, model)
+    del model
     install_caches(base_model(trainable.model), plan)
     loss.install(
         base_model(trainable.model),
         label_smoothing=setup.spec.label_smoothing_factor,
         keeps_head=bool(setup.spec.fsdp or setup.spec.deepspeed),  # they need it where they can spread it
     )
+    install_kernels(trainable.model, setup.spec)
 
     resumable = clean_and_find_resumable(task.run_dir, task.resume_from, setup.spec, reporter)
     trainer = make_trainer(setup, task.run_dir, trainable, collator, resumable, reporter)
@@ -212,6 +220,7 @@ def train(prepared: Prepared, reporter: "Reporter") -> Trained:
 def publish(task: TrainTask, prepared: Prepared, trained: Trained) -> dict[str, Any]:
     """Save the complete model, reload it, and return how the two agree on one batch."""
     setup, trainer, trainable = prepared.setup, prepared.trainer, prepared.trainable
+    uninstall_kernels(trainable.model, setup.spec)  # what is published is compared with what its files hold
     if trained.weights is not None and not trainer.is_sharded:
         release(trainable.model)
     if trained.weights is not None:  # this process's model is sharded, quantised or rounded, so not what is published
@@ -274,7 +283,6 @@ def _outcome_of(task: TrainTask, prepared: Prepared) -> dict[str, Any]:
     return {
         "recipe": prepared.setup.spec.to_dict(),
         "model_dir": "model",
-        "weights_digest": weights_digest(task.run_dir / "model"),
         "trainable": shape.table,
         "num_trainable_params": shape.num_trainable_params,
         "num_params": shape.num_params,
@@ -362,7 +370,8 @@ def unchanged_data(task: TrainTask, digests: FileDigests) -> Dataset:
 def require_same_model(model_dir: Path, fingerprint: str, digests: FileDigests) -> None:
     """Refuse a model that is not the one the run was named by, or whose files changed since they were written.
 
-    Every byte is read, once for all processes of a run: weights that changed on disk load without an error.
+    Every byte is read, once for all processes of a run and the one that named it: weights that changed on disk load
+    without an error.
 
     Raises:
         IntegrityError: Names the file if a manifest has its digest.

@@ -18,7 +18,6 @@ from mllm_assets.artifacts import (
     lock_path,
     move_aside,
     read_manifest,
-    sha256_file,
     slug,
     write_manifest,
 )
@@ -73,13 +72,13 @@ def _how_to_get(directory: Path, recipe: Recipe, root: Path) -> str:
     return f"Download the model there, for example: hf download google/gemma-3-4b-it --local-dir {directory}"
 
 
-def model_fingerprint(directory: Path, digests: FileDigests | None = None) -> str:
+def model_fingerprint(directory: Path, digests: FileDigests | None = None, *, read: FileDigests | None = None) -> str:
     """Name a model directory's content: 16 hex digits over the names and digests of its files.
 
     The digests come from a manifest if there is one (its own, or that of the run which the directory is part of),
     otherwise from the files. With `digests`, which remembers them, the files are read in any case and compared with the
-    manifest, at about 1.6 GB a CPU-second. README, LICENSE and hidden files do not count: the same weights have the
-    same name.
+    manifest, at about 1.6 GB a CPU-second; `read` remembers what was read without a manifest.
+    README, LICENSE and hidden files do not count: the same weights have the same name.
 
     Raises:
         ModelError: The directory or its config.json does not exist.
@@ -95,7 +94,7 @@ def model_fingerprint(directory: Path, digests: FileDigests | None = None) -> st
     if known is None:
         paths = (path for path in directory.rglob("*") if path.is_file())
         names = {path.relative_to(directory).as_posix(): path for path in paths}
-        digest = digests.of if digests else sha256_file
+        digest = (digests or read or FileDigests()).of
         known = {name: digest(path) for name, path in names.items() if _counts(name)}
     return digest_json(known)[:16]
 

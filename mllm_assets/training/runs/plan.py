@@ -17,6 +17,7 @@ from mllm_assets.artifacts import digest_json, is_complete, point_symlink, read_
 from mllm_assets.data.curate.leaks import Stage, training_lineage
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import ModelError, RecipeError
+from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.load import Recipe, load_recipe, with_config_files
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.runs.models import (
@@ -102,7 +103,8 @@ def plan_run(
     model_dir = model_dir or find_model_dir(recipe, root)
     names = dict.fromkeys((*spec.train_entries, *spec.eval_entries))
     digests = {name: dataset.entry(name).digest for name in names}
-    pretrained_fingerprint = model_fingerprint(model_dir)
+    read = FileDigests()
+    pretrained_fingerprint = model_fingerprint(model_dir, read=read)
     if resume_from:
         _require_same_run(recipe, resume_from, digests, pretrained_fingerprint, regroup=regroup)
     name = run_fingerprint(
@@ -126,6 +128,7 @@ def plan_run(
         fingerprint=directory.name,
         data_digests=digests,
         pretrained_fingerprint=pretrained_fingerprint,
+        model_files=read.states(),
         stages=tuple(stage.to_dict(root) for stage in (*training_lineage(model_dir, root), own)),
         resume_from=resume_from,
         notes=recipe.notes,

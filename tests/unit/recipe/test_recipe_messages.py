@@ -71,6 +71,11 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "r.yaml:5: quantization_bit holds the complete model on each device, and fsdp or deepspeed spreads it.",
         ),
         (
+            "torch_compile: true\nfsdp: true",
+            "r.yaml:5: torch_compile together with fsdp has not been tried. Delete one.",
+        ),
+        ("torch_compile_backend: eager", "r.yaml:5: torch_compile_backend is set, and nothing is compiled. Set torch"),
+        (
             "quantization_method: hqq",
             "r.yaml:5: quantization_method is not supported with this value: only bitsandbytes quantises here. Set",
         ),

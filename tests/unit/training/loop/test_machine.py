@@ -28,6 +28,7 @@ from mllm_assets.training.models.device import (
     pick_device,
     pick_precision,
 )
+from mllm_assets.training.models.kernels import require_kernels
 from mllm_assets.training.models.load import load_config, model_on_meta
 from mllm_assets.training.models.quantization import Quantization
 from mllm_assets.training.runs.history import read_log, smoothed
@@ -228,3 +229,13 @@ def test_a_failed_allocation_names_the_setting(error: BaseException) -> None:
 def test_another_error_stays_what_it_is() -> None:
     with pytest.raises(RuntimeError, match="^shapes differ$"), out_of_memory_is_an_error("in step 3", "x"):
         raise RuntimeError("shapes differ")
+
+
+def test_layers_are_compiled_only_where_a_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_kernels(make_spec(), "mps")
+    spec = make_spec(torch_compile=True)
+    with pytest.raises(MachineError, match="needs a CUDA device or a CPU, and this run is on mps. Delete it"):
+        require_kernels(spec, "mps")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MachineError, match=r"needs a C\+\+ compiler, and none of g\+\+, .* is in PATH. Install one"):
+        require_kernels(spec, "cpu")
