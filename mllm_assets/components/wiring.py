@@ -64,6 +64,7 @@ class Node:
     model: dg.AssetKey
     train_data: Mapping[str, dg.AssetKey]  # entry of dataset_info.json -> the asset that writes it
     eval_data: Mapping[str, dg.AssetKey]
+    adapters: Sequence[dg.AssetKey] = ()  # checkpoints of the recipes that trained those on the model
     ancestor_data: Sequence[dg.AssetKey] = ()  # of the stages before it; not edges, since `model` depends on them
 
     @property
@@ -77,6 +78,11 @@ class Node:
 
     def key(self, asset: str) -> dg.AssetKey:
         return dg.AssetKey([self.name, asset])
+
+    @property
+    def starts(self) -> list[str]:
+        """The first parts of the keys of what it starts from: recipes, or models."""
+        return [key.path[0] for key in (self.model, *self.adapters)]
 
     @property
     def tags(self) -> dict[str, str]:
@@ -115,6 +121,7 @@ def resolve(recipe: Recipe, known_assets: KnownAssets) -> Node:
         model=_model_key(recipe, known_assets),
         train_data=_entry_keys(recipe, "dataset", recipe.spec.train_entries, known_assets.entries),
         eval_data=_entry_keys(recipe, "eval_dataset", recipe.spec.eval_entries, known_assets.entries),
+        adapters=_adapter_keys(recipe, known_assets),
     )
 
 
@@ -124,25 +131,38 @@ def split_cycles(nodes: Sequence[Node]) -> tuple[list[Node], list[tuple[Node, Re
     sound: list[Node] = []
     circular: list[tuple[Node, RecipeError]] = []
     for node in nodes:
-        walk = [node.name]
-        while (start := by_name[walk[-1]].model.path[0]) in by_name and start not in walk:
-            walk.append(start)
-        if start != node.name:
+        way = _way_back(node, by_name)
+        if way is None:
             sound.append(node)
             continue
-        cycle = " <- ".join([*walk, node.name])
+        cycle = " <- ".join([*way, node.name])
+        key = "adapter_name_or_path" if node.adapters else "model_name_or_path"
         text = (
-            f"{node.recipe.path.name}: model_name_or_path leads back to the recipe itself ({cycle}). "
+            f"{node.recipe.path.name}: {key} leads back to the recipe itself ({cycle}). "
             "Let one of them start from a model below pretrains/."
         )
         circular.append((node, RecipeError(text)))
     by_name = {node.name: node for node in sound}
 
     def ancestor_data(node: Node) -> set[dg.AssetKey]:
-        base = by_name.get(node.model.path[0])
-        return {*base.train_data.values(), *ancestor_data(base)} if base is not None else set()
+        bases = [by_name[start] for start in node.starts if start in by_name]
+        return {key for base in bases for key in (*base.train_data.values(), *ancestor_data(base))}
 
     return [replace(node, ancestor_data=sorted(ancestor_data(node) - set(node.data))) for node in sound], circular
+
+
+def _way_back(node: Node, by_name: Mapping[str, Node]) -> list[str] | None:
+    """The recipes over which one leads back to itself."""
+
+    def from_last(way: list[str]) -> list[str] | None:
+        for start in by_name[way[-1]].starts:
+            if start == node.name:
+                return way
+            if start in by_name and start not in way and (found := from_last([*way, start])):
+                return found
+        return None
+
+    return from_last([node.name])
 
 
 def chains_of(nodes: Sequence[Node]) -> dict[str, list[str]]:
@@ -196,6 +216,22 @@ def _model_key(recipe: Recipe, known_assets: KnownAssets) -> dg.AssetKey:
         f"{', '.join(sorted(known_assets.models))}; outputs of recipes: {', '.join(sorted(known_assets.recipes))}. "
         "Correct the recipe, or declare the model in defs/pretrained/defs.yaml (kind: local for one of your own)."
     )
+
+
+def _adapter_keys(recipe: Recipe, known_assets: KnownAssets) -> list[dg.AssetKey]:
+    """The checkpoints whose adapters a recipe starts from; a folder that no recipe writes has no asset."""
+    found = []
+    for name in recipe.spec.adapters:
+        for output_dir, checkpoint in known_assets.recipes.items():
+            if not PurePosixPath(name).is_relative_to(output_dir):
+                continue
+            if checkpoint.path[0] == recipe.name:
+                raise RecipeError(
+                    f"{recipe.path.name}: adapter_name_or_path {name!r} is the recipe's own output. Name the adapter "
+                    "that it starts from; an unfinished run resumes by itself."
+                )
+            found.append(checkpoint)
+    return list(dict.fromkeys(found))
 
 
 def read_recipes(project_root: Path, pattern: str) -> tuple[list[Recipe], list[dg.AssetsDefinition]]:

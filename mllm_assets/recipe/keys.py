@@ -76,8 +76,8 @@ _REFUSED = {
     "where its adapter/ was wanted.": "pissa_convert:bool=false",
     "layers are not added. Delete the line; finetuning_type: freeze trains some of those that there are.": """
         use_llama_pro:bool=false""",
-    "a run starts from a complete model. Name the model/ directory of the adapter's run in model_name_or_path, where "
-    "the adapter is merged.": "adapter_name_or_path:str?=null adapter_folder:str?=null",
+    "an adapter is a folder of its own. Name that in adapter_name_or_path, and delete the line.": """
+        adapter_folder:str?=null""",
     "a quantised model trains on one device. Delete the line.": "quantization_device_map:str?=null",
     "only bitsandbytes quantises here. Set quantization_method: bnb, or delete the line.": """
         quantization_method:str=bnb""",
@@ -181,7 +181,7 @@ _NO_EFFECT = {
     "the pretrained asset pins the revision.": "model_revision:str=main",
     "it belongs to a switch that is off.": """
         hyper_parallel_args:str?=null fp8_backend:str=auto
-        fp8_enable_fsdp_float8_all_gather:bool=false create_new_adapter:bool=false
+        fp8_enable_fsdp_float8_all_gather:bool=false
         asft_alpha:float=0.1 eaft_alpha:float=1.0 moe_aux_loss_coef:float?=null
         init_special_tokens:str=noise_init kt_weight_path:str?=null
         kt_expert_checkpoint_path:str?=null kt_use_lora_experts:bool?=null kt_lora_expert_num:int?=null

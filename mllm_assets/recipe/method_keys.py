@@ -46,11 +46,23 @@ class MethodKeys:
     pissa_init: bool = field(default=False, metadata=ADDED)
     pissa_iter: int = field(default=16, metadata=ADDED)  # -1: the exact decomposition
     loraplus_lr_ratio: float | None = field(default=None, metadata=ADDED)
+    adapter_name_or_path: str | None = field(default=None, metadata=OPERATIONAL)  # their content is hashed
+    create_new_adapter: bool = field(default=False, metadata=ADDED)
     vision_lr: float | None = field(default=None, metadata=ADDED)
     projector_lr: float | None = field(default=None, metadata=ADDED)
     quantization_bit: Literal[4, 8] | None = field(default=None, metadata=SEMANTIC)
     quantization_type: Literal["nf4", "fp4"] = field(default="nf4", metadata=SEMANTIC)
     double_quantization: bool = field(default=True, metadata=SEMANTIC)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Adapters to start from, in the order in which they were trained."""
+        return split_names(self.adapter_name_or_path)
+
+    @property
+    def continues_adapter(self) -> bool:
+        """Whether the last adapter trains on, instead of being merged as those before it."""
+        return bool(self.adapters) and not self.create_new_adapter
 
     @property
     def idle_method_keys(self) -> dict[str, str]:
@@ -61,6 +73,11 @@ class MethodKeys:
         if self.finetuning_type != "freeze":
             keys = ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
             idle |= dict.fromkeys(keys, f"finetuning_type is {self.finetuning_type}, not freeze")
+        if self.finetuning_type == "lora" and self.continues_adapter:
+            keys = LORA_KEYS[: LORA_KEYS.index("loraplus_lr_ratio")]
+            idle |= dict.fromkeys(keys, "adapter_name_or_path continues an adapter, which keeps its own")
+        if not self.adapters:
+            idle["create_new_adapter"] = "there is no adapter_name_or_path"
         if not self.pissa_init:
             idle.setdefault("pissa_iter", "pissa_init is not set")
         if self.quantization_bit != 4:
@@ -90,8 +107,16 @@ def method_problems(spec: MethodKeys) -> Iterator[tuple[str, str]]:
     if spec.quantization_bit and spec.finetuning_type != "lora":
         text = f"quantization_bit leaves only adapters to train, and finetuning_type is {spec.finetuning_type}. "
         yield "quantization_bit", f"{text}Set finetuning_type: lora, or delete quantization_bit."
+    if spec.adapters and spec.finetuning_type != "lora":
+        text = (
+            f"adapter_name_or_path is for LoRA, and finetuning_type is {spec.finetuning_type}. Set it to lora, or name "
+        )
+        yield "adapter_name_or_path", f"{text}the merged model of the adapter's run in model_name_or_path."
     if spec.finetuning_type != "lora":
         return
+    if spec.quantization_bit and len(spec.adapters) > spec.continues_adapter:
+        text = "quantization_bit holds the base in few bits, into which no adapter is merged. Merge them first, and "
+        yield "adapter_name_or_path", f"{text}name the merged model in model_name_or_path."
     if spec.pissa_init and spec.quantization_bit:
         text = "pissa_init takes the adapters out of the base's weights, and quantization_bit holds those in few bits."
         yield "pissa_init", f"{text} Keep one of the two."

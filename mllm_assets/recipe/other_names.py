@@ -36,6 +36,7 @@ _RENAMED = {
     "image_min_pixels": "min_pixels",
     "flash_attn": "attn_impl attn_implementation flash_attention use_flash_attn",
     "learning_rate": "lr",
+    "adapter_name_or_path": "checkpoint_dir adapters lora_model_dir",
     "vision_lr": "vit_lr vision_tower_lr mm_vision_tower_lr",
     "projector_lr": "aligner_lr mm_projector_lr",
     "default_system": "system system_message system_prompt",
@@ -69,8 +70,6 @@ _OTHERWISE = {
     "Set bf16: true, fp16: true or pure_bf16: true.": """
         torch_dtype dtype precision mixed_precision bnb_4bit_compute_dtype""",
     "The family follows from the model's config.json. Delete the line.": "model_type",
-    "A run starts from a complete model: name the model/ directory of the earlier run in model_name_or_path.": """
-        checkpoint_dir adapters lora_model_dir""",
     "Answers alone are supervised, unless train_on_prompt: true. Delete the line.": """
         assistant_only_loss completion_only_loss train_on_inputs loss_scale""",
     "Columns and splits stand in dataset_info.json. Delete the line.": """

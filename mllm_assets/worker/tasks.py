@@ -157,6 +157,7 @@ class TrainTask(RecipeTask[Manifest]):
         stages: The runs that the model went through, this one last, as the manifest holds them.
         resume_from: The checkpoint that the recipe names.
         notes: Warnings about the recipe.
+        adapters: The directories of `adapter_name_or_path`; `pretrained_fingerprint` covers them.
         regroup: Whether micro-batches may be regrouped to the largest that fits.
         overrides: What was said otherwise than in the recipe's file, of what decides about the weights.
     """
@@ -174,6 +175,7 @@ class TrainTask(RecipeTask[Manifest]):
     resume_from: Path | None = None
     notes: tuple[str, ...] = ()
     regroup: bool = False
+    adapters: tuple[Path, ...] = ()
     overrides: dict[str, Any] = field(default_factory=dict)
     model_files: dict[str, tuple[str, int, int]] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from mllm_assets.components.resources import AcceleratorResource, ProjectResourc
 from mllm_assets.components.slots import RUN_TAG
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.checks import CheckOutcome
-from mllm_assets.data.curate.leaks import datasets_share_no_image, training_lineage
+from mllm_assets.data.curate.leaks import datasets_share_no_image, earlier_stages
 from mllm_assets.data.curate.register import judging_entries
 from mllm_assets.data.quality.report import markdown_table
 from mllm_assets.data.sharegpt.dataset import Dataset
@@ -28,6 +28,7 @@ from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.releases.model_card import Origin
 from mllm_assets.store.mirror import Mirror
 from mllm_assets.training.runs.history import folded
+from mllm_assets.training.runs.models import find_adapters
 from mllm_assets.training.runs.plan import (
     RunPlan,
     overridden,
@@ -87,7 +88,7 @@ def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
         key=node.key("checkpoint"),
         group_name="train",
         kinds={"pytorch"},
-        deps=[*node.data, node.model, *features],
+        deps=list(dict.fromkeys([*node.data, node.model, *node.adapters, *features])),
         pool="gpu",
         code_version=digest_json(semantic_values(node.recipe.spec))[:16],
         check_specs=[*gate_specs(node.key("checkpoint"), [RELOADS]), _leak_check_spec(node)],
@@ -107,6 +108,8 @@ def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
         if (values := overridden(recipe)) and RUN_TAG not in context.run.tags:  # from the launchpad
             context.instance.add_run_tags(context.run_id, {RUN_TAG: f"{node.name} {shown_overrides(values)}"})
         model_dir = model_directory(context, node, project)
+        for key in node.adapters:
+            upstream_path(context, key, project)
         dataset = Dataset(layout.root / recipe.spec.dataset_dir, read_part=None)
         leak_check = _check_for_leaks(recipe, model_dir, dataset, project, allowed=settings.allow_leakage)
         origin = find_origin(context, node)
@@ -151,7 +154,7 @@ def _check_for_leaks(
         recipe.spec.train_entries,
         [*recipe.spec.eval_entries, *judging_entries(dataset, recipe.spec.eval_entries)],
         store=project.quality_store,
-        stages=training_lineage(model_dir, project.layout.root),
+        stages=earlier_stages(model_dir, find_adapters(recipe, project.layout.root), project.layout.root),
     )
     if not outcome.passed and not allowed:
         raise DataError(f"{recipe.path.name}: {outcome.description}")

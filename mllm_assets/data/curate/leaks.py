@@ -271,6 +271,12 @@ def stages_of(manifest: Mapping[str, Any], root: Path) -> list[Stage]:
     ]
 
 
+def earlier_stages(model_dir: Path, adapters: Sequence[Path], root: Path) -> list[Stage]:
+    """The stages of a model and of the adapters on it, each run once."""
+    stages = [stage for path in (model_dir, *adapters) for stage in training_lineage(path, root)]
+    return list({(stage.recipe, stage.fingerprint): stage for stage in stages}.values())
+
+
 def training_lineage(model_dir: Path, root: Path) -> list[Stage]:
     """The stages that a model directory went through; none for a pretrained or separately copied model."""
     for owner in (model_dir.resolve(), model_dir.resolve().parent):

@@ -41,6 +41,7 @@ class Setup:
     precision: Precision
     shape: TrainableSet  # on `meta`
     caches: CacheSettings
+    adapters: tuple[Path, ...] = ()  # on the model
     num_processes: int = 1
     checkpointed: bool | None = None  # whether activations are computed twice; None before that is decided
 
@@ -215,6 +216,8 @@ def _boundary(setup: Setup) -> int | str:
         return f"only the hidden states of {known} are cached, and this model is {shape.family.name}"
     if setup.spec.packs:
         return "rows are packed, so what enters a layer depends on what a row is packed with"
+    if len(setup.adapters) > setup.spec.continues_adapter:
+        return "adapters are merged into the model, whose own files the frozen layers would be read from"
     if setup.spec.neftune_noise_alpha is not None:
         return "neftune_noise_alpha adds noise to what enters the layers, other noise at every step"
     text = shape.model.config.text_config

@@ -37,7 +37,7 @@ from mllm_assets.file_digests import FileDigests
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import weights_dtype
 from mllm_assets.training.models.load import cast_weights, load_config, load_model, publishing_dtype
-from mllm_assets.training.runs.models import model_fingerprint
+from mllm_assets.training.runs.models import starting_fingerprint
 from mllm_assets.training.runs.plan import StartingModel, read_starting_model
 
 TRAINABLE_FILE = "trainable.safetensors"
@@ -205,13 +205,16 @@ def load_checkpoint(directory: Path, *, digests: FileDigests | None = None) -> A
         raise IntegrityError(
             f"The checkpoint {directory} cannot be used: {damage}. Choose another one of {directory.parent}."
         )
-    if start.fingerprint is not None and model_fingerprint(start.model_dir, digests) != start.fingerprint:
+    if (
+        start.fingerprint is not None
+        and starting_fingerprint(start.model_dir, start.adapters, digests) != start.fingerprint
+    ):
         raise IntegrityError(
             f"{directory} was trained from the model in {start.model_dir} with the fingerprint {start.fingerprint}, "
             f"and another model is there now. Put the model back, or train again."
         )
     dtype = publishing_dtype(start.model_dir, weights_dtype(start.spec))
-    trainable = freezing.apply(start.spec, load_model(start.model_dir, dtype=dtype))
+    trainable = freezing.apply(start.spec, load_model(start.model_dir, dtype=dtype), start.adapters)
     saved = load_file(directory / TRAINABLE_FILE)
     if start.spec.pure_bf16:
         saved = {name: tensor.to(dtype) for name, tensor in saved.items()}

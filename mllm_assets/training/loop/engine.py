@@ -56,7 +56,7 @@ from mllm_assets.training.models.load import (
     release,
     weights_digest,
 )
-from mllm_assets.training.runs.models import PUBLISHED, model_fingerprint
+from mllm_assets.training.runs.models import PUBLISHED, starting_fingerprint
 from mllm_assets.training.runs.plan import (
     DATA_DIGESTS,
     StartingModel,
@@ -148,7 +148,7 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
         reporter.warn(note)
     digests = FileDigests()
     digests.take_untouched(task.model_files)
-    require_same_model(task.model_dir, task.pretrained_fingerprint, digests)
+    require_same_model(task, digests)
     shape = model_on_meta(load_config(task.model_dir), dtype=precision.weights, attention=precision.attention)
     return Setup(
         spec=task.recipe,
@@ -156,7 +156,8 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
         inputs=read_inputs(task.recipe, task.model_dir, unchanged_data(task, digests), reporter),
         device=device,
         precision=precision,
-        shape=freezing.apply(task.recipe, shape),
+        shape=freezing.apply(task.recipe, shape, task.adapters),
+        adapters=task.adapters,
         caches=task.caches,
         num_processes=task.accelerator.num_processes,
     )
@@ -179,7 +180,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
         collator, model = fill_caches(plan, setup, reporter)
         collator.selects_by_mask = setup.device.kind == "cpu"
         set_seed(setup.spec.seed)
-        trainable = freezing.apply(setup.spec, model)
+        trainable = freezing.apply(setup.spec, model, setup.adapters)
     del model
     install_caches(base_model(trainable.model), plan)
     loss.install(
@@ -192,7 +193,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
     resumable = clean_and_find_resumable(task.run_dir, task.resume_from, setup.spec, reporter)
     trainer = make_trainer(setup, task.run_dir, trainable, collator, resumable, reporter)
     if trainer.is_world_process_zero():
-        start = StartingModel(task.model_dir, task.pretrained_fingerprint, setup.spec)
+        start = StartingModel(task.model_dir, task.pretrained_fingerprint, setup.spec, task.adapters)
         record_starting_model(task.run_dir, start)
         pin_setting(task.run_dir, DATA_DIGESTS, task.data_digests)
         pin_setting(task.run_dir, "overrides", dict(task.overrides))  # so that an unfinished run has its name
@@ -225,7 +226,7 @@ def publish(task: TrainTask, prepared: Prepared, trained: Trained) -> dict[str, 
         release(trainable.model)
     if trained.weights is not None:  # this process's model is sharded, quantised or rounded, so not what is published
         dtype = publishing_dtype(task.model_dir, setup.precision.weights)
-        trainable = freezing.apply(setup.spec, load_model(task.model_dir, dtype=dtype))
+        trainable = freezing.apply(setup.spec, load_model(task.model_dir, dtype=dtype), setup.adapters)
         load_trainable(trainable.model, trained.weights)
     else:
         loss.uninstall(base_model(trainable.model))
@@ -367,7 +368,7 @@ def unchanged_data(task: TrainTask, digests: FileDigests) -> Dataset:
     return dataset
 
 
-def require_same_model(model_dir: Path, fingerprint: str, digests: FileDigests) -> None:
+def require_same_model(task: TrainTask, digests: FileDigests) -> None:
     """Refuse a model that is not the one the run was named by, or whose files changed since they were written.
 
     Every byte is read, once for all processes of a run and the one that named it: weights that changed on disk load
@@ -378,9 +379,10 @@ def require_same_model(model_dir: Path, fingerprint: str, digests: FileDigests) 
     """
     if not is_first_rank():
         return
-    found = model_fingerprint(model_dir, digests)
-    if found != fingerprint:
+    found, expected = starting_fingerprint(task.model_dir, task.adapters, digests), task.pretrained_fingerprint
+    if found != expected:
+        what = "The model, or an adapter on it," if task.adapters else "The model"
         raise IntegrityError(
-            f"The model in {model_dir} changed after this run was named by its content: expected digest "
-            f"{fingerprint[:12]}, found {found[:12]}. Start the run again: it gets a new name."
+            f"{what} in {task.model_dir} changed after this run was named by its content: expected digest "
+            f"{expected[:12]}, found {found[:12]}. Start the run again: it gets a new name."
         )

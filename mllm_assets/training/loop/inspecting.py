@@ -24,7 +24,7 @@ from mllm_assets.training.loop.reporting import trainable_lines
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import pick_device, pick_precision
 from mllm_assets.training.models.load import load_config, model_on_meta, quiet_libraries
-from mllm_assets.training.runs.models import find_model_dir
+from mllm_assets.training.runs.models import find_adapters, find_model_dir
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import CacheSettings
 
@@ -78,10 +78,12 @@ def look(recipe: Recipe, root: Path, *, device: str = "auto", max_rows: int | No
     found = pick_device(device, use_cpu=spec.use_cpu)
     precision = pick_precision(spec, found)
     on_meta = model_on_meta(load_config(model_dir), dtype=precision.weights, attention=precision.attention)
-    shape = freezing.apply(spec, on_meta)
+    adapters = find_adapters(recipe, root)
+    shape = freezing.apply(spec, on_meta, adapters)
     check_reach(shape, inputs.train_rows, spec, reporter)
     setup = Setup(
         spec=spec, model_dir=model_dir, inputs=inputs, device=found, precision=precision, shape=shape,
+        adapters=adapters,
         caches=CacheSettings(features_root=root / spec.output_dir / "inspect"),
     )  # fmt: skip
     plan = plan_caches(setup)

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mllm_assets.artifacts import read_manifest
-from mllm_assets.data.curate.leaks import datasets_share_no_image, training_lineage
+from mllm_assets.data.curate.leaks import datasets_share_no_image, earlier_stages
 from mllm_assets.data.curate.register import judging_entries
 from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe
+from mllm_assets.training.runs.models import find_adapters
 from mllm_assets.training.runs.plan import (
     plan_run,
     point_latest,
@@ -71,7 +72,9 @@ def train(
         recipe.spec.train_entries,
         [*recipe.spec.eval_entries, *judging_entries(dataset, recipe.spec.eval_entries)],
         store=QualityStore(layout.quality_db),
-        stages=training_lineage(layout.root / recipe.spec.model_name_or_path, layout.root),
+        stages=earlier_stages(
+            layout.root / recipe.spec.model_name_or_path, find_adapters(recipe, layout.root), layout.root
+        ),
     )
     if not apart.passed:
         warn(f"{recipe.path.name}: {apart.description}")

@@ -90,7 +90,8 @@ class _BatchSize:
 def _run(setup: Setup, plan: CachePlan, size: _BatchSize, *, checkpointed: bool) -> SimulatedStep:
     spec, precision = setup.spec, setup.precision
     config = copy.deepcopy(base_model(setup.shape.model).config)
-    trainable = freezing.apply(spec, model_on_meta(config, dtype=precision.weights, attention=precision.attention))
+    on_meta = model_on_meta(config, dtype=precision.weights, attention=precision.attention)
+    trainable = freezing.apply(spec, on_meta, setup.adapters)
     model, core = trainable.model, base_model(trainable.model)
     core.config.text_config.use_cache = False
     quantized = quantized_weights(core) if precision.quantization else set()

@@ -6,7 +6,9 @@ Source: llamafactory 0.9.5, `model/adapter.py` and `model/model_utils/visual.py`
 
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from mllm_assets.errors import RecipeError, nearest
 from mllm_assets.families.family import FAMILIES, Family
 from mllm_assets.recipe.method_keys import split_names
 from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.models import adapters
 from mllm_assets.training.models.quantization import num_values
 
 FREEZING_KEYS = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
@@ -41,10 +44,11 @@ class TrainableSet:
         return any(key in name for name in self.names for key in self.family.vision_keys)
 
 
-def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
+def apply(spec: TrainSpec, model: nn.Module, adapter_dirs: Sequence[Path] = ()) -> TrainableSet:
     """Freeze what the recipe freezes, add LoRA where it asks for it, and upcast what trains to float32.
 
-    Trainable parameters stay in the model's own dtype with `pure_bf16`.
+    Trainable parameters stay in the model's own dtype with `pure_bf16`. `adapter_dirs` are those of
+    `adapter_name_or_path`.
 
     Raises:
         RecipeError: A named module does not exist, or nothing trains.
@@ -53,7 +57,11 @@ def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
     num_params = sum(num_values(p) for p in model.parameters())
     notes: list[str] = []
     if spec.finetuning_type == "lora":
-        model = _add_lora(spec, model, notes)
+        merged = adapter_dirs[: len(adapter_dirs) - spec.continues_adapter]
+        model = adapters.merge(model, merged, family)
+        adds = not spec.continues_adapter
+        model = _add_lora(spec, model, notes) if adds else adapters.resume(model, adapter_dirs[-1])
+        _keep_input_dtypes(spec, model)
     else:
         wanted = None if spec.finetuning_type == "full" else _wanted_by_freeze(spec, model, family, notes)
         frozen = _frozen_keys(spec, family)
@@ -74,7 +82,9 @@ def apply(spec: TrainSpec, model: nn.Module) -> TrainableSet:
         num_trainable_params=sum(p.numel() for _, p in trainable),
         num_params=num_params,
         warnings=notes,
-        adapter_stands_alone=not spec.pissa_init,
+        adapter_stands_alone=len(adapter_dirs) == 1
+        if spec.continues_adapter
+        else not (adapter_dirs or spec.pissa_init),
     )
 
 
@@ -150,7 +160,6 @@ def _unknown_modules(key: str, modules: list[str], known: set[str]) -> RecipeErr
 
 def _add_lora(spec: TrainSpec, model: nn.Module, notes: list[str]) -> nn.Module:
     from peft import LoraConfig, TaskType, get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = lora_targets(spec, model)
     for target in split_names(spec.lora_target):
@@ -180,12 +189,16 @@ def _add_lora(spec: TrainSpec, model: nn.Module, notes: list[str]) -> nn.Module:
         set_seed(spec.seed)  # part of what stays frozen follows from its draws, wherever the model is loaded again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 reads a name that transformers 5.23 deprecates
-        adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+
+
+def _keep_input_dtypes(spec: TrainSpec, adapted: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     if spec.bf16 or spec.fp16:  # autocast rounds again what PEFT makes float32 of, and the copy is kept for backward
         tuners: list[Any] = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
         for tuner in tuners:
             tuner.cast_input_dtype_enabled = False
-    return adapted
 
 
 def _initial_weights(spec: TrainSpec, model: nn.Module) -> Any:

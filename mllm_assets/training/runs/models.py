@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from mllm_assets.project.read import declared_models, materialize_command
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.recipe.load import Recipe, load_recipe
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PUBLISHED = ("model", "adapter")  # what a finished run holds for others to use; the second only with LoRA
 HOW_TO_NAME = (
     "a model or run directory, checkpoint-<step> of a run, a release (emoji_sft@v1), a recipe (emoji_sft: its newest "
@@ -55,6 +56,41 @@ def find_model_dir(recipe: Recipe, root: Path) -> Path:
             f"Write model_name_or_path: {name.rstrip('/')}/model"
         )
     return directory
+
+
+def find_adapters(recipe: Recipe, root: Path) -> tuple[Path, ...]:
+    """The directories that `adapter_name_or_path` names, relative to the root, links followed.
+
+    Raises:
+        ModelError: One is missing, or holds no adapter as safetensors. Says what to name.
+    """
+    found = []
+    for name in recipe.spec.adapters:
+        directory = (root / name).resolve()
+        if not (directory / "adapter_config.json").is_file() and (directory / "adapter").is_dir():
+            raise ModelError(
+                f"{recipe.path}: adapter_name_or_path names {name}, which is a run; its adapter is in the folder "
+                f"adapter/ of it. Write adapter_name_or_path: {name.rstrip('/')}/adapter"
+            )
+        if missing := [file for file in ("adapter_config.json", ADAPTER_WEIGHTS) if not (directory / file).is_file()]:
+            raise ModelError(
+                f"{recipe.path}: adapter_name_or_path names {name}, and {directory} has no {missing[0]}. Name the "
+                "folder of a LoRA adapter, for example outputs/my_lora/latest/adapter."
+            )
+        found.append(directory)
+    return tuple(found)
+
+
+def starting_fingerprint(
+    model_dir: Path, adapters: Sequence[Path], digests: FileDigests | None = None, *, read: FileDigests | None = None
+) -> str:
+    """Name what a run starts from: the model's `model_fingerprint`, and the adapters on it where there are some."""
+    model = model_fingerprint(model_dir, digests, read=read)
+    digest = digests.of if digests else sha256_file
+    if not adapters:
+        return model
+    files = [[digest(path / name) for name in ("adapter_config.json", ADAPTER_WEIGHTS)] for path in adapters]
+    return digest_json([model, files])[:16]
 
 
 def _how_to_get(directory: Path, recipe: Recipe, root: Path) -> str:

@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm_assets.artifacts import digest_json, is_complete, point_symlink, read_manifest, write_json_atomic
-from mllm_assets.data.curate.leaks import Stage, training_lineage
+from mllm_assets.data.curate.leaks import Stage, earlier_stages
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import ModelError, RecipeError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.load import Recipe, load_recipe, with_config_files
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.runs.models import (
+    ADAPTER_WEIGHTS,
     checkpoint_digest,
+    find_adapters,
     find_model_dir,
     find_run_damage,
-    model_fingerprint,
     reopen_run,
+    starting_fingerprint,
 )
 from mllm_assets.worker.tasks import TrainTask
 
@@ -103,8 +105,8 @@ def plan_run(
     model_dir = model_dir or find_model_dir(recipe, root)
     names = dict.fromkeys((*spec.train_entries, *spec.eval_entries))
     digests = {name: dataset.entry(name).digest for name in names}
-    read = FileDigests()
-    pretrained_fingerprint = model_fingerprint(model_dir, read=read)
+    read, adapters = FileDigests(), find_adapters(recipe, root)
+    pretrained_fingerprint = starting_fingerprint(model_dir, adapters, read=read)
     if resume_from:
         _require_same_run(recipe, resume_from, digests, pretrained_fingerprint, regroup=regroup)
     name = run_fingerprint(
@@ -123,13 +125,14 @@ def plan_run(
         recipe=spec,
         recipe_name=recipe.name,
         model_dir=model_dir,
+        adapters=adapters,
         data_dir=dataset.data_dir,
         run_dir=directory,
         fingerprint=directory.name,
         data_digests=digests,
         pretrained_fingerprint=pretrained_fingerprint,
         model_files=read.states(),
-        stages=tuple(stage.to_dict(root) for stage in (*training_lineage(model_dir, root), own)),
+        stages=tuple(stage.to_dict(root) for stage in (*earlier_stages(model_dir, adapters, root), own)),
         resume_from=resume_from,
         notes=recipe.notes,
         regroup=regroup,
@@ -158,7 +161,7 @@ def overridden(recipe: Recipe) -> dict[str, Any]:
 
 
 def _deciding_values(spec: TrainSpec) -> dict[str, Any]:
-    paths = ("model_name_or_path", "dataset", "dataset_dir", "resume_from_checkpoint")
+    paths = ("model_name_or_path", "adapter_name_or_path", "dataset", "dataset_dir", "resume_from_checkpoint")
     return semantic_values(spec) | {key: getattr(spec, key) for key in paths}
 
 
@@ -297,17 +300,20 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class StartingModel:
-    """What a run started from: the model's directory, its fingerprint at that time (or None), and the recipe."""
+    """What a run started from: model, its fingerprint at that time (or None), the recipe, and adapters on the model."""
 
     model_dir: Path
     fingerprint: str | None
     spec: TrainSpec
+    adapters: tuple[Path, ...] = ()
 
 
 def record_starting_model(run_dir: Path, start: StartingModel) -> None:
     """Write the starting model into `run.json`; the path is relative, so that a project can be moved."""
     relative = os.path.relpath(start.model_dir.resolve(), run_dir.resolve())
     values = {"model_dir": relative, "fingerprint": start.fingerprint, "recipe": start.spec.to_dict()}
+    if start.adapters:
+        values["adapters"] = [os.path.relpath(path.resolve(), run_dir.resolve()) for path in start.adapters]
     pin_setting(run_dir, "starts_from", values)
 
 
@@ -329,7 +335,14 @@ def read_starting_model(run_dir: Path) -> StartingModel:
             f"The checkpoints of {run_dir} hold only what was trained, and the model that they were trained from is "
             f"no longer in {model_dir}. Put it back there."
         )
-    return StartingModel(model_dir, kept["fingerprint"], TrainSpec(**kept["recipe"]))
+    adapters = tuple((run_dir.resolve() / path).resolve() for path in kept.get("adapters", ()))
+    for path in adapters:
+        if not (path / ADAPTER_WEIGHTS).is_file():
+            raise ModelError(
+                f"The checkpoints of {run_dir} hold only what was trained, and the adapter that they were trained from "
+                f"is no longer in {path}. Put it back there."
+            )
+    return StartingModel(model_dir, kept["fingerprint"], TrainSpec(**kept["recipe"]), adapters)
 
 
 def pin_setting(run_dir: Path, name: str, value: Any) -> Any:
