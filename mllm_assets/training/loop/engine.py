@@ -148,7 +148,7 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
         reporter.warn(note)
     digests = FileDigests()
     digests.take_untouched(task.model_files)
-    require_same_model(task, digests)
+    require_same_model(task.model_dir, task.pretrained_fingerprint, digests, task.adapters)
     shape = model_on_meta(load_config(task.model_dir), dtype=precision.weights, attention=precision.attention)
     return Setup(
         spec=task.recipe,
@@ -368,7 +368,9 @@ def unchanged_data(task: TrainTask, digests: FileDigests) -> Dataset:
     return dataset
 
 
-def require_same_model(task: TrainTask, digests: FileDigests) -> None:
+def require_same_model(
+    model_dir: Path, fingerprint: str, digests: FileDigests, adapters: tuple[Path, ...] = ()
+) -> None:
     """Refuse a model that is not the one the run was named by, or whose files changed since they were written.
 
     Every byte is read, once for all processes of a run and the one that named it: weights that changed on disk load
@@ -379,10 +381,10 @@ def require_same_model(task: TrainTask, digests: FileDigests) -> None:
     """
     if not is_first_rank():
         return
-    found, expected = starting_fingerprint(task.model_dir, task.adapters, digests), task.pretrained_fingerprint
-    if found != expected:
-        what = "The model, or an adapter on it," if task.adapters else "The model"
+    found = starting_fingerprint(model_dir, adapters, digests)
+    if found != fingerprint:
+        what = "The model, or an adapter on it," if adapters else "The model"
         raise IntegrityError(
-            f"{what} in {task.model_dir} changed after this run was named by its content: expected digest "
-            f"{expected[:12]}, found {found[:12]}. Start the run again: it gets a new name."
+            f"{what} in {model_dir} changed after this run was named by its content: expected digest "
+            f"{fingerprint[:12]}, found {found[:12]}. Start the run again: it gets a new name."
         )

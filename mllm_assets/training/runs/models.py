@@ -86,9 +86,9 @@ def starting_fingerprint(
 ) -> str:
     """Name what a run starts from: the model's `model_fingerprint`, and the adapters on it where there are some."""
     model = model_fingerprint(model_dir, digests, read=read)
-    digest = digests.of if digests else sha256_file
     if not adapters:
         return model
+    digest = (digests or FileDigests()).of
     files = [[digest(path / name) for name in ("adapter_config.json", ADAPTER_WEIGHTS)] for path in adapters]
     return digest_json([model, files])[:16]
 
