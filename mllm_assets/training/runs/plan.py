@@ -103,8 +103,7 @@ def plan_run(
     resume_from = find_named_checkpoint(recipe, root)
     dataset = dataset or Dataset(root / spec.dataset_dir, read_part=None)
     model_dir = model_dir or find_model_dir(recipe, root)
-    names = dict.fromkeys((*spec.train_entries, *spec.eval_entries))
-    digests = {name: dataset.entry(name).digest for name in names}
+    digests = {name: dataset.entry(name).digest for name in dict.fromkeys((*spec.train_entries, *spec.eval_entries))}
     read, adapters = FileDigests(), find_adapters(recipe, root)
     pretrained_fingerprint = starting_fingerprint(model_dir, adapters, read=read)
     if resume_from:
