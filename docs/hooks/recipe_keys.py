@@ -22,6 +22,8 @@ KEY_SENTENCES: Mapping[str, str] = {
     "disable_gradient_checkpointing": "Never compute activations twice to save memory.",
     "pure_bf16": "Train bfloat16 weights without a float32 copy.",
     "additional_target": "With `lora`: modules beside the adapters that train whole, separated by commas.",
+    "torch_compile": "Compile the layers of the language model.",
+    "torch_compile_backend": "What compiles them, by PyTorch's name.",
     "adapter_name_or_path": "LoRA adapters to start from; all but the last are merged, and the last trains on.",
     "create_new_adapter": "Merge all of `adapter_name_or_path`, and begin a new adapter.",
     "pissa_init": "Begin the adapters with the largest singular vectors of each weight (PiSSA).",
