@@ -84,6 +84,32 @@ class RayJob:
     _heartbeat_at_s: float = field(default=-math.inf)
     _unreachable_since_s: float | None = None
 
+    def submit(self, **options: Any) -> None:
+        """Hand the job to the cluster: a dashboard under load closes connections, and may have taken the job then.
+
+        Raises:
+            MachineError: The cluster refuses it.
+            WorkerCrashed: It does not answer.
+        """
+        began_s = time.monotonic()
+        while True:
+            try:
+                self.client.submit_job(submission_id=self.id, **options)
+                self._unreachable_since_s = None
+                return
+            except (ConnectionError, OSError, RuntimeError) as error:  # the client's own, requests' and HTTP errors
+                if self._info() is not None:
+                    return
+                reason = (str(error).strip() or repr(error)).splitlines()[-1][:MAX_MESSAGE_CHARS]
+                if isinstance(error, RuntimeError):
+                    raise MachineError(f"Ray does not take the job {self.id}: {reason}") from None
+                if time.monotonic() - began_s > UNREACHABLE_S:
+                    raise WorkerCrashed(
+                        f"The Ray cluster closes each connection with the job {self.id}: {reason} Nothing was "
+                        "begun: run it again."
+                    ) from None
+                time.sleep(STATUS_EVERY_S)
+
     def poll(self) -> bool:
         """Write the heartbeat and check the job; return whether it has succeeded, with its `outcome`.
 
@@ -184,8 +210,7 @@ def submitted(
     try:
         (folder / "task.json").write_text(json.dumps(to_json(task)), encoding="utf-8")
         job = RayJob(client=client, id=job_id, folder=folder, task=task)
-        client.submit_job(
-            submission_id=job_id,
+        job.submit(
             entrypoint=f"exec {shlex.join(_command(cluster, task.accelerator, folder, grace_s))}",  # replaces the shell
             entrypoint_num_cpus=cluster.num_cpus,
             entrypoint_num_gpus=cluster.num_gpus,
