@@ -2,10 +2,6 @@
 
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.e2e.conftest import serving
 from tests.integration.conftest import Project, copied_project, emoji_ready, line_of, processes_of, wait_for
 
 __all__ = ["emoji_ready"]  # a fixture
@@ -36,16 +33,8 @@ def project(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def address(project: Project) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mllm_assets.cli", "board", "--device", "cpu", "--port", str(port)]
-    process = subprocess.Popen(command, env=project.env, cwd=project.root, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == f"the page is on http://127.0.0.1:{port}; Ctrl-C ends it\n"
-    yield f"http://127.0.0.1:{port}"
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=500)
-    assert process.returncode == 0
+    with serving("board", cwd=project.root, env=project.env) as address:
+        yield address
 
 
 def open_tab(page: Page, address: str, name: str) -> list[str]:
@@ -95,8 +84,8 @@ def test_three_runs_are_compared(page: Page, address: str) -> None:
 
 def test_what_two_models_answer_is_shown_side_by_side(page: Page, address: str) -> None:
     open_tab(page, address, "Gallery")
-    expect(page.locator(".board-card")).to_have_count(12)
-    expect(page.locator(".board-card").first.locator(".answer")).to_have_count(2)
+    expect(page.locator(".board-card:visible")).to_have_count(12)
+    expect(page.locator(".board-card:visible").first.locator(".answer")).to_have_count(2)
     choose(page, "Which samples", "both are wrong")
     expect(page.locator(".board-card .answer.right")).to_have_count(0)
 

@@ -3,10 +3,6 @@
 import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +11,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
+from tests.e2e.conftest import serving
 from tests.integration.conftest import wait_for
 
 pytest.importorskip("gradio")
@@ -31,18 +28,11 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     shutil.copytree(GOLDEN / "data", root / "data")
     for name in ("base", "tuned"):
         shutil.copytree(GOLDEN / "model", root / "pretrains" / name)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mllm_assets.cli", "chat", "pretrained/base", "pretrained/tuned",
-               "--device", "cpu", "--samples", ENTRY, "--port", str(port)]  # fmt: skip
     environment = {**os.environ, "MLLM_ASSETS_ROOT": str(root), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == f"the page is on http://127.0.0.1:{port}; Ctrl-C ends it\n"
-    yield f"http://127.0.0.1:{port}"
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=500)
-    assert process.returncode == 0
+    with serving(
+        "chat", "pretrained/base", "pretrained/tuned", "--samples", ENTRY, cwd=root, env=environment
+    ) as address:
+        yield address
 
 
 def answer_of(page: Page, model: int) -> Locator:

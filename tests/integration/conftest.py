@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,13 +211,22 @@ def copied_project(emoji_ready: Path, root: Path) -> Iterator[Project]:
     [package] = [path.name for path in root.glob("project_*")]
     (root / "configs" / "ready.yaml").unlink()
     project = Project(root, package, root / ".dagster_home")
-    yield project
-    for process in project.processes:
-        for child in descendants(process.pid):
-            child.kill()
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    try:
+        yield project
+    finally:  # of a failed test too: a run of thousands of steps would slow down all tests after it
+        end_all(root)
+        for started in project.processes:
+            started.communicate()
+
+
+def end_all(root: Path) -> None:
+    """Kill every process that works in or for a project folder."""
+    deadline = time.monotonic() + 30
+    while (left := processes_of(root)) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.05)
 
 
 def descendants(pid: int) -> list[psutil.Process]:

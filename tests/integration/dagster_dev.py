@@ -1,12 +1,12 @@
 """`dagster dev` for tests: started on a free port of 127.0.0.1 and asked through its GraphQL API."""
 
 import json
-import socket
 import subprocess
 import urllib.request
 from typing import Any
 
 from tests.integration.conftest import Project, wait_for
+from tests.ports import free_port
 
 LOCATIONS = "{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus } } } }"
 
@@ -29,12 +29,6 @@ class Server:
                 return True
         except OSError:
             return False
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def serve(project: Project, *arguments: str) -> Server:

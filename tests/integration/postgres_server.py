@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.s3_server import free_port
+from tests.ports import free_port
 
 
 def find_postgres() -> Path | None:

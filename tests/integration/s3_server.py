@@ -1,7 +1,6 @@
 """An S3 server on this machine: moto's, behind a door that can say 503 and 403."""
 
 import logging
-import socket
 import threading
 import urllib.request
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -72,9 +71,3 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
         http.shutdown()
         thread.join(10)
         http.server_close()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]

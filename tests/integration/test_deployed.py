@@ -16,7 +16,8 @@ import pytest
 
 from mllm_assets.layout import Layout
 from tests.integration.conftest import REPOSITORY, descendants, wait_for
-from tests.integration.dagster_dev import Server, free_port, loaded_location
+from tests.integration.dagster_dev import Server, loaded_location
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 

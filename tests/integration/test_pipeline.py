@@ -180,14 +180,14 @@ def test_metrics_of_another_checkpoint_or_of_other_data_release_nothing(project:
     project.write_recipe("mine", max_steps=2, max_samples=16)
     project.set_defaults(gates=EVERYTHING_PASSES)
     project.made(line_of("mine", "eval_metrics"))
-    val = project.layout.data / "emoji" / "val.json"
-    judged_on = val.read_text()
-    val.write_text(json.dumps(json.loads(judged_on)[1:]))
-    publish_changed(val.parent)
+    test = project.layout.data / "emoji" / "test.json"
+    judged_on = test.read_text()
+    test.write_text(json.dumps(json.loads(judged_on)[1:]))
+    publish_changed(test.parent)
     output, _ = project.materialize('key:"mine/released_model"').communicate(timeout=500)
-    assert "no_leakage: emoji_val is not what the model was evaluated on any more" in output
-    val.write_text(judged_on)
-    publish_changed(val.parent)
+    assert "no_leakage: emoji_test is not what the model was evaluated on any more" in output
+    test.write_text(judged_on)
+    publish_changed(test.parent)
     project.made('key:"mine/checkpoint"', config("mine", max_steps=3))
     for selection in ('key:"mine/released_model"', 'key:"mine/eval_metrics" or key:"mine/released_model"'):
         run = project.materialize(selection)

@@ -4,13 +4,11 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +28,7 @@ from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.ray_jobs import Cluster, submitted
 from mllm_assets.worker.tasks import BuildTask, FeaturesTask, Task
 from tests.integration.conftest import Project, processes_of, wait_for
+from tests.ports import free_port
 from tests.worker_tasks import ONE_CPU_THREAD, evaluation
 
 ray_jobs = pytest.importorskip("ray.job_submission", reason="the extra ray is not installed")
@@ -37,6 +36,13 @@ ray_jobs = pytest.importorskip("ray.job_submission", reason="the extra ray is no
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 R = TypeVar("R")
+# a node whose parts take longer than that to start, as next to other tests, ends itself
+PATIENT = {
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_health_check_failure_threshold": "60",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
+}
 SELECT = 'key:"twin/checkpoint"'
 
 
@@ -44,11 +50,7 @@ SELECT = 'key:"twin/checkpoint"'
 def cluster() -> Iterator[Any]:
     """A client of a cluster with its own ports and folder; `--block` ends its processes with the one started here."""
     folder = tempfile.mkdtemp(prefix="ray_")  # short: a socket's path has at most 107 characters
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(6)]
-        for some in sockets:
-            some.bind(("127.0.0.1", 0))
-        port, dashboard, listen, grpc, client, metrics = (str(some.getsockname()[1]) for some in sockets)
+    port, dashboard, listen, grpc, client, metrics = (str(free_port()) for _ in range(6))
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--temp-dir", folder,
         "--node-ip-address", "127.0.0.1", "--port", port, "--dashboard-host", "127.0.0.1", "--dashboard-port",
@@ -57,6 +59,7 @@ def cluster() -> Iterator[Any]:
         "--object-store-memory", "200000000", "--disable-usage-stats",
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "OMP_NUM_THREADS")}
+    environment |= PATIENT
     log = Path(folder, "start.log")
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)

@@ -9,7 +9,8 @@ import pytest
 from mllm_assets.artifacts import find_damage
 from mllm_assets.errors import SourceError
 from mllm_assets.store.objects import Sent, Store
-from tests.integration.s3_server import BUCKET, S3Server, free_port, s3_server
+from tests.integration.s3_server import BUCKET, S3Server, s3_server
+from tests.ports import free_port
 from tests.unit.store.test_objects import make_artefact
 
 pytest.importorskip("s3fs", reason="the extra s3 is not installed")
