@@ -181,8 +181,7 @@ def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
         }
         # a given split may have duplicates on two sides: a warning here, refused by the release
         only_warn = {variety, leak} if spec.split_is_given else {variety}
-        metadata = _split_metadata(result, project.layout)
-        files = side_files(result.directory, spec.output.format)
+        metadata = _split_metadata(spec, result, project.layout)
 
         def made(side: str) -> dg.MaterializeResult:
             its = {name: outcomes[name] for name in ("every_image_has_a_placeholder", *checks[side])}
@@ -190,11 +189,7 @@ def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
                 asset_key=keys[side],
                 data_version=dg.DataVersion(getattr(result, f"{side}_digest") or "no samples"),
                 check_results=check_results(keys[side], its, only_warn=only_warn),
-                metadata={
-                    "num_samples": getattr(result, f"num_{side}"),
-                    "rows": dg.MetadataValue.md(preview_rows(files[side], data) if side in files else ""),
-                    **metadata,
-                },
+                metadata=metadata[side],
             )
 
         return made(TRAIN), made(VAL), made(TEST)
@@ -211,14 +206,24 @@ def _warn_of_copies(context: dg.AssetExecutionContext, result: SplitResult) -> N
         )
 
 
-def _split_metadata(result: SplitResult, layout: Layout) -> dict[str, Any]:
-    return {
+def _split_metadata(spec: DatasetSpec, result: SplitResult, layout: Layout) -> dict[str, dict[str, Any]]:
+    """The metadata of each side."""
+    files = side_files(result.directory, spec.output.format)
+    shared = {
         **{name: getattr(result, name) for name in COUNTS},
         "num_copies_left_out": sum(result.copies_left_out.values()),
         "unused_reasons": counts_table(result.unused_reasons, "reason"),
         "augmentations": counts_table(result.augmentations, "augmentation"),
-        "report_path": link(str(layout.data / result.directory.parent.name / REPORT)),
+        "report_path": link(str(layout.data / spec.name / REPORT)),
         "path": layout.relative(result.directory),
+    }
+    return {
+        side: {
+            "num_samples": getattr(result, f"num_{side}"),
+            "rows": dg.MetadataValue.md(preview_rows(files[side], layout.data) if side in files else ""),
+            **shared,
+        }
+        for side in SIDES
     }
 
 

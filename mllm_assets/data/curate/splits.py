@@ -152,22 +152,26 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
             reject_reasons=_reject_reasons(samples),
             augmentations=dict(sorted(Counter(fate for _, fate in fates).items())),
         )
-        manifest = {
-            "kind": "split",
-            "dataset": spec.name,
-            "quality_digest": assessment["digest"],
-            "raw_digest": assessment["raw_digest"],
-            "spec": as_json(spec),
-            **asdict(result),
-        }
-        del manifest["directory"]
-        write_manifest(staging, manifest)
+        write_manifest(staging, _manifest(spec, result, assessment))
         publish(staging, result.directory)
         point_symlink(layout.data / spec.name, result.directory)
         page.write(result.directory, quality, dataset=spec.name)
     pa.default_memory_pool().release_unused()
     store.write({"split_membership": membership(spec, digest, assignments, samples, fates, run_id)})
     return result
+
+
+def _manifest(spec: DatasetSpec, result: SplitResult, assessment: Mapping[str, Any]) -> dict[str, Any]:
+    manifest = {
+        "kind": "split",
+        "dataset": spec.name,
+        "quality_digest": assessment["digest"],
+        "raw_digest": assessment["raw_digest"],
+        "spec": as_json(spec),
+        **asdict(result),
+    }
+    del manifest["directory"]
+    return manifest
 
 
 def no_test_text(spec: DatasetSpec, num_unused: int) -> str:
