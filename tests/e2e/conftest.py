@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from tests.integration.conftest import hear_interrupts
 from tests.ports import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or "chromium"
-ENDS_S = 120
+ENDS_S = 300
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
@@ -26,8 +27,8 @@ def page(tmp_path: Path) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1500, "height": 1000})
-        page.set_default_timeout(120_000)
-        expect.set_options(timeout=120_000)
+        page.set_default_timeout(400_000)
+        expect.set_options(timeout=400_000)
         yield page
         if folder := os.environ.get("SCREENSHOTS"):
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,9 @@ def serving(verb: str, *arguments: str, cwd: Path, env: Mapping[str, str]) -> It
     """The address of a page that a verb of `mllm-assets` serves; Ctrl-C ends it with the block."""
     port = free_port()
     command = [sys.executable, "-m", "mllm_assets.cli", verb, *arguments, "--device", "cpu", "--port", str(port)]
-    with subprocess.Popen(command, env=dict(env), cwd=cwd, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=dict(env), cwd=cwd, stdout=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    ) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == f"the page is on http://127.0.0.1:{port}; Ctrl-C ends it\n"

@@ -14,7 +14,7 @@ from tests.integration.conftest import Project, copied_project, emoji_ready, lin
 
 __all__ = ["emoji_ready"]  # a fixture
 pytest.importorskip("gradio")
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_run_is_started_and_stopped_from_the_board(page: Page, address: str, p
     page.get_by_role("tab", name="Start", exact=True).click()
     choose(page, "Run", "long")
     page.get_by_role("button", name="Stop", exact=True).click()
-    expect(page.get_by_text("stopped", exact=True)).to_be_visible(timeout=120_000)
+    expect(page.get_by_text("stopped", exact=True)).to_be_visible(timeout=400_000)
     wait_for(lambda: not workers(project.root), "the worker's end")
 
 

@@ -1,7 +1,6 @@
 """The journeys that matter, in a real browser against a real `dagster dev`."""
 
 import re
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -10,10 +9,10 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.integration.conftest import copied_project, emoji_ready, line_of, processes_of, wait_for
-from tests.integration.dagster_dev import Server, loaded_location, serve
+from tests.integration.dagster_dev import Server, loaded_location, serving
 
 __all__ = ["emoji_ready"]  # a fixture
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
 
 GROUPS = ("emoji", "pretrained", "mine")
@@ -32,11 +31,9 @@ def server(emoji_ready: Path, folder: Path) -> Iterator[Server]:
         project.write_recipe("long", max_steps=5000, eval_strategy="steps", eval_steps=5)
         project.set_defaults(gates={"min_answer_gain": 0.9})
         project.materialize(line_of("mine", "eval_metrics")).communicate(timeout=500)
-        server = serve(project, "-m", f"{project.package}.definitions")
-        loaded_location(server)
-        yield server
-        server.process.send_signal(signal.SIGINT)
-        server.process.communicate(timeout=500)
+        with serving(project, "-m", f"{project.package}.definitions") as server:
+            loaded_location(server)
+            yield server
 
 
 def test_the_graph_shows_one_line_in_its_groups(server: Server, page: Page) -> None:

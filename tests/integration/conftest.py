@@ -62,6 +62,11 @@ RECIPE = {
 }
 
 
+def hear_interrupts() -> None:
+    """For `preexec_fn`: what a shell starts in the background ignores Ctrl-C, and so do the children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @dataclass(frozen=True)
 class Project:
     """A project folder with the emoji dataset and the tiny Gemma 3, and the ways to run it."""
@@ -113,7 +118,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=hear_interrupts,
         )
         self.processes.append(process)
         return process
@@ -236,7 +241,7 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 300) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 600) -> Any:
     """Poll until the condition gives something true, and return it."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

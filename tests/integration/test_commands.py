@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import REPOSITORY, Project, descendants, processes_of, wait_for
-from tests.integration.dagster_dev import Server, loaded_location, serve
+from tests.integration.dagster_dev import Server, loaded_location, serving
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(2400)]
 
 
 def run(*command: str, env: dict[str, str] | None = None) -> str:
@@ -45,10 +44,8 @@ def test_dg_launch_materialises_from_the_root(tmp_path: Path) -> None:
 @pytest.fixture
 def server(project: Project) -> Iterator[Server]:
     project.write_recipe("victim", max_steps=2000)
-    server = serve(project, "-m", f"{project.package}.definitions")
-    yield server
-    server.process.send_signal(signal.SIGINT)
-    server.process.communicate(timeout=500)
+    with serving(project, "-m", f"{project.package}.definitions") as server:
+        yield server
 
 
 LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
@@ -66,10 +63,8 @@ def test_the_shipped_workspace_file_starts_the_ui(project: Project) -> None:
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
         path.symlink_to(REPOSITORY / name)
-    server = serve(project, "-w", "workspace.yaml")
-    assert loaded_location(server) == "mllm_assets"
-    server.process.send_signal(signal.SIGINT)
-    server.process.communicate(timeout=500)
+    with serving(project, "-w", "workspace.yaml") as server:
+        assert loaded_location(server) == "mllm_assets"
 
 
 def test_cancelling_through_dagster_leaves_no_process_and_frees_the_gpu(project: Project, server: Server) -> None:
