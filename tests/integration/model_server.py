@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.integration.conftest import hear_interrupts
+
 MODEL = Path(__file__).parents[1] / "golden" / "parity" / "model"
 KEY = "a-key-that-is-long-enough"
 
@@ -21,7 +23,12 @@ class Server:
         environment |= {f"MLLM_ASSETS_SERVE_{name.upper()}": str(value) for name, value in limits.items()}
         command = [sys.executable, "-m", "mllm_assets.cli", "serve", str(MODEL), "--port", "0", "--device", "cpu"]
         self.process = subprocess.Popen(
-            [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [*command, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            preexec_fn=hear_interrupts,
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
