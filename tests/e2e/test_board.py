@@ -10,21 +10,20 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.e2e.conftest import serving
-from tests.integration.conftest import Project, copied_project, emoji_ready, line_of, processes_of, wait_for
+from tests.integration.conftest import Project, copied_project, emoji_ready, line_ready, processes_of, wait_for
 
-__all__ = ["emoji_ready"]  # a fixture
+__all__ = ["emoji_ready", "line_ready"]  # fixtures
 pytest.importorskip("gradio")
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")
-def project(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+def project(line_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A recipe that was evaluated, two trials of it with other values, and one that would train for long."""
-    with copied_project(emoji_ready, tmp_path_factory.mktemp("board") / "project") as project:
-        project.write_recipe("mine", max_steps=3, max_samples=16)
+    with copied_project(line_ready, tmp_path_factory.mktemp("board") / "project") as project:
         project.write_recipe("long", max_steps=5000, save_steps=100)
         project.set_defaults(gates={"min_answer_gain": 0.9})
-        project.materialize(line_of("mine", "eval_metrics")).communicate(timeout=500)
+        project.materialize('key:"mine/eval_metrics"').communicate(timeout=500)
         for rate in ("2e-3", "4e-3"):
             training = project.start("mllm_assets.cli", "train", "configs/mine.yaml", f"learning_rate={rate}")
             assert training.wait(300) == 0

@@ -8,10 +8,10 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.integration.conftest import copied_project, emoji_ready, line_of, processes_of, wait_for
+from tests.integration.conftest import copied_project, emoji_ready, line_ready, processes_of, wait_for
 from tests.integration.dagster_dev import Server, loaded_location, serving
 
-__all__ = ["emoji_ready"]  # a fixture
+__all__ = ["emoji_ready", "line_ready"]  # fixtures
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
 
@@ -24,13 +24,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(emoji_ready: Path, folder: Path) -> Iterator[Server]:
+def server(line_ready: Path, folder: Path) -> Iterator[Server]:
     """A trained recipe whose gate failed, and one that would train for long."""
-    with copied_project(emoji_ready, folder) as project:
-        project.write_recipe("mine", max_steps=3, max_samples=16, plot_loss=True)
+    with copied_project(line_ready, folder) as project:
         project.write_recipe("long", max_steps=5000, eval_strategy="steps", eval_steps=5)
         project.set_defaults(gates={"min_answer_gain": 0.9})
-        project.materialize(line_of("mine", "eval_metrics")).communicate(timeout=500)
+        project.materialize('key:"mine/eval_metrics"').communicate(timeout=500)
         with serving(project, "-m", f"{project.package}.definitions") as server:
             loaded_location(server)
             yield server

@@ -31,6 +31,7 @@ import dagster as dg
 def defs():
     return dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
 """
+EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 # In a project's `defs` folder: one process for all steps of a run, two seconds less for each
 IN_PROCESS = """import dagster as dg
 
@@ -91,12 +92,12 @@ class Project:
         (self.root / "configs").mkdir(exist_ok=True)
         (self.root / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
 
-    def set_defaults(self, *, gates: Mapping[str, float]) -> None:
-        """Set the gates of every recipe, and evaluate on few samples and tokens."""
+    def set_defaults(self, *, gates: Mapping[str, float], **others: Any) -> None:
+        """Set the gates of every recipe and other defaults, and evaluate on few samples and tokens."""
         path = self.root / self.package / "defs" / "recipes" / "defs.yaml"
         component = yaml.safe_load(path.read_text())
         evaluation = {"max_new_tokens": 8, "max_samples": 24}
-        component["attributes"]["defaults"] = {"gates": dict(gates), "evaluation": evaluation}
+        component["attributes"]["defaults"] = {"gates": dict(gates), "evaluation": evaluation, **others}
         path.write_text(yaml.safe_dump(component))
 
     def set_split(self, **split: Any) -> None:
@@ -202,6 +203,28 @@ def emoji_ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def line_ready(emoji_ready: Path) -> Path:
+    """The same with a recipe `mine` whose assets are all made, from its features to what the Hub would get."""
+    root = emoji_ready.with_name("line_ready")
+    with FileLock(f"{root}.lock"):
+        if not root.exists():
+            with copied_project(emoji_ready, root.with_suffix(".tmp")) as project:
+                values = {"max_steps": 2, "save_steps": 2, "max_samples": 16, "plot_loss": True}
+                project.write_recipe("mine", freeze_vision_tower=True, **values)
+                project.set_defaults(gates=EVERYTHING_PASSES, push_to_hub={"repo_id": "me/mine"})
+                project.made(f'{line_of("mine")} or key:"mine/vision_features" or key:"mine/hub_model"')
+            project.root.rename(root)
+    return root
+
+
+@pytest.fixture
+def released(line_ready: Path, tmp_path: Path) -> Iterator[Project]:
+    """A project whose recipe `mine` has a release."""
+    with copied_project(line_ready, tmp_path / "project") as project:
+        yield project
+
+
 @pytest.fixture
 def project(emoji_ready: Path, tmp_path: Path) -> Iterator[Project]:
     """A project whose emoji dataset and tiny model are made already."""
@@ -214,7 +237,7 @@ def copied_project(emoji_ready: Path, root: Path) -> Iterator[Project]:
     """A copy of the ready project, whose processes are ended with the block."""
     shutil.copytree(emoji_ready, root, symlinks=True)
     [package] = [path.name for path in root.glob("project_*")]
-    (root / "configs" / "ready.yaml").unlink()
+    (root / "configs" / "ready.yaml").unlink(missing_ok=True)
     project = Project(root, package, root / ".dagster_home")
     try:
         yield project

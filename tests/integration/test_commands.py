@@ -1,7 +1,6 @@
 """The commands of Dagster that the README and the issue name, run as a user runs them."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,18 +52,6 @@ LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $pa
 TERMINATE = "mutation($id: String!) { terminateRun(runId: $id) { __typename } }"
 STATUS = "query($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
 SLOTS = '{ instance { concurrencyLimit(concurrencyKey: "gpu") { claimedSlots { runId } } } }'
-
-
-def test_the_shipped_workspace_file_starts_the_ui(project: Project) -> None:
-    """`working_directory: .` is relative to the current directory, and pyproject.toml wins unless -w is given."""
-    for name in ("mllm_assets", "configs", "workspace.yaml", "pyproject.toml"):
-        path = project.root / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
-        path.symlink_to(REPOSITORY / name)
-    with serving(project, "-w", "workspace.yaml") as server:
-        assert loaded_location(server) == "mllm_assets"
 
 
 def test_cancelling_through_dagster_leaves_no_process_and_frees_the_gpu(project: Project, server: Server) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-import yaml
 
 from mllm_assets.components.reporting import load_project
 from mllm_assets.operations.repair import find_damages
 from tests.damage import DAMAGES
-from tests.integration.conftest import Project, copied_project, line_of
+from tests.integration.conftest import Project, copied_project
 
 pytestmark = [
     pytest.mark.integration,
@@ -36,20 +35,13 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def whole(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, dg.Definitions]]:
+def whole(line_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, dg.Definitions]]:
     """A project in which every asset is made."""
     with (
         pytest.MonkeyPatch.context() as patch,
-        copied_project(emoji_ready, tmp_path_factory.mktemp("whole") / "p") as p,
+        copied_project(line_ready, tmp_path_factory.mktemp("whole") / "p") as p,
     ):
         patch.setenv("MLLM_ASSETS_ROOT", str(p.root))
-        p.write_recipe("mine", max_steps=2, save_steps=2, max_samples=16, freeze_vision_tower=True)
-        p.set_defaults(gates={"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99})
-        path = p.root / p.package / "defs" / "recipes" / "defs.yaml"
-        component = yaml.safe_load(path.read_text())
-        component["attributes"]["defaults"]["push_to_hub"] = {"repo_id": "me/mine"}
-        path.write_text(yaml.safe_dump(component))
-        p.made(f'{line_of("mine")} or key:"mine/vision_features" or key:"mine/hub_model"')
         yield p, load_project(p.root)
 
 

@@ -123,7 +123,7 @@ def test_the_units_run_an_asset_listen_on_loopback_and_end_when_asked(machine: M
 
 
 def test_dagster_dev_reads_the_workspace_file(tmp_path: Path) -> None:
-    """`pyproject.toml` wins over it unless -w is given, so nothing else tries it."""
+    """`working_directory: .` is relative to the current directory, and `pyproject.toml` wins unless -w is given."""
     home = tmp_path / "dagster_home"
     home.mkdir()
     shutil.copy(REPOSITORY / "dagster.yaml", home)

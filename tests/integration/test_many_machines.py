@@ -11,14 +11,13 @@ import pytest
 from mllm_assets.artifacts import find_damage
 from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.layout import Layout
-from tests.integration.conftest import Project, line_of
+from tests.integration.conftest import EVERYTHING_PASSES, Project, line_of
 from tests.integration.s3_server import BUCKET, S3Server, s3_server
 
 pytest.importorskip("s3fs", reason="the extra s3 is not installed")
 pytest.importorskip("moto", reason="the extra e2e is not installed")
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(2400)]
 
-EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 
 FEW = {"num_train": 80, "num_val": 24}  # each image is sent, and fetched on every machine
 

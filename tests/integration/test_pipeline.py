@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ from mllm_assets.artifacts import read_manifest
 from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.releases.publish import list_releases
 from tests.damage import publish_changed
-from tests.integration.conftest import Project, line_of
+from tests.integration.conftest import EVERYTHING_PASSES, Project, line_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 KEYS = runpy.run_path(str(Path(__file__).parents[2] / "docs/hooks/metadata_keys.py"))
 METADATA_KEYS, COST_KEYS = KEYS["METADATA_KEYS"], KEYS["COST_KEYS"]
-EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 
 WHERE_ASKED_FOR = {"source_listing", "eval_loss", "overrides", "mlflow_run", "wandb_run", "quantization", "cost_money",
     "line_money", "anls", "character_error_rate", "json_valid", "json_field_f1", "box_iou", "training_loss",
@@ -153,17 +153,14 @@ def test_a_failed_gate_stops_the_release_also_when_it_is_materialised_alone(proj
 
 
 @pytest.mark.slow
-def test_the_summary_never_shows_one_runs_metrics_beside_another_run(project: Project) -> None:
-    project.write_recipe("mine", max_steps=2, max_samples=16)
-    project.set_defaults(gates=EVERYTHING_PASSES)
-    project.made(line_of("mine"))
+def test_the_summary_never_shows_one_runs_metrics_beside_another_run(released: Project) -> None:
 
     def summary(*overrides: str) -> str:
-        output, _ = project.start("mllm_assets.cli", "summary", "mine", *overrides).communicate(timeout=500)
+        output, _ = released.start("mllm_assets.cli", "summary", "mine", *overrides).communicate(timeout=500)
         return output
 
     assert "label_accuracy" in summary() and "releases/mine/v1, made from this run" in summary()
-    trial = project.start("mllm_assets.cli", "train", "configs/mine.yaml", "max_steps=1")
+    trial = released.start("mllm_assets.cli", "train", "configs/mine.yaml", "max_steps=1")
     output, _ = trial.communicate(timeout=500)
     assert trial.returncode == 0, output
     assert "mllm-assets summary mine max_steps=1" in output
@@ -175,26 +172,24 @@ def test_the_summary_never_shows_one_runs_metrics_beside_another_run(project: Pr
 
 
 @pytest.mark.slow
-def test_metrics_of_another_checkpoint_or_of_other_data_release_nothing(project: Project) -> None:
+def test_metrics_of_another_checkpoint_or_of_other_data_release_nothing(released: Project) -> None:
     """The gates were passed by the old weights: the new ones would have slipped past on their figures."""
-    project.write_recipe("mine", max_steps=2, max_samples=16)
-    project.set_defaults(gates=EVERYTHING_PASSES)
-    project.made(line_of("mine", "eval_metrics"))
-    test = project.layout.data / "emoji" / "test.json"
+    shutil.rmtree(released.layout.releases("mine"))
+    test = released.layout.data / "emoji" / "test.json"
     judged_on = test.read_text()
     test.write_text(json.dumps(json.loads(judged_on)[1:]))
     publish_changed(test.parent)
-    output, _ = project.materialize('key:"mine/released_model"').communicate(timeout=500)
+    output, _ = released.materialize('key:"mine/released_model"').communicate(timeout=500)
     assert "no_leakage: emoji_test is not what the model was evaluated on any more" in output
     test.write_text(judged_on)
     publish_changed(test.parent)
-    project.made('key:"mine/checkpoint"', config("mine", max_steps=3))
+    released.made('key:"mine/checkpoint"', config("mine", max_steps=3))
     for selection in ('key:"mine/released_model"', 'key:"mine/eval_metrics" or key:"mine/released_model"'):
-        run = project.materialize(selection)
+        run = released.materialize(selection)
         output, _ = run.communicate(timeout=500)
         assert run.returncode == 1, output
         assert "the metrics are of other weights" in output and "Materialise predictions and eval_metrics" in output
-    assert list_releases(project.layout, "mine") == []
+    assert list_releases(released.layout, "mine") == []
 
 
 def test_an_asset_whose_inputs_were_never_made_says_the_command_that_makes_them(project: Project) -> None:

@@ -5,10 +5,9 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.integration.conftest import Project, line_of
+from tests.integration.conftest import EVERYTHING_PASSES, Project, line_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
-EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 SHORT = {"max_steps": 1, "max_samples": 16}
 
 
