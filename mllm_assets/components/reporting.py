@@ -11,6 +11,7 @@ from dagster._core.errors import DagsterAssetCheckFailedError
 from dagster._core.events import RunFailureReason
 
 from mllm_assets.data.curate.checks import CheckOutcome
+from mllm_assets.data.quality.report import markdown_table
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.evaluation.gates import GATES, GateResult
 from mllm_assets.project.read import root_module
@@ -24,10 +25,10 @@ MAX_TAG_LENGTH = 63  # Dagster's, of a tag's value
 RELOADS = "checkpoint_reloads_strictly"
 
 
-def counts_table(counts: Mapping[str, int], name: str) -> dg.TableMetadataValue:
+def counts_table(counts: Mapping[str, int], name: str) -> dg.MarkdownMetadataValue:
     """Counts as a table of two columns, largest first."""
-    rows = [{name: key, "num_samples": count} for key, count in sorted(counts.items(), key=lambda item: -item[1])]
-    return table(rows, {name: "string", "num_samples": "int"})
+    rows = sorted(counts.items(), key=lambda item: -item[1])
+    return in_window(markdown_table((name, "samples"), rows))
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> dg.TableMetadataValue:
@@ -84,9 +85,9 @@ def rounded(value: float) -> float:
 def in_window(markdown: str) -> dg.MarkdownMetadataValue:
     """Markdown that the UI shows in a window behind "Show Markdown", as it does from 1,000 characters.
 
-    At 1280 px the column of values is 300 px wide, the window 1000.
+    At 1280 px the column of values is 300 px wide, the window 1000. "" stays empty.
     """
-    return dg.MetadataValue.md(markdown.ljust(1000, "\n"))
+    return dg.MetadataValue.md(markdown and markdown.ljust(1000, "\n"))
 
 
 def png_markdown(name: str, png: bytes) -> str:

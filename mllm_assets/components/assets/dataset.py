@@ -8,7 +8,7 @@ from mllm_assets.artifacts import digest_json
 from mllm_assets.components.assets.lineage import upstream_path
 from mllm_assets.components.assets.step import step
 from mllm_assets.components.automation.sources import LISTING, SOURCE
-from mllm_assets.components.reporting import check_results, counts_table, link
+from mllm_assets.components.reporting import check_results, counts_table, in_window, link
 from mllm_assets.components.resources import ProjectResource
 from mllm_assets.data.curate.checks import counts_add_up, every_image_has_a_placeholder, splits_share_no_image
 from mllm_assets.data.curate.publish import side_files
@@ -64,7 +64,7 @@ def raw_asset(spec: DatasetSpec, description: str, license: str) -> dg.AssetsDef
                 "revision": result.revision or "",
                 "hub_id": spec.source.repo,
                 "license": license,
-                "rows": dg.MetadataValue.md(preview_source(result.directory, spec.quality.decode_limits)),
+                "rows": in_window(preview_source(result.directory, spec.quality.decode_limits)),
                 **({LISTING: listing.digest} if listing else {}),
                 "path": project.layout.relative(result.directory),
             },
@@ -220,7 +220,7 @@ def _split_metadata(spec: DatasetSpec, result: SplitResult, layout: Layout) -> d
     return {
         side: {
             "num_samples": getattr(result, f"num_{side}"),
-            "rows": dg.MetadataValue.md(preview_rows(files[side], layout.data) if side in files else ""),
+            "rows": in_window(preview_rows(files[side], layout.data) if side in files else ""),
             **shared,
         }
         for side in SIDES
