@@ -269,6 +269,7 @@ def test_a_resumed_run_has_the_same_frozen_weights_rates_and_noise(parity_dir: P
     values = {
         "pissa_init": True, "pissa_iter": 4, "additional_target": "multi_modal_projector", "loraplus_lr_ratio": 4.0,
         "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1, "max_steps": 10, "eval_strategy": "no",
+        "max_samples": 8,  # so few that each is used again, and is cached
     }  # fmt: skip
     task = make_task(parity_dir, tmp_path / "run", cache_dir=tmp_path / "cache", **values)
     whole = train_task(task, Reporter())
