@@ -69,7 +69,7 @@ class Check:
         print(f"{began_s - self.started_s:6.1f} s  {name}", flush=True)
         try:
             found = function(*args, **options)
-        except Exception as error:
+        except Exception as error:  # of whatever kind: the other parts run all the same
             found = {"failed": f"{type(error).__name__}: {error}"[-2000:]}
             print(f"          failed: {found['failed']}", flush=True)
         after = os.times()
@@ -224,7 +224,7 @@ class Check:
 def _answer(path: Path, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     try:
         found = function(*args, **options)
-    except Exception:
+    except Exception:  # of whatever kind: the parent process says it
         found = {"raised": traceback.format_exc(limit=-4)}
     path.write_text(json.dumps(found, default=str), encoding="utf-8")
 

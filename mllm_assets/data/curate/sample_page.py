@@ -23,8 +23,9 @@ REPORT, SAMPLES = "report.html", "report_samples.js"
 MAX_SAMPLES = 50_000  # about 0.5 KB each
 MAX_THUMBNAILS, THUMBNAIL_PX = 500, 160  # of samples in no split, whose pictures are not published; about 4 KB each
 MAX_TEXT_CHARS = 500
-UNDECODED = "image_"  # how the reasons begin of which some mean that the picture must not be decoded
-DECODED = ("image_too_small", "image_bridges_splits")
+OF_PICTURES = (
+    "image_"  # how the reasons begin for which a picture was rejected, some of which a decoder may not survive
+)
 
 
 class SamplePage:
@@ -53,7 +54,8 @@ class SamplePage:
             reason = UNUSED_REASONS[self._assignments.reasons_S[number]]
         if row is None:
             asked, said, label = "", sample["caption"] or sample["messages"] or "", sample["label"]
-            picture = self._thumbnail(sample, reason)
+            is_sound = split == UNUSED or (sample["source_defect"] is None and not reason.startswith(OF_PICTURES))
+            picture = self._thumbnail(sample) if is_sound else None
         else:
             turns = [(turn["role"], turn["content"]) for turn in row["messages"]]
             asked = " ".join(text for role, text in turns if role == "user").replace(IMAGE_PLACEHOLDER, "").strip()
@@ -62,9 +64,8 @@ class SamplePage:
         values = [sample["sample_id"][:16], place, split, reason, flags or [], label, _cut(asked), _cut(said), picture]
         self._file.write(orjson.dumps(values) + b",\n")
 
-    def _thumbnail(self, sample: Mapping[str, Any], reason: str | None) -> str | None:
-        decodes = reason is None or not reason.startswith(UNDECODED) or reason in DECODED
-        if not sample["images"] or not decodes or self._num_thumbnails == MAX_THUMBNAILS:
+    def _thumbnail(self, sample: Mapping[str, Any]) -> str | None:
+        if not sample["images"] or self._num_thumbnails == MAX_THUMBNAILS:
             return None
         self._num_thumbnails += 1
         with suppress(DataError):

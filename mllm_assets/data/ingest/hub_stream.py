@@ -61,7 +61,7 @@ def _rows(hub: HubRepo, stream: Any, num_rows: int) -> Iterator[dict[str, Any]]:
         rows = rows if rows is not None else iter(stream.skip(num_read))
         try:
             return list(islice(rows, 1))
-        except Exception:
+        except Exception:  # of whatever kind, and raised again: the stream is of no use any more
             rows = None
             raise
 

@@ -4,6 +4,7 @@ import base64
 
 import pytest
 
+from mllm_assets.data.curate import sample_page
 from mllm_assets.data.ingest.spec import DEFAULT_LIMITS
 from mllm_assets.data.quality.preview import NUM_ROWS, preview_rows, preview_source
 from mllm_assets.layout import Layout
@@ -37,3 +38,16 @@ def test_a_source_of_fewer_rows_is_shown_whole(layout: Layout) -> None:
     write_source(layout.root, [(png(number), f"picture {number}") for number in range(4)])
     raw, *_ = run_line(made_spec(2, 1), layout)
     assert len(preview_source(raw.directory, DEFAULT_LIMITS).splitlines()) == 2 + 4
+
+
+def test_no_picture_that_was_rejected_is_decoded_for_the_page(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that is too small may be one that a decoder does not survive: it was judged by its size alone."""
+    decoded: list[bytes] = []
+    real = sample_page.thumbnail
+    monkeypatch.setattr(sample_page, "thumbnail", lambda data, edge: decoded.append(data) or real(data, edge))
+    tiny, without_text = png(20, 4), png(21)
+    rows = [*((png(number), f"picture {number}") for number in range(6)), (tiny, "small"), (without_text, "")]
+    write_source(layout.root, rows)
+    run_line(made_spec(3, 1, num_test=1), layout)
+    assert without_text in decoded and tiny not in decoded
+    assert len(decoded) == 1 + 1, "the sample that is unused, and the one without a text"
