@@ -74,6 +74,8 @@ def cluster() -> Iterator[Any]:
 
         yield wait_for(connected, "the cluster")
     finally:
+        if process.poll() is not None:
+            print("The cluster ended by itself:", log.read_text()[-5000:])
         process.terminate()
         process.wait(300)
         shutil.rmtree(folder, ignore_errors=True)
