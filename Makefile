@@ -6,7 +6,7 @@ export DAGSTER_HOME := $(CURDIR)/.dagster_home
 SETTINGS := .dagster_home/dagster.yaml# relative: make cannot have a target whose path holds a space
 export DAGSTER_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
-unexport PYTHONDONTWRITEBYTECODE # images set it; every process would compile PyTorch and transformers anew, for 20 s
+unexport PYTHONDONTWRITEBYTECODE # images set it; every process would compile PyTorch and transformers again, for 20 s
 CORE := .venv/.core-installed
 EXTRAS := .venv/.extras-installed
 DOCS := .venv/.docs-installed

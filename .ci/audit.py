@@ -5,7 +5,7 @@
 `pip-audit` asks the service of osv.dev for every line of constraints.txt. Of PyPI's own service it takes "unknown
 package", which a mirror answers for all of them, for "no vulnerability"; osv.dev answers or it does not. Where it does
 not answer, this says NOT CHECKED and passes: a check must not depend on somebody else's server.
-What is known and accepted stands in audit-ignored.txt, with the reason.
+What is known and accepted is in audit-ignored.txt, with the reason.
 """
 
 import json

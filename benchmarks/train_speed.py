@@ -86,7 +86,7 @@ def table_lines(vocabulary: str, case: str, runs: dict[str, list[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--bf16", action="store_true", help="bf16 autocast in place of float32")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
     parser.add_argument("--long-captions", action="store_true", help="four times as many supervised tokens")
     parser.add_argument("--case", choices=CASES, action="append", help="only these")
     parser.add_argument("--vocabulary", choices=VOCABULARIES, action="append", help="only these")

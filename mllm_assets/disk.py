@@ -115,7 +115,7 @@ def free_on(directory: Path) -> int:
 
 
 def size_text(num_bytes: int) -> str:
-    """A size for people: "1.2 GiB", "3.4 MiB", "56 KiB"."""
+    """A size in words: "1.2 GiB", "3.4 MiB", "56 KiB"."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"

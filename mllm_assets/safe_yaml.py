@@ -7,7 +7,7 @@ import yaml
 
 MAX_CHARS = 2**20
 MAX_DEPTH = 50
-MAX_NODES = 100_000  # each alias and each merge key counted as what it stands for
+MAX_NODES = 100_000  # each alias and each merge key counted as what it expands to
 
 
 class LimitError(yaml.YAMLError):
@@ -34,10 +34,10 @@ class SafeLoader(yaml.SafeLoader):
             self._depth -= 1
 
     def compose_document(self) -> yaml.Node | None:
-        """Count what the document stands for, before anything of it is built."""
+        """Count what the document expands to, before anything of it is built."""
         node = super().compose_document()
         if node is not None and _num_nodes(node, {}) > MAX_NODES:
-            raise LimitError(f"its aliases and merge keys stand for more than {MAX_NODES:,} values")
+            raise LimitError(f"its aliases and merge keys expand to more than {MAX_NODES:,} values")
         return node
 
 

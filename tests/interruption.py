@@ -28,7 +28,7 @@ SAVE_STEPS = 5
 # of a checkpoint; the others hold wall times
 EXACT_FILES = ("trainable.safetensors", "optimizer.pt", "scheduler.pt")
 
-# What has a state of its own that a resume must bring back; the first is what `make_task` makes without overrides
+# What has a state of its own that a resume must restore; the first is what `make_task` makes without overrides
 CASES: dict[str, dict[str, Any]] = {
     "lora_accumulation": {},
     "loader_workers": {"finetuning_type": "full", "gradient_accumulation_steps": 1, "dataloader_num_workers": 2},
@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
 def make_task(
     parity_dir: Path, run_dir: Path, *, num_processes: int = 1, cache_dir: Path | None = None, **overrides: Any
 ) -> TrainTask:
-    """Shuffled rows, dropout, accumulation and warm-up: each has state that a resume must bring back."""
+    """Shuffled rows, dropout, accumulation and warm-up: each has state that a resume must restore."""
     values = {
         "model_name_or_path": "model", "dataset": "gemma3_vlm_train", "eval_dataset": "gemma3_vlm_val",
         "template": "gemma3", "do_train": True, "finetuning_type": "lora", "lora_dropout": 0.1,

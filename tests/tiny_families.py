@@ -1,7 +1,7 @@
 """Tiny random models of each family, built in code: config, tokenizer, image processor, chat template; no network.
 
 Every family's real tokenizer has its turn markers as single tokens and encodes bytes; one byte-level BPE with the
-family's markers stands for them all. Small, so that a training step takes milliseconds.
+family's markers represents them all. Small, so that a training step takes milliseconds.
 """
 
 import json

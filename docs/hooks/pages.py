@@ -1,4 +1,4 @@
-"""Pages of the site that are no files of `docs/`: README, benchmarks, and a reference generated from the code."""
+"""Pages of the site that are not files of `docs/`: README, benchmarks, and a reference generated from the code."""
 
 import re
 import sys

@@ -59,7 +59,7 @@ def add_commands(verbs: Verbs) -> None:
     add_device_option(serve)
     serve.set_defaults(run=_serve)
 
-    chat = verbs.add_parser("chat", help="a local page where an image and a questions go to one to three models")
+    chat = verbs.add_parser("chat", help="a local page where an image and questions go to one to three models")
     chat.add_argument("models", nargs="+", metavar="MODEL", help=f"one, or up to three to compare: {HOW_TO_NAME}")
     chat.add_argument("--samples", metavar="ENTRY", help="entry of dataset_info.json to pick samples from: emoji_val")
     chat.add_argument("--host", default="127.0.0.1", help=f"elsewhere {KEY_VARIABLE} is the password of `user`")

@@ -13,7 +13,7 @@ from mllm_assets.layout import Layout
 def add_commands(verbs: Verbs) -> None:
     summary = verbs.add_parser("summary", help="a recipe's results, and where they are")
     summary.add_argument("recipe", help="recipe name, for example emoji_sft, or <recipe>/<fingerprint>")
-    summary.add_argument("overrides", nargs="*", metavar="key=value", help="what the run had otherwise than the recipe")
+    summary.add_argument("overrides", nargs="*", metavar="key=value", help="values of the run instead of the recipe's")
     summary.set_defaults(run=_summary)
 
     evaluate = verbs.add_parser("evaluate", help="metrics of a run's checkpoints over steps, and the best of them")

@@ -11,7 +11,7 @@ SEED = 42
 METHOD = (
     f"paired bootstrap over samples, {CONFIDENCE:.0%} percentile interval, {NUM_RESAMPLES} resamples, seed {SEED}; "
     "samples that show the same picture are drawn together; "
-    "BLEU and chrF are computed anew of each resample's statistics, p is that of sacrebleu's own paired bootstrap"
+    "BLEU and chrF are computed again from each resample's statistics, p is that of sacrebleu's own paired bootstrap"
 )
 
 

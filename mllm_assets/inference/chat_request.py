@@ -1,6 +1,6 @@
 """What a request for a chat completion may say, and what is refused, by the name of the field.
 
-A request brings its images itself, as `data:` URLs. Nothing in it makes the server open a file, fetch an address, load
+A request holds its images itself, as `data:` URLs. Nothing in it makes the server open a file, fetch an address, load
 another model or render a template of the client's. A field that would change the answer, and cannot here, is refused.
 """
 

@@ -42,7 +42,7 @@ def serve(
     device: str = "auto",
     max_new_tokens: int = 1024,
 ) -> None:
-    """Serve a model under its name until the process is stopped; each request must bring the `api_key`, if any.
+    """Serve a model under its name until the process is stopped; each request must have the `api_key`, if any.
 
     Raises:
         ModelError: The model cannot be loaded, or its chat template is another than what it was trained in.

@@ -159,7 +159,7 @@ def _pretrained(path: Path, *, deep: bool) -> Iterator[Damage]:
 
 
 def _manifest_or_files(kind: str, path: Path, wrong: str, cure: str) -> Damage:
-    """Of a manifest that can speak for nothing any more, its folder is rid."""
+    """A damaged folder; its manifest is moved aside if that is what cannot be read."""
     is_manifest = wrong.startswith(MANIFEST)
     return Damage(
         kind=kind,

@@ -53,7 +53,7 @@ class RecipeDraft:
         """The file's text, in the sections of LLaMA-Factory's examples.
 
         Raises:
-            RecipeError: The name has no letter or digit, or nobody knows what should train.
+            RecipeError: The name has no letter or digit, or what should train is unknown.
         """
         if self.method not in METHODS:
             raise RecipeError(f"{self.method!r} is not something that can train: choose one of {', '.join(METHODS)}.")

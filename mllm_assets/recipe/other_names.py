@@ -72,7 +72,7 @@ _OTHERWISE = {
     "The family follows from the model's config.json. Delete the line.": "model_type",
     "Answers alone are supervised, unless train_on_prompt: true. Delete the line.": """
         assistant_only_loss completion_only_loss train_on_inputs loss_scale""",
-    "Columns and splits stand in dataset_info.json. Delete the line.": """
+    "Columns and splits are in dataset_info.json. Delete the line.": """
         dataset_text_field dataset_train_split dataset_test_split image_folder media_root""",
     "Rows with pictures are recognised. Delete the line.": "visual_inputs",
     "Rows hold images and text only. Delete the line.": "video_resolution",

@@ -43,7 +43,7 @@ def has_adapter(run: Mapping[str, Any]) -> bool:
 
 
 def copy_files(run_dir: Path, files: Mapping[str, str], staging: Path) -> None:
-    """Bring the run's files into a release; the large ones are linked, because they never change again.
+    """Put the run's files into a release; the large ones are linked, because they never change again.
 
     Raises:
         IntegrityError: One is missing.

@@ -96,7 +96,7 @@ def judged_release(layout: Layout, recipe_name: str) -> tuple[Release, pa.Table]
     """The current release with its own predictions, by which it was judged; None where nothing is released.
 
     Where it is damaged, the newest one whose predictions are whole is what the next model is compared with: else
-    nothing could be released in its place.
+    nothing could be released instead.
     """
     releases = list_releases(layout, recipe_name)[::-1]
     with suppress(IntegrityError):

@@ -115,7 +115,7 @@ def peak_gib() -> float:
 
 
 def _forget_peak() -> None:
-    """Begin the peak of this process anew: steps of one run may share it."""
+    """Start a new peak of this process: steps of one run may share it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

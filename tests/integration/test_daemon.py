@@ -136,7 +136,7 @@ def test_the_daemon_retrains_what_changed_ingests_new_files_skips_with_reasons_a
 
 def test_a_scheduled_run_that_takes_too_long_is_ended_and_leaves_no_trainer(project: Project) -> None:
     settings = yaml.safe_load((project.home / "dagster.yaml").read_text())
-    settings["run_monitoring"]["poll_interval_seconds"] = 1  # in place of two minutes
+    settings["run_monitoring"]["poll_interval_seconds"] = 1  # instead of two minutes
     (project.home / "dagster.yaml").write_text(yaml.safe_dump(settings))
     defs = project.root / project.package / "defs"
     project.write_recipe("mine", max_steps=1, max_samples=8, eval_dataset=None)

@@ -87,7 +87,7 @@ def test_every_checkpoint_is_scored_drawn_and_the_best_is_named(root: Path, caps
 
 
 def test_figures_of_some_samples_say_so(root: Path, capsys, monkeypatch) -> None:
-    """They stood in the run's folder like those of all samples."""
+    """They were in the run's folder like those of all samples."""
     options = ("--device", "cpu", "--max-new-tokens", "4", "--max-samples", "3")
     code, output = said(capsys, monkeypatch, root, "evaluate", "slowly", *options)
     assert code == 0 and output.out.startswith("gemma3_vlm_val, the first 3 samples\n")

@@ -1,4 +1,4 @@
-"""An error at the very end of any asset's body: one line for people, no second attempt, nothing half-recorded."""
+"""An error at the very end of any asset's body: one line for the user, no second attempt, nothing half-recorded."""
 
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -53,7 +53,7 @@ def whole(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def traces(project: Project) -> tuple[list[dict[str, Any]], list[Path]]:
-    """What stands in the table `runs`, and what is in the store."""
+    """What is in the table `runs`, and what is in the store."""
     rows = QualityStore(project.layout.quality_db).query("SELECT run_id, asset FROM runs ORDER BY ALL")
     return rows, sorted((project.root / "store").rglob("*"))
 

@@ -118,7 +118,7 @@ def test_images_that_only_a_version_that_goes_names_go_with_it_and_a_persons_pic
     images = []
     for text in (b"old", b"new"):
         writer = ImageWriter(spec, root.layout)
-        data = PNG + text  # what stands behind the end of a PNG changes its digest only
+        data = PNG + text  # what comes after the end of a PNG changes its digest only
         name = writer.write(data, hashlib.sha256(data).hexdigest(), "train_000000")
         path = root.layout.data / ".versions" / "birds" / f"{text.hex():0>16}"
         with staged_directory(path) as staging:

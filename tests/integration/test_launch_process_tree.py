@@ -55,7 +55,7 @@ class World:
         return run_worker(self.task(what, **more), env=self.env, on_poll=on_poll, grace_s=grace_s)
 
     def launch(self, what: str, **more: Any) -> subprocess.Popen[bytes]:
-        """Run the launcher in a process of its own, and wait until the task's tree stands."""
+        """Run the launcher in a process of its own, and wait until the task's tree is up."""
         command = [sys.executable, "-c", LAUNCHER, json.dumps(to_json(self.task(what, **more)))]
         process = subprocess.Popen(
             command, env={**os.environ, **self.env}, stderr=subprocess.DEVNULL, preexec_fn=heed_signals

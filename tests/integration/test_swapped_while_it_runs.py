@@ -44,7 +44,7 @@ def swap(path: Path) -> bytes:
 
 @contextmanager
 def stopped(task: Task[Any], folder: Path, reached: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
-    """A real worker that stands still from a moment on; it goes on after the block."""
+    """A real worker that is stopped at a moment; it goes on after the block."""
     folder.mkdir(exist_ok=True)
     (folder / "task.json").write_text(json.dumps(to_json(task)))
     command = [sys.executable, "-m", "mllm_assets.worker", str(folder / "task.json"), str(folder / "result.json")]

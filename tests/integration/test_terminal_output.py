@@ -29,7 +29,7 @@ def test_a_launch_prints_a_line_an_asset_and_the_event_log_stays_whole(project: 
 
 
 def test_a_failed_check_says_its_figures_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Dagster's own error names the checks only, and their figures stood in the UI alone."""
+    """Dagster's own error names the checks only, and their figures were in the UI alone."""
 
     @dg.asset(check_specs=[dg.AssetCheckSpec("is_sharp", asset="photos")])
     @step

@@ -37,7 +37,7 @@ PROJECTOR = {"finetuning_type": "full", "freeze_multi_modal_projector": False, "
 LORA = {"finetuning_type": "lora", "lora_dropout": 0.1, "lora_rank": 4}
 LAST_LAYER = {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_multi_modal_projector": False}
 EVERYTHING = {"finetuning_type": "full", "freeze_multi_modal_projector": False, "freeze_vision_tower": False}
-# Qwen3-VL stands for all in `make test`: pictures of any size, deepstack, token types, no processor without torchvision
+# Qwen3-VL represents all in `make test`: pictures of any size, deepstack, token types, no processor without torchvision
 EACH = [name if name == "qwen3_vl" else pytest.param(name, marks=pytest.mark.slow) for name in tiny_families.FAMILIES]
 
 

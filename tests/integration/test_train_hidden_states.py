@@ -71,7 +71,7 @@ def test_the_top_layers_alone_give_the_trajectory_of_the_whole_model(
     assert result["caches"]["hidden_states"] == "cached below layer 3"
     tolerance = 2e-2 if values.get("bf16") else 5e-6
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "whole"), abs=tolerance)
-    # what stood aside is published as it was
+    # what was put aside is published as it was
     model, other = (load_file(tmp_path / name / "run" / "model" / "model.safetensors") for name in ("cached", "whole"))
     assert model.keys() == other.keys()
     frozen = [name for name in model if not ("language_model" in name and ".layers.3." in name)]

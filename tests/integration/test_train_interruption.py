@@ -66,7 +66,7 @@ def test_killed_at_a_random_step_the_weights_are_the_same(
     assert result["resumed_from_step"] is not None and result["resumed_from_step"] >= 5, step
     assert result["weights_digest"] == uninterrupted["weights_digest"], step
     assert result["eval_loss"] == uninterrupted["eval_loss"]
-    assert sorted(losses(tmp_path / "run")) == list(range(1, NUM_STEPS + 1)), "each step stands once in the log"
+    assert sorted(losses(tmp_path / "run")) == list(range(1, NUM_STEPS + 1)), "each step is in the log once"
 
 
 @pytest.mark.attack("kill -9")

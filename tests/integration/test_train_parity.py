@@ -82,7 +82,7 @@ def test_only_what_trains_has_changed(parity_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_holds_what_trains_and_no_more(parity_dir: Path, tmp_path: Path) -> None:
-    """8.6 GB for gemma-3-4b otherwise, in place of 36 MB."""
+    """8.6 GB for gemma-3-4b otherwise, instead of 36 MB."""
     task, _ = reference_task(
         parity_dir, tmp_path / "run", "projector", save_strategy="steps", save_steps=2, max_steps=4, save_total_limit=1
     )

@@ -1,4 +1,4 @@
-"""A published model whose bytes changed is noticed by whoever starts from it, and is written anew without training."""
+"""A published model whose bytes changed is noticed by whoever starts from it, and is written again without training."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a step costs, counted in place of timed; and what happens where it does not fit."""
+"""What a step costs, counted instead of timed; and what happens where it does not fit."""
 
 import json
 import subprocess

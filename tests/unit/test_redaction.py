@@ -21,7 +21,7 @@ from mllm_assets.worker.launch import WorkerCrashed
 
 TOKEN = "hf_" + "aB3" * 12
 JWT = ".".join(["eyJhbGciOiJIUzI1NiJ9", "eyJzdWIiOiIxMjM0In0", "dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P"])
-# what finds nothing of a secret's own shape, but words, entropy, or addresses that are no secret
+# what finds nothing of a secret's own shape, but words, entropy, or addresses that are not secret
 UNSPECIFIC = {
     "ArtifactoryDetector", "CloudantDetector", "IbmCloudIamDetector", "IbmCosHmacDetector", "IPPublicDetector",
     "SoftlayerDetector",

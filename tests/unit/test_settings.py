@@ -62,10 +62,10 @@ def test_a_device_that_is_none_is_one_line_of_doctor(monkeypatch: pytest.MonkeyP
     assert (finding.status, finding.next_step) == ("fail", "Correct or unset it.")
 
 
-def test_outside_a_project_nothing_is_told_to_begin_anew_there(
+def test_outside_a_project_nothing_is_told_to_start_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command that was told made the whole line in whatever folder one stood in."""
+    """The command that was told made the whole line in whatever folder it was typed in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLLM_ASSETS_ROOT", raising=False)
     assert main(["summary", "emoji_sft"]) == 2

@@ -77,7 +77,7 @@ def build_board(layout: Layout, launches: Launches, *, device: str = "auto") -> 
 def _chat_tab(tab: Any, models: Models) -> None:
     chosen = gr.Dropdown(
         models.names(), value=models.names()[:1], multiselect=True, max_choices=MAX_MODELS,
-        label="Models, one to three; each is loaded when it is asked first",
+        label="Models, one to three; each is loaded when it is first asked",
     )  # fmt: skip
     labels = (models.names()[:1] or [""]) + [""] * (MAX_MODELS - 1)
     _, _, reset = add_chat(chosen, labels, models.open, has_reference=False)

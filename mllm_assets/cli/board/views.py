@@ -98,5 +98,5 @@ def titles_of(runs: Sequence[KnownRun]) -> list[str]:
 
 
 def problem_view(text: object) -> str:
-    """What is wrong and what to do, in place of a tab's content."""
+    """What is wrong and what to do, instead of a tab's content."""
     return f'<div class="board-problem">{escape(str(text))}</div>'

@@ -47,7 +47,7 @@ NO_SHARED_IMAGE = "datasets_share_no_image"
 class CheckpointConfig(dg.Config):
     """The settings of the launchpad, which opens with those of the recipe."""
 
-    max_steps: int | None = Field(default=None, description="Optimizer steps in all; above 0 num_train_epochs is idle.")
+    max_steps: int | None = Field(default=None, description="Optimizer steps; above 0, num_train_epochs has no effect.")
     num_train_epochs: float | None = Field(default=None, description="Passes over the training data.")
     learning_rate: float | None = Field(default=None, description="Peak learning rate.")
     per_device_train_batch_size: int | None = Field(default=None, description="Samples in a step, on each device.")

@@ -56,7 +56,7 @@ def upstream_path(
 
 
 def pull_data(context: dg.AssetExecutionContext, keys: Iterable[dg.AssetKey], project: ProjectResource) -> None:
-    """Bring a recipe's datasets to the version that their `dataset_info` last had, if there is an artefact store."""
+    """Switch a recipe's datasets to the version that their `dataset_info` last had, if there is an artefact store."""
     mirror = project.mirror(context)
     if mirror is None:
         return

@@ -102,7 +102,7 @@ class Count:
         if len(words) < 2:
             return ()
         return (
-            f"files of {' and '.join(sorted(words))} are read as one and split anew, so each may be trained on. "
+            f"files of {' and '.join(sorted(words))} are read as one and split again, so each may be trained on. "
             "Add those to train on alone: with --file, or from a folder of their own",
         )
 

@@ -37,7 +37,7 @@ CONVERSATIONS = ("messages", "conversations", "conversation", "texts", "dialog",
 IDS = ("id", "question_id", "sample_id", "uid", "key", "image_id", "idx", "index")
 CHOICES = ("choices", "options", "candidates")
 MAX_SAMPLED = 200
-MAX_CLASSES = 0.5  # different labels to a row: above it a column of short texts is no class
+MAX_CLASSES = 0.5  # different labels to a row: above it a column of short texts is not a class
 CAPTION_PROMPTS = ("Describe this image.", "What do you see in this image?", "What is shown here?")
 LABEL_PROMPTS = ("What is shown in this image?", "What kind of picture is this?")
 FLAGS = {name: f"--{name}" for name in ("image", "question", "answer", "label", "messages")}
@@ -201,7 +201,7 @@ class _Finder:
         return sum(is_picture(value, self.media) for value in values[:20]) / max(1, min(len(values), 20))
 
     def texts(self, found: Roles) -> Roles:
-        """The question, the answer or the class of a row that is no conversation."""
+        """The question, the answer or the class of a row that is not a conversation."""
         answer = self.chosen.answer or self.named(ANSWERS)
         question = self.chosen.question or self.named(QUESTIONS)
         if question is None and answer is not None:  # alone it is what a picture was made of
@@ -245,7 +245,7 @@ class _Finder:
             numbers = [int(value) for value in self.values(answer) if str(value).isdecimal()]
             if numbers and min(numbers) > 0:
                 raise self.undecided(
-                    f"{answer} holds numbers of {choices}, and none is 0, and nobody knows whether they count from 1. "
+                    f"{answer} holds numbers of {choices}, and none is 0, so whether they count from 1 is unknown. "
                     "Write the answers' texts",
                     f"--answer COLUMN, or --answer {answer} to learn the number",
                 )

@@ -62,7 +62,7 @@ _COLORS = (
     "红紅赤橙黄黃绿緑綠蓝藍青紫粉棕褐黑黒白灰色亮暗",
     r"빨간|파란|노란|초록|검은|흰",
 )
-Words = tuple[str, str, str]  # whole words, single signs, and what may stand anywhere
+Words = tuple[str, str, str]  # whole words, single signs, and what may be anywhere
 # operation -> what its copies may make untrue, by the name that the count has
 _CHANGED_BY: dict[str, dict[str, Words]] = {
     "flip": {"side": _SIDES, "box": _BOXES, "text": _WRITING},

@@ -19,7 +19,7 @@ SIDECARS = frozenset(
     "state.json dataset_info.json dataset_dict.json dataset_infos.json _success thumbs.db desktop.ini readme.txt "
     "license.txt requirements.txt config.json".split()
 )
-NOT_PICTURES = {".svg": "SVG, which is no picture of pixels", ".pdf": "PDF", ".psd": "PSD", ".eps": "EPS",
+NOT_PICTURES = {".svg": "SVG, which has no pixels", ".pdf": "PDF", ".psd": "PSD", ".eps": "EPS",
                 ".raw": "a camera's raw file", ".cr2": "a camera's raw file", ".nef": "a camera's raw file",
                 ".dng": "a camera's raw file", ".mp4": "a video", ".mov": "a video", ".webm": "a video",
                 ".avi": "a video", ".mp3": "a sound", ".wav": "a sound", ".zip": "a ZIP archive: unpack it",

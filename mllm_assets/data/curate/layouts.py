@@ -182,7 +182,7 @@ def _refuse_boxes(texts: Sequence[Path]) -> None:
             return
     raise DataError(
         f"{texts[0]} and the other text files hold a class's number and the corners of a box in each line, as "
-        "labels of detectors do. They are no answers: write what the images show as texts."
+        "labels of detectors do. They are not answers: write what the images show as texts."
     )
 
 

@@ -65,7 +65,7 @@ def read_tables_layout(folder: Folder) -> Reading | None:
     files = [path for path in found.rows if file is None or path in (folder.path / file, Path(file).resolve())]
     if file is not None and not files:
         names = ", ".join(path.relative_to(folder.path).as_posix() for path in found.rows) or "none"
-        raise DataError(f"--file names {file!r}, which is no file of rows of {folder.path}. It has: {names}.")
+        raise DataError(f"--file names {file!r}, which is not a file of rows in {folder.path}. It has: {names}.")
     joined = [path for path in files if found.rows[path].kind == "json_object" and _is_joined(path)]
     fit: list[Reading] = []
     problems: dict[Path, str] = {}
@@ -189,7 +189,7 @@ def _coco(folder: Folder, paths: list[Path]) -> Reading:
     words = side_words([path for path in used if path in texts], folder.path)
     sides = sides_of(*map(words.get, SIDES)) if len(used) == len(texts) else {}
     source = {"kind": "coco", "path": folder.shown_all(used), **sides, **folder.media(dirs)}
-    not_read = dict.fromkeys((path for path in paths if path not in used), "its annotations are no texts")
+    not_read = dict.fromkeys((path for path in paths if path not in used), "its annotations are not texts")
     return folder.reading(f"annotations joined with images: {folder.few(used)}", source, roles, used, not_read)
 
 

@@ -15,7 +15,7 @@ from mllm_assets.data.sharegpt.row_files import read_rows
 
 
 def digest_of(text: str) -> bytes:
-    """8 bytes that stand for a text, so that all of them fit into memory."""
+    """8 bytes instead of a text, so that all of them fit into memory."""
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
 
 

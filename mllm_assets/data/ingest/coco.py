@@ -51,7 +51,7 @@ def read_coco(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
     the same `path` are joined with each other: VQA has its questions in one of their own.
 
     Raises:
-        DataError: A file is missing, is no such JSON object, or there are no annotations.
+        DataError: A file is missing or is not such a JSON object, or there are no annotations.
     """
     files = find_files(source, root)
     top = common_folder(files)

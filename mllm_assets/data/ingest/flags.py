@@ -16,7 +16,7 @@ class Probe:
     """One flag of a picture; probes with `sql` are in the saved views and the report as well.
 
     A probe uses existing measurements. A new measurement is a field of `probes.ImageMeasurement`, a column
-    of `schema.TABLES["image_quality"]` and a step of `migrations`.
+    of `schema.TABLES["image_quality"]` and a step of `store.STEPS`.
 
     Attributes:
         name: The flag, for example `image_dark`.

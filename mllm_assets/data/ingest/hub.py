@@ -89,7 +89,7 @@ def read_hub(
     if not files:
         if choose is not None:
             raise SourceError(
-                f"{spec.source.repo} has no Parquet files, so that nobody knows how many rows it has, and the split "
+                f"{spec.source.repo} has no Parquet files, so that its number of rows is unknown, and the split "
                 "'guide' shuffles all of them. Use the strategy 'grouped'."
             )
         return commit, stream_rows(spec.source, hub, commit, _num_needed(spec))

@@ -128,7 +128,7 @@ def source_states(source: SourceSpec, root: Path) -> dict[str, tuple[int, int]]:
 
 
 def require_same_source(before: Mapping[str, tuple[int, int]], source: SourceSpec, root: Path) -> None:
-    """Refuse what was read if a file of `before` was written to meanwhile; one that came since is no matter.
+    """Refuse what was read if a file of `before` was written to meanwhile; one that was added since does not matter.
 
     Raises:
         DataError: Names the first such files.

@@ -1,4 +1,4 @@
-"""The splits that a source brings itself: in files or folders that are named so, or in a column."""
+"""The splits that a source has itself: in files or folders that are named so, or in a column."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -103,7 +103,7 @@ def _parts(source: SourceSpec, root: Path) -> list[tuple[str | None, SourceSpec]
 
 
 def _word_of(path: Path, top: Path, words: Sequence[str]) -> str | None:
-    """The one of some words that stands in a file's name, else in the innermost folder that has one."""
+    """The one of some words that is in a file's name, else in the innermost folder that has one."""
     for name in (path.stem, *path.relative_to(top).parts[-2::-1]):
         parts = re.findall(r"[a-z]+", name.lower())
         found = [word for word in words if word.lower() == name.lower() or word.lower() in parts]

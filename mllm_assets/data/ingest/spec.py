@@ -147,7 +147,7 @@ class SourceSpec:
 
     @property
     def is_split(self) -> bool:
-        """Whether it brings its own splits."""
+        """Whether it has splits of its own."""
         return self.val_split is not None or self.split_column is not None
 
     @property

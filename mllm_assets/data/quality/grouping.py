@@ -219,7 +219,7 @@ class _Search:
 
 
 def _rotated(values: NDArray[np.uint64], end: int, width: int) -> NDArray[np.uint64]:
-    """Bring the bits below `end` to the top of `width` bits."""
+    """Move the bits below `end` to the top of `width` bits."""
     if end == width:
         return values
     mask = np.uint64((1 << width) - 1)

@@ -2,7 +2,7 @@
 
 Content (what a sample, an image or a caption is) is keyed by what it is and never changes. History (which samples a
 source had, how a run judged them, where they went) is keyed by the digest of that version, so that an earlier run is
-not overwritten and writing a run twice adds nothing. `migrations` brings older files here.
+not overwritten and writing a run twice adds nothing. `store.migrate` updates older files.
 """
 
 from dataclasses import dataclass

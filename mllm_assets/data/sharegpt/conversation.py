@@ -38,7 +38,7 @@ _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation as JSON, and the pictures that stand in its parts themselves, in order of their placeholders."""
+    """A conversation as JSON, and the pictures that are in its parts themselves, in order of their placeholders."""
 
     messages: str
     pictures: tuple[Any, ...] = ()

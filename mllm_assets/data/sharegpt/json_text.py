@@ -80,7 +80,7 @@ def json_lines(path: Path, limits: JsonLimits = LIMITS) -> Iterator[JsonLine]:
 
 
 def decode(text: str, path: Path, first_line: int) -> Any:
-    """Parse JSON; what parsers interpret differently is refused. NaN and infinity, which are no JSON, are null.
+    """Parse JSON; what parsers interpret differently is refused. NaN and infinity, which are not JSON, are null.
 
     Raises:
         DataError: Not JSON, a key twice in one object, a number of thousands of digits, or nested too deeply. Names
@@ -195,7 +195,7 @@ class _Items:
                 self._take(",")
             key = self._item()
             if not isinstance(key, str):
-                raise ValueError("a key that is no text")
+                raise ValueError("a key that is not text")
             if key in keys:
                 raise ValueError(f"the key {key!r} is there twice")
             keys.add(key)

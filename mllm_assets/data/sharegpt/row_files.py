@@ -170,7 +170,7 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def rows_at_once(file: pq.ParquetFile, most: int, row_group: int | None = None) -> int:
-    """How many rows to read together: fewer where a large value is there once and stands in many rows.
+    """How many rows to read together: fewer where a large value is there once and is in many rows.
 
     A dictionary of one picture of 128 MiB, all zero, takes 4 KiB of a file, and its thousand rows 128 GiB of memory.
     """

@@ -155,7 +155,7 @@ def read_messages(
         place: Where it is, for the problems.
 
     Returns:
-        The messages up to the first that cannot be read, the pictures that stand in their parts, and what is wrong.
+        The messages up to the first that cannot be read, the pictures that are in their parts, and what is wrong.
     """
     problems = list(_column_problems(value, entry, place))
     pictures: list[Any] = []

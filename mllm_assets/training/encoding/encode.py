@@ -210,7 +210,7 @@ class Encoder:
         return max((index + 1 for index, token in enumerate(tokens) if token == self.image_token_id), default=0)
 
     def _require_embedded(self, row: EncodedRow) -> None:
-        """Refuse tokens that the tokenizer has and the model has not; an image token stands for what is no token."""
+        """Refuse tokens that the tokenizer has and the model has not; image tokens are replaced."""
         used = (*row.input_ids, self._tokenizer.pad_token_id or 0)
         if self._num_embeddings is None or max(used) < self._num_embeddings:
             return

@@ -176,8 +176,8 @@ def _require_same_run(
     kept = read_run_file(run_dir)
     if not {"starts_from", DATA_DIGESTS} <= kept.keys():
         raise RecipeError(
-            f"{recipe.path}: {run_dir / RUN_FILE} does not say what {checkpoint.name} was trained with, so nobody "
-            f"knows whether this recipe resumes it. Name a checkpoint in the folder of a run that was trained since."
+            f"{recipe.path}: {run_dir / RUN_FILE} does not say what {checkpoint.name} was trained with, "
+            f"so whether this recipe can resume it is unknown. Name a checkpoint of a run that was trained since."
         )
     spec, trained = recipe.spec, TrainSpec(**kept["starts_from"]["recipe"])
 

@@ -92,7 +92,7 @@ attributes:
 def test_a_secret_is_refused_by_file_and_line_and_not_shown(
     text: str, where: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It was accepted, and stood in the asset's metadata."""
+    """It was accepted, and was shown in the asset's metadata."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.chdir(project)
     (project / "shop" / "defs" / "ants" / "defs.yaml").write_text(text.replace("LICENSE", SECRET))

@@ -80,7 +80,7 @@ def test_changed_files_are_ingested_once_after_they_rested(
     with monkeypatch.context() as ahead:
         tomorrow_s = time.time() + 86400
         ahead.setattr(time, "time", lambda: tomorrow_s)
-        assert ticks.tick() == changing, "a clock that is set forward is no rest"
+        assert ticks.tick() == changing, "a clock that is set forward does not make files settle"
 
     cursor = json.loads(ticks.cursor)
     cursor["since"]["since_boot_s"] -= 3601

@@ -1,4 +1,4 @@
-"""`@step`: whatever fails in an asset's body is one line for people, and leaves no trace of a thing that was made."""
+"""`@step`: whatever fails in an asset's body is one line for the user, and leaves no trace of a thing that was made."""
 
 import json
 from collections.abc import Callable

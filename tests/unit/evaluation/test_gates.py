@@ -43,7 +43,7 @@ def test_a_model_blind_to_the_image_does_not_pass() -> None:
 
 
 def test_a_gain_within_its_noise_does_not_pass() -> None:
-    """One lucky sample of six is no evidence."""
+    """One lucky sample of six is not evidence."""
     rows = [prediction("base", i, loss_nats=1.0) for i in range(6)]
     rows += [prediction("tuned", i, loss_nats=0.7 if i == 0 else 1.0) for i in range(6)]
     gate = evaluate_gates(compute_metrics(to_table(rows), TRAIN), GateSpec())[0]

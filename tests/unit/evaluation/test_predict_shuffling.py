@@ -1,4 +1,4 @@
-"""Which images stand in for another sample's."""
+"""Which images replace another sample's."""
 
 from collections import Counter
 

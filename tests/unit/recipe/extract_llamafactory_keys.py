@@ -15,7 +15,7 @@ FILES = ("model_args", "data_args", "training_args", "finetuning_args", "generat
 
 
 def extract(wheel: Path) -> dict[str, dict[str, Any]]:
-    """Default and type of each argument; a default that is no literal is null with `"is_literal": false`."""
+    """Default and type of each argument; a default that is not a literal is null with `"is_literal": false`."""
     keys: dict[str, dict[str, Any]] = {}
     with zipfile.ZipFile(wheel) as archive:
         for name in FILES:

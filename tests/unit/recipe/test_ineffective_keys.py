@@ -1,4 +1,4 @@
-"""A key that stands in a recipe and does nothing is named before the run starts."""
+"""A key that is in a recipe and does nothing is named before the run starts."""
 
 from pathlib import Path
 

@@ -221,6 +221,6 @@ def test_files_of_several_splits_that_are_read_as_one_are_a_warning(tmp_path: Pa
     inventory, reading = take_inventory(tmp_path / "d"), reading_of(tmp_path / "d")
     mixed = replace(reading, source={name: reading.source[name] for name in ("kind", "path")})
     [warning] = Count(inventory=inventory, reading=mixed).warnings()
-    assert warning.startswith("files of test and train are read as one and split anew")
+    assert warning.startswith("files of test and train are read as one and split again")
     given = replace(mixed, source={**mixed.source, "val_split": "test"})
     assert Count(inventory=inventory, reading=given).warnings() == ()

@@ -1,4 +1,4 @@
-"""Splits that a source brings itself, in names of files or in a column."""
+"""Splits that a source has itself, in names of files or in a column."""
 
 import json
 from pathlib import Path

@@ -183,7 +183,7 @@ def test_a_file_that_is_no_image_is_found_before_training(processor: Any, tmp_pa
 
 
 def test_batches_are_padded_to_eight_and_mark_image_tokens(processor: Any, rows: list[Row]) -> None:
-    """Without token_type_ids nothing fails and the loss is another one (9.425 in place of 9.272, measured)."""
+    """Without token_type_ids nothing fails and the loss is another one (9.425 instead of 9.272, measured)."""
     encoder = Encoder(processor)
     encoded = [encoder.encode(row) for row in rows[:3]]
     batch = Collator(processor)(encoded)

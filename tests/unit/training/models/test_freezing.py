@@ -104,7 +104,7 @@ def test_a_recipe_that_trains_nothing_is_refused(parity_dir: Path) -> None:
 
 
 def test_no_layer_at_all_is_said_to_be_the_reason(parity_dir: Path) -> None:
-    """The language model was called frozen, which it is not; with the projector 0 layers may stand, as elsewhere."""
+    """The language model was called frozen, which it is not; with the projector 0 layers are allowed, as elsewhere."""
     spec = make_spec(finetuning_type="freeze", freeze_trainable_layers=0)
     with pytest.raises(RecipeError, match=r"Nothing trains: freeze_trainable_layers is 0, which trains no layer"):
         freezing.apply(spec, model_on_meta(load_config(parity_dir / "model")))

@@ -1,4 +1,4 @@
-"""A model directory that brings code, or pickles: neither is ever run."""
+"""A model directory that holds code, or pickles: neither is ever run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A run's name stands for what it computes, no more and no less."""
+"""A run's name identifies what it computes, no more and no less."""
 
 import pytest
 
