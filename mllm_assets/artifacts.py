@@ -19,12 +19,17 @@ from mllm_assets.errors import DataError, IntegrityError, RecipeError
 
 MANIFEST = "manifest.json"
 DIGEST = "manifest_digest"  # its key with the digest of all others
+UNNAMED = "unnamed"  # the key of what has no letter or digit in its name, and cannot be made
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 3000  # what Linux takes for a name, and for a path below a deep root
 
 
-def slug(name: str) -> str:
-    """Turn a name into an asset key part: `[a-z0-9_]+`."""
-    text = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+def slug(name: str, otherwise: str = "") -> str:
+    """Turn a name into an asset key part: `[a-z0-9_]+`; `otherwise` is that of a name without any of these.
+
+    Raises:
+        RecipeError: It has none of these, and there is no `otherwise`.
+    """
+    text = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or otherwise
     if not text:
         raise RecipeError(f"The name {name!r} has no letter or digit. Give it one, for example 'my_dataset'.")
     return text
@@ -318,13 +323,24 @@ def point_symlink(link: Path, target: Path) -> None:
         raise
 
 
-def path_inside(root: Path, path: str | Path, *, what: str) -> Path:
-    """Resolve a `path` of the user's against `root`, and refuse one that leaves it, symlinks included."""
+def resolved_path(root: Path, path: str | Path, *, what: str) -> Path:
+    """Resolve a `path` of the user's against `root`, symlinks included.
+
+    Raises:
+        DataError: The system does not accept it as a path. Names `what` it is for.
+    """
     try:
         resolved = (root / path).resolve()
-        resolved.is_file()  # raises if the system does not accept it as a path
+        resolved.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL or half a character in it, links in a circle
-        raise DataError(f"{what}: {str(path)[:80]!r} cannot be a path ({error}). Correct it.") from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{what}: {str(path)[:80]!r} cannot be a path ({why[:80]}). Correct it.") from None
+    return resolved
+
+
+def path_inside(root: Path, path: str | Path, *, what: str) -> Path:
+    """Resolve a `path` of the user's against `root`, and refuse one that leaves it, symlinks included."""
+    resolved = resolved_path(root, path, what=what)
     if not resolved.is_relative_to(root.resolve()):
         raise DataError(f"{what}: the path {str(path)!r} leaves {root}. Use a path inside that folder.")
     return resolved

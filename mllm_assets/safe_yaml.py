@@ -33,6 +33,17 @@ class SafeLoader(yaml.SafeLoader):
         finally:
             self._depth -= 1
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """What a node means; what means nothing, such as `!!int x` or half a character, is an error with its line."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, str):
+                value.encode()
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+            why = "half a character" if isinstance(error, UnicodeEncodeError) else str(error).split(";")[0]
+            raise yaml.constructor.ConstructorError(None, None, why or "no value", node.start_mark) from None
+        return value
+
     def compose_document(self) -> yaml.Node | None:
         """Count what the document expands to, before anything of it is built."""
         node = super().compose_document()

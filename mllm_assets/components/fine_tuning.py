@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import dagster as dg
 from pydantic import Field
 
-from mllm_assets.artifacts import slug
+from mllm_assets.artifacts import UNNAMED, slug
 from mllm_assets.components.assets.recipe import build_recipe_assets, external_asset
 from mllm_assets.components.automation.failures import failure_alert
 from mllm_assets.components.automation.releases import ReleaseWatch, released_model_regression
@@ -112,7 +112,7 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
 
     def _enabled_recipes(self, recipes: Sequence[Recipe]) -> list[Recipe]:
         """Those that are named, and those that they start from."""
-        on = [recipe for recipe in recipes if recipe.name in map(slug, self.enabled)]
+        on = [recipe for recipe in recipes if recipe.name in [slug(name, UNNAMED) for name in self.enabled]]
         for recipe in on:  # grows meanwhile
             model = PurePosixPath(recipe.spec.model_name_or_path)
             on += [base for base in recipes if base not in on and model.is_relative_to(base.spec.output_dir)]
@@ -125,7 +125,7 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
         recipes, assets = read_recipes(context.project_root, self.recipes)
         tree = context.component_tree
         made = {
-            entry: dg.AssetKey([slug(dataset.name), "dataset_info"])
+            entry: dg.AssetKey([slug(dataset.name, UNNAMED), "dataset_info"])
             for dataset in tree.get_all_components(of_type=ImageTextDataset)
             for entry in dataset.entry_names()
         }
@@ -135,7 +135,7 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
             models={m.directory: m.key for c in tree.get_all_components(of_type=PretrainedModels) for m in c.models},
             recipes={recipe.spec.output_dir: dg.AssetKey([recipe.name, "checkpoint"]) for recipe in recipes},
         )
-        settings = {slug(override.recipe): override for override in self.settings}
+        settings = {slug(override.recipe, UNNAMED): override for override in self.settings}
         nodes: list[Node] = []
         for recipe in recipes:
             try:
@@ -155,7 +155,7 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
             assets += [asset.map_asset_specs(partial(self._with_tags_and_freshness, node)) for asset in built]
         used = {key for node in nodes for key in node.data}
         external_assets = [external_asset(entry, key) for entry, key in external.items() if key in used]
-        datasets = {slug(dataset.name) for dataset in tree.get_all_components(of_type=ImageTextDataset)}
+        datasets = {slug(dataset.name, UNNAMED) for dataset in tree.get_all_components(of_type=ImageTextDataset)}
         jobs = [
             line_job(node.key("released_model" if node.eval_data else "checkpoint"), _line_of(node), datasets)
             for node in nodes
@@ -177,11 +177,11 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
         """An asset that fails for each name in `enabled` that no recipe has."""
         return [
             failing_asset(
-                dg.AssetKey([slug(name), "checkpoint"]),
-                RecipeError(f"enabled names {name!r}, which no recipe is called. {did_you_mean(slug(name), known)}"),
+                dg.AssetKey([slug(name, UNNAMED), "checkpoint"]),
+                RecipeError(f"enabled names {name!r}, which no recipe is called. {did_you_mean(name, known)}"),
             )
             for name in self.enabled
-            if slug(name) not in known
+            if slug(name, UNNAMED) not in known
         ]
 
     def _switched_off(self, nodes: Sequence[Node], off: Collection[dg.AssetKey]) -> dict[str, str]:
@@ -205,7 +205,7 @@ def _declared_off(tree: dg.ComponentTree) -> set[dg.AssetKey]:
     """Entries of datasets and models with `enabled: false`."""
     models = [m for c in tree.get_all_components(of_type=PretrainedModels) for m in c.models if not m.enabled]
     datasets = [d for d in tree.get_all_components(of_type=ImageTextDataset) if not d.enabled]
-    keys = {dg.AssetKey([slug(dataset.name), "dataset_info"]) for dataset in datasets}
+    keys = {dg.AssetKey([slug(dataset.name, UNNAMED), "dataset_info"]) for dataset in datasets}
     return keys | {model.key for model in models}
 
 

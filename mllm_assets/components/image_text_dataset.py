@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from mllm_assets.artifacts import slug
+from mllm_assets.artifacts import UNNAMED, slug
 from mllm_assets.components.assets.dataset import dataset_info_asset, raw_asset, sample_quality_asset, splits_asset
 from mllm_assets.components.automation.sources import Watch, automation_sensor, source_sensors, with_automation
 from mllm_assets.components.jobs import LOGGERS, line_job
@@ -123,10 +123,10 @@ class ImageTextDataset(dg.Component, YamlModel):
 
     def entry_names(self) -> list[str]:
         """The names of the splits' entries, even of a dataset that cannot be built."""
-        return [getattr(self.entries, side) or f"{slug(self.name)}_{side}" for side in SIDES]
+        return [getattr(self.entries, side) or f"{slug(self.name, UNNAMED)}_{side}" for side in SIDES]
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        fallback_key = dg.AssetKey([slug(self.name), "dataset_info"])
+        fallback_key = dg.AssetKey([slug(self.name, UNNAMED), "dataset_info"])
         if refused := refuse_secrets(self, context, fallback_key):
             return refused
         try:

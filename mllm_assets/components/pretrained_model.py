@@ -1,5 +1,6 @@
 """Pretrained models as assets: `pretrained/<model>` for each model of the `defs.yaml`."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,15 +8,19 @@ from typing import Literal
 
 import dagster as dg
 
-from mllm_assets.artifacts import slug
+from mllm_assets.artifacts import UNNAMED, slug
 from mllm_assets.components.assets.step import step
 from mllm_assets.components.progress import OBSERVE_EVERY_S
+from mllm_assets.components.reporting import failing_asset
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.switches import off_asset, off_text, switched_on
 from mllm_assets.components.yaml_checks import refuse_secrets
 from mllm_assets.components.yaml_model import YamlModel
+from mllm_assets.errors import RecipeError
 from mllm_assets.training.runs.models import PretrainedResult, describe_model, fetch_snapshot
 from mllm_assets.worker.tasks import BuildTask
+
+MAX_NAME_CHARS = 200
 
 
 class Model(YamlModel):
@@ -39,7 +44,7 @@ class Model(YamlModel):
 
     @property
     def key(self) -> dg.AssetKey:
-        return dg.AssetKey(["pretrained", slug(self.name)])
+        return dg.AssetKey(["pretrained", slug(self.name, UNNAMED)])
 
     @property
     def directory(self) -> str:
@@ -60,17 +65,31 @@ class PretrainedModels(dg.Component, YamlModel):
         if refused := refuse_secrets(self, context, dg.AssetKey(["pretrained"])):
             return refused
         on = switched_on(context)
-        return dg.Definitions(
-            assets=[
-                _pretrained_asset(model) if model.enabled or model.directory in on else _off(model)
-                for model in self.models
-            ]
+        return dg.Definitions(assets=[_asset(model, is_on=model.directory in on) for model in self.models])
+
+
+def _asset(model: Model, *, is_on: bool) -> dg.AssetsDefinition:
+    if wrong := wrong_name(model.name):
+        error = RecipeError(
+            f"models.name is {model.name[:40]!r}, which {wrong}. Give the name of a folder right below pretrains/, for "
+            "example gemma3-4b-it."
         )
+        return failing_asset(model.key, error)
+    return _pretrained_asset(model) if model.enabled or is_on else _off(model)
+
+
+def wrong_name(name: str) -> str | None:
+    """Why a model's folder cannot have a name; what is written into it must stay below `pretrains/`."""
+    if "/" in name or name.startswith((".", "~")):
+        return "leads elsewhere"
+    if not name.isprintable() or not re.search("[a-z0-9]", name.lower()):
+        return "has no letter or digit, or a character that is not printable"
+    return f"is longer than {MAX_NAME_CHARS} characters" if len(name) > MAX_NAME_CHARS else None
 
 
 def _off(model: Model) -> dg.AssetsDefinition:
     source = f"needs {model.repo} of the Hub" if model.repo else "is not enabled"
-    return off_asset(_pretrained_asset(model), off_text(slug(model.name), source))
+    return off_asset(_pretrained_asset(model), off_text(slug(model.name, UNNAMED), source))
 
 
 def _pretrained_asset(model: Model) -> dg.AssetsDefinition:

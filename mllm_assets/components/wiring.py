@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import dagster as dg
 
-from mllm_assets.artifacts import slug
+from mllm_assets.artifacts import UNNAMED, digest_json, slug
 from mllm_assets.components.reporting import MAX_TAG_LENGTH, failing_asset
 from mllm_assets.components.yaml_model import YamlModel, yaml_of
 from mllm_assets.data.sharegpt.entries import read_dataset_info
@@ -183,7 +183,11 @@ def external_entries(dataset_info: Path, made: Iterable[str]) -> dict[str, dg.As
         entries = read_dataset_info(dataset_info.parent)
     except DataError:  # a broken file is reported, with its line, by whatever reads its rows
         return {}
-    return {name: dg.AssetKey([slug(name), "dataset_info"]) for name in entries if name not in set(made)}
+    return {
+        name: dg.AssetKey([slug(name, f"entry_{digest_json(name)[:8]}"), "dataset_info"])
+        for name in entries
+        if name not in set(made)
+    }
 
 
 def _entry_keys(
@@ -238,7 +242,7 @@ def read_recipes(project_root: Path, pattern: str) -> tuple[list[Recipe], list[d
     """Read the recipe files; each that cannot be read becomes an asset that fails with the message."""
     by_name: dict[str, list[Path]] = {}
     for path in sorted(project_root.glob(pattern)):
-        by_name.setdefault(slug(path.stem), []).append(path)
+        by_name.setdefault(slug(path.stem, UNNAMED), []).append(path)
     recipes: list[Recipe] = []
     errors: dict[str, MllmAssetsError] = {}
     for name, paths in by_name.items():
@@ -269,5 +273,5 @@ def _shared_output_dirs(recipes: list[Recipe]) -> dict[str, MllmAssetsError]:
         for output_dir, group in sharing.items()
         if len(group) > 1
         for recipe in group
-        if recipe.name != slug(output_dir.name)
+        if recipe.name != slug(output_dir.name, UNNAMED)
     }

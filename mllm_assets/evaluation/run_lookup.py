@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_assets.artifacts import is_complete, made_order, read_manifest, slug
+from mllm_assets.artifacts import UNNAMED, is_complete, made_order, read_manifest, slug
 from mllm_assets.errors import IntegrityError, MllmAssetsError, RecipeError
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import materialize_command, require_known_recipe, why_no_latest
 from mllm_assets.recipe.load import load_recipe, with_config_files
-from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.training.runs.plan import overridden, semantic_values, shown_overrides
+from mllm_assets.training.runs.plan import overridden, semantic_values, shown_overrides, spec_of_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +48,7 @@ def find_run(layout: Layout, recipe: str, overrides: Sequence[str] = ()) -> Path
     wanted: dict[str, Any] = {}
     if overrides:
         require_known_recipe(layout, recipe)
-        path = next((path for path in layout.root.glob("configs/*.yaml") if slug(path.stem) == recipe), None)
+        path = next((path for path in layout.root.glob("configs/*.yaml") if slug(path.stem, UNNAMED) == recipe), None)
         if path is None:
             raise RecipeError(
                 f"{layout.root / 'configs'} has no file of {recipe}. Name its run: {recipe}/<fingerprint>."
@@ -80,9 +79,9 @@ def how_to_evaluate(layout: Layout, run_dir: Path) -> str:
 
 def _other_values(layout: Layout, run_dir: Path) -> dict[str, Any]:
     """The values in which a run differs from its recipe's file now: by an override, or because the file changed."""
-    trained = semantic_values(TrainSpec(**read_manifest(run_dir)["recipe"]))
+    trained = semantic_values(spec_of_run(read_manifest(run_dir)["recipe"], run_dir))
     for path in layout.root.glob("configs/*.yaml"):
-        if slug(path.stem) == run_dir.parent.name:
+        if slug(path.stem, UNNAMED) == run_dir.parent.name:
             try:
                 written = semantic_values(with_config_files(load_recipe(path), layout.root).spec)
             except MllmAssetsError:

@@ -120,7 +120,7 @@ def _newest(artefacts: Iterable[Artefact], keep_runs: int) -> Iterator[tuple[Pat
 def _releases(layout: Layout) -> Iterator[tuple[str, str]]:
     for manifest in layout.root.glob(f"releases/*/*/{MANIFEST}"):
         release = manifest.parent.relative_to(layout.root)
-        yield f"{release} names it", manifest.read_text(encoding="utf-8")
+        yield f"{release} names it", _text(manifest)
 
 
 def _metrics_of(layout: Layout, artefacts: Iterable[Artefact], kept: Mapping[Path, str]) -> Iterator[tuple[Path, str]]:
@@ -138,9 +138,14 @@ def _weights(directory: Path) -> str | None:
     return read_manifest(directory).get("weights_digest") if is_complete(directory) else None
 
 
+def _text(path: Path) -> str:
+    """A file's text, a damaged one's too."""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
 def _names_in(directory: Path) -> set[str]:
     files = [directory / name for name in WITH_NAMES]
-    return {name for file in files if file.is_file() for name in NAME.findall(file.read_text(encoding="utf-8"))}
+    return {name for file in files if file.is_file() for name in NAME.findall(_text(file))}
 
 
 def is_locked(lock: Path) -> bool:
@@ -186,11 +191,7 @@ def find_unnamed_images(layout: Layout, gone: Collection[Path]) -> Iterator[Path
     for name, entry in load_entries(layout.data).items() if layout.dataset_info.is_file() else ():
         if entry.remote is None and (layout.data / entry.file_name).exists():  # a missing file names nothing
             named.update(image for row in Dataset(layout.data).entry(name).rows for image in row.images)
-    ours = {
-        name
-        for claims in layout.data.glob(f".versions/*/{NAMED_IMAGES}")
-        for name in claims.read_text(encoding="utf-8").splitlines()
-    }
+    ours = {name for claims in layout.data.glob(f".versions/*/{NAMED_IMAGES}") for name in _text(claims).splitlines()}
     for path in sorted(layout.images.iterdir()) if layout.images.is_dir() else ():
         if path.is_file() and path.resolve() not in named:
             match = BY_CONTENT.fullmatch(path.name)

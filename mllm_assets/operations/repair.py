@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from mllm_assets.artifacts import (
     MANIFEST,
+    UNNAMED,
     find_damage,
     is_complete,
     lock_path,
@@ -33,6 +34,7 @@ from mllm_assets.operations.findings import Finding
 from mllm_assets.project.read import materialize_command
 from mllm_assets.releases.versions import find_release_damage, released_recipes, version_folders
 from mllm_assets.training.runs.models import PUBLISHED
+from mllm_assets.training.runs.plan import RUN_FILE, read_run_file
 
 CHECK = "artefacts"
 MAKERS = {
@@ -145,6 +147,12 @@ def _run(path: Path, *, deep: bool) -> Iterator[Damage]:
         if wrong := _wrong(checkpoint, deep=deep):
             cure = "Nothing, or delete it: a run that resumes skips it."
             yield Damage(kind="checkpoint", path=checkpoint, wrong=wrong, cure=cure)
+    try:
+        read_run_file(path)
+    except IntegrityError:
+        run_file, again = path / RUN_FILE, materialize_command(f"{path.parent.name}/{MAKERS[RUN]}")
+        cure = f"Train its recipe again, which resumes where it is unfinished: {again}"
+        yield Damage(kind=RUN, path=run_file, wrong="is damaged", cure=cure, repair=lambda: _aside(run_file))
     if is_complete(path) and (wrong := _wrong(path, deep=deep, only=PUBLISHED)):
         again = materialize_command(f"{path.parent.name}/{MAKERS[RUN]}")
         cure = f"Train its recipe again, which resumes and writes its model again: {again}"
@@ -153,7 +161,7 @@ def _run(path: Path, *, deep: bool) -> Iterator[Damage]:
 
 def _pretrained(path: Path, *, deep: bool) -> Iterator[Damage]:
     if wrong := _wrong(path, deep=deep):
-        again = materialize_command(f"pretrained/{slug(path.name)}")
+        again = materialize_command(f"pretrained/{slug(path.name, UNNAMED)}")
         cure = f"Make or fetch it again: {again} (put it there again if you put it there yourself)"
         yield _manifest_or_files("pretrained model", path, wrong, cure)
 

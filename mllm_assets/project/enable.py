@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from mllm_assets.artifacts import slug, write_text_atomic
+from mllm_assets.artifacts import UNNAMED, slug, write_text_atomic
 from mllm_assets.errors import RecipeError, did_you_mean
 from mllm_assets.project.read import root_module
 from mllm_assets.safe_yaml import load_all
@@ -64,16 +64,16 @@ def _switches(project: Path, path: Path, text: str, document: dict[str, Any], wa
     """What a document can switch on, by slug; for the wanted one the edit, or None where it is on."""
     values, kind = document.get("attributes") or {}, str(document.get("type")).rpartition(".")[2]
     if kind == "FineTuning":
-        names = {slug(file.stem) for file in project.glob(str(values.get("recipes") or "configs/*.yaml"))}
-        on = [slug(str(name)) for name in values.get("enabled") or []]
+        names = {slug(file.stem, UNNAMED) for file in project.glob(str(values.get("recipes") or "configs/*.yaml"))}
+        on = [slug(str(name), UNNAMED) for name in values.get("enabled") or []]
         edit = None if wanted in on else (path, _with_recipe(text, [*on, wanted]), _has_recipe(wanted))
         return dict.fromkeys(names, edit)
     if kind == "ImageTextDataset" and "name" in values:
-        name = slug(str(values["name"]))
+        name = slug(str(values["name"]), UNNAMED)
         new = re.sub(rf"^  {OFF_LINE}", "  enabled: true", text, count=1, flags=re.MULTILINE)
         return {name: None if _is_on(values) else (path, new, lambda found: _is_on(found["attributes"]))}
     if kind == "PretrainedModels":
-        models = {slug(str(model["name"])): model for model in values.get("models") or [] if "name" in model}
+        models = {slug(str(model["name"]), UNNAMED): model for model in values.get("models") or [] if "name" in model}
         return {
             name: None if _is_on(model) else (path, _with_model(text, str(model["name"])), _has_model(model["name"]))
             for name, model in models.items()

@@ -1,6 +1,5 @@
 """The project that a command runs in, from its `pyproject.toml`."""
 
-import json
 import re
 import shlex
 import tomllib
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from mllm_assets.artifacts import slug
+from mllm_assets.artifacts import MANIFEST, UNNAMED, read_manifest, slug
 from mllm_assets.errors import RecipeError, did_you_mean
 from mllm_assets.layout import Layout
 from mllm_assets.safe_yaml import load_all
@@ -98,9 +97,7 @@ def why_no_latest(layout: Layout, recipe: str) -> str:
             "of your project, or set MLLM_ASSETS_ROOT to the folder that holds its data/ and outputs/."
         )
     require_known_recipe(layout, recipe)
-    runs = {
-        path.parent.name: json.loads(path.read_bytes()) for path in (layout.outputs / recipe).glob("*/manifest.json")
-    }
+    runs = {path.parent.name: read_manifest(path.parent) for path in (layout.outputs / recipe).glob(f"*/{MANIFEST}")}
     trials = {name: run["overrides"] for name, run in sorted(runs.items()) if run.get("overrides")}
     command = materialize_command(f"{recipe}/checkpoint")
     if trials and len(trials) == len(runs):
@@ -124,7 +121,7 @@ def require_known_recipe(layout: Layout, recipe: str) -> None:
         RecipeError: Neither `configs/` nor `outputs/` knows it. Names the nearest.
     """
     outputs = [path.name for path in layout.outputs.glob("*") if (path / "latest").exists()]
-    known = {*outputs, *(slug(path.stem) for path in layout.root.glob("configs/*.yaml"))}
+    known = {*outputs, *(slug(path.stem, UNNAMED) for path in layout.root.glob("configs/*.yaml"))}
     if known and recipe not in known:
         raise RecipeError(
             f"No recipe is called {recipe!r}. {did_you_mean(recipe, known)}There are: {', '.join(sorted(known))}. "

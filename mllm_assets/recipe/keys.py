@@ -57,10 +57,13 @@ ALIASES = {
     "per_gpu_train_batch_size": Alias("per_device_train_batch_size"),
     "per_gpu_eval_batch_size": Alias("per_device_eval_batch_size"),
     "group_by_length": Alias(
-        "train_sampling_strategy", lambda value: {True: "group_by_length", False: "random"}.get(value, value)
+        "train_sampling_strategy",
+        lambda value: ("random", "group_by_length")[value] if isinstance(value, bool) else value,
     ),
     "merger_lr": Alias("projector_lr"),  # as 2U1's trainers of other families name it
-    "adafactor": Alias("optim", lambda value: {True: "adafactor", False: "adamw_torch_fused"}.get(value, value)),
+    "adafactor": Alias(
+        "optim", lambda value: ("adamw_torch_fused", "adafactor")[value] if isinstance(value, bool) else value
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mllm_assets.artifacts import slug
+from mllm_assets.artifacts import MAX_NAME_BYTES, MAX_PATH_BYTES, slug
 from mllm_assets.errors import RecipeError, all_of
 from mllm_assets.families.family import TEMPLATES
 from mllm_assets.recipe.keys import ALIASES, KEYS, ineffective_notes, repeated_notes, value_advice
@@ -127,16 +127,16 @@ def with_config_files(recipe: Recipe, root: Path) -> Recipe:
             continue
         path = root / name
         try:
-            read[key] = json.loads(path.read_text(encoding="utf-8"))
+            read[key] = convert(json.loads(path.read_text(encoding="utf-8")), dict[str, Any])
         except OSError as error:
             raise RecipeError(
                 f"{recipe.path}: {key} names {path}, which cannot be read ({error.strerror}). Correct the path, which "
                 f"is relative to {root}."
             ) from None
-        except ValueError as error:
+        except WrongTypeError:
+            raise RecipeError(f"{recipe.path}: {key} names {path}: expected a JSON object. Correct it.") from None
+        except (ValueError, RecursionError) as error:
             raise RecipeError(f"{recipe.path}: {key} names {path}, which is not JSON ({error}). Correct it.") from None
-        if not isinstance(read[key], dict):
-            raise RecipeError(f"{recipe.path}: {key} names {path}: expected a JSON object. Correct it.")
     try:
         return dataclasses.replace(recipe, spec=dataclasses.replace(recipe.spec, **read)) if read else recipe
     except InvalidValueError as error:
@@ -186,4 +186,14 @@ def _check(written: str, entry: Entry) -> tuple[str, Entry, str | None]:
             f"{entry.where}: {written} {value!r} may leave the project's folder. Write a relative path without .., "
             "which stays inside it, or an absolute path to another folder."
         )
+    if name in _PATHS - {"output_dir"} and isinstance(value, str) and not _can_be_path(value):
+        raise RecipeError(
+            f"{entry.where}: {written} {value[:40]!r} cannot be a path: it has a character that is not printable, "
+            "or is too long. Correct it."
+        )
     return name, Entry(value, entry.where), note
+
+
+def _can_be_path(text: str) -> bool:
+    longest = max(len(part.encode()) for part in re.split("[/,]", text))
+    return text.isprintable() and longest <= MAX_NAME_BYTES and len(text.encode()) <= MAX_PATH_BYTES

@@ -6,6 +6,7 @@ inherits. A key of LLaMA-Factory that is not a field here is in `keys.py`, with 
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -38,13 +39,14 @@ Compiler = Literal["inductor", "aot_eager", "eager"]
 SamplingStrategy = Literal["random", "sequential", "group_by_length"]
 TRACKERS = ("mlflow", "wandb")
 NOT_FOR_RUNS = ("data", "pretrains", "releases", "cache", "configs")  # folders of the project with other contents
+_OF_RUNS = re.compile(r"latest|predictions|eval_metrics|[0-9a-f]{16}(-\d+)?")  # what a folder of runs holds
 MAX_NAME_BYTES = 200  # of the file system's 255: a run's directory, its lock and leftovers have longer names
 # Keys whose number must be above 0, and keys where it may be 0; null passes
 _POSITIVE = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps cutoff_len
     num_train_epochs image_min_pixels max_samples save_total_limit early_stopping_steps preprocessing_batch_size
     preprocessing_num_workers""".split()
 _NOT_NEGATIVE = """learning_rate weight_decay max_grad_norm warmup_steps seed eval_delay dataloader_num_workers
-    neftune_noise_alpha""".split()
+    neftune_noise_alpha adam_epsilon ddp_timeout""".split()
 
 
 class InvalidValueError(RecipeError):
@@ -258,6 +260,9 @@ def _range_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     for key in _NOT_NEGATIVE:
         if (getattr(spec, key) or 0) < 0:
             yield key, f"{key} is {getattr(spec, key)}: expected 0 or more. Change it or delete the line."
+    for key in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(spec, key) < 1:
+            yield key, f"{key} is {getattr(spec, key)}: expected 0 or more and below 1. Change it or delete the line."
     for key in ("seed", "data_seed"):
         if (getattr(spec, key) or 0) >= 2**32:
             yield key, f"{key} is {getattr(spec, key)}: expected a number below 2**32, numpy's limit. Change it."
@@ -276,16 +281,21 @@ def _output_dir_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     """A run writes, renames and deletes in its `output_dir`, so it must be a folder of runs alone."""
     name, parts = spec.output_dir, PurePosixPath(spec.output_dir).parts
     example = "Name a folder of its own, for example output_dir: outputs/my_recipe."
+    first = parts[0].casefold() if parts else ""  # as disks that know no capitals have it
     if any(not character.isprintable() for character in name):
         yield "output_dir", f"output_dir {name[:40]!r} has a character that is not printable. {example}"
     elif any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
         yield "output_dir", f"output_dir has a name of more than {MAX_NAME_BYTES} bytes. {example}"
-    elif not parts or parts == ("outputs",):
+    elif any(part != part.strip() for part in parts):
+        yield "output_dir", f"output_dir is {name!r}, with a space where a name begins or ends. {example}"
+    elif not parts or (first == "outputs" and len(parts) == 1):
         yield "output_dir", f"output_dir is {name!r}, which holds more than the runs of one recipe. {example}"
-    elif parts == ("/",) or parts[0].startswith("~") or any(part.startswith(".") for part in parts):
+    elif set(parts) <= {"/", "//"} or parts[0].startswith("~") or any(part.startswith(".") for part in parts):
         yield "output_dir", f"output_dir is {name!r}, which is a root, a home or a hidden folder. {example}"
-    elif parts[0] in NOT_FOR_RUNS:
+    elif first in NOT_FOR_RUNS:
         yield "output_dir", f"output_dir is {name!r}, and {parts[0]}/ has other contents than runs. {example}"
+    elif first == "outputs" and (taken := list(filter(_OF_RUNS.fullmatch, parts[2:]))):
+        yield "output_dir", f"output_dir is {name!r}, and {taken[0]}/ is of another recipe's runs. {example}"
 
 
 def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ duplicate keys are refused.
 """
 
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -27,8 +28,12 @@ _FLOAT = re.compile(
     |\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_WORDS[dict] = "a mapping of names to values of JSON"
 _WORDS[type(None)] = "null"
+_PLAIN_KEY = "tag:yaml.org,2002:str"
+MAX_INT = 2**63 - 1  # what numpy, torch and Arrow hold
+MAX_SHOWN = 80  # characters of a value in a message
 
 
 class _Loader(SafeLoader):
@@ -70,13 +75,16 @@ def parse_yaml(text: str, name: str, problems: list[str] | None = None) -> dict[
     wrong = [] if problems is None else problems
     for key_node, value_node in node.value:
         where = f"{name}:{key_node.start_mark.line + 1}"
-        key = str(loader.construct_object(key_node, deep=True))
-        if key in entries:
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _PLAIN_KEY:
+            found = f"{key_node.value[:MAX_SHOWN]!r}" if isinstance(key_node, yaml.ScalarNode) else f"a {key_node.id}"
+            wrong.append(f"{where}: expected a key's name, found {found}. Write one `key: value` per line.")
+            continue
+        if (key := key_node.value) in entries:
             wrong.append(f"{where}: {key} is set a second time; the first is {entries[key].where}. Delete one.")
             continue
         try:
             entries[key] = Entry(loader.construct_object(value_node, deep=True), where)
-        except (yaml.YAMLError, ValueError) as error:
+        except yaml.YAMLError as error:
             wrong.append(f"{where}: the value of {key} cannot be read ({_problem(error)}). Correct it.")
     if problems is None and wrong:
         raise RecipeError(all_of(wrong))
@@ -136,6 +144,8 @@ def convert(value: Any, annotation: Any) -> Any:
         WrongTypeError: It does not fit.
     """
     if annotation is Any:
+        if not _is_json(value):
+            raise WrongTypeError(f"expected a value of JSON, got {_shown(value)}")
         return value
     options = _options(annotation)
     if value is None and type(None) in options:
@@ -171,15 +181,28 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 def _as_plain(value: Any, kind: Any) -> tuple[bool, Any]:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and is_number:
-        return value == value and abs(value) != float("inf"), value
+        return abs(value) <= sys.float_info.max, value  # no NaN either
     if kind is int and is_number:
-        is_integer = isinstance(value, int) or value.is_integer()
+        is_integer = abs(value) <= MAX_INT and int(value) == value
         return is_integer, int(value) if is_integer else value
     if kind is str and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return True, ",".join(value)
-    if kind in (bool, str, dict):
+    if kind is dict and isinstance(value, dict):
+        return _is_json(value), value
+    if kind in (bool, str):
         return isinstance(value, kind), value
     return False, value
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON has all of a value: no dates, bytes, sets, NaN, nor keys that are no text."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return value is None or isinstance(value, bool | str)
 
 
 def _shown(value: Any) -> str:
@@ -187,4 +210,5 @@ def _shown(value: Any) -> str:
         return "true" if value else "false"
     if value is None:
         return "null"
-    return f"{'the text ' if isinstance(value, str) else ''}{value!r}"
+    text = f"{'the text ' if isinstance(value, str) else ''}{value!r}"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} (cut)"

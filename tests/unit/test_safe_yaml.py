@@ -51,3 +51,31 @@ def test_a_recipe_beyond_the_limits_is_refused_at_once(tmp_path: Path, text: str
 def test_aliases_and_merge_keys_of_a_persons_size_are_read() -> None:
     entries = parse_yaml(merges(2) + "\nmine: {<<: *l2, b: 3}", "r.yaml")
     assert entries["mine"].value == {"a": 1, "b": 3}
+
+
+@pytest.mark.attack("YAML")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"? {'9' * 5000}\n: 1", "r.yaml:1: expected a key's name, found '999"),
+        ("? !!python/object:os.system x\n: 1", "r.yaml:1: expected a key's name, found 'x'"),
+        ("a: &a {b: 1}\n<<: *a", "r.yaml:2: expected a key's name, found '<<'"),
+        ("[a, b]: 1", "r.yaml:1: expected a key's name, found a sequence"),
+        (f"a: {'9' * 5000}", "r.yaml:1: the value of a cannot be read .Exceeds the limit"),
+        ("a: !!int x", "r.yaml:1: the value of a cannot be read .invalid literal"),
+        ("a: !!int ''", "r.yaml:1: the value of a cannot be read"),
+        ("a: !!float x", "r.yaml:1: the value of a cannot be read"),
+        ("a: [!!bool x]", "r.yaml:1: the value of a cannot be read"),
+        ("a: !!timestamp 2001-99-99", "r.yaml:1: the value of a cannot be read .month must be in"),
+        ('a: {b: "\\ud800"}', "r.yaml:1: the value of a cannot be read .half a character"),
+    ],
+    ids=lambda text: text[:24],
+)
+def test_what_means_nothing_is_named_with_its_line(text: str, said: str) -> None:
+    """Each ended in a library's traceback, some on the command line alone."""
+    with pytest.raises(RecipeError, match=said):
+        parse_yaml(text, "r.yaml")
+    value = text.partition(": ")[2]
+    if "!!" in value or "999" in value or "ud800" in value:
+        with pytest.raises(RecipeError, match="key=value: the value cannot be read as YAML"):
+            parse_value(value, "key=value")

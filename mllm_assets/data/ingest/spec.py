@@ -19,6 +19,7 @@ Several = Literal["rows", "first", "most"]
 SEVERAL, OUTPUT_FORMATS = get_args(Several), get_args(OutputFormat)
 AUGMENTATIONS = get_args(Augmentation)
 # larger images are not decoded, in a dataset (unless its YAML says otherwise) or in a question to a model
+MAX_NAME_CHARS = 100  # a dataset's entries, folders and assets have longer names
 MAX_IMAGE_BYTES = 50 * 2**20
 MAX_PIXELS = 89_478_485  # Pillow's own decompression-bomb limit (Image.MAX_IMAGE_PIXELS)
 
@@ -291,6 +292,11 @@ class DatasetSpec:
         _require(
             self.name == slug(self.name),
             f"name: {self.name!r} must be of lower-case letters, digits and '_'. Use {slug(self.name)!r}.",
+        )
+        _require(
+            self.name != "images" and len(self.name) <= MAX_NAME_CHARS,
+            f"name: {self.name[:40]!r} is the folder of all pictures, or longer than {MAX_NAME_CHARS} characters. Give "
+            "the dataset another name.",
         )
         prompts = self.prompts or (("{question}",) if self.source.question_column else ())
         object.__setattr__(self, "prompts", _as_texts(prompts))

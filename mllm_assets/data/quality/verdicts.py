@@ -21,6 +21,8 @@ from mllm_assets.data.sharegpt.conversation import (
     text_defect,
 )
 
+COLUMN = "column"  # in a reason, where a column's name has no letter or digit of ASCII
+
 
 def image_reject_reason(image: ImageMeasurement, spec: QualitySpec) -> str | None:
     """Why an image cannot be used, or None; judged from measurements alone."""
@@ -66,11 +68,11 @@ def text_reject_reason(sample: Mapping[str, Any], num_images: int, spec: Dataset
     for name in dict.fromkeys((*in_answer, *names_in(*spec.prompts))):
         text = texts.get(name) or ""
         if not text.strip() and (name in in_answer or name == QUESTION):
-            return "label_missing" if name == "label" else f"{slug(name)}_empty"
+            return "label_missing" if name == "label" else f"{slug(name, COLUMN)}_empty"
         if name != "label" and len(text) > spec.quality.max_caption_chars:
-            return f"{slug(name)}_too_long"
+            return f"{slug(name, COLUMN)}_too_long"
         if defect := text_defect(text if name in in_answer else text.replace(IMAGE_PLACEHOLDER, "")):
-            return f"{slug(name)}_{defect}"
+            return f"{slug(name, COLUMN)}_{defect}"
     if find_control_token(render_answer(sample, spec)):
         return "caption_control_token"
     questions = [render(prompt, texts) for prompt in spec.prompts]

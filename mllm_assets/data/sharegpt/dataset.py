@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from mllm_assets.artifacts import digest_json, is_complete, is_digest, require_sound
+from mllm_assets.artifacts import digest_json, is_complete, is_digest, require_sound, resolved_path
 from mllm_assets.data.sharegpt.entries import entry_file, load_entry
 from mllm_assets.data.sharegpt.rows import Row, parse_rows
 from mllm_assets.errors import DataError, IntegrityError, all_of
@@ -32,7 +32,7 @@ class Dataset:
 
     def __init__(self, data_dir: Path, *, read_part: Part | None = WHOLE, digests: FileDigests | None = None) -> None:
         self.data_dir = data_dir
-        self.folder = data_dir.resolve()
+        self.folder = resolved_path(Path(), data_dir, what="dataset_dir")
         self.digests = digests or FileDigests()
         self._read_part = read_part
         self._entries: dict[str, Entry] = {}

@@ -18,6 +18,7 @@ from mllm_assets.artifacts import (
     lock_path,
     move_aside,
     read_manifest,
+    resolved_path,
     slug,
     write_manifest,
 )
@@ -44,7 +45,7 @@ def find_model_dir(recipe: Recipe, root: Path) -> Path:
         ModelError: It is missing, or is a run instead of its model. Says how to get it.
     """
     name = recipe.spec.model_name_or_path
-    directory = (root / name).resolve()
+    directory = resolved_path(root, name, what=f"{recipe.path}: model_name_or_path")
     if not directory.is_dir():
         raise ModelError(
             f"{recipe.path}: model_name_or_path is {name}, and {directory} is not a directory. "
@@ -66,7 +67,7 @@ def find_adapters(recipe: Recipe, root: Path) -> tuple[Path, ...]:
     """
     found = []
     for name in recipe.spec.adapters:
-        directory = (root / name).resolve()
+        directory = resolved_path(root, name, what=f"{recipe.path}: adapter_name_or_path")
         if not (directory / "adapter_config.json").is_file() and (directory / "adapter").is_dir():
             raise ModelError(
                 f"{recipe.path}: adapter_name_or_path names {name}, which is a run; its adapter is in the folder "

@@ -13,10 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm_assets.artifacts import digest_json, is_complete, point_symlink, read_manifest, write_json_atomic
+from mllm_assets.artifacts import (
+    digest_json,
+    is_complete,
+    parse_manifest,
+    point_symlink,
+    read_manifest,
+    resolved_path,
+    write_json_atomic,
+)
 from mllm_assets.data.curate.leaks import Stage, earlier_stages
 from mllm_assets.data.sharegpt.dataset import Dataset
-from mllm_assets.errors import ModelError, RecipeError
+from mllm_assets.errors import IntegrityError, ModelError, RecipeError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.load import Recipe, load_recipe, with_config_files
 from mllm_assets.recipe.spec import TrainSpec
@@ -34,6 +42,7 @@ from mllm_assets.worker.tasks import TrainTask
 # Raise it when the same recipe on the same data would give other weights than before
 ENGINE_VERSION = 2
 RUN_FILE = "run.json"
+RUN_FILE_CURE = "Run: mllm-assets doctor --repair"
 DATA_DIGESTS = "data_digests"  # in run.json
 
 
@@ -68,7 +77,7 @@ def find_named_checkpoint(recipe: Recipe, root: Path) -> Path | None:
     name = recipe.spec.resume_from_checkpoint
     if not isinstance(name, str):
         return None
-    directory = (root / name).resolve()
+    directory = resolved_path(root, name, what=f"{recipe.path}: resume_from_checkpoint")
     if not is_complete(directory) or "conditions" not in read_manifest(directory):
         raise RecipeError(
             f"{recipe.path}: resume_from_checkpoint names {directory}, which is not a complete checkpoint of a run "
@@ -116,7 +125,7 @@ def plan_run(
         regroup=regroup,
         resume_digest=checkpoint_digest(resume_from) if resume_from else None,
     )
-    directory = _choose(root / spec.output_dir, name, force=force)
+    directory = _choose(_folder_of_runs(recipe, root), name, force=force)
     trained_on = {name: digests[name] for name in spec.train_entries}
     own = Stage(recipe=recipe.name, fingerprint=directory.name, data_dir=dataset.data_dir, entries=trained_on)
     state = "finished" if is_complete(directory) else "unfinished" if directory.exists() else "new"
@@ -174,22 +183,25 @@ def _require_same_run(
     """
     run_dir = checkpoint.parent
     kept = read_run_file(run_dir)
-    if not {"starts_from", DATA_DIGESTS} <= kept.keys():
+    if not all(isinstance(kept.get(key), dict) for key in ("starts_from", DATA_DIGESTS)):
         raise RecipeError(
             f"{recipe.path}: {run_dir / RUN_FILE} does not say what {checkpoint.name} was trained with, "
             f"so whether this recipe can resume it is unknown. Name a checkpoint of a run that was trained since."
         )
-    spec, trained = recipe.spec, TrainSpec(**kept["starts_from"]["recipe"])
+    spec, trained = recipe.spec, spec_of_run(kept["starts_from"].get("recipe"), run_dir / RUN_FILE)
 
     def values(spec: TrainSpec, digests: Mapping[str, str], model: str) -> dict[str, Any]:
         found = semantic_values(spec)
         if regroup:
             found["gradient_accumulation_steps"] *= found.pop("per_device_train_batch_size")
         entries = {"dataset": spec.train_entries, "eval_dataset": spec.eval_entries if spec.evaluation_selects else ()}
-        found |= {key: [f"{name} ({digests[name][:12]})" for name in names] for key, names in entries.items()}
+        found |= {key: [f"{name} ({str(digests.get(name))[:12]})" for name in names] for key, names in entries.items()}
         return found | {"model_name_or_path": f"a model with the fingerprint {model}"}
 
-    then, now = values(trained, kept[DATA_DIGESTS], kept["starts_from"]["fingerprint"]), values(spec, digests, model)
+    then, now = (
+        values(trained, kept[DATA_DIGESTS], kept["starts_from"].get("fingerprint")),
+        values(spec, digests, model),
+    )
     differ = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if spec.max_steps > 0:  # used as they are: the schedule is that of the longer or shorter run from there on
         differ = [key for key in differ if key not in ("max_steps", "num_train_epochs")]
@@ -203,6 +215,18 @@ def _require_same_run(
             + "".join(f"  {key} was {then.get(key)!r}, and is {now.get(key)!r} here\n" for key in differ)
             + f"Set them back; max_steps may be another number. To train on with other values, {how}."
         )
+
+
+def _folder_of_runs(recipe: Recipe, root: Path) -> Path:
+    """The recipe's `output_dir`; refuses a file, and what is below one."""
+    folder = resolved_path(root, recipe.spec.output_dir, what=f"{recipe.path}: output_dir")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise RecipeError(
+            f"{recipe.path}: output_dir is {recipe.spec.output_dir}, and {there} is no folder. Name a folder of its "
+            "own, for example output_dir: outputs/my_recipe."
+        )
+    return root / recipe.spec.output_dir
 
 
 def _choose(folder: Path, name: str, *, force: bool) -> Path:
@@ -292,9 +316,21 @@ def run_fingerprint(
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:
-    """Return the content of `run.json`; empty for a run that has not begun."""
+    """Return the content of `run.json`; empty for a run that has not begun.
+
+    Raises:
+        IntegrityError: It is damaged.
+    """
     path = run_dir / RUN_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return parse_manifest(path.read_bytes(), str(path), RUN_FILE_CURE) if path.is_file() else {}
+
+
+def spec_of_run(values: Any, place: Path) -> TrainSpec:
+    """The recipe that a run, or a release, was trained with; raises IntegrityError if `place` holds another shape."""
+    try:
+        return TrainSpec(**values)
+    except (TypeError, ValueError, AttributeError, RecipeError) as error:
+        raise IntegrityError(f"{place} does not say what it was trained with ({error}). {RUN_FILE_CURE}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +359,7 @@ def read_starting_model(run_dir: Path) -> StartingModel:
         ModelError: The run does not record it, or the model is no longer there.
     """
     kept = read_run_file(run_dir).get("starts_from")
-    if kept is None:
+    if not isinstance(kept, dict) or not isinstance(kept.get("model_dir"), str):
         raise ModelError(
             f"{run_dir} does not say which model it started from, so its checkpoints cannot be loaded. Train it again, "
             f"or use its finished model: {run_dir / 'model'}."
@@ -334,14 +370,15 @@ def read_starting_model(run_dir: Path) -> StartingModel:
             f"The checkpoints of {run_dir} hold only what was trained, and the model that they were trained from is "
             f"no longer in {model_dir}. Put it back there."
         )
-    adapters = tuple((run_dir.resolve() / path).resolve() for path in kept.get("adapters", ()))
+    adapters = tuple((run_dir.resolve() / str(path)).resolve() for path in kept.get("adapters") or ())
     for path in adapters:
         if not (path / ADAPTER_WEIGHTS).is_file():
             raise ModelError(
                 f"The checkpoints of {run_dir} hold only what was trained, and the adapter that they were trained from "
                 f"is no longer in {path}. Put it back there."
             )
-    return StartingModel(model_dir, kept["fingerprint"], TrainSpec(**kept["recipe"]), adapters)
+    spec = spec_of_run(kept.get("recipe"), run_dir / RUN_FILE)
+    return StartingModel(model_dir, kept.get("fingerprint"), spec, adapters)
 
 
 def pin_setting(run_dir: Path, name: str, value: Any) -> Any:

@@ -1,5 +1,6 @@
 """A mistake in any `defs.yaml` is named by file and line."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from mllm_assets.cli import main
 from mllm_assets.components.image_text_dataset import ImageTextDataset
+from mllm_assets.components.pretrained_model import wrong_name
 from mllm_assets.components.reporting import load_project, unreadable_assets
 from mllm_assets.components.yaml_checks import find_mistakes
 from mllm_assets.defs import resources
@@ -131,3 +133,33 @@ def test_what_is_wrong_with_each_part_of_a_dataset_is_said_at_once() -> None:
     assert [line.partition(" ")[0] for line in str(caught.value).splitlines()] == [
         "source.path", "split.num_train:", "quality.max_decode_s:"
     ]  # fmt: skip
+
+
+@pytest.mark.attack("names")
+def test_a_name_that_cannot_be_one_fails_its_own_asset_only(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model called `../../x` was written there; a recipe without a letter kept all others from loading."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "shop"]:  # another test's project
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(project))
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(project))
+    shutil.copy(Path(resources.__file__), project / "shop" / "defs")
+    names = ["../../x", "/tmp/x", "..", ".hidden", "a/b", "~", "", "\u5199\u771f", "x" * 300]
+    models = "".join(f"    - {{name: {json.dumps(name)}, kind: tiny_gemma3}}\n" for name in names[:1])
+    (project / "shop/defs/ants/defs.yaml").write_text(f"{MODELS.partition('    - ')[0]}{models}")
+    (project / "shop/defs/bees/defs.yaml").write_text(DATASET.replace("NAME", "'!!!'"))
+    (project / "shop/defs/recipes").mkdir()
+    (project / "shop/defs/recipes/defs.yaml").write_text("type: mllm_assets.components.FineTuning\nattributes: {}\n")
+    (project / "configs").mkdir()
+    (project / "configs" / "---.yaml").write_text("model_name_or_path: x\n")
+    definitions = load_project(project)
+    assert {key.split("/")[0] for key in unreadable_assets(definitions)} == {"pretrained", "unnamed"}
+    assert any(spec.key.path[0] == "cats" for spec in definitions.resolve_all_asset_specs())
+    assert [name for name in names if wrong_name(name) is None] == []
+    assert wrong_name("gemma3-4b-it") is None
+
+
+@pytest.mark.parametrize("name", ["images", "x" * 300])
+def test_a_dataset_has_a_folder_of_its_own(name: str) -> None:
+    dataset = ImageTextDataset.model_validate({"name": name, "source": {"kind": "parquet", "path": "x"}})
+    with pytest.raises(RecipeError, match="is the folder of all pictures, or longer than 100 characters"):
+        dataset.spec()

@@ -3,8 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from mllm_assets.errors import IntegrityError
 from mllm_assets.layout import Layout
+from mllm_assets.operations.artefacts import find_artefacts, find_kept
 from mllm_assets.operations.repair import find_damages, repair
+from mllm_assets.training.runs.plan import RUN_FILE, read_run_file, read_starting_model
 
 
 def test_a_split_is_made_again_with_the_one_that_is_made_beside_it(layout: Layout) -> None:
@@ -21,3 +26,33 @@ def test_entries_that_could_not_be_written_again_are_not_said_to_be_back(layout:
     [finding] = repair(layout)
     assert "no dataset here has splits to write entries of" in finding.detail
     assert not layout.dataset_info.exists() or json.loads(layout.dataset_info.read_text()) == {}
+
+
+@pytest.mark.attack("damage")
+@pytest.mark.parametrize(
+    "content", [b"", b'{"starts_from": ', b"[]", b"\xff\xfe", b"[" * 100_000], ids=lambda b: str(b[:9])
+)
+def test_a_damaged_file_of_what_a_run_began_with_is_named_and_moved_away(layout: Layout, content: bytes) -> None:
+    """A cut one ended each start of the run in a traceback of the JSON reader."""
+    run = layout.outputs / "mine" / "0123456789abcdef"
+    run.mkdir(parents=True)
+    (run / RUN_FILE).write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"run.json.*Run: mllm-assets doctor --repair"):
+        read_run_file(run)
+    assert find_kept(layout, find_artefacts(layout), keep_runs=1)
+    [finding] = repair(layout)
+    assert "run mine/checkpoint" in finding.next_step and finding.detail.startswith("outputs/mine/0123456789abcdef/run")
+    assert read_run_file(run) == {} and find_artefacts(layout)
+
+
+@pytest.mark.attack("damage")
+@pytest.mark.parametrize("recipe", [None, [], {}, {"zzz": 1}, {"model_name_or_path": []}], ids=str)
+def test_a_run_that_began_with_no_recipe_says_so(layout: Layout, recipe: object) -> None:
+    run, model = layout.outputs / "mine" / "0123456789abcdef", layout.pretrains / "m"
+    for folder in (run, model):
+        folder.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    starts_from = {"model_dir": "../../../pretrains/m", "fingerprint": "x", "recipe": recipe}
+    (run / RUN_FILE).write_text(json.dumps({"starts_from": starts_from}))
+    with pytest.raises(IntegrityError, match="does not say what it was trained with"):
+        read_starting_model(run)

@@ -164,6 +164,37 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "r.yaml:5: output_dir is 'pretrains/x', and pretrains/ has other contents than runs.",
         ),
         (f"output_dir: outputs/{'x' * 300}", "r.yaml:5: output_dir has a name of more than 200 bytes."),
+        ("output_dir: //", "r.yaml:5: output_dir is '//', which is a root, a home or a hidden folder."),
+        ("output_dir: DATA/x", "r.yaml:5: output_dir is 'DATA/x', and DATA/ has other contents than runs."),
+        ("output_dir: Outputs", "r.yaml:5: output_dir is 'Outputs', which holds more than the runs of one recipe."),
+        (
+            "output_dir: outputs/a/latest",
+            "r.yaml:5: output_dir is 'outputs/a/latest', and latest/ is of another recipe's runs.",
+        ),
+        (
+            "output_dir: outputs/a/predictions",
+            "r.yaml:5: output_dir is 'outputs/a/predictions', and predictions/ is of another",
+        ),
+        (
+            "output_dir: outputs/a/0123456789abcdef/x",
+            "r.yaml:5: output_dir is 'outputs/a/0123456789abcdef/x', and 0123456789abcdef/ is of",
+        ),
+        ('output_dir: " data"', "r.yaml:5: output_dir is ' data', with a space where a name begins or ends."),
+        ("adam_beta2: 1.5", "r.yaml:5: adam_beta2 is 1.5: expected 0 or more and below 1."),
+        (
+            f"max_steps: {'9' * 400}",
+            f"r.yaml:5: max_steps: expected a whole number, got {'9' * 80} (cut). Change the",
+        ),
+        (f"learning_rate: {'9' * 400}", f"r.yaml:5: learning_rate: expected a number, got {'9' * 80} (cut). Change"),
+        ("group_by_length: [a]", "r.yaml:5: group_by_length: expected one of random, sequential, group_by_length, got"),
+        (
+            "lr_scheduler_kwargs: {a: !!binary aGVs}",
+            "r.yaml:5: lr_scheduler_kwargs: expected a mapping of names to values of JSON or null, got {'a': b'hel'}.",
+        ),
+        (
+            "lr_scheduler_kwargs: {1: .nan}",
+            "r.yaml:5: lr_scheduler_kwargs: expected a mapping of names to values of JSON",
+        ),
         (
             'output_dir: "outputs/a\\0b"',
             "r.yaml:5: output_dir 'outputs/a\\x00b' has a character that is not printable.",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mllm_assets.artifacts import write_manifest
-from mllm_assets.errors import IntegrityError, RecipeError
+from mllm_assets.errors import IntegrityError, MllmAssetsError, RecipeError
 from mllm_assets.evaluation.run_lookup import find_run
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe, load_recipe
@@ -225,3 +225,29 @@ def test_what_a_stopped_run_goes_on_from_is_its_newest_complete_checkpoint(tmp_p
     for step in (4, 20):
         write_manifest(tmp_path / f"checkpoint-{step}", {})
     assert describe_resume(tmp_path) == "Started again, the run resumes from checkpoint-20."
+
+
+HOSTILE_PATHS = ["a\0b", "a\nb", "x" * 300, "a/" * 2500, "loop", "loop/x"]
+
+
+@pytest.mark.attack("names")
+@pytest.mark.parametrize("path", HOSTILE_PATHS, ids=lambda path: ascii(path)[:16])
+def test_a_path_of_a_recipe_that_is_none_is_a_sentence(project: Path, path: str) -> None:
+    """All but those of `output_dir` ended in a traceback."""
+    (project / "loop").symlink_to("loop")
+    written = (project / "configs" / "r.yaml").read_text()
+    for key in ("model_name_or_path", "dataset_dir", "resume_from_checkpoint", "adapter_name_or_path", "output_dir"):
+        more = ["finetuning_type: lora"] if key.startswith("adapter") else []
+        kept = [line for line in written.splitlines() if line.partition(":")[0] not in (key, "finetuning_type")]
+        lines = [*kept, *(more or ["finetuning_type: full"]), f"{key}: {json.dumps(path)}"]
+        (project / "configs" / "r.yaml").write_text("\n".join(lines) + "\n")
+        with pytest.raises(MllmAssetsError, match=rf"{key}[^\n]*(cannot be a path|not printable|more than 200 bytes)"):
+            plan_run(load_recipe(project / "configs" / "r.yaml"), root=project)
+
+
+@pytest.mark.attack("names")
+@pytest.mark.parametrize("output_dir", ["afile", "afile/x", "/dev/null"])
+def test_runs_are_not_written_below_a_file(project: Path, output_dir: str) -> None:
+    (project / "afile").write_text("mine")
+    with pytest.raises(RecipeError, match=rf"output_dir is {output_dir}, and \S+ is no folder"):
+        plan_run(elsewhere(project, output_dir), root=project)
