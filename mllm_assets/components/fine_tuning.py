@@ -150,9 +150,10 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
         off = self._switched_off(nodes, _declared_off(tree))
         for node in nodes:
             built = build_recipe_assets(replace(node, settings=settings.get(node.name, self.defaults)))
+            built = [asset.map_asset_specs(partial(self._with_tags_and_freshness, node)) for asset in built]
             if why := off.get(node.name):
                 built = [off_asset(asset, why) for asset in built]
-            assets += [asset.map_asset_specs(partial(self._with_tags_and_freshness, node)) for asset in built]
+            assets += built
         used = {key for node in nodes for key in node.data}
         external_assets = [external_asset(entry, key) for entry, key in external.items() if key in used]
         datasets = {slug(dataset.name, UNNAMED) for dataset in tree.get_all_components(of_type=ImageTextDataset)}

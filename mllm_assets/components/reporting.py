@@ -66,7 +66,7 @@ def failing_asset(key: dg.AssetKey, error: MllmAssetsError) -> dg.AssetsDefiniti
 
     @dg.asset(
         key=key,
-        group_name=key.path[0],
+        group_name=f"{key.path[0]}_broken",  # which a collapsed group shows too
         kinds={"broken"},
         description=f"Cannot be built: {message}",
         tags={UNREADABLE: ""},

@@ -28,10 +28,15 @@ def switched_on(context: dg.ComponentLoadContext) -> set[str]:
 
 
 def off_asset(asset: dg.AssetsDefinition, why: str) -> dg.AssetsDefinition:
-    """An asset that ends at once with `why`; its keys, checks and edges stay."""
+    """An asset that ends at once with `why`; its keys, checks and edges stay.
+
+    Its group is called `<group>_off`, so that a collapsed one says so too.
+    """
     specs = [
         spec.merge_attributes(tags={OFF: ""}).replace_attributes(
-            description=f"{why}\n\n{spec.description or ''}".strip(), automation_condition=None
+            description=f"{why}\n\n{spec.description or ''}".strip(),
+            group_name=f"{spec.group_name}_off",
+            automation_condition=None,
         )
         for spec in asset.specs
     ]
