@@ -42,22 +42,27 @@ def collect_samples(predictions: pa.Table) -> list[dict[str, Any]]:
         has no label and the answer is not the very reference), and `change`: "fixed", "broken", "right", "wrong" or
         "" if unknown.
     """
-    rows = predictions.to_pylist()
-    labels: dict[str, set[str]] = {}
-    for row in rows:
-        labels.setdefault(row["entry"], set()).update([row["label"]] if row["label"] is not None else [])
     grouped: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in rows:
-        judged = row | {"right": _is_right(row, sorted(labels[row["entry"]]))}
+    for row, right in zip(predictions.to_pylist(), rights_of(predictions), strict=True):
+        judged = row | {"right": right}
         sample = grouped.setdefault((row["entry"], row["row_index"]), row | {"models": {}})
         sample["models"][row["model"]] = judged
     return [sample | {"change": _change(sample["models"])} for _, sample in sorted(grouped.items())]
 
 
-def _is_right(row: Mapping[str, Any], labels: Sequence[str]) -> bool | None:
-    if row["label"] is not None:
-        return find_label(row["answer"], labels) == row["label"]
-    return True if row["answer"].strip() == row["reference"].strip() else None
+def rights_of(predictions: pa.Table) -> list[bool | None]:
+    """Whether each answer names its sample's label; without one, True where it is the very reference, else None."""
+    columns = [predictions[name].to_pylist() for name in ("entry", "label", "reference", "answer")]
+    labels: dict[str, set[str]] = {}
+    for entry, label in zip(*columns[:2], strict=True):
+        labels.setdefault(entry, set()).update([] if label is None else [label])
+    known = {entry: sorted(found) for entry, found in labels.items()}
+    return [
+        (True if answer.strip() == reference.strip() else None)
+        if label is None
+        else find_label(answer, known[entry]) == label
+        for entry, label, reference, answer in zip(*columns, strict=True)
+    ]
 
 
 def _change(models: Mapping[str, Mapping[str, Any]]) -> str:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -319,5 +319,6 @@ def _names(text: str, label: str) -> bool:
     return bool(words) and (f" {words} " in f" {inside} " if words.isascii() else words in inside)
 
 
+@lru_cache(maxsize=4096)
 def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.replace("_", " ").casefold()))

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from mllm_assets.artifacts import is_complete, path_inside, read_manifest
 from mllm_assets.errors import IntegrityError, MllmAssetsError
-from mllm_assets.evaluation.gallery import collect_samples
+from mllm_assets.evaluation.gallery import rights_of
 from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.evaluation.run_lookup import EvaluatedRun, evaluation_of, how_to_evaluate
 from mllm_assets.evaluation.scores import METRICS, in_order
@@ -24,6 +28,8 @@ CHANGES = {
     "broken": "only the first is right",
     "wrong": "both are wrong",
 }
+IDENTITY = ["entry", "sample_id", "prompt"]  # of a question, whichever run asked it
+RIGHT = "right"
 Model = Literal["base", "tuned"]
 
 
@@ -46,7 +52,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """What two models answered to one sample; `changes` are the keys of `CHANGES` that hold for it."""
+    """What two models answered to one sample."""
 
     sample_id: str
     entry: str
@@ -57,12 +63,54 @@ class Pair:
     rights: tuple[bool | None, bool | None]
     losses_nats: tuple[float, float]
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pairs:
+    """What two models answered to the samples that both were asked: in columns, objects for a page of them only.
+
+    Attributes:
+        sides: The rows of each model, those of a sample at the same place.
+        data_dir: What the images' paths are relative to.
+    """
+
+    sides: tuple[pa.Table, pa.Table]
+    data_dir: Path
+
+    def __len__(self) -> int:
+        return len(self.sides[0])
+
     @property
-    def changes(self) -> set[str]:
-        first, second = self.rights
-        found = {""} | ({"differ"} if self.answers[0].strip() != self.answers[1].strip() else set())
-        named: Mapping[Any, str] = {(False, True): "fixed", (True, False): "broken", (False, False): "wrong"}
-        return found | ({named[first, second]} if (first, second) in named else set())
+    def num_right(self) -> tuple[int, int]:
+        first, second = (pc.sum(side[RIGHT]).as_py() or 0 for side in self.sides)
+        return first, second
+
+    def found(self, change: str, order: str) -> Sequence[int]:
+        """The places of the pairs for which a key of `CHANGES` holds, in one of `ORDERS`."""
+        first, second = self.sides
+        is_right = [pc.fill_null(side[RIGHT], False).to_numpy() for side in self.sides]
+        is_wrong = [pc.fill_null(pc.invert(side[RIGHT]), False).to_numpy() for side in self.sides]
+        kept = {
+            "": np.ones(len(self), bool),
+            "differ": pc.not_equal(*(pc.utf8_trim_whitespace(side["answer"]) for side in self.sides)).to_numpy(),
+            "fixed": is_wrong[0] & is_right[1],
+            "broken": is_right[0] & is_wrong[1],
+            "wrong": is_wrong[0] & is_wrong[1],
+        }[change]
+        losses = first["loss_nats"].to_numpy(), second["loss_nats"].to_numpy()
+        gains = losses[0] - losses[1]
+        keys = {
+            "most different losses": -abs(gains),
+            "second better first": -gains,
+            "first better first": gains,
+            "hardest first": -np.maximum(*losses),
+        }
+        places = np.flatnonzero(kept)
+        return (places[np.argsort(keys[order][places], kind="stable")] if order in keys else places).tolist()
+
+    def at(self, places: Sequence[int]) -> list[Pair]:
+        """The pairs at some places."""
+        ones, others = (side.take(pa.array(places, pa.int64())).to_pylist() for side in self.sides)
+        return [_pair(one, other, self.data_dir) for one, other in zip(ones, others, strict=True)]
 
 
 def table_of(layout: Layout, runs: Sequence[KnownRun], gates: Mapping[str, Mapping[str, str]]) -> list[Line]:
@@ -144,8 +192,8 @@ def evaluated(layout: Layout, runs: Sequence[KnownRun]) -> list[KnownRun]:
     return [run for run in runs if _evaluation(layout, run) is not None]
 
 
-def pairs_of(layout: Layout, first: tuple[KnownRun, Model], second: tuple[KnownRun, Model]) -> list[Pair]:
-    """The samples that both models were asked, in their order.
+def pairs_of(layout: Layout, first: tuple[KnownRun, Model], second: tuple[KnownRun, Model]) -> Pairs:
+    """The samples that both models were asked, in the order of the first.
 
     Raises:
         IntegrityError: One was not evaluated, or they were asked nothing in common.
@@ -155,20 +203,22 @@ def pairs_of(layout: Layout, first: tuple[KnownRun, Model], second: tuple[KnownR
         found = _evaluation(layout, run)
         if found is None:
             raise IntegrityError(f"{run.name} was not evaluated. {how_to_evaluate(layout, run.directory)}")
-        samples = collect_samples(read_predictions(found.predictions_dir))
-        data_dir = layout.root / str(run.recipe.get("dataset_dir", "data"))
-        sides.append(({_identity(s): s["models"][model] for s in samples if model in s["models"]}, data_dir))
-    (ones, data_dir), (others, _) = sides
-    pairs = [_pair(ones[key], others[key], data_dir) for key in ones if key in others]
-    if not pairs:
+        sides.append(_answers(found.predictions_dir, model))
+    keys = [side.select(IDENTITY).append_column(f"at_{n}", pa.array(range(len(side)))) for n, side in enumerate(sides)]
+    common = keys[0].join(keys[1], IDENTITY, join_type="inner").sort_by("at_0")
+    if not len(common):
         raise IntegrityError(
             f"{first[0].name} and {second[0].name} were asked nothing in common. Evaluate both on the same entries."
         )
-    return pairs
+    one, other = (side.take(common[f"at_{n}"]) for n, side in enumerate(sides))
+    return Pairs(sides=(one, other), data_dir=layout.root / str(first[0].recipe.get("dataset_dir", "data")))
 
 
-def _identity(sample: Mapping[str, Any]) -> tuple[str, str, str]:
-    return sample["entry"], sample["sample_id"], sample["prompt"]
+def _answers(predictions_dir: Path, model: Model) -> pa.Table:
+    """What a model answered, a row a sample, with whether it was right."""
+    columns = [*IDENTITY, "images", "reference", "label", "answer", "loss_nats"]
+    table = read_predictions(predictions_dir, columns=columns, model=model)
+    return table.append_column(RIGHT, pa.array(rights_of(table), pa.bool_()))
 
 
 def _pair(one: Mapping[str, Any], other: Mapping[str, Any], data_dir: Path) -> Pair:
@@ -179,21 +229,6 @@ def _pair(one: Mapping[str, Any], other: Mapping[str, Any], data_dir: Path) -> P
         prompt=one["prompt"],
         reference=one["reference"],
         answers=(one["answer"], other["answer"]),
-        rights=(one["right"], other["right"]),
+        rights=(one[RIGHT], other[RIGHT]),
         losses_nats=(one["loss_nats"], other["loss_nats"]),
     )
-
-
-def ordered(pairs: Sequence[Pair], order: str) -> list[Pair]:
-    """Pairs in one of `ORDERS`."""
-
-    def gain(pair: Pair) -> float:
-        return pair.losses_nats[0] - pair.losses_nats[1]
-
-    keys = {
-        "most different losses": lambda pair: -abs(gain(pair)),
-        "second better first": lambda pair: -gain(pair),
-        "first better first": gain,
-        "hardest first": lambda pair: -max(pair.losses_nats),
-    }
-    return sorted(pairs, key=keys[order]) if order in keys else list(pairs)

@@ -38,14 +38,15 @@ def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=SCHEMA)
 
 
-def read_predictions(directory: Path) -> pa.Table:
-    """Read the predictions of a complete directory.
+def read_predictions(directory: Path, *, columns: Sequence[str] | None = None, model: str | None = None) -> pa.Table:
+    """Read the predictions of a complete directory, or some columns of one model's.
 
     Raises:
         IntegrityError: They were never finished, or are damaged.
     """
     require_sound(directory, "Materialise predictions again.", only=[PREDICTIONS_FILE])
-    return pq.read_table(directory / PREDICTIONS_FILE)
+    rows = None if model is None else [("model", "=", model)]
+    return pq.read_table(directory / PREDICTIONS_FILE, columns=columns and list(columns), filters=rows)
 
 
 def predictions_digest(predictions: pa.Table) -> str:

@@ -12,7 +12,6 @@ from mllm_assets.evaluation.side_by_side import (
     PAGE_SIZE,
     Model,
     evaluated,
-    ordered,
     pairs_of,
     table_of,
 )
@@ -102,14 +101,13 @@ def gallery_tab(tab: Any, layout: Layout) -> None:
             pairs = pairs_of(layout, sides[0], sides[1])
         except MllmAssetsError as error:
             return ["", problem_view(error)]
-        matching = ordered([pair for pair in pairs if change in pair.changes], order)
+        matching, right = pairs.found(change, order), pairs.num_right
         start = PAGE_SIZE * (max(1, int(page or 1)) - 1)
-        right = [sum(pair.rights[side] is True for pair in pairs) for side in (0, 1)]
         num_pages = max(1, -(-len(matching) // PAGE_SIZE))
         text = f"**{len(matching):,} of {len(pairs):,} samples**, {num_pages} page{'s' * (num_pages != 1)}. Right: "
         names = [f"{title}: {model}" for title, (_, model) in zip(titles_of([s[0] for s in sides]), sides, strict=True)]
         text += f"first {right[0]}, second {right[1]}."
-        return [text, pairs_view(matching[start : start + PAGE_SIZE], (names[0], names[1]))]
+        return [text, pairs_view(pairs.at(matching[start : start + PAGE_SIZE]), (names[0], names[1]))]
 
     def begin(first: str | None, second: str | None, *how: Any) -> list[Any]:
         known = models()

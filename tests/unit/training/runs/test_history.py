@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mllm_assets.artifacts import write_manifest
-from mllm_assets.evaluation.side_by_side import Pair, ordered, table_of
+from mllm_assets.evaluation.side_by_side import table_of
 from mllm_assets.layout import Layout
 from mllm_assets.training.runs.history import MAX_POINTS, curve, differing_keys, known_runs
 
@@ -57,15 +57,3 @@ def test_a_long_curve_keeps_its_first_and_last_point() -> None:
     log = [{"current_steps": step, "loss": 1.0} for step in range(1, 5001)]
     points = curve(log, "loss")
     assert len(points) == MAX_POINTS and (points[0][0], points[-1][0]) == (1, 5000)
-
-
-def test_pairs_are_ordered_by_how_much_better_the_second_is() -> None:
-    pairs = [
-        Pair(
-            sample_id=name, entry="val", images=(), prompt="?", reference="a", answers=("a", "b"),
-            rights=(True, False), losses_nats=losses,
-        )
-        for name, losses in (("one", (1.0, 2.0)), ("two", (3.0, 0.5)))
-    ]  # fmt: skip
-    assert [pair.sample_id for pair in ordered(pairs, "second better first")] == ["two", "one"]
-    assert pairs[0].changes == {"", "differ", "broken"}
