@@ -1,7 +1,7 @@
 """A recipe's results and where they are, for a terminal."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,12 @@ from mllm_assets.artifacts import is_complete, read_manifest
 from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.entries import load_entries
+from mllm_assets.errors import MllmAssetsError
+from mllm_assets.evaluation.gallery import rights_of
 from mllm_assets.evaluation.metrics import read_metrics
-from mllm_assets.evaluation.run_lookup import evaluated_runs, evaluation_of, find_run, how_to_evaluate
+from mllm_assets.evaluation.run_lookup import EvaluatedRun, evaluated_runs, evaluation_of, find_run, how_to_evaluate
 from mllm_assets.evaluation.scores import in_order
+from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import dev_command, materialize_command
 from mllm_assets.releases.versions import Release, current_release
@@ -19,6 +22,7 @@ from mllm_assets.training.runs.history import TRAINER_LOG, read_log
 from mllm_assets.training.runs.plan import published_note, shown_overrides
 
 SPARKS = "▁▂▃▄▅▆▇█"
+MAX_ASKED = 1000  # samples among which one that is answered rightly is looked for
 
 
 def summarise(layout: Layout, recipe: str, overrides: Sequence[str] = ()) -> str:
@@ -39,8 +43,8 @@ def summarise(layout: Layout, recipe: str, overrides: Sequence[str] = ()) -> str
         *(_metrics(read_metrics(evaluated.metrics_dir)) if evaluated else _not_evaluated(layout, recipe, run_dir)),
         f"  run         {layout.relative(run_dir)}",
         f"  released    {_describe_release(layout, recipe, release, run)}",
-        f"\nTry it:       {_generate_command(layout, run_dir, run)}",
-        f"Open the UI:  {dev_command(Path.cwd())}   (http://127.0.0.1:3000)",
+        *_questions(layout, run_dir, run, evaluated),
+        f"\nOpen the UI:  {dev_command(Path.cwd())}   (http://127.0.0.1:3000)",
     ]
     return "\n".join(parts)
 
@@ -59,13 +63,39 @@ def _describe_release(layout: Layout, recipe: str, release: Release | None, run:
     return f"{layout.relative(release.directory)}, made from {'this run' if of_this_run else 'another run'}"
 
 
-def _generate_command(layout: Layout, run_dir: Path, run: Mapping[str, Any]) -> str:
-    """A command with a question from the run's own data, to copy."""
-    dataset = Dataset(layout.root / run["recipe"]["dataset_dir"])
-    [row] = dataset.entry(next(reversed(run["data_digests"]))).read(max_samples=1)
-    question = next(m.content for m in row.messages if m.role == "user").replace(IMAGE_PLACEHOLDER, "").strip()
-    images = " ".join(f"--image {_typed(path)}" for path in row.images)
-    return f"mllm-assets generate --model {_typed(run_dir)} {images} --prompt {shlex.quote(question)}"
+def _questions(layout: Layout, run_dir: Path, run: Mapping[str, Any], evaluated: EvaluatedRun | None) -> Iterator[str]:
+    """Commands to copy: a question that the model answered rightly when it was evaluated, and one that it did not."""
+    data_dir = layout.root / run["recipe"]["dataset_dir"]
+    first = {right: row for row, right in reversed(_asked(evaluated) if evaluated else [])}
+    shown = [("Try it:", first[True])] if True in first else []
+    if False in first:
+        shown.append(("It fails on:" if shown else "Try it:", first[False]))
+    for title, row in shown:
+        images = [data_dir / path for path in row["images"]]
+        said, right = (repr(" ".join(row[name].split())) for name in ("answer", "reference"))
+        yield f"\n{title:<14}{_generate_command(run_dir, images, row['prompt'])}"
+        instead = "" if row is first.get(True) else f", but right is {right}"
+        yield f"{'':14}when it was evaluated it said {said}{instead}"
+    if not shown:
+        [row] = Dataset(data_dir).entry(next(reversed(run["data_digests"]))).read(max_samples=1)
+        question = next(m.content for m in row.messages if m.role == "user").replace(IMAGE_PLACEHOLDER, "").strip()
+        yield f"\n{'Try it:':<14}{_generate_command(run_dir, row.images, question)}"
+
+
+def _asked(evaluated: EvaluatedRun) -> list[tuple[dict[str, Any], bool | None]]:
+    """What the tuned model was asked and answered, and whether it was right; nothing where that cannot be read."""
+    columns = ["entry", "images", "prompt", "reference", "label", "answer"]
+    try:
+        table = read_predictions(evaluated.predictions_dir, columns=columns, model="tuned")
+    except MllmAssetsError:
+        return []
+    rows = table.slice(0, MAX_ASKED)
+    return list(zip(rows.to_pylist(), rights_of(table)[:MAX_ASKED], strict=True))
+
+
+def _generate_command(run_dir: Path, images: Sequence[Path], question: str) -> str:
+    pictures = " ".join(f"--image {_typed(path)}" for path in images)
+    return f"mllm-assets generate --model {_typed(run_dir)} {pictures} --prompt {shlex.quote(question)}"
 
 
 def _typed(path: Path) -> str:

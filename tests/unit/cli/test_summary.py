@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from mllm_assets.artifacts import write_manifest
 from mllm_assets.cli.summary import summarise
 from mllm_assets.errors import IntegrityError, RecipeError
 from mllm_assets.layout import Layout
+from tests.unit.evaluation.made_predictions import predictions
+from tests.unit.evaluation.test_side_by_side import evaluated
 
 
 @pytest.fixture
@@ -34,3 +37,18 @@ def test_a_recipe_that_was_never_trained_says_the_command(layout: Layout) -> Non
 def test_a_misspelt_recipe_gets_the_nearest_name_and_no_command_that_makes_everything(layout: Layout) -> None:
     with pytest.raises(RecipeError, match=r"No recipe is called 'emoji_stf'\. Did you mean 'emoji_sft'\?"):
         summarise(layout, "emoji_stf")
+
+
+def test_the_first_question_is_one_that_the_model_answered_rightly_and_a_wrong_answer_is_shown_as_such(
+    layout: Layout,
+) -> None:
+    """It was the first row of the data, which the demo's model answered wrongly as its first word to a new user."""
+    evaluated(layout.root, "aaaa", predictions(), metrics={"entries": {}})
+    facts = {"num_steps": 4, "train_wall_s": 1.0, "samples_per_s": 8.0, "data_digests": {}, "weights_digest": "aaaa"}
+    write_manifest(layout.outputs / "mine" / "aaaa", {"recipe": {"dataset_dir": "data"}, **facts})
+    layout.data.mkdir()
+    layout.dataset_info.write_text("{}")
+    asked = summarise(layout, "mine/aaaa").partition("Try it:")[2].splitlines()
+    assert "images/0.png --prompt 'Which animal?'" in asked[0] and asked[1].endswith("it said 'cat'")
+    assert asked[3].startswith("It fails on:") and "images/5.png" in asked[3]
+    assert asked[4].endswith("it said 'cow', but right is 'horse'")
