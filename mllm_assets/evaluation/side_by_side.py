@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mllm_assets.artifacts import is_complete, path_inside, read_manifest
 from mllm_assets.errors import IntegrityError, MllmAssetsError
@@ -29,7 +28,8 @@ CHANGES = {
     "wrong": "both are wrong",
 }
 IDENTITY = ["entry", "sample_id", "prompt"]  # of a question, whichever run asked it
-RIGHT = "right"
+RIGHT = "right"  # a column: 1, 0, or UNKNOWN
+UNKNOWN = -1
 Model = Literal["base", "tuned"]
 
 
@@ -81,20 +81,20 @@ class Pairs:
 
     @property
     def num_right(self) -> tuple[int, int]:
-        first, second = (pc.sum(side[RIGHT]).as_py() or 0 for side in self.sides)
+        first, second = (int(np.sum(side[RIGHT].to_numpy() == 1)) for side in self.sides)
         return first, second
 
     def found(self, change: str, order: str) -> Sequence[int]:
         """The places of the pairs for which a key of `CHANGES` holds, in one of `ORDERS`."""
         first, second = self.sides
-        is_right = [pc.fill_null(side[RIGHT], False).to_numpy() for side in self.sides]
-        is_wrong = [pc.fill_null(pc.invert(side[RIGHT]), False).to_numpy() for side in self.sides]
+        rights = first[RIGHT].to_numpy(), second[RIGHT].to_numpy()
+        answers = zip(first["answer"].to_pylist(), second["answer"].to_pylist(), strict=True)
         kept = {
             "": np.ones(len(self), bool),
-            "differ": pc.not_equal(*(pc.utf8_trim_whitespace(side["answer"]) for side in self.sides)).to_numpy(),
-            "fixed": is_wrong[0] & is_right[1],
-            "broken": is_right[0] & is_wrong[1],
-            "wrong": is_wrong[0] & is_wrong[1],
+            "differ": np.array([one.strip() != other.strip() for one, other in answers], bool),
+            "fixed": (rights[0] == 0) & (rights[1] == 1),
+            "broken": (rights[0] == 1) & (rights[1] == 0),
+            "wrong": (rights[0] == 0) & (rights[1] == 0),
         }[change]
         losses = first["loss_nats"].to_numpy(), second["loss_nats"].to_numpy()
         gains = losses[0] - losses[1]
@@ -218,7 +218,8 @@ def _answers(predictions_dir: Path, model: Model) -> pa.Table:
     """What a model answered, a row a sample, with whether it was right."""
     columns = [*IDENTITY, "images", "reference", "label", "answer", "loss_nats"]
     table = read_predictions(predictions_dir, columns=columns, model=model)
-    return table.append_column(RIGHT, pa.array(rights_of(table), pa.bool_()))
+    rights = [UNKNOWN if right is None else int(right) for right in rights_of(table)]
+    return table.append_column(RIGHT, pa.array(rights, pa.int8()))
 
 
 def _pair(one: Mapping[str, Any], other: Mapping[str, Any], data_dir: Path) -> Pair:
@@ -229,6 +230,10 @@ def _pair(one: Mapping[str, Any], other: Mapping[str, Any], data_dir: Path) -> P
         prompt=one["prompt"],
         reference=one["reference"],
         answers=(one["answer"], other["answer"]),
-        rights=(one[RIGHT], other[RIGHT]),
+        rights=(_truth(one[RIGHT]), _truth(other[RIGHT])),
         losses_nats=(one["loss_nats"], other["loss_nats"]),
     )
+
+
+def _truth(right: int) -> bool | None:
+    return None if right == UNKNOWN else bool(right)
