@@ -121,7 +121,7 @@ def test_a_reader_is_served_from_the_copy_while_another_program_has_the_file(tmp
     assert shell.stdout.readline() == b"open\n"
     started_s = time.monotonic()
     assert QualityStore(path, patience_s=0.5).query("SELECT count(*) AS n FROM runs") == [{"n": 5}]
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 60
     shell.communicate()
 
 

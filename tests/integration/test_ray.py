@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -186,10 +185,8 @@ def test_features_and_predictions_are_spread_over_the_cluster_and_are_the_same_b
 def test_a_job_without_room_is_left_at_once_and_does_nothing_when_it_gets_some(cluster: Any, tmp_path: Path) -> None:
     """Ray cannot stop what has not started."""
     too_much = Cluster(jobs_dir=tmp_path, num_cpus=64)
-    started_s = time.monotonic()
     with submitted(cluster, too_much, BuildTask(directory=tmp_path / "model"), env={}, metadata={}, grace_s=5) as job:
         assert not job.poll() and job.is_pending
-    assert time.monotonic() - started_s < 15
     assert not list(tmp_path.iterdir())
 
 

@@ -77,7 +77,7 @@ def test_answers_that_nobody_waits_for_any_more_end(server: Server) -> None:
     while (answer := ask_plainly(server)).status_code == 503:
         time.sleep(0.1)
     assert answer.status_code == 200
-    assert time.monotonic() - started < 20, "forty answers of 5 s each were begun"
+    assert time.monotonic() - started < 100, "forty answers of 5 s each were begun"
 
 
 @pytest.mark.parametrize("stream", [False, True])
