@@ -26,7 +26,7 @@ def project(line_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         project.materialize('key:"mine/eval_metrics"').communicate(timeout=500)
         for rate in ("2e-3", "4e-3"):
             training = project.start("mllm_assets.cli", "train", "configs/mine.yaml", f"learning_rate={rate}")
-            assert training.wait(300) == 0
+            assert training.wait(900) == 0
         yield project
 
 
