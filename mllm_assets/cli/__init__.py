@@ -21,7 +21,7 @@ EXAMPLES = {
     "enable": "gemma3_lora_sft",
     "train": "configs/emoji_sft.yaml max_steps=50",
     "inspect": "configs/emoji_sft.yaml --row 3",
-    "generate": "--model releases/emoji_sft/v1 --image docs/images/melon.png --prompt 'What kind of emoji is this?'",
+    "generate": "--model releases/emoji_sft/v1 --image docs/images/face.png --prompt 'What kind of emoji is this?'",
     "chat": "emoji_sft",
     "board": "",
     "serve": "emoji_sft",
