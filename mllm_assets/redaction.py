@@ -25,8 +25,10 @@ _KEYS = (
 ).split()
 _TOKENS = "access api app auth bearer deploy hub id job private refresh security session".split()
 _NAMED_LIKE_A_SECRET = re.compile(
-    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|_PASS|_PWD|_KEY|APIKEY|WEBHOOK(?:_UR[LI])?|CREDENTIALS?|JWT"
-    r"|COOKIE|SIGNATURE|_SAS|_AUTH|DSN|CONN(?:ECTION)?_?STR(?:ING)?)(?:_\d+|_BASE64|_B64)?$"
+    rf"(?i)(?:TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|PASSCODE|(?<!COM)(?<!BY)(?<!ASK)PASS|(?!^)(?<!OLD)PWD"
+    rf"|(?:_|{'|'.join(_KEYS)}|priv|secret)KEY|WEBHOOK(?:_UR[LI])?|_HOOK|CRED(?:ENTIAL)?S?|JWT|_PAT|BEARER|AUTHORIZATION"
+    r"|COOKIE|SIGNATURE|_SAS|_AUTH|AUTH_CONFIG|DSN|CONN(?:ECTION)?_?STR(?:ING)?)"
+    r"(?:_?(?:\d+|V\d+|BASE64|B64|BASE|VALUE|JSON|PROD(?:UCTION)?|STAGING|DEV|TEST|READ|WRITE|OLD|NEW|MAIN))?$"
     r"|^PGPASS(?!FILE$)"  # Postgres' own; the file's is a path
 )
 # the shapes of well-known tokens, as detect-secrets keeps them (a test compares)
@@ -42,6 +44,8 @@ _TOKEN = re.compile(
     r"|SG\.[\w-]{22}\.[\w-]{43}|[0-9a-z]{32}-us[0-9]{1,2}|(?:AC|SK)[a-z0-9]{32}"  # SendGrid, Mailchimp, Twilio
     r"|npm_[A-Za-z0-9]{36}|(?<=:_authToken=)\S+|pypi-[A-Za-z0-9_-]{50,}"  # registries
     r"|[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27}|\b\d{8,10}:[0-9A-Za-z_-]{35}"  # Discord, Telegram
+    r"|\b(?:ya29\.|dckr_pat_|r8_|gsk_|shp(?:at|ca|pa|ss)_|do[opr]_v1_|hv[sb]\.|nvapi-|xai-|pplx-|lin_api_|api_org_"
+    r"|AGE-SECRET-KEY-1)[A-Za-z0-9_-]{20,}"  # others of models, registries and clouds
     r"|(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]+=*\.[A-Za-z0-9_-]+=*(?:\.[A-Za-z0-9_.+/=-]*)?"  # JSON web tokens
     r"|-{0,5}(?:BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY|PuTTY-User-Key-File)"
     r"[\s\S]*?(?:END [A-Z0-9 ]{0,30}PRIVATE KEY[A-Z ]*-{0,5}|\Z)"
@@ -51,6 +55,12 @@ _SIGNED = re.compile(
     r"(?i)(?<![a-z0-9])(?P<before>(?:sig|(?:x-(?:amz|goog)-)?(?:signature|credential|security-token)|awsaccesskeyid"
     r"|key-pair-id)(?:=|%3D))[^&\s'\"\\]{6,}"
 )
+# what follows an option, a login of .netrc, or such a name in an address
+_SAID = re.compile(
+    r"(?i)(?P<before>(?<!\S)--?(?:password|passwd|passphrase|token|secret|(?:api|auth)-?(?:key|token))[ =]\s*"
+    r"|\bmachine\s+\S+\s+login\s+\S+\s+password\s+|;\s*pwd=|[?&](?:token|auth|code|key|pwd|pass)=)(?P<value>[^\s&;'\"]{6,})"
+)
+_COOKIE = re.compile(r"(?i)(?P<before>\bcookie:\s*)[^\r\n'\"]+")
 _AWS_SECRET = re.compile(r"(?i)(?P<before>aws.{0,80}?['\"])[0-9a-z/+]{40}(?=['\"])")
 _HEADER = re.compile(
     r"(?i)(?P<before>\b(?:authorization\\*['\"]?\s*[:=]\s*\\*['\"]?(?:[a-z]+\s+)?|(?:set-)?cookie:\s*"
@@ -61,7 +71,8 @@ _USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@:'\"]*:(?!\d{1,5}/)(?:(?!://)[^\s'
 _TOKEN_OF_ADDRESS = re.compile(r"(?<=://)([^\s/@:'\"]+)@")  # https://token@host
 _SETTING = re.compile(
     rf"(?i)(?P<before>\b(?P<name>\w*(?:(?:{'|'.join(_KEYS)})[_-]?key|(?:{'|'.join(_TOKENS)})[_-]?token|password|passwd"
-    r"|passphrase|secret(?:[_-]?key)?|_pwd|_pass|connection[_-]?string))(?P<sign>\\*['\"]?\s*(?::=|=>|[=:])\s*)"
+    r"|passphrase|secret(?:[_-]?key(?:_base)?|_value)?|_pwd|(?:_|db|key)pass|connection[_-]?string|\btoken))"
+    r"(?P<sign>\\*['\"]?\s*(?::=|=>|[=:]|%3D|\\+u003d)\s*)"
     r"(?P<open>\\*['\"])?)(?!null|None|\[secret\]|\$[({])(?P<value>(?(open)(?:(?!\\*['\"])[^\n])+|[^\s'\",}]+))"
 )
 _PLAIN_WORDS = {"password", "passphrase", "secret"}  # prose has these too: "The secret: patience"
@@ -81,7 +92,9 @@ def redacted(text: str) -> str:
     for name, value in environment_secrets().items():
         for form in _forms(value):
             text = text.replace(form, name)
-    text = _AWS_SECRET.sub(rf"\g<before>{REDACTED}", text)
+    text = _SAID.sub(_without_said, text)
+    for shape in (_AWS_SECRET, _COOKIE):
+        text = shape.sub(rf"\g<before>{REDACTED}", text)
     text = _SIGNED.sub(rf"\g<before>{REDACTED}", _HEADER.sub(_without_header, text))
     text = _USER_OF_ADDRESS.sub("", _TOKEN.sub(REDACTED, text))
     text = _TOKEN_OF_ADDRESS.sub(lambda found: "" if _looks_random(found[1]) else found[0], text)
@@ -90,13 +103,19 @@ def redacted(text: str) -> str:
 
 @lru_cache(256)
 def _forms(value: str) -> list[str]:
-    """How a value is written: as it is, in an address, in JSON, in base64, and line by line; the longest first."""
+    """How a value is written: as it is, in an address, in JSON, base64 and hex, and line by line; the longest first."""
     data = value.encode("utf-8", "surrogateescape")
     packed = {base64.b64encode(data).decode(), base64.urlsafe_b64encode(data).decode()}
     packed |= {text.rstrip("=") for text in packed}
     lines = {line for line in value.splitlines() if len(line) >= 2 * MIN_CHARS}  # such as those of a private key
     forms = {value, quote(data), quote(data, safe=""), quote_plus(data), json.dumps(value)[1:-1], repr(value)[1:-1]}
+    forms |= {data.hex(), data.hex().upper()}
     return sorted(forms | packed | lines, key=len, reverse=True)
+
+
+def _without_said(found: re.Match[str]) -> str:
+    is_sure = found["before"][0] in "mM;"
+    return found["before"] + REDACTED if is_sure or _looks_random(found["value"]) else found[0]
 
 
 def _without_header(found: re.Match[str]) -> str:
@@ -107,7 +126,8 @@ def _without_value(found: re.Match[str]) -> str:
     prose = (
         found["name"].lower() in _PLAIN_WORDS and not found["open"] and re.fullmatch(r"\s*:\s+|\s+=\s+", found["sign"])
     )
-    return found[0] if prose and not _looks_random(found["value"]) else found["before"] + REDACTED
+    is_word = prose or found["name"].lower() == "token"  # "token: <eos>" is no secret, quoted or not
+    return found[0] if is_word and not _looks_random(found["value"]) else found["before"] + REDACTED
 
 
 def _looks_random(value: str) -> bool:

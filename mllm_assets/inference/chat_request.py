@@ -5,7 +5,6 @@ another model or render a template of the client's. A field that would change th
 """
 
 import base64
-import binascii
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -99,13 +98,15 @@ def checked(body: Mapping[str, Any], *, model_name: str, vocab_size: int) -> dic
 def _refusal(error: ValidationError) -> RequestError:
     """All that is wrong with the first field that is."""
     errors = error.errors(include_url=False, include_input=False)
+    if not errors[0]["loc"]:
+        return RequestError(None, "A field's name holds half a character (a lone surrogate).")
     name = str(errors[0]["loc"][0])
     if errors[0]["type"] == "extra_forbidden":
         shown = re.sub(r"[^\w.-]", "?", name)[:64]
         return RequestError(name[:64], f"{shown} is not supported by this server. Leave it out.")
     if name == "messages":
         return RequestError(name, "messages must be a list of at least one message.")
-    wrong = " or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][0] == name))
+    wrong = " or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][:1] == (name,)))
     return RequestError(name, f"{name}: {wrong}.")
 
 
@@ -154,10 +155,10 @@ def picture(url: Any, where: str, **image_limits: int) -> Image.Image:
     try:
         steps = (data[start : start + BASE64_STEP] for start in range(0, len(data), BASE64_STEP))
         return decoded(b"".join(base64.b64decode(step, validate=True) for step in steps), **image_limits)
-    except binascii.Error:
-        raise RequestError(where, f"{where}: the image is not base64.") from None
     except PictureError as error:
         raise RequestError(where, f"{where}: the image cannot be used: {error}.") from None
+    except ValueError:  # of base64, and of a character that is not ASCII
+        raise RequestError(where, f"{where}: the image is not base64.") from None
 
 
 _IMAGE_QUESTION = Message(USER, IMAGE_PLACEHOLDER + _QUESTION)

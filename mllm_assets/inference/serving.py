@@ -31,6 +31,7 @@ from mllm_assets.training.runs.models import NamedModel
 
 PATHS = {"/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}  # not all of transformers' own
 MIB = 2**20
+MAX_LENGTH_DIGITS = 15
 
 
 def serve(
@@ -191,7 +192,7 @@ class Guard:
             length = headers.get(b"content-length", b"")
             if not length.isdigit():
                 return _problem(411, "The request must say its Content-Length.")
-            if int(length) > self._limits.body_mib * MIB:
+            if len(length) > MAX_LENGTH_DIGITS or int(length) > self._limits.body_mib * MIB:
                 return _problem(
                     413, f"The request is too long: at most {self._limits.body_mib} MiB. Shrink the images."
                 )
@@ -203,6 +204,7 @@ def _problem(
 ) -> JSONResponse:
     """An error as OpenAI's clients read it; `param` is the field that must change."""
     kinds = {401: "authentication_error", 500: "server_error", 503: "server_error"}
+    message, param = (text and text.encode(errors="replace").decode() for text in (message, param))  # half characters
     error = {"message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": status}
     return JSONResponse({"error": error}, status_code=status, headers=headers)
 

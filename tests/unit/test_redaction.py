@@ -57,7 +57,8 @@ def test_every_shape_that_detect_secrets_knows_is_not_shown(detector: RegexBased
     [
         "PRIVATE_KEY", "SSH_PRIVATE_KEY", "KEY_PASSPHRASE", "AZURE_STORAGE_CONNECTION_STRING", "STORAGE_KEY", "DB_PASS",
         "MYSQL_PWD", "AZURE_SAS", "SENTRY_DSN", "SESSION_COOKIE", "SIGNING_KEY_BASE64", "GITHUB_JWT", "API_KEY_2",
-        "NPM_AUTH", "DB_CONN_STR",
+        "NPM_AUTH", "DB_CONN_STR", "DBPASS", "APPPWD", "CLIENTKEY", "SECRET_KEY_BASE", "HF_TOKEN_PROD", "github_token",
+        "GH_PAT", "DB_CREDS", "AZURE_CLIENT_SECRET_VALUE",
     ],
 )  # fmt: skip
 def test_a_secret_of_the_environment_is_named_in_every_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +79,19 @@ def test_a_secret_of_the_environment_is_named_in_every_form(name: str, monkeypat
 
 
 @pytest.mark.parametrize(
-    "name", ["PWD", "OLDPWD", "KEYBOARD", "MONKEY", "PATH", "XAUTHORITY", "TOKENIZERS_PARALLELISM"]
+    "name",
+    [
+        "PWD",
+        "OLDPWD",
+        "KEYBOARD",
+        "MONKEY",
+        "PATH",
+        "XAUTHORITY",
+        "TOKENIZERS_PARALLELISM",
+        "COMPASS",
+        "GIT_ASKPASS",
+        "SSH_AUTH_SOCK",
+    ],
 )
 def test_an_ordinary_variable_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "/an/ordinary/value")
@@ -117,6 +130,17 @@ def test_an_ordinary_variable_is_none(name: str, monkeypatch: pytest.MonkeyPatch
         ("sent with bearer abcd1234efgh", "sent with bearer [secret]"),
         ("the bearer of good news, a basic question", None),
         ("Cookie: session=abcdef", "Cookie: [secret]"),
+        ("cookie: a=b; s=hunter2x", "cookie: [secret]"),
+        ("Server=a;Uid=u;Pwd=hunter2x;", "Server=a;Uid=u;Pwd=[secret];"),
+        ("dbpass: hunter2x", "dbpass: [secret]"),
+        ("run --token hunter2hunter2 -v", "run --token [secret] -v"),
+        ("machine h login u password hunter2x", "machine h login u password [secret]"),
+        ("https://h/x?token=hunter2hunter2&x=1", "https://h/x?token=[secret]&x=1"),
+        ("'token': 'hunter2hunter2'", "'token': '[secret]'"),
+        ("token: <end_of_turn>, token=word, the --token option, password -> text", None),
+        ("password%3Dhunter2x", "password%3D[secret]"),
+        ("password\\u003dhunter2x", "password\\u003d[secret]"),
+        ("with gsk_abcdefghijklmnopqrstuvwx", "with [secret]"),
         ("x-api-key: abc123", "x-api-key: [secret]"),
         (f"got {JWT}.", "got [secret]"),
         (

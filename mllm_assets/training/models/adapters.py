@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mllm_assets.errors import ModelError
 from mllm_assets.families.family import Family
@@ -32,7 +32,7 @@ def read_config(directory: Path) -> Any:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         kind, start = values["peft_type"], values.get("init_lora_weights", True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({type(error).__name__}: {error}). Make the adapter again.") from None
     if kind != "LORA":
         raise ModelError(f"{directory} holds an adapter of the kind {kind}: expected LORA. Name another adapter.")
@@ -41,7 +41,16 @@ def read_config(directory: Path) -> Any:
             f"The adapter in {directory} began with {start}, which changed its base, so that it fits no other. Name "
             "the merged model of its run in model_name_or_path, and delete adapter_name_or_path."
         )
-    config: Any = LoraConfig.from_pretrained(str(directory))
+    try:
+        config: Any = LoraConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{path} is not one of a LoRA adapter ({error}). Make the adapter again.") from None
+    most = _largest_rank(directory)
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
+        if type(rank) is not int or not 0 < rank <= most:
+            raise ModelError(
+                f"{path}: the rank is {rank!r}, and that of the weights is {most}. Make the adapter again."
+            )
     config.inference_mode = False
     return config
 
@@ -88,7 +97,7 @@ def _loaded(model: Any, directory: Path, config: Any) -> Any:
     try:
         with _quiet():
             adapted = PeftModel.from_pretrained(model, str(directory), config=config, is_trainable=True)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise ModelError(
             f"The adapter in {directory} does not fit the model ({reason}). Name the model that it was trained on in "
@@ -105,8 +114,19 @@ def _loaded(model: Any, directory: Path, config: Any) -> Any:
 
 
 def _file_names(directory: Path) -> set[str]:
-    with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:
-        return set(file.keys())
+    return set(_shapes(directory))
+
+
+def _largest_rank(directory: Path) -> int:
+    return max((shape[0] for name, shape in _shapes(directory).items() if ".lora_A." in name and shape), default=0)
+
+
+def _shapes(directory: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{directory / ADAPTER_WEIGHTS} cannot be read ({error}). Make the adapter again.") from None
 
 
 @contextmanager

@@ -26,6 +26,8 @@ PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "special_tokens_map.j
 # Of a loss that the same bits of weights give twice. A kernel may be another one for memory that begins elsewhere, and
 # adds up in another order.
 RELOAD_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+MAX_LAYERS, MAX_NUMBER = 1000, 2**40  # in a configuration
+MAX_PARAMS_A_BYTE = 4  # two where they have 4 bits
 CHECKS_OFF = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
@@ -71,12 +73,46 @@ def load_config(directory: Path) -> Any:
             f"{directory} is not a model directory: it has no config.json. Point to a Hugging Face model directory, "
             f"for example the `model` folder of a run, or download one into pretrains/."
         )
+    values = _read_settings(path)
+    find_family(values.get("model_type"), str(directory))
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}). Download the model again.") from None
-    find_family(model_type, str(directory))
-    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # what a file holds ends in errors of any kind, the library's own ones too
+        raise ModelError(f"{path} does not describe a model ({_reason(error)}). Download the model again.") from error
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """A `config.json` whose numbers a model can have: the library makes as many layers as it says, one by one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({_reason(error)}). Download the model again.") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected an object, found {type(values).__name__}. Download the model again.")
+    parts = [("", values)]
+    for key, value in parts:  # grows meanwhile
+        if isinstance(value, dict):
+            parts += value.items()
+        is_count = any(word in key for word in ("layers", "depth", "experts"))
+        if type(value) is int and abs(value) > (MAX_LAYERS if is_count else MAX_NUMBER):
+            raise ModelError(f"{path}: {key} is {value}, which no model has. Download the model again.")
+    return values
+
+
+def _require_weights_for(config: Any, directory: Path) -> None:
+    """Refuse a configuration of far more than the files hold: the library would fill memory with the rest first."""
+    held_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    with torch.device("meta"):
+        described = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
+    if held_bytes and described > MAX_PARAMS_A_BYTE * held_bytes:
+        raise ModelError(
+            f"{directory}/config.json describes a model of {described:,} parameters, and its weights have "
+            f"{held_bytes:,} bytes. Make or download the model again."
+        )
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def load_processor(directory: Path) -> Any:
@@ -91,9 +127,9 @@ def load_processor(directory: Path) -> Any:
         if family.loads_whole_processor:
             return AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         return ImageTextProcessor(directory, family, config.vision_config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as for a configuration
         raise ModelError(
-            f"{directory} has no usable processor ({type(error).__name__}: {error}). "
+            f"{directory} has no usable processor ({_reason(error)}). "
             f"Copy tokenizer.json, tokenizer_config.json and processor_config.json of the model into it."
         ) from error
 
@@ -118,12 +154,13 @@ def load_model(
     Raises:
         ModelError: No known family, no weights, or keys are missing or unexpected.
     """
-    load_config(directory)
+    config = load_config(directory)
     require_safe_shards(directory, "Make or download the model again.")
     quantized: dict[str, Any] = {}
     if quantization is not None:
         quantized = {"quantization_config": quantization.config(dtype or torch.float32), "device_map": {"": "cpu"}}
     try:
+        _require_weights_for(config, directory)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory,
             dtype="auto" if dtype is None else dtype,
@@ -133,14 +170,16 @@ def load_model(
             attn_implementation=attention,
             **quantized,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # safetensors has a class of its own, and a configuration may name anything
         if not any(directory.glob("*.safetensors")) and (pickled := sorted(directory.glob("*.bin"))):
             raise ModelError(
                 f"{pickled[0]} is a pickle, which can run code when it is loaded, with no safetensors next to it. "
                 "Where you trust it: AutoModelForImageTextToText.from_pretrained(DIR).save_pretrained(NEW_DIR)."
             ) from None
         raise ModelError(
-            f"The weights in {directory} cannot be loaded ({error}). Make or download them again."
+            f"The weights in {directory} cannot be loaded ({_reason(error)}). Make or download them again."
         ) from error
     model, info = loaded
     problems = {kind: sorted(info[f"{kind}_keys"], key=str) for kind in ("missing", "unexpected", "mismatched")}

@@ -1,13 +1,14 @@
 """What all requests together may hold, and how long a body may take to come."""
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from mllm_assets.errors import MachineError  # noqa: E402
-from mllm_assets.inference import serving  # noqa: E402
+from mllm_assets.inference import chat_request, serving  # noqa: E402
 from mllm_assets.inference.chat_handler import CLIENT_GONE  # noqa: E402
 from mllm_assets.inference.connections import Limits  # noqa: E402
 
@@ -141,3 +142,23 @@ def test_each_limit_is_a_variable_and_a_wrong_one_is_named(monkeypatch: pytest.M
     monkeypatch.setenv("MLLM_ASSETS_SERVE_IMAGES", "many")
     with pytest.raises(MachineError, match="MLLM_ASSETS_SERVE_IMAGES is 'many': expected a whole number of at least 1"):
         Limits.from_environment()
+
+
+def test_what_cannot_be_written_or_counted_is_a_sentence_too() -> None:
+    """Half a character in a field's name, a letter in base64 and 5,000 digits of a length were answered with 500."""
+    body = {"messages": [{"role": "user", "content": "x"}], "\ud83d": 1}
+    with pytest.raises(chat_request.RequestError) as caught:
+        chat_request.checked(body, model_name="m", vocab_size=9)
+    assert (
+        json.loads(bytes(serving._problem(400, caught.value.detail, caught.value.param).body))["error"]["code"] == 400
+    )
+    with pytest.raises(chat_request.RequestError, match="the image is not base64"):
+        chat_request.picture("data:image/png;base64,\u00e9\ud83d", "messages[0]")
+
+    async def run() -> None:
+        guard = serving.Guard(App(), api_key=None, limits=Limits())
+        client = Client(guard, 4, b"abcd")
+        client._scope["headers"] = [(b"content-length", b"9" * 5000)]
+        assert await client.ask() == 413
+
+    asyncio.run(run())

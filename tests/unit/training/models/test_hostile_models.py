@@ -3,11 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mllm_assets.errors import ModelError
+from mllm_assets.training.models.adapters import read_config
 from mllm_assets.training.models.load import load_config, load_model, load_processor
 
 pytestmark = pytest.mark.attack("model directory")
@@ -55,3 +58,70 @@ def test_weights_that_are_pickles_are_refused_with_the_way_out(model_dir: Path, 
     with pytest.raises(ModelError, match=r"pytorch_model\.bin is a pickle, which can run code .* Where you trust it"):
         load_model(model_dir)
     assert not (tmp_path / "ran").exists()
+
+
+def changed(model_dir: Path, part: str | None, **values: object) -> str:
+    """The text of a `config.json` with other values."""
+    config = json.loads((model_dir / "config.json").read_text())
+    (config if part is None else config[part]).update(values)
+    return json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "said"),
+    [
+        (None, "[]", "expected an object, found list"),
+        (None, "[" * 100_000, "is not JSON"),
+        (None, {"text_config": []}, "does not describe a model"),
+        (None, {"dtype": "os.system"}, "does not describe a model"),
+        (None, {"text_config": None}, r"describes a model of [\d,]+ parameters, and its weights have"),
+        ("text_config", {"num_attention_heads": 0}, "does not describe a model"),
+        ("text_config", {"rope_parameters": 3}, "does not describe a model"),
+        ("text_config", {"hidden_activation": "x"}, "cannot be loaded .KeyError"),
+        ("text_config", {"vocab_size": 10**13}, "vocab_size is 10000000000000, which no model has"),
+        ("vision_config", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, which no model has"),
+        ("vision_config", {"patch_size": 0}, "cannot be loaded .ZeroDivisionError"),
+    ],
+    ids=str,
+)
+def test_a_configuration_of_no_model_is_a_sentence(
+    model_dir: Path, part: str | None, values: object, said: str
+) -> None:
+    """Each ended in a library's traceback; one made a thousand million layers, one of another size took 40 s first."""
+    text = values if isinstance(values, str) else changed(model_dir, part, **values)
+    (model_dir / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=said):
+        load_model(model_dir)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_weights_that_were_cut_are_a_sentence(model_dir: Path, share: float) -> None:
+    """A download that broke ended in safetensors' own error."""
+    path = model_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ModelError, match=r"The weights in \S+ cannot be loaded"):
+        load_model(model_dir)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json"])
+def test_a_processor_that_is_none_is_a_sentence(model_dir: Path, name: str) -> None:
+    for content in ("null", "3", "[" * 100_000, None):
+        (model_dir / name).unlink() if content is None else (model_dir / name).write_text(content)
+        with pytest.raises(ModelError, match="has no usable processor"):
+            load_processor(model_dir)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], {"r": "x"}, {"r": 10**9}, {"r": 4, "rank_pattern": {"q_proj": 10**9}}, {"eva_config": 3}, "[" * 100_000],
+    ids=lambda values: str(values)[:24],
+)
+def test_an_adapter_has_the_rank_of_its_weights(tmp_path: Path, values: Any) -> None:
+    save_file({"base.q_proj.lora_A.weight": torch.zeros(4, 16)}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(config))
+    assert read_config(tmp_path).r == 4
+    path.write_text(values if isinstance(values, str) else json.dumps({**config, **values} if values else values))
+    with pytest.raises(ModelError, match="adapter_config.json"):
+        read_config(tmp_path)
