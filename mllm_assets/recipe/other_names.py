@@ -34,7 +34,9 @@ _RENAMED = {
     "packing": "sft_packing sample_packing",
     "image_max_pixels": "max_pixels image_resolution image_max_size",
     "image_min_pixels": "min_pixels",
-    "flash_attn": "attn_impl attn_implementation flash_attention use_flash_attn",
+    "deepspeed": "deepspeed_config",
+    "resume_from_checkpoint": "resume resume_from resume_checkpoint",
+    "flash_attn": "sdpa attn_impl attn_implementation flash_attention use_flash_attn",
     "learning_rate": "lr",
     "adapter_name_or_path": "checkpoint_dir adapters lora_model_dir",
     "vision_lr": "vit_lr vision_tower_lr mm_vision_tower_lr",
@@ -65,6 +67,7 @@ _OTHERWISE = {
     "Tower and projector can have a learning rate of their own: vision_lr, projector_lr. Delete the line.": """
         embedding_lr llm_lr""",
     "Set finetuning_type: lora.": "use_lora use_peft lora_enable",
+    "Weights train in 32 bits where neither bf16, fp16 nor pure_bf16 is set. Delete the line.": "fp32 float32",
     "Set quantization_bit: 4.": "load_in_4bit",
     "Set quantization_bit: 8.": "load_in_8bit",
     "Set bf16: true, fp16: true or pure_bf16: true.": """

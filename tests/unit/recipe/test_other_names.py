@@ -25,6 +25,7 @@ NAMES = [*KEYS, *ALIASES]
         ("freeze_vit", "Here it is freeze_vision_tower."),
         ("load_in_4bit", "Set quantization_bit: 4."),
         ("lora_r", "Here it is lora_rank."),
+        ("fp32", "Weights train in 32 bits where neither bf16, fp16 nor pure_bf16 is set."),
         ("LORA_R", "Here it is lora_rank."),
         ("learning_rte", "Did you mean learning_rate?"),
         ("Max_Steps", "Did you mean max_steps?"),
@@ -46,7 +47,7 @@ def test_the_table_holds_no_key_of_our_own_and_names_only_keys_that_exist() -> N
 @pytest.mark.parametrize("name", sorted(OTHER_NAMES))
 def test_without_the_table_likeness_names_no_key_of_another_meaning(name: str) -> None:
     """Whatever relatives add next: a key that is not in the table gets no answer, and not a wrong one."""
-    one_letter_apart = {"use_lora": "use_dora"}
+    one_letter_apart = {"use_lora": "use_dora", "fp32": "tf32", "sdpa": "fsdp"}
     meant = {key for key in KEYS if key in OTHER_NAMES[name]}
     assert {*nearest(name, NAMES)} <= meant | {one_letter_apart.get(name, "")}
 
