@@ -21,6 +21,7 @@ import yaml
 from filelock import FileLock
 
 from mllm_assets.layout import Layout
+from tests.integration.stand_in_hub import StandInHub, running_hub
 
 REPOSITORY = Path(__file__).parents[2]
 DEFINITIONS = """from pathlib import Path
@@ -285,3 +286,21 @@ def processes_of(root: Path) -> list[psutil.Process]:
         if str(root) in text and process.pid != os.getpid():
             found.append(process)
     return found
+
+
+@pytest.fixture(scope="module")
+def hub_server() -> Iterator[StandInHub]:
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def empty_hub(hub_server: StandInHub, monkeypatch: pytest.MonkeyPatch) -> StandInHub:
+    """A Hub without repositories, in a process that is not offline, has no token and retries at once."""
+    hub_server.forget()
+    hub_server.repos = {}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr("mllm_assets.hub.errors.WAITS_S", (0.01,) * 4)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return hub_server

@@ -7,18 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
-import mllm_assets.hub.errors
 from mllm_assets.artifacts import find_damage, read_manifest
 from mllm_assets.errors import MachineError, MllmAssetsError, ModelError, SourceError
 from mllm_assets.training.runs.models import PretrainedResult, fetch_snapshot
-from tests.integration.stand_in_hub import GOOD_TOKEN, OTHER_TOKEN, Fault, Repo, StandInHub, commit_of, running_hub
+from tests.integration.stand_in_hub import GOOD_TOKEN, OTHER_TOKEN, Fault, Repo, StandInHub, commit_of
 
 pytestmark = pytest.mark.integration
 
@@ -53,23 +51,12 @@ BAD = {
 }
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[StandInHub]:
-    with running_hub() as hub:
-        yield hub
-
-
 @pytest.fixture
-def hub(servers: StandInHub, monkeypatch: pytest.MonkeyPatch) -> StandInHub:
-    """The Hub with one model, in a process that is not offline and has no token; chunks are small."""
-    servers.forget()
-    servers.repos = {"models/made/model": Repo.of({**GOOD, **BAD})}
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(mllm_assets.hub.errors, "WAITS_S", (0.01,) * 4)
+def hub(empty_hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> StandInHub:
+    """The Hub with one model; chunks are small."""
+    empty_hub.repos = {"models/made/model": Repo.of({**GOOD, **BAD})}
     monkeypatch.setattr("mllm_assets.hub.snapshot.CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    return servers
+    return empty_hub
 
 
 def fetched(hub: StandInHub, root: Path, revision: str | None = "main") -> PretrainedResult:
