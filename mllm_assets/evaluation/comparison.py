@@ -3,12 +3,13 @@
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from mllm_assets.artifacts import read_manifest, write_text_atomic
+from mllm_assets.artifacts import Manifest, read_manifest, write_text_atomic
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.checkpoint_metrics import find_run
 from mllm_assets.evaluation.gallery import HTML_THUMBNAIL_PX, MAX_HTML_SAMPLES, evenly_spaced, thumbnail
@@ -35,27 +36,26 @@ def compare(layout: Layout, names: Sequence[str], output: Path, *, notify: Calla
         IntegrityError: One of them is not a run or was not evaluated, or they share no samples.
     """
     runs = [_read(layout, name, notify) for name in names]
-    if runs[0]["directory"] == runs[1]["directory"]:
-        notify(f"both are the same run, {layout.relative(runs[0]['directory'])}")
-    if runs[0]["title"] == runs[1]["title"]:
-        for run in runs:
-            run["title"] += f", {run['directory'].name[:8]}"
-    first, second = (run["predictions"] for run in runs)
+    if runs[0].directory == runs[1].directory:
+        notify(f"both are the same run, {layout.relative(runs[0].directory)}")
+    if runs[0].title == runs[1].title:
+        runs = [replace(run, title=f"{run.title}, {run.directory.name[:8]}") for run in runs]
+    first, second = (run.predictions for run in runs)
     gains = gains_over_release(second, first)
     if not gains:
         raise IntegrityError(
             f"{names[0]} and {names[1]} were asked nothing in common, so they cannot be compared"
             f"{_how_many(runs)}. Evaluate both on the same samples of the same entries."
         )
-    left_out = sorted({name for run in runs for name in run["metrics"]["entries"]} - set(gains))
+    left_out = sorted({name for run in runs for name in run.metrics["entries"]} - set(gains))
     if left_out:
         notify(f"left out, because the runs were not asked the same samples: {', '.join(left_out)}{_how_many(runs)}")
     samples = pair_samples(first, second, set(gains))
     page = page_template("mllm_assets.evaluation", "comparison.html.jinja").render(
-        titles=[run["title"] for run in runs],
+        titles=[run.title for run in runs],
         facts=[_facts(layout, run) for run in runs],
         curves=_curves(runs),
-        metrics=_metric_rows([run["metrics"] for run in runs], gains),
+        metrics=_metric_rows([run.metrics for run in runs], gains),
         num_samples=len(samples),
         left_out=left_out,
         samples=[
@@ -67,7 +67,18 @@ def compare(layout: Layout, names: Sequence[str], output: Path, *, notify: Calla
     return output
 
 
-def _read(layout: Layout, name: str, notify: Callable[[str], None]) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """A run and its evaluation."""
+
+    title: str
+    directory: Path
+    manifest: Manifest
+    metrics: Mapping[str, Any]
+    predictions: pa.Table
+
+
+def _read(layout: Layout, name: str, notify: Callable[[str], None]) -> _Run:
     """A run and its evaluation. A recipe's name means its newest run, or else the last that was evaluated."""
     run_dir = find_run(layout, name)
     found = evaluation_of(layout, run_dir)
@@ -82,31 +93,34 @@ def _read(layout: Layout, name: str, notify: Callable[[str], None]) -> dict[str,
             f"{name} was not evaluated: there are no metrics of {layout.relative(run_dir)}. "
             f"{how_to_evaluate(layout, run_dir)}"
         )
-    return {
-        "title": run_dir.parent.name, "directory": run_dir, "manifest": read_manifest(run_dir),
-        "metrics": read_metrics(found.metrics_dir), "predictions": read_predictions(found.predictions_dir),
-    }  # fmt: skip
+    return _Run(
+        title=run_dir.parent.name,
+        directory=run_dir,
+        manifest=read_manifest(run_dir),
+        metrics=read_metrics(found.metrics_dir),
+        predictions=read_predictions(found.predictions_dir),
+    )
 
 
-def _how_many(runs: Sequence[Mapping[str, Any]]) -> str:
+def _how_many(runs: Sequence[_Run]) -> str:
     """How many samples of each entry each run was asked."""
     counts = [
-        ", ".join(f"{entry} {scored['num_samples']}" for entry, scored in run["metrics"]["entries"].items())
+        ", ".join(f"{entry} {scored['num_samples']}" for entry, scored in run.metrics["entries"].items())
         for run in runs
     ]
     return f" (samples of the first: {counts[0]}; of the second: {counts[1]})"
 
 
-def _facts(layout: Layout, run: Mapping[str, Any]) -> dict[str, Any]:
-    manifest = run["manifest"]
+def _facts(layout: Layout, run: _Run) -> dict[str, Any]:
+    manifest = run.manifest
     recipe = manifest["recipe"]
     return {
-        "run": layout.relative(run["directory"]),
+        "run": layout.relative(run.directory),
         "steps": manifest["num_steps"],
         "trains": f"{recipe['finetuning_type']}, {manifest['num_trainable_params']:,} parameters",
         "learning rate": recipe["learning_rate"],
         "judged on": ", ".join(
-            f"{entry}: {scored['num_samples']} samples" for entry, scored in run["metrics"]["entries"].items()
+            f"{entry}: {scored['num_samples']} samples" for entry, scored in run.metrics["entries"].items()
         ),
         "training": f"{manifest['train_wall_s']:.0f} s, {manifest['samples_per_s']:.1f} samples/s",
     }
@@ -147,19 +161,19 @@ def pair_samples(first: pa.Table, second: pa.Table, entries: set[str]) -> list[d
     return sorted(samples, key=lambda sample: -abs(sample["gain_nats"]))
 
 
-def _curves(runs: Sequence[Mapping[str, Any]]) -> str | None:
+def _curves(runs: Sequence[_Run]) -> str | None:
     """Training and evaluation losses of both runs in one picture, as a `data:` URI."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for run, color in zip(runs, ("#4f43dd", "#d9730d"), strict=True):
-        log = read_log(run["directory"] / TRAINER_LOG)
+        log = read_log(run.directory / TRAINER_LOG)
         for key, style in (("loss", "-"), ("eval_loss", "o--")):
             points = [(line["current_steps"], line[key]) for line in log if key in line]
             if points:
                 steps, losses = zip(*points, strict=True)
-                axes.plot(steps, losses, style, color=color, label=f"{run['title']}, {key}", markersize=3)
+                axes.plot(steps, losses, style, color=color, label=f"{run.title}, {key}", markersize=3)
     if not axes.lines:
         return None
     axes.set(xlabel="step", ylabel="loss (nats a token)")

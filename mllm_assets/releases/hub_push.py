@@ -7,7 +7,6 @@ Not pushed: the manifest, which describes this folder, and the predictions, whic
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mllm_assets.artifacts import MANIFEST, read_manifest
 from mllm_assets.errors import GateError, RecipeError, SourceError
@@ -68,11 +67,17 @@ def require_current(layout: Layout, recipe_name: str, release_dir: Path) -> None
         )
 
 
-def push(release_dir: Path, spec: PushSpec) -> dict[str, Any]:
-    """Push a release in one commit: whoever reads the repository sees all of it or nothing.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pushed:
+    """The commit of a release on the Hub."""
 
-    Returns:
-        JSON-able: `url` of the repository, `commit` and `commit_url`.
+    repo_url: str
+    commit: str
+    commit_url: str
+
+
+def push(release_dir: Path, spec: PushSpec) -> Pushed:
+    """Push a release in one commit: whoever reads the repository sees all of it or nothing.
 
     Raises:
         IntegrityError: A file changed since the release.
@@ -109,7 +114,7 @@ def push(release_dir: Path, spec: PushSpec) -> dict[str, Any]:
     except (HTTPError, errors.OfflineModeIsEnabled, OSError, ValueError) as error:
         message = scrubbed(_explanation(spec, error))
     else:
-        return {"url": str(url), "commit": commit.oid, "commit_url": str(commit.commit_url)}
+        return Pushed(repo_url=str(url), commit=commit.oid, commit_url=str(commit.commit_url))
     raise SourceError(message)  # outside of the block: a chained error would carry the request into a traceback
 
 

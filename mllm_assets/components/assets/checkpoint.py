@@ -38,7 +38,7 @@ from mllm_assets.training.runs.plan import (
     semantic_values,
     shown_overrides,
 )
-from mllm_assets.worker.tasks import CacheSettings
+from mllm_assets.worker.tasks import CacheSettings, Manifest
 
 RECIPE_FILE = "recipe_file"  # of the metadata in the definition
 NO_SHARED_IMAGE = "datasets_share_no_image"
@@ -170,7 +170,7 @@ def _find_plan(plan: Callable[[], RunPlan], mirror: Mirror | None, warn: Callabl
 
 def _train(
     context: dg.AssetExecutionContext, gpu: AcceleratorResource, plan: RunPlan, caches: CacheSettings, layout: Layout
-) -> dict[str, Any]:
+) -> Manifest:
     """Train, unless the run is finished; return the run's manifest."""
     if plan.state == "finished":
         context.log.info(f"{layout.relative(plan.directory)} is already finished: nothing is trained again.")
@@ -188,7 +188,7 @@ def _describe(recipe: Recipe) -> str:
 
 def _checkpoint_result(
     plan: RunPlan,
-    result: dict[str, Any],
+    result: Manifest,
     layout: Layout,
     leak_check: CheckOutcome,
     gates: GateSpec,

@@ -171,12 +171,12 @@ def hub_model_asset(node: Node, spec: PushSpec) -> dg.AssetsDefinition:
         release_dir = upstream_path(context, node.key("released_model"), project)
         require_current(layout, node.name, release_dir)
         files = files_to_push(release_dir)
-        pushed = {} if spec.dry_run else push(release_dir, spec)
+        pushed = None if spec.dry_run else push(release_dir, spec)
         if spec.dry_run:
             context.log.info(f"Dry run: nothing was sent. push_to_hub.dry_run: false pushes to {spec.repo_id}.")
         columns = {"file": "string", "num_bytes": "int"}
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(pushed.get("commit", f"dry run of {release_dir.name}")),
+            data_version=dg.DataVersion(pushed.commit if pushed else f"dry run of {release_dir.name}"),
             metadata={
                 "dry_run": spec.dry_run,
                 "repo_id": spec.repo_id,
@@ -186,7 +186,7 @@ def hub_model_asset(node: Node, spec: PushSpec) -> dg.AssetsDefinition:
                 "files": table([{"file": name, "num_bytes": size} for name, size in files.items()], columns),
                 "num_files": len(files),
                 "size_mib": round(sum(files.values()) / 2**20, 2),
-                **({"commit": pushed["commit"], "commit_url": link(pushed["commit_url"])} if pushed else {}),
+                **({"commit": pushed.commit, "commit_url": link(pushed.commit_url)} if pushed else {}),
             },
         )
 

@@ -17,11 +17,12 @@ pytestmark = pytest.mark.not_fast
 
 PUSH = """
 import json, sys
+from dataclasses import asdict
 from pathlib import Path
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.releases.hub_push import PushSpec, push
 try:
-    print(json.dumps(push(Path(sys.argv[1]), PushSpec(**json.loads(sys.argv[2])))))
+    print(json.dumps(asdict(push(Path(sys.argv[1]), PushSpec(**json.loads(sys.argv[2]))))))
 except MllmAssetsError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -57,7 +58,7 @@ def test_a_push_is_one_commit_of_the_very_files_in_a_private_repository(tmp_path
     weights = sha256_file(made.directory / "model.safetensors")
     assert weights in hub.blobs, "the weights came over LFS"
     digest = read_manifest(made.directory)["weights_digest"][:16]
-    assert hub.messages[0] == f"pets v1, weights {digest}" and result["url"] == f"{hub.endpoint}/me/pets"
+    assert hub.messages[0] == f"pets v1, weights {digest}" and result["repo_url"] == f"{hub.endpoint}/me/pets"
     assert again.returncode == 0
     assert GOOD_TOKEN not in process.stdout + process.stderr
 
