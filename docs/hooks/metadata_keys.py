@@ -81,7 +81,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "peak_memory_gib": "Most memory in use: of the GPU, or of the process on a CPU.",
         "memory_estimate_gib": "What the model was expected to need; on a CPU the libraries come on top, about 1 GiB.",
         "published_step": "The step whose model is published; `final_loss` and `eval_loss` are those of that step.",
-        "overrides": "What the launch said otherwise than the recipe's file; `latest` does not point to such a run.",
+        "overrides": "What the launch set instead of the recipe's file; `latest` does not point to such a run.",
         "num_trainable_params": "Parameters that train.",
         "quantization": "How the base was held while adapters trained on it, with `quantization_bit`.",
         "model_path": "The model in Hugging Face's format.",

@@ -159,7 +159,7 @@ class TrainTask(RecipeTask[Manifest]):
         notes: Warnings about the recipe.
         adapters: The directories of `adapter_name_or_path`; `pretrained_fingerprint` covers them.
         regroup: Whether micro-batches may be regrouped to the largest that fits.
-        overrides: What was said otherwise than in the recipe's file, of what decides about the weights.
+        overrides: Values instead of those of the recipe's file, of what decides about the weights.
     """
 
     entry = "mllm_assets.training.loop.engine:train_task"

@@ -1,4 +1,4 @@
-"""A step whose worker is killed goes on by itself; a mistake of a person's is not tried twice."""
+"""A step whose worker is killed goes on by itself; a user's mistake is not tried twice."""
 
 import signal
 from collections import Counter

@@ -61,7 +61,7 @@ class CheckpointConfig(dg.Config):
     )
 
     def overrides(self) -> dict[str, Any]:
-        """What the run is to have otherwise than the recipe."""
+        """The values that the run has instead of the recipe's."""
         written = {name: field.default for name, field in type(self).model_fields.items()}
         values = self.model_dump(exclude={"force", "other"})
         changed = {key: value for key, value in values.items() if value is not None and value != written[key]}

@@ -84,7 +84,7 @@ def info_digest(entries: Any, version_dir: Path) -> str:
 
 
 def write_entries(layout: Layout, dataset: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write a dataset's entries under the file lock, and take out that of a test file that it has no more.
+    """Write a dataset's entries under the file lock, and take out that of a test file that it no longer has.
 
     Raises as `register`.
     """

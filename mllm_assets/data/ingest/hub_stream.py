@@ -1,6 +1,6 @@
 """Read a Hub dataset that has no Parquet files through `datasets`' streaming, at one commit.
 
-That are loose pictures with or without metadata, WebDataset tars, JSON and CSV.
+These are loose pictures with or without metadata, WebDataset tars, JSON and CSV.
 Rows come in the order of the source, and only as many as the splits need are read; pictures are not decoded. No code of
 a dataset repository is ever run: this version of `datasets` knows none.
 """

@@ -127,7 +127,7 @@ def _warn_of_cuts(rows: Sequence[EncodedRow], spec: TrainSpec, reporter: "Report
 
 
 def warn_of_labels(rows: Sequence[EncodedRow], spec: TrainSpec, processor: Any, reporter: "Reporter") -> None:
-    """Say what is learnt, or seen, otherwise than a reader of the recipe may expect."""
+    """Say what is learnt, or seen, differently from what a reader of the recipe may expect."""
     if spec.train_on_prompt:
         labels = Counter(chain.from_iterable(row.labels for row in rows))
         num_images, num_bos = labels[image_token_id(processor)], labels[processor.tokenizer.bos_token_id]

@@ -28,7 +28,7 @@ class KnownRun:
 
     Attributes:
         directory: `outputs/<recipe>/<fingerprint>`.
-        overrides: What it had otherwise than the recipe's file; empty too where that is not known yet.
+        overrides: Its values instead of those of the recipe's file; empty too where that is not known yet.
         recipe: All values that it trains with.
         state: "training" where it has logged something in the last two minutes.
         changed_s: When it last wrote something, in Unix time.
@@ -47,7 +47,7 @@ class KnownRun:
 
     @property
     def name(self) -> str:
-        """What a person calls it: the recipe, and what is otherwise than in its file."""
+        """What a person calls it: the recipe, and what differs from its file."""
         return f"{self.directory.parent.name} {shown_overrides(self.overrides)}".rstrip()
 
     @property

@@ -159,7 +159,7 @@ def reopen_if_damaged(plan: RunPlan, warn: Callable[[str], None]) -> RunPlan:
 
 
 def overridden(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says otherwise than its file, of what decides about the weights."""
+    """Where a recipe differs from its file, of what decides about the weights."""
     values = _deciding_values(recipe.spec)
     try:
         written = _deciding_values(load_recipe(recipe.path).spec)
