@@ -1,6 +1,7 @@
 """`mllm-assets`: the commands that need no Dagster run, a module per group; torch loads only when used."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -44,6 +45,9 @@ EXIT_READER_GONE = 128 + signal.SIGPIPE  # what a shell shows for a program that
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Exit code 2 means that the user must fix something; the message says what."""
     refuse_hub_kernels()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name, or a text, may hold half a character
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             with redacted_output():

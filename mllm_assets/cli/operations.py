@@ -6,12 +6,14 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm_assets.cli.options import Verbs, at_least_one
+from mllm_assets.errors import MllmAssetsError, RecipeError
 from mllm_assets.layout import Layout
 
 if TYPE_CHECKING:
@@ -143,13 +145,22 @@ def _duration_s(text: str) -> float:
 
 
 def _check_graph(arguments: argparse.Namespace) -> int:
-    from mllm_assets.components.reporting import load_project, unreadable_assets
+    from mllm_assets.components.reporting import innermost, load_project, unreadable_assets
     from mllm_assets.components.yaml_checks import find_mistakes
 
     if mistakes := find_mistakes(Path.cwd()):
         print(*mistakes, sep="\n", file=sys.stderr)
         return 2
-    unreadable = unreadable_assets(load_project(Path.cwd()))
+    try:
+        unreadable = unreadable_assets(load_project(Path.cwd()))
+    except MllmAssetsError:
+        raise
+    except Exception as error:  # the project's own files can raise anything
+        cause = innermost(error)
+        place = traceback.extract_tb(cause.__traceback__)[-1]
+        raise RecipeError(
+            f"The definitions do not load ({type(cause).__name__} at {place.filename}:{place.lineno}): {cause}"
+        ) from None
     for key, message in unreadable.items():
         print(f"{key}: {message}", file=sys.stderr)
     return 2 if unreadable else 0

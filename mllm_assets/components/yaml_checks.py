@@ -45,6 +45,11 @@ def find_mistakes(project: Path) -> list[str]:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             mistakes.append(f"{shown}:{line}: this is not YAML: {error.problem}")
             continue
+        except (OSError, ValueError, yaml.YAMLError) as error:  # a directory, other bytes than UTF-8, a NUL
+            mistakes.append(f"{shown}:1: cannot be read as text in YAML: {' '.join(str(error).split())[:200]}")
+            continue
+        if not documents:
+            mistakes.append(f"{shown}:1: is empty. Write a component into it, or delete it")
         for document in documents:
             mistakes += (f"{shown}:{line}: {text}" for line, text in _mistakes_of(document))
     return mistakes
@@ -66,7 +71,7 @@ def _mistakes_of(document: ValueAndSourcePositionTree) -> Iterator[tuple[int, st
     module, _, name = kind.rpartition(".")
     try:
         model = getattr(importlib.import_module(module), name).get_model_cls()
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, ValueError):
         yield (
             _line(document, ["type"]),
             f"the component {kind} does not exist; see `dg list components`",

@@ -57,15 +57,18 @@ def _documents(project: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
         except (OSError, ValueError, yaml.YAMLError):
             continue  # `check-graph` says what is wrong with it
         text = path.read_text(encoding="utf-8")
-        yield from ((path, text, document) for document in documents if isinstance(document, dict))
+        for document in documents:
+            if isinstance(document, dict) and isinstance(document.get("attributes") or {}, dict):
+                yield path, text, document
 
 
 def _switches(project: Path, path: Path, text: str, document: dict[str, Any], wanted: str) -> dict[str, Edit | None]:
     """What a document can switch on, by slug; for the wanted one the edit, or None where it is on."""
     values, kind = document.get("attributes") or {}, str(document.get("type")).rpartition(".")[2]
     if kind == "FineTuning":
-        names = {slug(file.stem, UNNAMED) for file in project.glob(str(values.get("recipes") or "configs/*.yaml"))}
-        on = [slug(str(name), UNNAMED) for name in values.get("enabled") or []]
+        pattern = str(values.get("recipes") or "configs/*.yaml").lstrip("/")
+        names = {slug(file.stem, UNNAMED) for file in project.glob(pattern)}
+        on = [slug(str(name), UNNAMED) for name in _list(values, "enabled")]
         edit = None if wanted in on else (path, _with_recipe(text, [*on, wanted]), _has_recipe(wanted))
         return dict.fromkeys(names, edit)
     if kind == "ImageTextDataset" and "name" in values:
@@ -73,12 +76,18 @@ def _switches(project: Path, path: Path, text: str, document: dict[str, Any], wa
         new = re.sub(rf"^  {OFF_LINE}", "  enabled: true", text, count=1, flags=re.MULTILINE)
         return {name: None if _is_on(values) else (path, new, lambda found: _is_on(found["attributes"]))}
     if kind == "PretrainedModels":
-        models = {slug(str(model["name"]), UNNAMED): model for model in values.get("models") or [] if "name" in model}
+        declared = [model for model in _list(values, "models") if isinstance(model, dict) and "name" in model]
+        models = {slug(str(model["name"]), UNNAMED): model for model in declared}
         return {
             name: None if _is_on(model) else (path, _with_model(text, str(model["name"])), _has_model(model["name"]))
             for name, model in models.items()
         }
     return {}
+
+
+def _list(values: dict[str, Any], key: str) -> list[Any]:
+    """A list of a YAML, or nothing where it is something else: `check-graph` says so."""
+    return value if isinstance(value := values.get(key), list) else []
 
 
 def _with_recipe(text: str, names: list[str]) -> str:

@@ -66,8 +66,11 @@ def declared_models(project: Path) -> set[str]:
             continue  # `check-graph` says what is wrong with it
         for document in documents:
             if isinstance(document, dict) and str(document.get("type")).endswith(".PretrainedModels"):
-                models = (document.get("attributes") or {}).get("models") or []
-                names |= {model["name"] for model in models if isinstance(model, dict) and "name" in model}
+                attributes = document.get("attributes")
+                models = attributes.get("models") if isinstance(attributes, dict) else None
+                models = models if isinstance(models, list) else []
+                found = [model.get("name") for model in models if isinstance(model, dict)]
+                names |= {name for name in found if isinstance(name, str)}
     return names
 
 

@@ -1,5 +1,6 @@
 """The command line, before it starts any work."""
 
+import io
 import os
 import re
 import shlex
@@ -269,3 +270,13 @@ def is_taken(words: list[str]) -> bool:
         parser, words = choices[0][words[0]], words[1:]
     options = [word for word in words if word.startswith("-")]
     return set(options) <= parser._option_string_actions.keys()
+
+
+@pytest.mark.attack("names")
+def test_a_name_that_is_no_text_is_printed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's name of other bytes, or half a character in JSON, ended a command when it was printed."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert main(["check-data", "x\udc80"]) == 2
+    sys.stderr.flush()
+    assert b"x\\udc80" in sys.stderr.buffer.getvalue()

@@ -1,6 +1,7 @@
 """A mistake in any `defs.yaml` is named by file and line."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from mllm_assets.components.reporting import load_project, unreadable_assets
 from mllm_assets.components.yaml_checks import find_mistakes
 from mllm_assets.defs import resources
 from mllm_assets.errors import RecipeError
+from mllm_assets.project.enable import enable
+from mllm_assets.project.read import declared_models
 
 DATASET = """type: mllm_assets.components.ImageTextDataset
 attributes:
@@ -163,3 +166,40 @@ def test_a_dataset_has_a_folder_of_its_own(name: str) -> None:
     dataset = ImageTextDataset.model_validate({"name": name, "source": {"kind": "parquet", "path": "x"}})
     with pytest.raises(RecipeError, match="is the folder of all pictures, or longer than 100 characters"):
         dataset.spec()
+
+
+@pytest.mark.attack("YAML")
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: \0", "cannot be read as text in YAML: unacceptable character"),
+        (b"a: \xff", "cannot be read as text in YAML: 'utf-8' codec"),
+        (b"", "is empty"),
+        (b"type: os\nattributes: {}\n", "the component os does not exist"),
+        (None, "cannot be read as text in YAML: .*Is a directory"),
+    ],
+    ids=["NUL", "bytes", "empty", "a module", "a folder"],
+)
+def test_a_file_that_is_no_text_is_named_too(project: Path, content: bytes | None, said: str) -> None:
+    path = project / "shop" / "defs" / "ants" / "defs.yaml"
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    [mistake] = find_mistakes(project)
+    assert re.match(rf"shop/defs/ants/defs.yaml:1: {said}", mistake), mistake
+
+
+@pytest.mark.attack("YAML")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "type: x.PretrainedModels\nattributes: {models: 3}",
+        "type: x.PretrainedModels\nattributes: {models: [3, {name: [a]}]}",
+        "type: x.FineTuning\nattributes: {enabled: 3, recipes: /etc/*}",
+        "type: x.FineTuning\nattributes: abc",
+    ],
+)
+def test_what_looks_for_names_passes_other_shapes_by(project: Path, text: str) -> None:
+    (project / "shop" / "defs" / "ants" / "defs.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="Nothing that can be switched on is called 'zzz'"):
+        enable(project, "zzz")
+    assert declared_models(project) == set()
