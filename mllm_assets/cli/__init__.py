@@ -1,6 +1,7 @@
 """`mllm-assets`: the commands that need no Dagster run, a module per group; torch loads only when used."""
 
 import argparse
+import errno
 import io
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from mllm_assets import __version__
 from mllm_assets.cli import data, models, operations, results, running, training
 from mllm_assets.cli.options import Parser, help_without_verb
+from mllm_assets.disk import CURE, NO_SPACE
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.plugins import load_plugins
 from mllm_assets.redaction import redacted_output
@@ -70,6 +72,12 @@ def _run(argv: Sequence[str] | None) -> int:
     except WorkerCrashed as crash:
         print(f"error: {crash}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, *NO_SPACE):
+            raise
+        where = f"{str(error.filename)[:80]!r}: {error.strerror}"
+        print(f"error: {where}. {CURE if error.errno in NO_SPACE else 'Correct the path.'}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, and the same command resumes from it", file=sys.stderr)
         return 130

@@ -273,6 +273,17 @@ def is_taken(words: list[str]) -> bool:
 
 
 @pytest.mark.attack("names")
+@pytest.mark.parametrize("command", ["summary", "evaluate", "compare", "add-dataset", "releases list"])
+def test_a_path_that_is_too_long_is_a_sentence(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), "a/" * 2500, *(["x"] if command == "compare" else [])]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.attack("names")
 def test_a_name_that_is_no_text_is_printed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file's name of other bytes, or half a character in JSON, ended a command when it was printed."""
     for name in ("stdout", "stderr"):
