@@ -1,11 +1,13 @@
 """Run one worker task in a process tree of its own, and leave nothing of it behind.
 
-Launcher -> supervisor -> worker (-> ranks -> loader processes). The launcher holds the supervisor's stdin open.
+Launcher -> supervisor -> worker (-> ranks -> loader processes). The launcher holds the supervisor's stdin open. Where
+one process computes, the worker is a fork of a process that stays for the launcher's next task (`forks`).
 """
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mllm_assets.redaction import redacted
-from mllm_assets.worker import supervisor, usage
+from mllm_assets.worker import forks, supervisor, usage
 from mllm_assets.worker.protocol import EXIT_OK, EXIT_USER_ERROR, error_from_payload
 from mllm_assets.worker.tasks import Accelerator, Task, result_from_json, to_json
 
@@ -57,27 +59,93 @@ def run_worker(
         WorkerCrashed: It ended otherwise.
         BaseException: Whatever interrupted the wait; the task's processes are gone by then.
     """
-    mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="mllm_assets_") as folder:
         task_path, result_path = Path(folder, "task.json"), Path(folder, "result.json")
         task_path.write_text(json.dumps(to_json(task)), encoding="utf-8")
-        command = worker_command(task.accelerator, task_path, result_path)
-        process = subprocess.Popen(
-            [sys.executable, supervisor.__file__, str(grace_s), "-", *command],
-            stdin=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C reaches the launcher only, which then ends the tree in order
-            env={**os.environ, **thread_variables(task.accelerator), **(env or {}), supervisor.MARK: mark},
-        )
-        try:
-            while process.poll() is None:
-                if on_poll is not None:
-                    on_poll()
-                time.sleep(POLL_S)
-        finally:
-            _end(process, mark, grace_s)
-            if process.returncode not in (EXIT_OK, EXIT_USER_ERROR):
-                print(file=sys.stderr)  # a worker that was ended could not end the line of its progress bar
-        return read_outcome(task, process.returncode, result_path)
+        env = {**thread_variables(task.accelerator), **(env or {})}
+        if forks.can_fork(task, env):
+            code = _run_fork(task, (task_path, result_path), env, on_poll, grace_s)
+        else:
+            code = _run_command(worker_command(task.accelerator, task_path, result_path), env, on_poll, grace_s)
+        return read_outcome(task, code, result_path)
+
+
+def _run_command(command: list[str], env: Mapping[str, str], on_poll: Callable[[], None] | None, grace_s: float) -> int:
+    """Run a worker of its own; returns its exit code."""
+    mark = uuid.uuid4().hex
+    process = _start(command, {**os.environ, **env, supervisor.MARK: mark}, grace_s)
+    try:
+        _wait(process.poll, on_poll)
+    finally:
+        _end(process, mark, grace_s)
+        _end_line(process.returncode)
+    return process.returncode
+
+
+def _run_fork(
+    task: Task[R],
+    paths: tuple[Path, Path],
+    env: Mapping[str, str],
+    on_poll: Callable[[], None] | None,
+    grace_s: float,
+) -> int:
+    """Run a fork of the process that loads the libraries once; returns its exit code."""
+    own = {name: value for name, value in env.items() if name.startswith(forks.PIPES)}
+    variables = {**os.environ, **{name: value for name, value in env.items() if name not in own}}
+    conditions = (variables, os.getcwd(), grace_s)
+    code, kept = None, forks.take(conditions)
+    worker = kept or _start_forks(variables, conditions, grace_s)
+    try:
+        worker.send(task, *paths, own)
+        if kept and not kept.takes():  # its end was on its way
+            kept.close()
+            worker = _start_forks(variables, conditions, grace_s)
+            worker.send(task, *paths, own)
+        code = _wait(worker.poll, on_poll)
+        return code
+    finally:
+        if code in (EXIT_OK, EXIT_USER_ERROR) and task.entry.startswith(forks.OURS):
+            forks.keep(worker)
+        else:
+            worker.channel.close()
+            _end(worker.supervisor, worker.mark, grace_s)
+            _end_line(code)
+
+
+def _start_forks(variables: Mapping[str, str], conditions: object, grace_s: float) -> forks.Forks:
+    mark = uuid.uuid4().hex
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        env = {**variables, supervisor.MARK: mark, supervisor.TASKS: str(theirs.fileno())}
+        command = [sys.executable, "-m", "mllm_assets.worker", "--fork"]
+        process = _start(command, env, grace_s, hand_on=(theirs.fileno(),))
+    return forks.Forks(supervisor=process, channel=ours, mark=mark, conditions=conditions)
+
+
+def _start(
+    command: list[str], env: Mapping[str, str], grace_s: float, *, hand_on: tuple[int, ...] = ()
+) -> subprocess.Popen[bytes]:
+    """Start the supervisor of a command."""
+    return subprocess.Popen(
+        [sys.executable, supervisor.__file__, str(grace_s), "-", *command],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C reaches the launcher only, which then ends the tree in order
+        env=env,
+        pass_fds=hand_on,
+    )
+
+
+def _wait(poll: Callable[[], int | None], on_poll: Callable[[], None] | None) -> int:
+    while (code := poll()) is None:
+        if on_poll is not None:
+            on_poll()
+        time.sleep(POLL_S)
+    return code
+
+
+def _end_line(code: int | None) -> None:
+    if code not in (EXIT_OK, EXIT_USER_ERROR):
+        print(file=sys.stderr)  # a worker that was ended could not end the line of its progress bar
 
 
 def worker_command(

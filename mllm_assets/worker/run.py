@@ -20,6 +20,7 @@ from mllm_assets.artifacts import lock_path, write_json_atomic
 from mllm_assets.errors import MachineError, MllmAssetsError
 from mllm_assets.plugins import load_plugins, resolve
 from mllm_assets.redaction import redacted, redacted_output
+from mllm_assets.worker import forks
 from mllm_assets.worker.protocol import EXIT_OK, EXIT_USER_ERROR, Reporter, error_payload, is_first_rank, open_reporter
 from mllm_assets.worker.supervisor import die_with_parent
 from mllm_assets.worker.tasks import Task, encode, from_json
@@ -39,8 +40,8 @@ def refuse_hub_kernels() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def find_function(task: Task[Any]) -> Callable[[Task[Any], Reporter], Any]:
-    """Import the function of a task.
+def find_function(entry: str) -> Callable[[Task[Any], Reporter], Any]:
+    """Import the `module:function` of a task.
 
     transformers' Trainer would import `datasets`, and that pandas, to recognise tables of theirs: 1.2 s of CPU time.
     What this package does with `datasets` it imports on use.
@@ -50,7 +51,7 @@ def find_function(task: Task[Any]) -> Callable[[Task[Any], Reporter], Any]:
     gc.disable()
     hides = MODULES.setdefault("datasets", None) is None
     try:
-        return resolve(task.entry)
+        return resolve(entry)
     finally:
         gc.enable()
         if hides:
@@ -61,7 +62,7 @@ def run(task: Task[Any], result_path: Path) -> None:
     """Run one task and write its result."""
     began_s = time.monotonic()
     with open_reporter() as reporter, _alone_in(task.lock_dir):
-        result = find_function(task)(task, reporter)
+        result = find_function(task.entry)(task, reporter)
     if is_first_rank():
         took = of_this_worker(began_s, task.accelerator.num_processes)
         write_json_atomic(result_path, {"result": encode(result), "usage": took})
@@ -91,10 +92,22 @@ def main() -> None:
     """Entry point of the worker process."""
     refuse_hub_kernels()
     die_with_parent()  # a rank of torchrun too, whose parent is not the supervisor
-    task_path, result_path = (Path(argument) for argument in sys.argv[1:3])
+    match sys.argv[1:]:
+        case ["--fork"]:
+            hide_bitsandbytes()
+            sys.exit(forks.serve(find_function, run_redacted))
+        case [task_path, result_path]:
+            sys.exit(run_redacted(Path(task_path), Path(result_path)))
+
+
+def hide_bitsandbytes() -> None:
+    """Spare 1.2 s of CPU time: PEFT would import it."""
+    MODULES.setdefault("bitsandbytes", None)
+
+
+def run_redacted(task_path: Path, result_path: Path) -> int:
     with redacted_output():
-        code = run_file(task_path, result_path)
-    sys.exit(code)
+        return run_file(task_path, result_path)
 
 
 def run_file(task_path: Path, result_path: Path) -> int:
@@ -103,7 +116,7 @@ def run_file(task_path: Path, result_path: Path) -> int:
         load_plugins()  # a recipe may name the turn format of one
         task = from_json(json.loads(task_path.read_text(encoding="utf-8")))
         if not task.quantizes:
-            MODULES.setdefault("bitsandbytes", None)  # which PEFT would import: saves 1.2 s of CPU time
+            hide_bitsandbytes()
         run(task, result_path)
         return EXIT_OK
     except MllmAssetsError as error:

@@ -23,6 +23,7 @@ import time
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 MARK = "MLLM_ASSETS_JOB"
+TASKS = "MLLM_ASSETS_TASKS"  # the number of an open socket by which tasks reach the worker
 IS_LINUX = sys.platform == "linux"
 
 
@@ -73,11 +74,20 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def adopt_orphans() -> None:
+    """Become the parent of what descendants leave behind."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
 def _start(command: list[str]) -> subprocess.Popen[bytes]:
     if not IS_LINUX:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
+    adopt_orphans()
+    handed_on = [int(os.environ[TASKS])] if TASKS in os.environ else []
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent, pass_fds=handed_on)
+    for number in handed_on:
+        os.close(number)
+    return child
 
 
 def _signal_all(child: subprocess.Popen[bytes], number: int) -> bool:

@@ -189,14 +189,16 @@ def test_a_killed_worker_is_a_crash_that_names_the_signal_and_leaves_nothing(wor
     assert world.alive() == []
 
 
-def test_a_killed_supervisor_leaves_nothing(world: World) -> None:
-    """The worker dies with it, its children do not: the launcher finds them by their mark."""
+@pytest.mark.parametrize("victim", ["supervisor", "loader"])
+def test_a_killed_supervisor_or_loader_of_the_libraries_leaves_nothing(world: World, victim: str) -> None:
+    """The worker dies with it, its children do not: the launcher or the supervisor finds them by their mark."""
     killed: list[int] = []
 
     def kill_supervisor() -> None:
         if world.is_up() and not killed:
             worker = psutil.Process(int((world.folder / "pids.0").read_text().split()[0]))
-            killed.append(worker.ppid())
+            loader = psutil.Process(worker.ppid())
+            killed.append({"loader": loader.pid, "supervisor": loader.ppid()}[victim])
             os.kill(killed[0], signal.SIGKILL)
 
     with pytest.raises(WorkerCrashed, match="signal 9"):

@@ -129,9 +129,9 @@ def test_garbage_is_collected_again_once_the_libraries_of_a_task_are_loaded(
         entry = "broken:task"
 
     task = Slow(what="", folder=tmp_path)
-    assert worker.find_function(task)(task, Reporter()) is False  # while it was loaded
+    assert worker.find_function(task.entry)(task, Reporter()) is False  # while it was loaded
     with pytest.raises(ModuleNotFoundError):
-        worker.find_function(Broken(what="", folder=tmp_path))
+        worker.find_function(Broken.entry)
     assert gc.isenabled()
 
 
