@@ -195,7 +195,9 @@ def _changed(
 
 
 def _is_gone(path: Path) -> bool:
-    return not (path.is_file() or (path / MANIFEST).is_file() or (path.is_dir() and path.parent.name == "pretrains"))
+    if path.is_file() or (path / MANIFEST).is_file() or any(path.glob(f"*/{MANIFEST}")):  # each shard of a cache
+        return False
+    return not (path.is_dir() and path.parent.name == "pretrains")
 
 
 def _new_listing(source: Any, layout: Layout, known: Any) -> str | None:

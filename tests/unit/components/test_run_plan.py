@@ -183,6 +183,10 @@ def test_what_is_up_to_date_stays_and_what_changed_is_made_with_what_follows(
     changed = planned(project, instance, "birds_sft")
     assert changed.reasons[dg.AssetKey(["birds", "dataset_info"])] == "made/birds/dataset_info is gone"
     assert "birds/raw" in names(changed.current) and "birds_sft/checkpoint" in names(changed.reasons)
+    (project / "made" / "birds" / "dataset_info" / "shard").mkdir(parents=True)
+    (project / "made" / "birds" / "dataset_info" / "shard" / "manifest.json").write_text("{}")
+    there = "a folder of shards, such as cached features, was called gone and made again each time"
+    assert names(planned(project, instance, "birds_sft").reasons) == [], there
 
     assert "birds/raw" in names(planned(project, instance, "birds_sft", force=True).reasons)
     assert names(planned(project, instance, "birds_sft/eval_metrics", only=True).reasons) == ["birds_sft/eval_metrics"]
