@@ -40,6 +40,13 @@ class FileDigests:
         self._known.setdefault(path, _Known(digest, digest, state_of(path.stat())))
         return digest
 
+    def share(self, other: "FileDigests", directory: Path, twins: Path) -> None:
+        """Hand on what was read in `twins` to `directory`, where files of the same name are links to the same file."""
+        for path in directory.iterdir():
+            twin = twins / path.name
+            if twin in self._known and twin.samefile(path):
+                other.take(path, self.of(twin))
+
     def states(self) -> dict[str, tuple[str, int, int]]:
         """What was read, by path, for another process of this machine: digest, inode and time of change."""
         return {str(path): (known.now, *known.state) for path, known in self._known.items()}

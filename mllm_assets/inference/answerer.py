@@ -246,7 +246,9 @@ def use_cached_images(
         precision = Precision(weights=model.dtype, autocast=None)
     directory = features_root / tower.tower_fingerprint(model, answerer.processor, spec, precision, device.kind)
     images = features.images_by_digest(with_images, digests)
-    maker = features.FeatureMaker(model=model, collator=answerer.collator, precision=precision)
+    maker = features.FeatureMaker(
+        model=model, collator=answerer.collator, precision=precision, num_workers=spec.dataloader_num_workers
+    )
     store = features.FeatureStore(directory, digests)
     with out_of_memory_is_an_error("while the vision tower's output was cached", features.CURE):
         store.compute(maker, images, reporter)

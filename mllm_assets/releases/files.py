@@ -1,7 +1,6 @@
 """The files of a release: those of the run's model and adapter, byte for byte, and what makes them usable elsewhere."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mllm_assets.artifacts import MANIFEST, write_json_atomic, write_text_atomic
+from mllm_assets.artifacts import MANIFEST, link_or_copy, write_json_atomic, write_text_atomic
 from mllm_assets.errors import IntegrityError
 from mllm_assets.families.family import TEMPLATES
 
@@ -56,7 +55,7 @@ def copy_files(run_dir: Path, files: Mapping[str, str], staging: Path) -> None:
             continue  # left by a library; the card says it all
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.stat().st_size > _LINK_ABOVE_BYTES:
-            _link_or_copy(source, target)
+            link_or_copy(source, target)
         else:
             shutil.copyfile(source, target)
 
@@ -120,10 +119,3 @@ def released_name(name: str) -> str:
 def _write_yaml(staging: Path, place: str, name: str, what: str, values: Mapping[str, Any]) -> None:
     head = _LLAMAFACTORY_HEAD.format(path=f"{place}/{name}", what=what)
     write_text_atomic(staging / name, head + yaml.safe_dump(dict(values), sort_keys=False))
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)

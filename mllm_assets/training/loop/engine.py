@@ -114,7 +114,8 @@ def train_task(task: TrainTask, reporter: "Reporter") -> Manifest:
     reporter.progress("publish", 0, 1)
     reload = publish(task, prepared, trained)
     _withdraw_if_changed(task.run_dir, setup.inputs.digests)
-    own = FileDigests()  # each file of the model is read once for both
+    own = FileDigests()  # each file of the model is read once for both, and not those that it shares with its base
+    setup.inputs.digests.share(own, task.run_dir / "model", task.model_dir)
     result = {
         **_inputs_of(task, setup),
         **_outcome_of(task, prepared),
@@ -242,6 +243,7 @@ def publish(task: TrainTask, prepared: Prepared, trained: Trained) -> dict[str, 
     reload = publish_model(
         trainable.model, setup.inputs.processor, task.run_dir, task.model_dir, batch,
         with_adapter=trainable.adapter_stands_alone,
+        trained=() if setup.spec.finetuning_type == "lora" else trainable.names,  # adapters are merged into the rest
     )  # fmt: skip
     reporting.plot_loss(task.run_dir)
     return reload

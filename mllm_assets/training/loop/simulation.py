@@ -286,23 +286,25 @@ class _QuantizedLinear(nn.Module):
 
     def __init__(self, plain: nn.Linear, quantization: Quantization, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape, self.dtype = tuple(plain.weight.shape), dtype
+        self.shape, self.dtype, self.keeps_input = tuple(plain.weight.shape), dtype, quantization.bits == 8
         self.in_features, self.out_features = plain.in_features, plain.out_features
         packed = torch.empty(int(quantization.weight_bytes(plain.weight)), dtype=torch.uint8, device="meta")
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = plain.bias
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        made = _Unpacked.apply(values.to(self.dtype), self.shape)
+        made = _Unpacked.apply(values.to(self.dtype), self.shape, self.keeps_input)
         return made if self.bias is None else made + self.bias.to(self.dtype)  # pyright: ignore[reportOperatorIssue, reportReturnType]
 
 
 class _Unpacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, shape: tuple[int, int], keeps_input: bool) -> torch.Tensor:
         ctx.shape = shape
+        if keeps_input and ctx.needs_input_grad[0]:
+            ctx.values = values  # as 8 bits do: out of reach of what computes activations twice
         return values @ values.new_empty(shape).T
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return grads[0] @ grads[0].new_empty(ctx.shape), None
+        return grads[0] @ grads[0].new_empty(ctx.shape), None, None

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mllm_assets.errors import IntegrityError, ModelError
 from mllm_assets.families.family import FAMILIES, Family, find_family
 from mllm_assets.hub.snapshot import require_safe_shards
 from mllm_assets.training.models.quantization import Quantization, keep_trainable
+from mllm_assets.training.models.weight_files import SharedFiles, share_with
 
 PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
                    "merges.txt", "chat_template.*", "spiece.model")  # fmt: skip
@@ -201,14 +202,18 @@ def model_on_meta(config: Any, *, dtype: torch.dtype = torch.float32, attention:
     return model.to(dtype)
 
 
-def save_model(model: Any, processor: Any, directory: Path, *, source: Path) -> None:
+def save_model(model: Any, processor: Any, directory: Path, *, source: Path, shared: SharedFiles | None = None) -> None:
     """Write a complete Hugging Face directory: weights, configuration, tokenizer, chat template, processor.
 
-    The generation settings of `source` are kept; `use_cache` is on again.
+    The generation settings of `source` are kept; `use_cache` is on again. Weight files that are `shared` with `source`
+    are linked.
     """
     model.config.text_config.use_cache = True
     model.config.use_cache = True
-    model.save_pretrained(directory)
+    if shared is None:
+        model.save_pretrained(directory)
+    else:
+        shared.write(model, source, directory)
     processor.save_pretrained(directory)
     for name in ("generation_config.json", "chat_template.jinja"):
         if (source / name).is_file():
@@ -223,8 +228,11 @@ def publish_model(
     batch: dict[str, torch.Tensor],
     *,
     with_adapter: bool = True,
+    trained: Collection[str] = (),
 ) -> dict[str, Any]:
     """Write `model/` (and `adapter/` for LoRA, `with_adapter`), reload it strictly and compare one batch's loss.
+
+    `trained` names all parameters that differ from `source`, where that is known: files without them are linked.
 
     Raises:
         IntegrityError: The loss differs, or the weights do not fit what was saved.
@@ -244,7 +252,8 @@ def publish_model(
                 model = model.merge_and_unload()
             cast_weights(model, config_dtype)
             model.requires_grad_(False)
-            save_model(model, processor, staging / "model", source=source)
+            shared = share_with(source, model, trained)
+            save_model(model, processor, staging / "model", source=source, shared=shared)
             for part in sorted(staging.iterdir()):
                 part.rename(run_dir / part.name)
         finally:
