@@ -38,6 +38,7 @@ KEY_SENTENCES: Mapping[str, str] = {
     "dataset": "Entries of `dataset_info.json` that are trained on, separated by commas.",
     "eval_dataset": "Entries that measure the loss and choose checkpoints, separated by commas.",
     "dataset_dir": "Folder of `dataset_info.json`.",
+    "media_dir": "Folder that the images' paths in rows are relative to; by default `dataset_dir`.",
     "template": "Turn format in which conversations are written.",
     "default_system": "System message of rows that have none.",
     "enable_thinking": "Whether a reasoning model is trained to reason; false gives answers an empty reasoning.",

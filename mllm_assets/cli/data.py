@@ -36,6 +36,8 @@ def add_commands(verbs: Verbs) -> None:
 
     check_data = verbs.add_parser("check-data", help="validate a LLaMA-Factory directory (exit code 2 if it is wrong)")
     check_data.add_argument("folder", type=Path, metavar="DIR")
+    check_data.add_argument("--media-dir", type=Path, metavar="DIR",
+                            help="folder that the images' paths are relative to, as a recipe's media_dir")  # fmt: skip
     check_data.add_argument("--limit", type=at_least_one, default=20, help="problems to show per entry")
     check_data.set_defaults(run=_check_data)
 
@@ -110,7 +112,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from mllm_assets.data.curate.checks import check_directory
 
     wrong = False
-    for report in check_directory(arguments.folder):
+    for report in check_directory(arguments.folder, arguments.media_dir):
         wrong |= bool(report.problems)
         found = {"problems": report.problems, "warnings": report.warnings}
         counts = [f"{len(texts)} {kind if len(texts) > 1 else kind[:-1]}" for kind, texts in found.items() if texts]

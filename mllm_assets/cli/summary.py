@@ -77,7 +77,9 @@ def _questions(layout: Layout, run_dir: Path, run: Mapping[str, Any], evaluated:
         instead = "" if row is first.get(True) else f", but right is {right}"
         yield f"{'':14}when it was evaluated it said {said}{instead}"
     if not shown:
-        [row] = Dataset(data_dir).entry(next(reversed(run["data_digests"]))).read(max_samples=1)
+        media_dir = run["recipe"].get("media_dir")
+        dataset = Dataset(data_dir, media_dir=layout.root / media_dir if media_dir else None)
+        [row] = dataset.entry(next(reversed(run["data_digests"]))).read(max_samples=1)
         question = next(m.content for m in row.messages if m.role == "user").replace(IMAGE_PLACEHOLDER, "").strip()
         yield f"\n{'Try it:':<14}{_generate_command(run_dir, row.images, question)}"
 

@@ -155,7 +155,10 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
                 built = [off_asset(asset, why) for asset in built]
             assets += built
         used = {key for node in nodes for key in node.data}
-        external_assets = [external_asset(entry, key) for entry, key in external.items() if key in used]
+        media_dirs = {key: node.recipe.spec.media_dir for node in nodes for key in node.data}
+        external_assets = [
+            external_asset(entry, key, media_dirs[key]) for entry, key in external.items() if key in used
+        ]
         datasets = {slug(dataset.name, UNNAMED) for dataset in tree.get_all_components(of_type=ImageTextDataset)}
         jobs = [
             line_job(node.key("released_model" if node.eval_data else "checkpoint"), _line_of(node), datasets)

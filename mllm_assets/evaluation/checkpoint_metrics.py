@@ -99,7 +99,7 @@ def evaluate_checkpoints(
     spec = start.spec
     if not spec.eval_entries:
         raise RecipeError(f"The recipe of {run_dir} has no eval_dataset. Name one, and train again.")
-    dataset = Dataset(layout.root / spec.dataset_dir, read_part=None)
+    dataset = Dataset.of_recipe(spec, layout.root, read_part=None)
     data = {name: dataset.entry(name).digest for name in spec.eval_entries}
     answers = [text for name in spec.train_entries for text in dataset.entry(name).answers]
     steps, primary, num_samples = {}, {}, {}
@@ -113,6 +113,7 @@ def evaluate_checkpoints(
             model_dir=checkpoint,
             base_model_dir=start.model_dir,
             data_dir=dataset.data_dir,
+            media_dir=dataset.media_dir,
             data_digests=data,
             model_digests={"tuned": checkpoint_digest(checkpoint)},
             directory=layout.predictions(run_dir.parent.name, digest_json(identity)[:16]),

@@ -1,5 +1,6 @@
 """The table of predictions: what the base and the tuned model give for each evaluation sample, and its gallery."""
 
+import os
 import random
 import time
 from collections import defaultdict
@@ -57,7 +58,7 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
     if task.accelerator.num_threads:
         torch.set_num_threads(task.accelerator.num_threads)
     started = time.perf_counter()
-    dataset = Dataset(task.data_dir, read_part=None if task.parts else WHOLE)
+    dataset = Dataset(task.data_dir, media_dir=task.media_dir, read_part=None if task.parts else WHOLE)
     samples = load_samples(task, dataset)
     device = pick_device(task.accelerator.device)
     directories = {"base": task.base_model_dir, "tuned": task.model_dir}
@@ -109,7 +110,7 @@ def rows_of(model: str, measured: Measured, samples: Sequence[Sample], data_dir:
                 "entry": sample.entry,
                 "sample_id": sample.row.id,
                 "row_index": sample.index,
-                "images": [path.resolve().relative_to(data_dir).as_posix() for path in sample.row.images],
+                "images": [os.path.relpath(path.resolve(), data_dir) for path in sample.row.images],
                 "prompt": _last(sample.row, "user").replace(IMAGE_PLACEHOLDER, "").strip(),
                 "reference": _last(sample.row, "assistant"),
                 "label": sample.row.label,

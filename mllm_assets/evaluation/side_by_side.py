@@ -70,11 +70,11 @@ class Pairs:
 
     Attributes:
         sides: The rows of each model, those of a sample at the same place.
-        data_dir: What the images' paths are relative to.
+        folders: What the images' paths are relative to, and the recipe's `media_dir`, which may hold them.
     """
 
     sides: tuple[pa.Table, pa.Table]
-    data_dir: Path
+    folders: tuple[Path, ...]
 
     def __len__(self) -> int:
         return len(self.sides[0])
@@ -110,7 +110,7 @@ class Pairs:
     def at(self, places: Sequence[int]) -> list[Pair]:
         """The pairs at some places."""
         ones, others = (side.take(pa.array(places, pa.int64())).to_pylist() for side in self.sides)
-        return [_pair(one, other, self.data_dir) for one, other in zip(ones, others, strict=True)]
+        return [_pair(one, other, self.folders) for one, other in zip(ones, others, strict=True)]
 
 
 def table_of(layout: Layout, runs: Sequence[KnownRun], gates: Mapping[str, Mapping[str, str]]) -> list[Line]:
@@ -211,7 +211,9 @@ def pairs_of(layout: Layout, first: tuple[KnownRun, Model], second: tuple[KnownR
             f"{first[0].name} and {second[0].name} were asked nothing in common. Evaluate both on the same entries."
         )
     one, other = (side.take(common[f"at_{n}"]) for n, side in enumerate(sides))
-    return Pairs(sides=(one, other), data_dir=layout.root / str(first[0].recipe.get("dataset_dir", "data")))
+    recipe = first[0].recipe
+    folders = (recipe.get("dataset_dir", "data"), recipe.get("media_dir"))
+    return Pairs(sides=(one, other), folders=tuple(layout.root / str(folder) for folder in folders if folder))
 
 
 def _answers(predictions_dir: Path, model: Model) -> pa.Table:
@@ -222,11 +224,12 @@ def _answers(predictions_dir: Path, model: Model) -> pa.Table:
     return table.append_column(RIGHT, pa.array(rights, pa.int8()))
 
 
-def _pair(one: Mapping[str, Any], other: Mapping[str, Any], data_dir: Path) -> Pair:
+def _pair(one: Mapping[str, Any], other: Mapping[str, Any], folders: Sequence[Path]) -> Pair:
+    """The two answers; pictures' paths are relative to the first of `folders`, and may be in the others."""
     return Pair(
         sample_id=one["sample_id"],
         entry=one["entry"],
-        images=[path_inside(data_dir, path, what=f"Sample {one['sample_id']}") for path in one["images"]],
+        images=[_picture(path, folders, f"Sample {one['sample_id']}") for path in one["images"]],
         prompt=one["prompt"],
         reference=one["reference"],
         answers=(one["answer"], other["answer"]),
@@ -237,3 +240,10 @@ def _pair(one: Mapping[str, Any], other: Mapping[str, Any], data_dir: Path) -> P
 
 def _truth(right: int) -> bool | None:
     return None if right == UNKNOWN else bool(right)
+
+
+def _picture(name: str, folders: Sequence[Path], what: str) -> Path:
+    path = (folders[0] / name).resolve()
+    if any(path.is_relative_to(folder.resolve()) for folder in folders[1:]):
+        return path
+    return path_inside(folders[0], name, what=what)

@@ -109,8 +109,6 @@ _REFUSED = {
     "line.": "streaming:bool=false tokenized_path:str?=null",
     "entries are evaluated together while training. Delete the line: predictions and eval_metrics have each entry by "
     "itself, and mllm-assets evaluate has them over steps.": "eval_on_each_dataset:bool=false",
-    "paths of images are relative to dataset_dir, and nothing outside of it is read. Move media_dir's folders into it, "
-    "or set dataset_dir to a folder that holds both, and delete the line.": "media_dir:str?=null",
     "rows hold no calls of tools. Delete the line.": "tool_format:str?=null",
     "an image is seen as a whole. Delete the line; cut pictures in the data instead, each crop an image of its row "
     "with an <image> of its own.": "image_do_pan_and_scan:bool=false crop_to_patches:bool=false",

@@ -21,7 +21,7 @@ from mllm_assets.redaction import holds_secret, redacted
 _TYPES = typing.get_type_hints(TrainSpec)
 # Relative paths stay inside the project's folder; an absolute one is the recipe author's choice
 _PATHS = {"model_name_or_path", "dataset_dir", "output_dir", "deepspeed", "fsdp_config", "resume_from_checkpoint"}
-_PATHS |= {"adapter_name_or_path"}
+_PATHS |= {"adapter_name_or_path", "media_dir"}
 _REQUIRED = {
     "model_name_or_path": "the directory of the model to start from, for example pretrains/gemma3-4b-it",
     "dataset": "the entry of dataset_info.json to train on, for example emoji_train",

@@ -72,6 +72,7 @@ class TrainSpec(MethodKeys):
     dataset: str = field(metadata=OPERATIONAL)  # the entries' content is hashed, not their names
     eval_dataset: str | None = field(default=None, metadata=OPERATIONAL)
     dataset_dir: str = field(default="data", metadata=OPERATIONAL)
+    media_dir: str | None = field(default=None, metadata=OPERATIONAL)  # the images' content is hashed
     template: str = field(metadata=SEMANTIC)
     default_system: str | None = field(default=None, metadata=ADDED)  # for rows without a system message
     enable_thinking: bool | None = field(default=True, metadata=SEMANTIC)

@@ -125,6 +125,7 @@ class FeaturesTask(SharedTask[Features]):
     model_dir: Path
     data_dir: Path
     features_root: Path
+    media_dir: Path | None = None
     parts: tuple[Features, ...] = ()
 
 
@@ -171,6 +172,7 @@ class TrainTask(RecipeTask[Manifest]):
     data_digests: dict[str, str]
     pretrained_fingerprint: str
     stages: tuple[dict[str, Any], ...]
+    media_dir: Path | None = None
     caches: CacheSettings = CacheSettings()
     resume_from: Path | None = None
     notes: tuple[str, ...] = ()
@@ -273,6 +275,7 @@ class EvaluateTask(SharedTask[Evaluation]):
     model_digests: dict[str, str]
     directory: Path
     settings: EvaluationSettings
+    media_dir: Path | None = None
     models: tuple[Literal["base", "tuned"], ...] = ("base", "tuned")
     features_root: Path | None = None
     parts: tuple[Evaluation, ...] = ()

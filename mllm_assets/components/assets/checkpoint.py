@@ -110,7 +110,7 @@ def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
         model_dir = model_directory(context, node, project)
         for key in node.adapters:
             upstream_path(context, key, project)
-        dataset = Dataset(layout.root / recipe.spec.dataset_dir, read_part=None)
+        dataset = Dataset.of_recipe(recipe.spec, layout.root, read_part=None)
         leak_check = _check_for_leaks(recipe, model_dir, dataset, project, allowed=settings.allow_leakage)
         origin = find_origin(context, node)
         planned = partial(

@@ -29,7 +29,7 @@ from mllm_assets.components.reporting import (
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.register import judging_entries
-from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.data.sharegpt.dataset import Dataset, media_dir_of
 from mllm_assets.evaluation.gates import GateSpec, evaluate_gates, leakage_gate
 from mllm_assets.evaluation.metric_page import (
     confusion_png,
@@ -67,7 +67,7 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
         layout = project.layout
         pull_data(context, sorted(set(node.eval_data.values())), project)
         spec = node.recipe.spec
-        dataset = Dataset(layout.root / spec.dataset_dir, read_part=None)
+        dataset = Dataset.of_recipe(spec, layout.root, read_part=None)
         digests = {name: dataset.entry(name).digest for name in judging_entries(dataset, spec.eval_entries)}
         if also_chose := sorted(set(digests) & set(spec.eval_entries)):
             context.log.warning(
@@ -132,6 +132,7 @@ def _evaluate_task(
         model_dir=layout.root / tuned["model_path"],
         base_model_dir=model_directory(context, node, project),
         data_dir=layout.root / spec.dataset_dir,
+        media_dir=media_dir_of(spec, layout.root),
         data_digests=data_digests,
         model_digests=models,
         directory=layout.predictions(node.name, digest_json(identity)[:16]),
@@ -166,7 +167,7 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
         if released is None and version_folders(project.layout, node.name):
             context.log.warning(f"Every release of {node.name} is damaged, so the model is compared with none.")
         spec = node.recipe.spec
-        dataset = Dataset(project.layout.root / spec.dataset_dir)
+        dataset = Dataset.of_recipe(spec, project.layout.root)
         scored = score_predictions(
             project.layout,
             node.name,

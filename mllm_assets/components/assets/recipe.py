@@ -9,7 +9,7 @@ from mllm_assets.components.assets.release import hub_model_asset, released_mode
 from mllm_assets.components.assets.step import as_dagster_failures, step
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.wiring import Node
-from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.data.sharegpt.dataset import Dataset, media_dir_of
 from mllm_assets.worker.tasks import FeaturesTask
 
 
@@ -24,15 +24,20 @@ def build_recipe_assets(node: Node) -> list[dg.AssetsDefinition]:
     return assets
 
 
-def external_asset(entry: str, key: dg.AssetKey) -> dg.SourceAsset:
-    """An entry that a user wrote into `dataset_info.json`: external, observed for changes of its files and images."""
+def external_asset(entry: str, key: dg.AssetKey, media_dir: str | None = None) -> dg.SourceAsset:
+    """An entry that a user wrote into `dataset_info.json`: external, observed for changes of its files and images.
+
+    `media_dir` is that of a recipe that names the entry.
+    """
 
     @dg.observable_source_asset(
         key=key, group_name=key.path[0], description=f"The entry {entry} of data/dataset_info.json, written by hand."
     )
     @as_dagster_failures()
     def external(project: ProjectResource) -> dg.DataVersion:
-        return dg.DataVersion(Dataset(project.layout.data).entry(entry).digest)
+        layout = project.layout
+        dataset = Dataset(layout.data, media_dir=layout.root / media_dir if media_dir else None)
+        return dg.DataVersion(dataset.entry(entry).digest)
 
     return external
 
@@ -62,6 +67,7 @@ def vision_features_asset(node: Node) -> dg.AssetsDefinition:
             recipe=spec,
             model_dir=model_directory(context, node, project),
             data_dir=layout.root / spec.dataset_dir,
+            media_dir=media_dir_of(spec, layout.root),
             features_root=layout.features,
         )
         result = gpu.run(context, task)

@@ -59,7 +59,7 @@ def released_model_asset(node: Node) -> dg.AssetsDefinition:
         metrics_dir = upstream_path(context, node.key("eval_metrics"), project)
         judgement = read_judgement(metrics_dir, layout)
         spec, base_model_dir = node.recipe.spec, model_directory(context, node, project)
-        dataset = Dataset(layout.root / spec.dataset_dir)
+        dataset = Dataset.of_recipe(spec, layout.root)
         require_sound_versions(dataset, [*spec.train_entries, *spec.eval_entries])
         leaks = find_leaks(context, node, project, dataset, judgement.data_digests)
         for text in leaks:

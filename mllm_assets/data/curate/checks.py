@@ -167,23 +167,25 @@ class EntryReport:
     warnings: tuple[str, ...]
 
 
-def check_directory(data_dir: Path) -> Iterator[EntryReport]:
+def check_directory(data_dir: Path, media_dir: Path | None = None) -> Iterator[EntryReport]:
     """Each entry of `dataset_info.json`: its rows as training reads them, and every image decoded.
+
+    `media_dir` is the folder that a recipe names so.
 
     Raises:
         DataError: `dataset_info.json` is missing or not JSON.
     """
-    return (_check_entry(data_dir, entry) for entry in load_entries(data_dir).values())
+    return (_check_entry(data_dir, entry, media_dir) for entry in load_entries(data_dir).values())
 
 
-def _check_entry(data_dir: Path, entry: EntryInfo) -> EntryReport:
+def _check_entry(data_dir: Path, entry: EntryInfo, media_dir: Path | None) -> EntryReport:
     problems = entry_problems(entry)
     warnings: list[str] = []
     rows: list[Row] = []
     num_rows = 0
     if not problems:
         try:
-            for row, found in parse_rows(data_dir, entry):
+            for row, found in parse_rows(data_dir, entry, media_dir):
                 num_rows += 1
                 problems += found
                 if row is not None and not found:

@@ -34,6 +34,7 @@ class Stage:
         recipe: The recipe's slug.
         fingerprint: The run's name.
         data_dir: The folder of the `dataset_info.json` that it read.
+        media_dir: The folder that its images' paths are relative to, if it is another one.
         entries: The digest of each training entry at that time, by name.
     """
 
@@ -41,6 +42,7 @@ class Stage:
     fingerprint: str
     data_dir: Path
     entries: Mapping[str, str]
+    media_dir: Path | None = None
 
     @property
     def title(self) -> str:
@@ -49,10 +51,12 @@ class Stage:
 
     def to_dict(self, root: Path) -> dict[str, Any]:
         """JSON-able values; the path is relative to the project, which may move."""
+        elsewhere = {"media_dir": os.path.relpath(self.media_dir, root)} if self.media_dir else {}
         return {
             "recipe": self.recipe,
             "fingerprint": self.fingerprint,
             "dataset_dir": os.path.relpath(self.data_dir, root),
+            **elsewhere,
             "entries": dict(self.entries),
         }
 
@@ -119,7 +123,7 @@ def _earlier(stages: Sequence[Stage], dataset: Dataset) -> tuple[list[Holder], l
     for stage in stages:
         for name in stage.entries:
             try:
-                entry = dataset.at(stage.data_dir).entry(name)
+                entry = dataset.at(stage.data_dir, stage.media_dir).entry(name)
                 assert entry.rows
             except MllmAssetsError:
                 gone.append(f"{name} of {stage.title}")
@@ -178,7 +182,7 @@ def release_leaks(
         f"on what the model is evaluated on: materialise the checkpoint of {stage.recipe}, then this one, again."
         for stage in stages
         for name, digest in stage.entries.items()
-        if digest != _digest_now(dataset.at(stage.data_dir), name)
+        if digest != _digest_now(dataset.at(stage.data_dir, stage.media_dir), name)
     ]
     found += [f"{name} is both trained on and evaluated on." for name in eval_entries if name in train_entries]
     earlier, _ = _earlier(stages, dataset)
@@ -266,6 +270,7 @@ def stages_of(manifest: Mapping[str, Any], root: Path) -> list[Stage]:
             fingerprint=stage["fingerprint"],
             data_dir=root / stage["dataset_dir"],
             entries=stage["entries"],
+            media_dir=root / stage["media_dir"] if "media_dir" in stage else None,
         )
         for stage in manifest.get("stages", [])
     ]

@@ -15,6 +15,7 @@ from mllm_assets.data.sharegpt.entries import entry_file, load_entry
 from mllm_assets.data.sharegpt.rows import Row, parse_rows
 from mllm_assets.errors import DataError, IntegrityError, all_of
 from mllm_assets.file_digests import FileDigests
+from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.worker.tasks import WHOLE, Part
 
 IMAGE_LIST = "images.sha256"
@@ -24,19 +25,33 @@ class Dataset:
     """A `dataset_dir`, its entries and the digests of its files.
 
     Args:
-        data_dir: The folder of `dataset_info.json`; image paths are relative to it.
+        data_dir: The folder of `dataset_info.json`.
+        media_dir: The folder that image paths are relative to, if it is another one.
         read_part: Of the images whose digests are recorded, those to read; of the others, which another process reads,
             the record is taken. None takes the record of all. By default all are read.
         digests: Those of files that were read before.
     """
 
-    def __init__(self, data_dir: Path, *, read_part: Part | None = WHOLE, digests: FileDigests | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        media_dir: Path | None = None,
+        read_part: Part | None = WHOLE,
+        digests: FileDigests | None = None,
+    ) -> None:
         self.data_dir = data_dir
+        self.media_dir = media_dir
         self.folder = resolved_path(Path(), data_dir, what="dataset_dir")
         self.digests = digests or FileDigests()
         self._read_part = read_part
         self._entries: dict[str, Entry] = {}
-        self._others: dict[Path, Dataset] = {}
+        self._others: dict[tuple[Path, Path | None], Dataset] = {}
+
+    @classmethod
+    def of_recipe(cls, spec: TrainSpec, root: Path, *, read_part: Part | None = WHOLE) -> "Dataset":
+        """What a recipe of the project at `root` reads."""
+        return cls(root / spec.dataset_dir, media_dir=media_dir_of(spec, root), read_part=read_part)
 
     def entry(self, name: str) -> "Entry":
         """One entry of `dataset_info.json`.
@@ -49,13 +64,15 @@ class Dataset:
             self._entries[name] = Entry(self, name)
         return self._entries[name]
 
-    def at(self, data_dir: Path) -> "Dataset":
+    def at(self, data_dir: Path, media_dir: Path | None = None) -> "Dataset":
         """The directory that an earlier stage read, usually this one."""
-        if data_dir.resolve() == self.folder:
+        if data_dir.resolve() == self.folder and media_dir == self.media_dir:
             return self
-        if data_dir not in self._others:
-            self._others[data_dir] = Dataset(data_dir, read_part=self._read_part, digests=self.digests)
-        return self._others[data_dir]
+        if (data_dir, media_dir) not in self._others:
+            self._others[data_dir, media_dir] = Dataset(
+                data_dir, media_dir=media_dir, read_part=self._read_part, digests=self.digests
+            )
+        return self._others[data_dir, media_dir]
 
     def digest_image(self, path: Path, recorded: str | None) -> str:
         """An image's digest, read or taken from the record."""
@@ -83,7 +100,7 @@ class Entry:
         """
         _ = self.version  # before a row of a damaged file is
         rows = []
-        for row, problems in islice(parse_rows(self.dataset.data_dir, self.info), max_samples):
+        for row, problems in islice(parse_rows(self.dataset.data_dir, self.info, self.dataset.media_dir), max_samples):
             if problems:
                 raise DataError(all_of(problems))
             assert row is not None  # no problem
@@ -154,6 +171,8 @@ class Entry:
         info = self.info
         block = {"formatting": info.formatting, "columns": dict(info.columns), "tags": dict(info.tags)}
         images = list(self.images.values())  # by name, so that swapping two images changes it
+        if self.dataset.media_dir:  # a name alone does not say in which of two folders it is
+            images = [self.images[path] for row in self.rows for path in row.images]
         return digest_json([block, *self.file_digests.values(), images])[:16]
 
     def require_unchanged(self, expected: str | None = None) -> None:
@@ -175,6 +194,11 @@ class Entry:
                 f"expected digest {expected[:12]}, found {self.digest[:12]}. Start the run again: it gets a name of "
                 f"its own."
             )
+
+
+def media_dir_of(spec: TrainSpec, root: Path) -> Path | None:
+    """The folder that a recipe's `media_dir` names."""
+    return None if spec.media_dir is None else root / spec.media_dir
 
 
 def entry_digests(data_dir: Path, names: Iterable[str]) -> dict[str, str]:

@@ -32,7 +32,7 @@ MAX_LIST_CHARS = 2**20
 MIN_BASE64_CHARS = 64  # shorter texts are names
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*|[A-Za-z0-9_\-\s]+={0,2}\s*")
 CAPTION_NUMBER = re.compile(r"#\d+$")  # Flickr8k's names of the captions of one picture
-_REMOTE = ("http", "https", "s3", "gs", "hf", "ftp")
+REMOTE = ("http", "https", "s3", "gs", "hf", "ftp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ def _of_text(text: str, media: MediaFolders) -> Pictures:
         return read_pictures(items, media)
     if len(text) >= MIN_BASE64_CHARS and (data := _decoded(text)) is not None:
         return read_pictures(data, media)
-    if urlsplit(text[:20]).scheme in _REMOTE:
+    if urlsplit(text[:20]).scheme in REMOTE:
         return media.read_remote(text)
     return media.read(text)
 
@@ -220,6 +220,11 @@ def listed_in_text(text: str) -> list[Any] | None:
         if isinstance(value, list):
             return value
     return None
+
+
+def is_embedded(text: str) -> bool:
+    """Whether a text is a picture itself, as a data URL or base64, and not the name of one."""
+    return text.startswith("data:") or (len(text) >= MIN_BASE64_CHARS and _decoded(text) is not None)
 
 
 def _decoded(text: str) -> bytes | None:

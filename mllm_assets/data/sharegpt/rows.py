@@ -1,14 +1,16 @@
 """Read ShareGPT files as LLaMA-Factory does, but refuse at once, by row, what it drops or fails on while training."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mllm_assets.data.sharegpt.conversation import ASSISTANT, IMAGE_PLACEHOLDER, SYSTEM, USER, content_text
 from mllm_assets.data.sharegpt.entries import COLUMNS, DEFAULT_TAGS, ENTRY_KEYS, EntryInfo, entry_file
 from mllm_assets.data.sharegpt.json_text import lone_surrogate
-from mllm_assets.data.sharegpt.pictures import MediaFolders, listed_in_text
+from mllm_assets.data.sharegpt.pictures import MAX_SHOWN_CHARS, REMOTE, MediaFolders, is_embedded, listed_in_text
 from mllm_assets.data.sharegpt.row_files import FileRow, file_rows
 from mllm_assets.errors import DataError, all_of, did_you_mean, nearest
 
@@ -39,6 +41,28 @@ class Row:
     messages: tuple[Message, ...]
     images: tuple[Path, ...]
     label: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pictured:
+    """Where the pictures that rows name are: below `media_dir`, where there is one, and below `data_dir`."""
+
+    data_dir: Path
+    media_dir: Path | None
+    folders: MediaFolders
+
+    def problem(self, name: str, defect: str | None, place: str) -> str:
+        """Why a picture was not found, and what to do."""
+        near = self.media_dir or self.data_dir
+        name = name if len(name) <= MAX_SHOWN_CHARS else f"{name[:MAX_SHOWN_CHARS]}…"
+        other = "" if self.media_dir else " Or name the folder that they are relative to: media_dir in the recipe."
+        if urlsplit(name[:20]).scheme in REMOTE:
+            return f"{place}: the image {name!r} is an address. Download it, and name the file."
+        if defect == "image_missing":
+            also = f", nor in {self.data_dir}" if self.media_dir else ""
+            return f"{place}: there is no image {near / name}{also}. Paths are relative to {near}; add the file.{other}"
+        both = f"{near} and {self.data_dir}" if self.media_dir else str(near)
+        return f"{place}: the path {name!r} leaves {both}. Name the folder that holds it: media_dir in the recipe."
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +101,16 @@ def rows_of_entry(data_dir: Path, entry: EntryInfo) -> Iterator[FileRow]:
             )
 
 
-def parse_rows(data_dir: Path, entry: EntryInfo) -> Iterator[tuple[Row | None, list[str]]]:
-    """Each row of an entry's file, or all that is wrong with it; raises as `rows_of_entry`."""
-    folder = data_dir, MediaFolders((data_dir,))
+def parse_rows(
+    data_dir: Path, entry: EntryInfo, media_dir: Path | None = None
+) -> Iterator[tuple[Row | None, list[str]]]:
+    """Each row of an entry's file, or all that is wrong with it; raises as `rows_of_entry`.
+
+    Pictures are looked for in `media_dir` first and then in `data_dir`; nothing outside of the two is read.
+    """
+    if media_dir is not None and not media_dir.is_dir():
+        raise DataError(f"media_dir: there is no folder {media_dir}. Correct media_dir, or create the folder.")
+    folder = Pictured(data_dir, media_dir, MediaFolders([media_dir] if media_dir else [], [data_dir]))
     for index, row in enumerate(rows_of_entry(data_dir, entry)):
         problems = [] if row.problem is None else [row.problem]
         yield None if problems else _parse_row(row, index, entry, folder, problems), problems
@@ -222,9 +253,7 @@ def _is_turn_of(
     return role == tag
 
 
-def _parse_row(
-    row: FileRow, index: int, entry: EntryInfo, folder: tuple[Path, MediaFolders], problems: list[str]
-) -> Row | None:
+def _parse_row(row: FileRow, index: int, entry: EntryInfo, folder: Pictured, problems: list[str]) -> Row | None:
     value, place = row.value, row.place
     if not isinstance(value, dict):
         problems.append(f"{place}: expected an object, got {type(value).__name__}. Correct the row.")
@@ -281,10 +310,9 @@ def _parse_images(
     in_parts: tuple[Any, ...],
     entry: EntryInfo,
     place: str,
-    folder: tuple[Path, MediaFolders],
+    folder: Pictured,
     problems: list[str],
 ) -> tuple[Path, ...]:
-    data_dir, media = folder
     column = entry.columns.get("images")
     cell = None if column is None else value.get(column)
     names = listed_in_text(cell) or [cell] if isinstance(cell, str) else cell or []
@@ -292,22 +320,18 @@ def _parse_images(
     names = [name.get("path") if isinstance(name, dict) and name.get("bytes") is None else name for name in names]
     images = []
     for name in names:
-        if not isinstance(name, str) or name.startswith("data:"):
-            embedded = isinstance(name, dict | bytes | str)
+        if not isinstance(name, str) or is_embedded(name):
+            command = shlex.join(["mllm-assets", "add-dataset", str(folder.data_dir), "--entry", entry.name])
             problems.append(
-                f"{place}: {column!r} embeds a picture, and a directory that is trained on as it is names files. "
-                "Declare it with mllm-assets add-dataset, which writes them."
-                if embedded
+                f"{place}: {column or 'a message'!r} embeds a picture, and a directory that is trained on as it is "
+                f"names files. {command} declares a dataset that holds them; name its entries in the recipe instead."
+                if isinstance(name, dict | bytes | str)
                 else f"{place}: {column!r} should be a list of paths. Correct the row."
             )
             return ()
-        path, defect = media.find(name)
+        path, defect = folder.folders.find(name)
         if path is not None:
             images.append(path)
-        elif defect == "image_missing":
-            problems.append(
-                f"{place}: there is no image {data_dir / name}. Paths are relative to {data_dir}; add the file."
-            )
         else:
-            problems.append(f"{place}: the path {name!r} leaves {data_dir}. Use a path inside that folder.")
+            problems.append(folder.problem(name, defect, place))
     return tuple(images)

@@ -153,7 +153,7 @@ def features_task(task: FeaturesTask, reporter: "Reporter") -> Features:
     device = pick_device(task.accelerator.device, use_cpu=spec.use_cpu)
     precision = pick_precision(spec, device)
     processor = load_processor(task.model_dir)
-    dataset = Dataset(task.data_dir)
+    dataset = Dataset(task.data_dir, media_dir=task.media_dir)
     entries = [dataset.entry(name) for name in (*spec.train_entries, *spec.eval_entries)]
     for entry in entries:
         entry.require_unchanged()

@@ -364,7 +364,8 @@ def unchanged_data(task: TrainTask, digests: FileDigests) -> Dataset:
     Raises:
         IntegrityError: Names the image or the entry.
     """
-    dataset = Dataset(task.data_dir, read_part=Part(index=rank(), count=num_ranks()), digests=digests)
+    part = Part(index=rank(), count=num_ranks())
+    dataset = Dataset(task.data_dir, media_dir=task.media_dir, read_part=part, digests=digests)
     for name in dict.fromkeys((*task.recipe.train_entries, *task.recipe.eval_entries)):
         dataset.entry(name).require_unchanged(task.data_digests.get(name))
     return dataset

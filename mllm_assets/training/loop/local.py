@@ -66,7 +66,7 @@ def train(
         MllmAssetsError: Recipe, data, model or machine must change.
         WorkerCrashed: The trainer ended otherwise; the same call resumes.
     """
-    dataset = Dataset(layout.root / recipe.spec.dataset_dir, read_part=None)
+    dataset = Dataset.of_recipe(recipe.spec, layout.root, read_part=None)
     apart = datasets_share_no_image(
         dataset,
         recipe.spec.train_entries,

@@ -110,7 +110,7 @@ def plan_run(
     recipe = with_config_files(recipe, root)
     spec = recipe.spec
     resume_from = find_named_checkpoint(recipe, root)
-    dataset = dataset or Dataset(root / spec.dataset_dir, read_part=None)
+    dataset = dataset or Dataset.of_recipe(spec, root, read_part=None)
     model_dir = model_dir or find_model_dir(recipe, root)
     digests = {name: dataset.entry(name).digest for name in dict.fromkeys((*spec.train_entries, *spec.eval_entries))}
     read, adapters = FileDigests(), find_adapters(recipe, root)
@@ -127,7 +127,13 @@ def plan_run(
     )
     directory = _choose(_folder_of_runs(recipe, root), name, force=force)
     trained_on = {name: digests[name] for name in spec.train_entries}
-    own = Stage(recipe=recipe.name, fingerprint=directory.name, data_dir=dataset.data_dir, entries=trained_on)
+    own = Stage(
+        recipe=recipe.name,
+        fingerprint=directory.name,
+        data_dir=dataset.data_dir,
+        media_dir=dataset.media_dir,
+        entries=trained_on,
+    )
     state = "finished" if is_complete(directory) else "unfinished" if directory.exists() else "new"
     task = TrainTask(
         recipe=spec,
@@ -135,6 +141,7 @@ def plan_run(
         model_dir=model_dir,
         adapters=adapters,
         data_dir=dataset.data_dir,
+        media_dir=dataset.media_dir,
         run_dir=directory,
         fingerprint=directory.name,
         data_digests=digests,
@@ -169,7 +176,14 @@ def overridden(recipe: Recipe) -> dict[str, Any]:
 
 
 def _deciding_values(spec: TrainSpec) -> dict[str, Any]:
-    paths = ("model_name_or_path", "adapter_name_or_path", "dataset", "dataset_dir", "resume_from_checkpoint")
+    paths = (
+        "model_name_or_path",
+        "adapter_name_or_path",
+        "dataset",
+        "dataset_dir",
+        "media_dir",
+        "resume_from_checkpoint",
+    )
     return semantic_values(spec) | {key: getattr(spec, key) for key in paths}
 
 

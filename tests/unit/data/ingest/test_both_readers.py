@@ -1,5 +1,6 @@
 """LLaMA-Factory's format by both ways in: a hand-written entry and `kind: llamafactory` understand a row alike."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,55 @@ def ingests(folder: Path, name: str) -> bool:
     except DataError:
         return False
     return not any(r.defect or conversation_defect(r.messages or "[]", len(r.images), 10**4) for r in rows)
+
+
+def test_pictures_are_relative_to_media_dir_and_absolute_ones_are_read_below_it(tmp_path: Path) -> None:
+    photos, folder = tmp_path / "photos", tmp_path / "d"
+    (photos / "sub").mkdir(parents=True)
+    folder.mkdir()
+    (photos / "sub" / "b.png").write_bytes(png(2))
+    rows = [
+        row(images=["sub/b.png"]),
+        row(images=[str(photos / "sub" / "b.png")]),
+        row(),
+        row(images=["../secret.png"]),
+    ]
+    write(folder, rows, columns=COLUMNS)
+    (tmp_path / "secret.png").write_bytes(png(3))
+    entry = load_entry(folder, "mine")
+    found = [(parsed, problems) for parsed, problems in parse_rows(folder, entry, photos)]
+    assert [parsed and parsed.images[0] for parsed, _ in found] == [photos / "sub/b.png"] * 2 + [folder / "a.png", None]
+    assert f"the path '../secret.png' leaves {photos} and {folder}" in found[3][1][0]
+    without = by_hand(folder)
+    assert "there is no image" in (without[0] or "") and "media_dir in the recipe" in (without[0] or "")
+    assert "Name the folder that holds it: media_dir in the recipe" in (without[1] or "")
+    [report] = check_directory(folder, photos)
+    assert (report.num_images, len(report.problems)) == (2, 1)
+    spec = SourceSpec(kind="llamafactory", path=str(folder), media_dir=str(photos))
+    assert [r.defect for r in read_llamafactory(spec, folder)] == [None, None, None, "image_outside_root"]
+
+
+def test_which_of_two_folders_holds_a_picture_is_part_of_an_entry_digest(tmp_path: Path) -> None:
+    """By name alone two pictures that change places between the folders went unnoticed."""
+    digests = []
+    for number, names in enumerate((("a.png", "b.png"), ("b.png", "a.png"))):
+        folder, photos = tmp_path / str(number) / "d", tmp_path / str(number) / "photos"
+        folder.mkdir(parents=True)
+        photos.mkdir()
+        write(folder, [row(), row(images=["b.png"])], columns=COLUMNS)
+        (folder / "a.png").unlink()
+        (folder / names[0]).write_bytes(png(4))
+        (photos / names[1]).write_bytes(png(5))
+        digests.append(Dataset(folder, media_dir=photos).entry("mine").digest)
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("cell", ["data:image/png;base64,{}", "{}"], ids=["data URL", "base64"])
+def test_an_embedded_picture_is_ingested_by_the_command_that_training_names(tmp_path: Path, cell: str) -> None:
+    """Base64 was looked for as a file, and the message held all of it."""
+    text = cell.format(base64.b64encode(png(6)).decode())
+    folder = write(tmp_path, [row(images=[text]), row(images=["https://example.org/a.png"])], columns=COLUMNS)
+    embedded, remote = by_hand(folder)
+    assert f"mllm-assets add-dataset {folder} --entry mine" in (embedded or "") and len(embedded or "") < 400
+    assert "is an address. Download it" in (remote or "")
+    assert declared(folder)[0].images == (png(6),)

@@ -66,6 +66,10 @@ def test_a_run_records_the_stages_before_it_and_itself(recipe: Recipe, project: 
     second = plan_run(later, root=project)
     assert [stage["fingerprint"] for stage in second.task.stages] == [first.fingerprint, second.fingerprint]
     assert second.task.stages[0]["dataset_dir"] == "data"
+    (project / "photos").mkdir()
+    third = plan_run(load_recipe(later.path, ["media_dir=photos"]), root=project)
+    assert third.task.media_dir == project / "photos"
+    assert third.task.stages[-1]["media_dir"] == "photos"
 
 
 def test_force_trains_again_beside_the_finished_run(recipe: Recipe, project: Path) -> None:
