@@ -51,6 +51,7 @@ bench: $(CORE)
 	$(BIN)/python benchmarks/load_graph.py
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/ingest.py --memory
+	PYTHONPATH="$(CURDIR)" $(BIN)/python -m benchmarks.llava_rows
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/grouping.py

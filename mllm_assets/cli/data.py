@@ -1,11 +1,18 @@
 """Datasets: `quality`, `add-dataset`, `check-data`."""
 
 import argparse
+import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mllm_assets.cli.options import Verbs, at_least_one
 from mllm_assets.errors import RecipeError
 from mllm_assets.layout import Layout
+from mllm_assets.progress import progress_to
+
+if TYPE_CHECKING:
+    from mllm_assets.data.curate.checks import EntryReport
 
 
 def add_commands(verbs: Verbs) -> None:
@@ -69,7 +76,8 @@ def _add_dataset(arguments: argparse.Namespace) -> int:
         several=arguments.several,
     )
     root = Layout.from_environment().root
-    made = add_dataset(arguments.folder, Path.cwd(), root, name=arguments.name, options=options)
+    with progress_to(partial(print, file=sys.stderr, flush=True)):
+        made = add_dataset(arguments.folder, Path.cwd(), root, name=arguments.name, options=options)
     print(f"{made.num_samples} samples; wrote {made.path}")
     print(f"found {made.layout}" + (f"; {made.columns}" if made.columns else ""))
     if made.name != (given := arguments.name or arguments.folder.resolve().name):
@@ -112,14 +120,19 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from mllm_assets.data.curate.checks import check_directory
 
     wrong = False
-    for report in check_directory(arguments.folder, arguments.media_dir):
-        wrong |= bool(report.problems)
-        found = {"problems": report.problems, "warnings": report.warnings}
-        counts = [f"{len(texts)} {kind if len(texts) > 1 else kind[:-1]}" for kind, texts in found.items() if texts]
-        print(f"{report.name}: {report.num_rows} rows, {report.num_images} images: {', '.join(counts) or 'fine'}")
-        for texts in found.values():
-            for text in texts[: arguments.limit]:
-                print(f"  {text}")
-            if len(texts) > arguments.limit:
-                print(f"  and {len(texts) - arguments.limit} more (--limit shows them)")
+    with progress_to(partial(print, file=sys.stderr, flush=True)):
+        for report in check_directory(arguments.folder, arguments.media_dir):
+            wrong |= bool(report.problems)
+            _print_report(report, arguments.limit)
     return 2 if wrong else 0
+
+
+def _print_report(report: "EntryReport", limit: int) -> None:
+    found = {"problems": report.problems, "warnings": report.warnings}
+    counts = [f"{len(texts)} {kind if len(texts) > 1 else kind[:-1]}" for kind, texts in found.items() if texts]
+    print(f"{report.name}: {report.num_rows} rows, {report.num_images} images: {', '.join(counts) or 'fine'}")
+    for texts in found.values():
+        for text in texts[:limit]:
+            print(f"  {text}")
+        if len(texts) > limit:
+            print(f"  and {len(texts) - limit} more (--limit shows them)")

@@ -13,6 +13,7 @@ from mllm_assets.components.reporting import CHECK_FAILED, MADE_PREFIX, facts_te
 from mllm_assets.components.resources import ProjectResource
 from mllm_assets.data.quality.store import table_for, utc_now
 from mllm_assets.errors import MllmAssetsError
+from mllm_assets.progress import progress_to
 from mllm_assets.redaction import holds_secret, redacted, redacted_value
 from mllm_assets.store.mirror import Mirror
 from mllm_assets.worker.usage import Usage, measured
@@ -33,7 +34,7 @@ def step(body: Callable[..., Results]) -> Callable[..., Results]:
     @functools.wraps(body)  # Dagster reads the parameters off the body
     def run(context: dg.AssetExecutionContext, project: ProjectResource, **arguments: Any) -> Results:
         with as_dagster_failures():
-            with measured(price_per_hour=project.price_per_hour) as usage:
+            with progress_to(context.log.info), measured(price_per_hour=project.price_per_hour) as usage:
                 returned = body(context, project=project, **arguments)
             is_one = isinstance(returned, dg.MaterializeResult)  # itself a tuple
             results = tuple(map(_redacted, (returned,) if is_one else returned))

@@ -15,6 +15,7 @@ from mllm_assets.data.ingest.sources import raw_row, read_source
 from mllm_assets.data.ingest.spec import DatasetSpec
 from mllm_assets.data.quality.verdicts import render_answer
 from mllm_assets.data.sharegpt.conversation import ASSISTANT, USER, conversation_defect, read_conversation
+from mllm_assets.progress import followed
 
 NUM_SHOWN = 3
 MAX_CANDIDATES = 200
@@ -39,14 +40,14 @@ class Count:
     reading: Reading
     num_rows: int = 0
     num_without_picture: int = 0
-    pictures: set[Path] = field(default_factory=set)
+    pictures: set[str] = field(default_factory=set)
     answers: Counter[bytes] = field(default_factory=Counter)
     questions: Counter[bytes] = field(default_factory=Counter)
 
     def add(self, row: SourceRow, spec: DatasetSpec) -> None:
         self.num_rows += 1
         self.num_without_picture += not any(data is not None for data in row.images)
-        self.pictures.update(row.files)
+        self.pictures.update(map(str, row.files))
         values = _texts(row)
         if row.messages is not None:
             if conversation_defect(row.messages, row.messages.count("<image>"), 10**9) is None:
@@ -61,14 +62,14 @@ class Count:
     def files(self) -> tuple[str, ...]:
         """Lines that account for every file."""
         found, used = self.inventory, set(self.reading.annotations)
-        pictures = self.pictures & set(found.pictures)
-        left = [path for path in found.pictures if path not in pictures]
+        left = [path for path in found.pictures if str(path) not in self.pictures]
+        num_pictures = len(found.pictures) - len(left)
         not_read = {**dict.fromkeys(found.texts, "text of no image"), **dict.fromkeys(found.rows, "not needed"),
                     **dict.fromkeys(found.tars, "not needed"), **found.not_read, **self.reading.not_read}  # fmt: skip
-        not_read = {path: why for path, why in not_read.items() if path not in used and path not in pictures}
-        num_used = len(pictures) + len(used & ({*found.texts, *found.rows, *found.tars, *found.not_read}))
+        not_read = {path: why for path, why in not_read.items() if path not in used}
+        num_used = num_pictures + len(used & ({*found.texts, *found.rows, *found.tars, *found.not_read}))
         lines = [
-            f"{found.num_files} files: {num_used} used ({len(pictures)} images), {len(left)} images without a row, "
+            f"{found.num_files} files: {num_used} used ({num_pictures} images), {len(left)} images without a row, "
             f"{len(not_read)} not read, {found.num_hidden} hidden"
         ]
         lines += [f"  without a row: {self._few(left)}"] if left else []
@@ -110,7 +111,7 @@ class Count:
 def count_rows(spec: DatasetSpec, root: Path, inventory: Inventory, reading: Reading) -> Count:
     """Read all rows once."""
     count = Count(inventory=inventory, reading=reading)
-    for row in read_source(spec.source, root):
+    for row in followed(read_source(spec.source, root), "read rows"):
         count.add(row, spec)
     return count
 

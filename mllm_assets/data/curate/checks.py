@@ -1,7 +1,7 @@
 """Checks of a published version, computed from the files on disk and not from what the code meant to write."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mllm_assets.data.ingest.spec import DEFAULT_LIMITS
 from mllm_assets.data.ingest.split_spec import SIDES, TEST, TRAIN, VAL
 from mllm_assets.data.quality.grouping import pairs_across
 from mllm_assets.data.quality.measure import FileLooks, look_at_files, measure_files
+from mllm_assets.data.quality.probes import ImageMeasurement
 from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER, text_defect
 from mllm_assets.data.sharegpt.entries import EntryInfo, load_entries
@@ -23,8 +24,10 @@ from mllm_assets.data.sharegpt.row_files import read_rows
 from mllm_assets.data.sharegpt.rows import ASSISTANT, USER, Row, entry_problems, parse_rows
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.file_digests import FileDigests
+from mllm_assets.progress import followed
 
 MAX_EXAMPLES = 5
+CHECKED_FILES = 1024  # images whose measurements are in memory together
 MAX_PAIRS = 500  # about 40 KB of metadata; `mllm-assets quality leaks` shows all
 _LEAK_CURE = (
     "The split is as it was given, so they stay; figures on them say too much. A release needs `allow_leakage: true` "
@@ -181,26 +184,23 @@ def check_directory(data_dir: Path, media_dir: Path | None = None) -> Iterator[E
 def _check_entry(data_dir: Path, entry: EntryInfo, media_dir: Path | None) -> EntryReport:
     problems = entry_problems(entry)
     warnings: list[str] = []
-    rows: list[Row] = []
+    users: dict[str, str] = {}  # the first row of each image
     num_rows = 0
     if not problems:
         try:
-            for row, found in parse_rows(data_dir, entry, media_dir):
+            for row, found in followed(parse_rows(data_dir, entry, media_dir), f"{entry.name}: check rows"):
                 num_rows += 1
                 problems += found
                 if row is not None and not found:
-                    rows.append(row)
                     _check_texts(row, entry, problems, warnings)
+                    for image in row.images:
+                        users.setdefault(str(image), row.id)
             if not num_rows:
                 problems.append(f"Entry {entry.name!r} has no rows. Add samples, or remove the entry.")
         except MllmAssetsError as error:
             problems.append(str(error))
-    users: dict[Path, str] = {}
-    for row in rows:
-        for image in row.images:
-            users.setdefault(image, row.id)
     departures: Counter[str] = Counter()
-    for path, image in zip(users, measure_files(list(users), DEFAULT_LIMITS, None), strict=True):
+    for path, image in followed(_measured(list(users)), f"{entry.name}: check images", len(users)):
         if image.defect is not None:
             found = f"{image.defect} ({image.format})" if image.format and not image.mode else image.defect
             problems.append(
@@ -216,6 +216,13 @@ def _check_entry(data_dir: Path, entry: EntryInfo, media_dir: Path | None) -> En
         problems=tuple(problems),
         warnings=tuple(warnings),
     )
+
+
+def _measured(paths: Sequence[str]) -> Iterator[tuple[str, ImageMeasurement]]:
+    """Each path and what is there; a part of them is in memory at a time."""
+    for first in range(0, len(paths), CHECKED_FILES):
+        part = paths[first : first + CHECKED_FILES]
+        yield from zip(part, measure_files([Path(path) for path in part], DEFAULT_LIMITS, None), strict=True)
 
 
 def _check_texts(row: Row, entry: EntryInfo, problems: list[str], warnings: list[str]) -> None:

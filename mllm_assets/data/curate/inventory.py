@@ -50,10 +50,10 @@ class Inventory:
         """
         wanted = [name.replace("\\", "/").removeprefix("./") for name in names]
         wanted = [name for name in wanted if not os.path.isabs(name)]
-        by_name: dict[str, list[Path]] = defaultdict(list)
+        by_name: dict[str, list[Path]] = {folded(name.rstrip("/").rpartition("/")[2]): [] for name in wanted}
         for path in self.pictures:
-            by_name[folded(path.name)].append(path)
-            by_name[folded(path.stem)].append(path)
+            for key in {folded(path.name), folded(path.stem)} & by_name.keys():
+                by_name[key].append(path)
         folders: dict[Path, set[str]] = defaultdict(set)
         for name in wanted:
             parts = [part for part in name.split("/") if part]

@@ -123,6 +123,9 @@ def _sidecars(folder: Folder) -> Reading | None:
     texts, pictures = TextFiles(), folder.found.pictures
     if any(texts.path_of(picture, folder.path) for picture in pictures[:MAX_SAMPLED]):
         return None
+    some = pictures[:: len(pictures) // MAX_SAMPLED + 1]  # of 100,000 pictures each takes time
+    if not any(texts.path_of(picture, folder.path, (".json",)) for picture in some):
+        return None
     files = [path for picture in pictures if (path := texts.path_of(picture, folder.path, (".json",)))]
     if len(files) * 2 <= len(pictures):
         return None

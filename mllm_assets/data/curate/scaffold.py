@@ -30,6 +30,7 @@ from mllm_assets.data.quality.groups import PerceptualHashes, group_samples
 from mllm_assets.data.quality.measure import Judge
 from mllm_assets.data.sharegpt.pictures import looks_like_picture
 from mllm_assets.errors import DataError, RecipeError
+from mllm_assets.progress import followed
 from mllm_assets.project.read import root_module
 
 COMPONENT = "mllm_assets.components.ImageTextDataset"
@@ -168,7 +169,8 @@ def add_dataset(
     count = count_rows(spec, root, inventory, reading)
     every = math.ceil(count.num_rows / MAX_CHECKED)
     shown: list[ShownRow | None] = []
-    rows = show_first(islice(read_source(spec.source, root), 0, None, max(1, every)), spec, shown)
+    again = followed(read_source(spec.source, root), "decode a sample of rows", count.num_rows)
+    rows = show_first(islice(again, 0, None, max(1, every)), spec, shown)
     found = preview(spec, rows, VAL_SHARE)
     _refuse_unusable(folder, found)
     if not spec.source.is_split:

@@ -49,6 +49,7 @@ from mllm_assets.data.sharegpt.dataset import IMAGE_LIST
 from mllm_assets.data.sharegpt.row_files import write_rows
 from mllm_assets.errors import IntegrityError
 from mllm_assets.layout import Layout
+from mllm_assets.progress import followed
 
 COLUMNS = ("sample_id", "row_index", "source_split", "reject_reason", "flags", "duplicate_group")
 
@@ -237,7 +238,8 @@ def _spool_rows(
 ) -> None:
     """Publish the images of used samples and build their rows; all samples come on the page."""
     places = zip(assignments.splits_S.tolist(), assignments.positions_S.tolist(), strict=True)
-    for sample, (number, position) in zip(read_raw(raw), places, strict=True):
+    samples = followed(zip(read_raw(raw), places, strict=True), "write rows", len(assignments.splits_S))
+    for sample, (number, position) in samples:
         if position == NONE:
             page.add(sample, None)
             continue

@@ -150,7 +150,7 @@ class TextFiles:
     """The text files of images: beside them, or in a folder of texts beside theirs; upper case or not."""
 
     def __init__(self) -> None:
-        self._listings: dict[Path, dict[str, Path]] = {}
+        self._listings: dict[Path, dict[str, str]] = {}
 
     def path_of(self, image: Path, top: Path, suffixes: Sequence[str] = CAPTION_SUFFIXES) -> Path | None:
         """The file of an image's text below a folder."""
@@ -158,8 +158,8 @@ class TextFiles:
             listing = self._listing(folder)
             for stem in (image.name, image.stem):  # a.jpg.txt is more exact than a.txt
                 for suffix in suffixes:
-                    if (path := listing.get(folded(stem + suffix))) is not None:
-                        return path
+                    if (name := listing.get(folded(stem + suffix))) is not None:
+                        return folder / name
         return None
 
     def of(self, image: Path, top: Path) -> str | None:
@@ -201,12 +201,14 @@ class TextFiles:
     def _texts_in(self, folder: Path, inner: Path) -> Iterator[Path]:
         for name in CAPTION_FOLDERS:
             if (found := self._listing(folder).get(name)) is not None:
-                yield found / inner
+                yield folder / found / inner
 
-    def _listing(self, folder: Path) -> dict[str, Path]:
+    def _listing(self, folder: Path) -> dict[str, str]:
+        """The names in a folder but for those of pictures, which are most of them."""
         if folder not in self._listings:
             try:
-                self._listings[folder] = {folded(name): folder / name for name in os.listdir(folder)}
+                names = (n for n in os.listdir(folder) if os.path.splitext(n)[1].lower() not in IMAGE_SUFFIXES)
+                self._listings[folder] = {folded(n): n for n in names}
             except OSError:  # no folder
                 self._listings[folder] = {}
         return self._listings[folder]

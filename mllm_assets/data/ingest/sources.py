@@ -26,6 +26,7 @@ from mllm_assets.errors import DataError
 from mllm_assets.hub.client import is_commit
 from mllm_assets.layout import Layout
 from mllm_assets.plugins import resolve
+from mllm_assets.progress import followed
 from mllm_assets.settings import number
 
 RAW_SCHEMA = pa.schema(
@@ -232,7 +233,7 @@ def _write_samples(rows: Iterator[SourceRow], path: Path) -> tuple[int, str]:
     pending: list[dict[str, Any]] = []
     num_pending_bytes = 0
     with pq.ParquetWriter(path, RAW_SCHEMA, **_WRITER_OPTIONS) as writer:
-        for row in rows:
+        for row in followed(rows, "ingest rows"):
             values = raw_row(row, seen)
             facts = ("sample_id", "row_index", "source_split", "source_defect", "source_location", "source_id")
             digest.update(f"{' '.join(str(values[name]) for name in facts)}\n".encode())

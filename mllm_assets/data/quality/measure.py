@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mllm_assets.data.quality.probes import OWN_FILES, PROBE_VERSION, ImageMeasu
 from mllm_assets.data.quality.store import QualityStore, arrow_schema, table_for
 from mllm_assets.data.quality.verdicts import image_flags, image_reject_reason, odd_size_limits
 from mllm_assets.file_digests import FileDigests
+from mllm_assets.progress import followed
 
 COLUMNS = [field.name for field in fields(ImageMeasurement)]
 SCHEMA = pa.schema([*(arrow_schema("image_quality").field(name) for name in COLUMNS), pa.field("look", pa.string())])
@@ -69,10 +71,11 @@ def measure_images(limits: QualitySpec, raw: Path, index: ImageIndex, store: Qua
     measured = decoding.measure_images(_unmeasured(raw, index, is_known), limits.decode_limits)
     stored = _known_measurements(store, index.ids, is_known)
     judge = Judge(limits, len(index.ids))
+    found = (next(stored if known else measured) for known in is_known.tolist())
+    images_U = followed(found, "measure images", len(index.ids))
     with pq.ParquetWriter(target, SCHEMA) as writer:
         for first in range(0, len(index.ids), BATCH_IMAGES):
-            last = min(first + BATCH_IMAGES, len(index.ids))
-            images = [next(stored if is_known[number] else measured) for number in range(first, last)]
+            images = list(islice(images_U, BATCH_IMAGES))
             judge.add(first, images)
             looks = [None if i.phash_64 is None else look_name(i.phash_64, i.color_48) for i in images]
             columns = zip(*map(_VALUES, images), strict=True)
@@ -142,14 +145,14 @@ def look_at_files(
 ) -> FileLooks:
     """What this project's files in a folder look like now; as `measure_files`, but only looks are kept in memory."""
     looks = FileLooks(np.zeros(len(names), np.uint64), np.zeros((len(names), 48), np.uint8), {})
-    for first in range(0, len(names), BATCH_FILES):
-        paths = [folder / name for name in names[first : first + BATCH_FILES]]
-        for number, image in enumerate(measure_files(paths, OWN_FILES, store, digests), first):
-            if image.defect is not None or image.phash_64 is None or image.color_48 is None:
-                looks.defective[number] = image
-            else:
-                looks.phash_N[number] = image.phash_64
-                looks.colors_NC[number] = image.colors
+    parts = (names[first : first + BATCH_FILES] for first in range(0, len(names), BATCH_FILES))
+    measured = (measure_files([folder / name for name in part], OWN_FILES, store, digests) for part in parts)
+    for number, image in enumerate(followed(chain.from_iterable(measured), "look at images", len(names))):
+        if image.defect is not None or image.phash_64 is None or image.color_48 is None:
+            looks.defective[number] = image
+        else:
+            looks.phash_N[number] = image.phash_64
+            looks.colors_NC[number] = image.colors
     return looks
 
 
