@@ -155,9 +155,9 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
                 built = [off_asset(asset, why) for asset in built]
             assets += built
         used = {key for node in nodes for key in node.data}
-        media_dirs = {key: node.recipe.spec.media_dir for node in nodes for key in node.data}
+        media_dirs = {key: found for node in nodes for key in node.data if (found := node.recipe.spec.media_dir)}
         external_assets = [
-            external_asset(entry, key, media_dirs[key]) for entry, key in external.items() if key in used
+            external_asset(entry, key, media_dirs.get(key)) for entry, key in external.items() if key in used
         ]
         datasets = {slug(dataset.name, UNNAMED) for dataset in tree.get_all_components(of_type=ImageTextDataset)}
         jobs = [

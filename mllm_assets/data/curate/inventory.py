@@ -23,7 +23,8 @@ NOT_PICTURES = {".svg": "SVG, which has no pixels", ".pdf": "PDF", ".psd": "PSD"
                 ".raw": "a camera's raw file", ".cr2": "a camera's raw file", ".nef": "a camera's raw file",
                 ".dng": "a camera's raw file", ".mp4": "a video", ".mov": "a video", ".webm": "a video",
                 ".avi": "a video", ".mp3": "a sound", ".wav": "a sound", ".zip": "a ZIP archive: unpack it",
-                ".7z": "an archive: unpack it", ".rar": "an archive: unpack it"}  # fmt: skip
+                ".7z": "an archive: unpack it", ".rar": "an archive: unpack it",
+                ".gz": "a compressed file: unpack it"}  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)

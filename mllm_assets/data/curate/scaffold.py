@@ -220,9 +220,12 @@ def _refuse_unusable(folder: Path, found: Preview) -> None:
         f"\n  {count} {reason}, the first: {found.first_rejected[reason]}"
         for reason, count in found.reject_reasons.items()
     )
+    advice = "Fix the files, or add others."
+    if "image_outside_root" in found.reject_reasons:
+        advice = "Fix the files, or name the folder that the paths lead to with --media-dir DIR."
     raise DataError(
         f"{folder}: {found.num_usable} of {found.num_checked} samples can be used, but a dataset needs at least 2. "
-        f"Fix the files, or add others.{reasons}"
+        f"{advice}{reasons}"
     )
 
 

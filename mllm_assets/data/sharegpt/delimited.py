@@ -13,6 +13,7 @@ from mllm_assets.errors import DataError
 
 # of a record, which is in memory as a whole: it may hold a picture as base64
 _PICTURE_NAME = re.compile(rf"({'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})(#\d+)?$", re.IGNORECASE)
+_PICTURE_NUMBER = re.compile(r"0\d+|\d{3,}")  # a column may be called 0 or 1
 MAX_RECORD_CHARS, MAX_COLUMNS = LIMITS.max_line_bytes, 10_000
 
 
@@ -55,8 +56,10 @@ def records(path: Path, format: Format) -> Iterator[tuple[int, dict[str, str | N
 
 
 def headless_names(cells: Sequence[str]) -> list[str] | None:
-    """The columns of a table whose first line is a row already, because it names a picture: image, and text."""
+    """The columns of a table whose first line is a row already: it has a picture's name, or number and text."""
     is_picture = [_PICTURE_NAME.search(cell.strip()) is not None for cell in cells]
+    if len(cells) == 2 and not any(is_picture) and any(" " in cell.strip() for cell in cells):
+        is_picture = [_PICTURE_NUMBER.fullmatch(cell.strip()) is not None for cell in cells]
     if not any(is_picture) or len(cells) < 2:
         return None
     first = is_picture.index(True)

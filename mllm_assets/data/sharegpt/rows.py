@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from mllm_assets.data.sharegpt.conversation import ASSISTANT, IMAGE_PLACEHOLDER, SYSTEM, USER, content_text
 from mllm_assets.data.sharegpt.entries import COLUMNS, DEFAULT_TAGS, ENTRY_KEYS, EntryInfo, entry_file
@@ -56,7 +55,7 @@ class Pictured:
         near = self.media_dir or self.data_dir
         name = name if len(name) <= MAX_SHOWN_CHARS else f"{name[:MAX_SHOWN_CHARS]}…"
         other = "" if self.media_dir else " Or name the folder that they are relative to: media_dir in the recipe."
-        if urlsplit(name[:20]).scheme in REMOTE:
+        if name.partition("://")[0].lower() in REMOTE:
             return f"{place}: the image {name!r} is an address. Download it, and name the file."
         if defect == "image_missing":
             also = f", nor in {self.data_dir}" if self.media_dir else ""

@@ -15,6 +15,7 @@ from mllm_assets.data.curate.reading import Folder, Options, Reading
 from mllm_assets.data.curate.scaffold import as_attributes, as_spec
 from mllm_assets.data.curate.variety import digest_of, variety_warnings
 from mllm_assets.data.ingest.sources import raw_row, read_source
+from mllm_assets.data.sharegpt.delimited import headless_names
 from mllm_assets.errors import DataError
 from tests.data_layouts import LAYOUTS, Expected, lines, parquet, pictures, put
 from tests.unit.data.made_datasets import png
@@ -224,3 +225,9 @@ def test_files_of_several_splits_that_are_read_as_one_are_a_warning(tmp_path: Pa
     assert warning.startswith("files of test and train are read as one and split again")
     given = replace(mixed, source={**mixed.source, "val_split": "test"})
     assert Count(inventory=inventory, reading=given).warnings() == ()
+
+
+def test_a_first_line_of_a_number_and_a_sentence_is_a_row_and_no_names_of_columns() -> None:
+    """The first row of `00000<tab>A boat.` became the columns, and its picture had no row."""
+    assert headless_names(["00000", "A boat at a pier."]) == ["image", "text"]
+    assert [headless_names(cells) for cells in (["0", "1"], ["2019", "2020"], ["id", "the caption"])] == [None] * 3
