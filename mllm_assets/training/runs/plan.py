@@ -126,14 +126,7 @@ def plan_run(
         resume_digest=checkpoint_digest(resume_from) if resume_from else None,
     )
     directory = _choose(_folder_of_runs(recipe, root), name, force=force)
-    trained_on = {name: digests[name] for name in spec.train_entries}
-    own = Stage(
-        recipe=recipe.name,
-        fingerprint=directory.name,
-        data_dir=dataset.data_dir,
-        media_dir=dataset.media_dir,
-        entries=trained_on,
-    )
+    own = _own_stage(recipe, directory.name, dataset, digests)
     state = "finished" if is_complete(directory) else "unfinished" if directory.exists() else "new"
     task = TrainTask(
         recipe=spec,
@@ -163,6 +156,16 @@ def reopen_if_damaged(plan: RunPlan, warn: Callable[[str], None]) -> RunPlan:
     reopen_run(plan.directory)
     warn(f"{plan.directory} was finished, but was changed since: {damage}. {describe_resume(plan.directory)}")
     return replace(plan, state="unfinished")
+
+
+def _own_stage(recipe: Recipe, fingerprint: str, dataset: Dataset, digests: Mapping[str, str]) -> Stage:
+    return Stage(
+        recipe=recipe.name,
+        fingerprint=fingerprint,
+        data_dir=dataset.data_dir,
+        media_dir=dataset.media_dir,
+        entries={name: digests[name] for name in recipe.spec.train_entries},
+    )
 
 
 def overridden(recipe: Recipe) -> dict[str, Any]:
