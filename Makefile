@@ -13,9 +13,10 @@ DOCS := .venv/.docs-installed
 # Three test processes on two cores, for most tests wait for subprocesses. Each file stays in one process, and files run in
 # the order of their folders: those of long tests first, so that in the end no process works on while the others are done
 PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
-TORCH_UNITS := caches encoding loop models
+TORCH_UNITS := $(addprefix training/,caches encoding loop models runs/test_model_directory.py) evaluation/test_predict_shuffling.py
+FAST := tests/unit $(TORCH_UNITS:%=--ignore=tests/unit/%) -m 'not slow and not bench and not gpu and not not_fast'
 
-.PHONY: demo test test-fast collect test-all chromium postgres faketime check docs dev bench torture attack install constraints clean
+.PHONY: demo test test-fast test-newest collect test-all chromium postgres faketime check docs dev bench torture attack install constraints clean
 
 demo: $(CORE) $(SETTINGS) ## the whole line of emoji_sft, raw images to released model
 	$(BIN)/mllm-assets run emoji_sft
@@ -24,7 +25,10 @@ test: $(CORE) ## unit and integration tests
 	$(PYTEST)
 
 test-fast: $(CORE) ## unit tests without torch and without whole datasets: under a minute on two cores
-	$(PYTEST) tests/unit $(TORCH_UNITS:%=--ignore=tests/unit/training/%) -m 'not slow and not bench and not gpu and not not_fast'
+	$(PYTEST) $(FAST)
+
+test-newest: $(CORE) ## the same on the newest Python of this machine, in .venv/newest
+	env -u DAGSTER_HOME PYTHONPATH="$(CURDIR)" $(BIN)/python .ci/newest.py -n 3 --dist loadfile --no-loadscope-reorder $(FAST)
 
 collect: $(CORE)
 	@collected=$$(env -u DAGSTER_HOME $(BIN)/pytest --collect-only -qq) || { echo "$$collected"; exit 1; }

@@ -44,11 +44,14 @@ def main(arguments: list[str]) -> int:
     quiet = ["--quiet", "--disable-pip-version-check"]
     start_s = time.monotonic()
     listed = subprocess.run([*pip, "config", "list"], capture_output=True, text=True, check=False).stdout
-    if subprocess.run([*pip, "install", *quiet, "uv>=0.8"], check=False).returncode == 0:
+    if subprocess.run([*pip, "install", *quiet, "uv>=0.10"], check=False).returncode == 0:
         environment = {**uv_settings(listed), "UV_PYTHON": sys.executable, **os.environ}
         done = subprocess.run([sys.executable, "-m", "uv", "pip", "install", *arguments], env=environment, check=False)
     else:
         print("uv cannot be installed, so pip installs, in silence", flush=True)
+        if "--excludes" in arguments:  # which pip does not know: it installs more
+            at = arguments.index("--excludes")
+            arguments = arguments[:at] + arguments[at + 2 :]
         done = subprocess.run([*pip, "install", *quiet, *arguments], check=False)
     print(f"installed in {time.monotonic() - start_s:.0f} s")
     return done.returncode

@@ -7,7 +7,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TextIO
 
@@ -339,7 +339,8 @@ def resolved_path(root: Path, path: str | Path, *, what: str) -> Path:
     """
     try:
         resolved = (root / path).resolve()
-        resolved.is_file()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            resolved.stat()  # since Python 3.13 `resolve` and `is_file` are silent about links in a circle
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL or half a character in it, links in a circle
         why = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{what}: {str(path)[:80]!r} cannot be a path ({why[:80]}). Correct it.") from None

@@ -90,6 +90,11 @@ class ModelCard:
         write_text_atomic(directory / "README.md", redacted(text))
 
 
+def without_front_matter(card: str) -> str:
+    """A card's text without the metadata for the Hub before it, which is no Markdown."""
+    return card.partition("\n---\n")[2].lstrip() if card.startswith("---\n") else card
+
+
 def front_matter(recipe_name: str, metrics: Mapping[str, Any], lineage: Lineage) -> dict[str, Any]:
     """The card's metadata in the Hub's terms; names that the Hub cannot resolve are left out of it."""
     pretrained = lineage["pretrained_model"]

@@ -28,7 +28,7 @@ from mllm_assets.layout import Layout
 from mllm_assets.project.read import materialize_command
 from mllm_assets.releases.cost import line_costs, total
 from mllm_assets.releases.hub_push import PushSpec, files_to_push, push, require_current
-from mllm_assets.releases.model_card import DatasetLineage, Lineage
+from mllm_assets.releases.model_card import DatasetLineage, Lineage, without_front_matter
 from mllm_assets.releases.publish import Candidate, publish, read_judgement
 from mllm_assets.releases.versions import Release, current_release
 from mllm_assets.worker.tasks import VerifyTask
@@ -95,12 +95,13 @@ def released_model_asset(node: Node) -> dg.AssetsDefinition:
 def _release_result(
     release: Release, current: Release | None, layout: Layout, leaks: Sequence[str]
 ) -> dg.MaterializeResult:
+    card = (release.directory / "README.md").read_text(encoding="utf-8")
     return dg.MaterializeResult(
         data_version=dg.DataVersion(release.digest),
         metadata={
             "version": release.version,
             "current": current.version if current else "",
-            "model_card": dg.MetadataValue.md((release.directory / "README.md").read_text(encoding="utf-8")),
+            "model_card": in_window(without_front_matter(card)),
             "path": layout.relative(release.directory),
             "leaks": list(leaks),
             "gates": in_window(gates_markdown(read_manifest(release.directory)["gates"])),

@@ -16,7 +16,7 @@ from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.metrics import compute_metrics, read_metrics
 from mllm_assets.evaluation.table import to_table
 from mllm_assets.layout import Layout
-from mllm_assets.releases.model_card import Lineage
+from mllm_assets.releases.model_card import Lineage, without_front_matter
 from mllm_assets.releases.publish import Candidate, Judgement, publish
 from mllm_assets.releases.report import show_facts, show_text
 from mllm_assets.releases.versions import Release, current_release, list_releases
@@ -247,3 +247,9 @@ def test_a_release_says_that_it_was_trained_on_a_quantised_base(tmp_path: Path) 
     assert f"- Trained with `quantization_bit: 4`: adapters on a quantised base ({kind}), merged into the" in card
     plain = release(make_run(tmp_path / "plain"), tmp_path / "another").directory
     assert "quantised" not in (plain / "README.md").read_text()
+
+
+def test_the_page_of_a_release_shows_the_card_without_the_metadata_before_it() -> None:
+    """Dagster drew the YAML as a list of bullets, a screen of it before the first figure."""
+    assert without_front_matter("---\nlicense: other\n---\n\n# mine v1\n\n---\nend\n") == "# mine v1\n\n---\nend\n"
+    assert without_front_matter("# mine v1\n") == "# mine v1\n"
