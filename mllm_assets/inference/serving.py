@@ -204,9 +204,17 @@ def _problem(
 ) -> JSONResponse:
     """An error as OpenAI's clients read it; `param` is the field that must change."""
     kinds = {401: "authentication_error", 500: "server_error", 503: "server_error"}
-    message, param = (text and text.encode(errors="replace").decode() for text in (message, param))  # half characters
-    error = {"message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": status}
+    error = {
+        "message": _whole_characters(message),
+        "type": kinds.get(status, "invalid_request_error"),
+        "param": param and _whole_characters(param),
+        "code": status,
+    }
     return JSONResponse({"error": error}, status_code=status, headers=headers)
+
+
+def _whole_characters(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
 async def _refused(_: Request, error: HTTPException) -> JSONResponse:
