@@ -41,6 +41,7 @@ PATIENT = {
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_health_check_failure_threshold": "60",
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
+    "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "600",  # else the dashboard ends after 30 s
 }
 SELECT = 'key:"twin/checkpoint"'
 
