@@ -69,6 +69,7 @@ def test_a_task_of_another_package_leaves_no_process(tmp_path: Path) -> None:
     assert forks.kept() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["supervisor", "its child"])
 def test_a_kept_process_that_was_killed_meanwhile_is_replaced(which: str, tmp_path: Path) -> None:
     supervisor = supervisor_after(BuildTask(directory=tmp_path / "1"))
@@ -78,6 +79,7 @@ def test_a_kept_process_that_was_killed_meanwhile_is_replaced(which: str, tmp_pa
     wait_for(lambda: not child.is_running(), "the end of the child")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ended_by", ["its end", "SIGKILL"])
 def test_a_kept_process_ends_with_its_launcher(ended_by: str, tmp_path: Path) -> None:
     wait_s = "0" if ended_by == "its end" else "600"
