@@ -26,9 +26,8 @@ def num_steps_logged(project: Project) -> int:
 def find(victim: str, command: subprocess.Popen[str]) -> psutil.Process:
     """The trainer, the step worker that launched it, or the process of the whole run."""
     tree = descendants(command.pid)
-    loader, trainer = [p for p in tree if p.cmdline()[-2:] == ["mllm_assets.worker", "--fork"]]
-    assert trainer.ppid() == loader.pid
-    supervisor = psutil.Process(loader.ppid())
+    supervisor, loader, trainer = [p for p in tree if p.cmdline()[-2:] == ["mllm_assets.worker", "--fork"]]
+    assert (loader.ppid(), trainer.ppid()) == (supervisor.pid, loader.pid)
     step_worker = supervisor.parent()
     assert step_worker is not None and step_worker.pid != command.pid
     return {"trainer": trainer, "step worker": step_worker, "run": psutil.Process(command.pid)}[victim]
