@@ -15,7 +15,7 @@ from mllm_assets.evaluation.scores import METRICS, in_order
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
 from mllm_assets.training.runs.models import checkpoint_digest
-from mllm_assets.training.runs.plan import read_starting_model
+from mllm_assets.training.runs.run_file import read_starting_model
 from mllm_assets.worker.launch import run_worker
 from mllm_assets.worker.tasks import Accelerator, EvaluateTask, EvaluationSettings
 

@@ -10,7 +10,8 @@ from mllm_assets.errors import IntegrityError, MllmAssetsError, RecipeError
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import materialize_command, require_known_recipe, why_no_latest
 from mllm_assets.recipe.load import load_recipe, with_config_files
-from mllm_assets.training.runs.plan import overridden, semantic_values, shown_overrides, spec_of_run
+from mllm_assets.training.runs.plan import overridden, semantic_values, shown_overrides
+from mllm_assets.training.runs.run_file import spec_of_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,7 +34,7 @@ from mllm_assets.operations.findings import Finding
 from mllm_assets.project.read import materialize_command
 from mllm_assets.releases.versions import find_release_damage, released_recipes, version_folders
 from mllm_assets.training.runs.models import PUBLISHED
-from mllm_assets.training.runs.plan import RUN_FILE, read_run_file
+from mllm_assets.training.runs.run_file import RUN_FILE, read_run_file
 
 CHECK = "artefacts"
 MAKERS = {

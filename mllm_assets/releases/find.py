@@ -12,7 +12,7 @@ from mllm_assets.project.read import why_no_latest
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.releases.versions import current_release, is_release, list_releases, require_intact, version_folders
 from mllm_assets.training.runs.models import HOW_TO_NAME, NamedModel, find_model
-from mllm_assets.training.runs.plan import read_run_file
+from mllm_assets.training.runs.run_file import read_run_file
 
 
 def find_named_model(name: str | Path, layout: Layout) -> NamedModel:

@@ -116,8 +116,9 @@ def keep(forks: Forks) -> None:
 
 @atexit.register
 def end_kept() -> None:
-    """End the process that was kept."""
-    take(None)
+    """End what was kept: more than one process, if tasks ran in several threads."""
+    while _kept:
+        take(None)
 
 
 def can_fork(task: Task[Any], env: Mapping[str, str]) -> bool:

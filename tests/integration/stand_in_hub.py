@@ -10,11 +10,15 @@ import functools
 import hashlib
 import http.server
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -103,6 +107,15 @@ class StandInHub:
     def go_on(self) -> None:
         self._stall = None
         self._gate.set()
+
+    def kill_when_stalled(self, script: str, folder: Path, *, after: tuple[str, int]) -> None:
+        """Run a script for `folder` in a process of its own, and kill -9 it while a request waits, as `stall_after`."""
+        self.stall_after(*after)
+        env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": self.endpoint, "HF_HOME": str(folder / "hf")}
+        with subprocess.Popen([sys.executable, "-c", script, str(folder)], env=env) as process:
+            assert self.stalled.wait(300)
+            process.kill()
+        self.go_on()
 
     def wait_if_stalled(self) -> None:
         if self._stall is not None and self.count(self._stall[0]) > self._stall[1]:

@@ -1,10 +1,6 @@
 """The Hub source against a Hub that refuses, is slow, breaks off or cannot be reached."""
 
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -192,13 +188,7 @@ ingest(DatasetSpec(name="made", source=source, prompts=("What?",), split=split),
 def test_what_a_killed_ingest_left_is_deleted_by_the_next(hub: StandInHub, tmp_path: Path) -> None:
     expected, _ = ingested(hub, tmp_path / "calm")
     hub.forget()
-    hub.stall_after(FILES_READ, 6)
-    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
-    process = subprocess.Popen([sys.executable, "-c", INGEST, str(tmp_path)], env=env)
-    assert hub.stalled.wait(300)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    hub.go_on()
+    hub.kill_when_stalled(INGEST, tmp_path, after=(FILES_READ, 6))
     raw_folder = tmp_path / "data" / ".raw" / "made"
     assert list(raw_folder.glob(".*.tmp"))
     raw, _ = ingested(hub, tmp_path)

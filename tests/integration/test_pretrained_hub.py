@@ -1,12 +1,8 @@
 """Pretrained models from a stand-in Hub, through the real client."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,13 +160,7 @@ fetch_snapshot("made/model", "main", Path(sys.argv[1]) / "made")
 
 
 def test_killed_in_the_middle_nothing_is_published_and_the_next_run_goes_on(hub: StandInHub, tmp_path: Path) -> None:
-    hub.stall_after("GET /blob", 7)
-    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
-    process = subprocess.Popen([sys.executable, "-c", FETCH, str(tmp_path)], env=env)
-    assert hub.stalled.wait(300)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    hub.go_on()
+    hub.kill_when_stalled(FETCH, tmp_path, after=("GET /blob", 7))
     assert not (tmp_path / "made").exists()
     num_stored = sum(path.stat().st_size for path in (tmp_path / ".made.download").iterdir())
     assert num_stored > CHUNK_BYTES

@@ -22,7 +22,7 @@ from mllm_assets.training.encoding.turns import TurnTokenizer
 from mllm_assets.training.loop.engine import NUM_RELOAD_ROWS, train_task
 from mllm_assets.training.loop.trainer import FineTuner
 from mllm_assets.training.models.load import load_processor
-from mllm_assets.training.runs.plan import RUN_FILE
+from mllm_assets.training.runs.run_file import RUN_FILE
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import TrainTask, to_json
 from tests.integration.test_train_hidden_states import losses, make_task

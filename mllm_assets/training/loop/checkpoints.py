@@ -38,7 +38,7 @@ from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import weights_dtype
 from mllm_assets.training.models.load import cast_weights, load_config, load_model, publishing_dtype
 from mllm_assets.training.runs.models import starting_fingerprint
-from mllm_assets.training.runs.plan import StartingModel, read_starting_model
+from mllm_assets.training.runs.run_file import StartingModel, read_starting_model
 
 TRAINABLE_FILE = "trainable.safetensors"
 

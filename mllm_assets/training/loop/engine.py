@@ -57,7 +57,7 @@ from mllm_assets.training.models.load import (
     weights_digest,
 )
 from mllm_assets.training.runs.models import PUBLISHED, starting_fingerprint
-from mllm_assets.training.runs.plan import (
+from mllm_assets.training.runs.run_file import (
     DATA_DIGESTS,
     StartingModel,
     pin_setting,

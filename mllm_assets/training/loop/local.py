@@ -13,13 +13,7 @@ from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe
 from mllm_assets.training.runs.models import find_adapters
-from mllm_assets.training.runs.plan import (
-    plan_run,
-    point_latest,
-    published_note,
-    reopen_if_damaged,
-    shown_overrides,
-)
+from mllm_assets.training.runs.plan import plan_run, point_latest, published_note, reopen_if_damaged, shown_overrides
 from mllm_assets.worker.launch import run_worker
 from mllm_assets.worker.tasks import Accelerator, CacheSettings
 

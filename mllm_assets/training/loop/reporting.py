@@ -22,7 +22,7 @@ from mllm_assets.artifacts import write_text_atomic
 from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.runs.history import TRAINER_LOG, curve, folded, read_log, smoothed
-from mllm_assets.training.runs.plan import pin_setting, read_run_file
+from mllm_assets.training.runs.run_file import pin_setting, read_run_file
 
 if TYPE_CHECKING:
     from mllm_assets.training.loop.checkpoints import Resumable

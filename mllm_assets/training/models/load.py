@@ -102,10 +102,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _require_weights_for(config: Any, directory: Path) -> None:
     """Refuse a configuration of far more than the files hold: the library would fill memory with the rest first."""
-    held_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    if not (held_bytes := sum(path.stat().st_size for path in directory.glob("*.safetensors"))):
+        return
     with torch.device("meta"):
         described = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
-    if held_bytes and described > MAX_PARAMS_A_BYTE * held_bytes:
+    if described > MAX_PARAMS_A_BYTE * held_bytes:
         raise ModelError(
             f"{directory}/config.json describes a model of {described:,} parameters, and its weights have "
             f"{held_bytes:,} bytes. Make or download the model again."
@@ -171,7 +172,7 @@ def load_model(
             attn_implementation=attention,
             **quantized,
         )
-    except ModelError:
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # safetensors has a class of its own, and a configuration may name anything
         if not any(directory.glob("*.safetensors")) and (pickled := sorted(directory.glob("*.bin"))):

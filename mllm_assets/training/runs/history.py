@@ -12,7 +12,8 @@ from typing import Any, Literal
 from mllm_assets.artifacts import is_complete, read_manifest
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
-from mllm_assets.training.runs.plan import RUN_FILE, read_run_file, shown_overrides
+from mllm_assets.training.runs.plan import shown_overrides
+from mllm_assets.training.runs.run_file import RUN_FILE, read_run_file
 
 TRAINER_LOG = "trainer_log.jsonl"  # LLaMA-Factory's name and keys
 MAX_LOG_BYTES = 64 * 2**20  # some 300,000 lines

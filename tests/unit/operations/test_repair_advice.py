@@ -9,7 +9,7 @@ from mllm_assets.errors import IntegrityError
 from mllm_assets.layout import Layout
 from mllm_assets.operations.artefacts import find_artefacts, find_kept
 from mllm_assets.operations.repair import find_damages, repair
-from mllm_assets.training.runs.plan import RUN_FILE, read_run_file, read_starting_model
+from mllm_assets.training.runs.run_file import RUN_FILE, read_run_file, read_starting_model
 
 
 def test_a_split_is_made_again_with_the_one_that_is_made_beside_it(layout: Layout) -> None:

@@ -12,16 +12,8 @@ from mllm_assets.errors import IntegrityError, MllmAssetsError, RecipeError
 from mllm_assets.evaluation.run_lookup import find_run
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe, load_recipe
-from mllm_assets.training.runs.plan import (
-    DATA_DIGESTS,
-    RunPlan,
-    StartingModel,
-    describe_resume,
-    pin_setting,
-    plan_run,
-    point_latest,
-    record_starting_model,
-)
+from mllm_assets.training.runs.plan import RunPlan, describe_resume, plan_run, point_latest
+from mllm_assets.training.runs.run_file import DATA_DIGESTS, StartingModel, pin_setting, record_starting_model
 from mllm_assets.worker.tasks import from_json, to_json
 
 
