@@ -15,6 +15,7 @@ from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.layout import Layout
 from mllm_assets.store.mirror import Mirror
 from mllm_assets.store.objects import Store
+from mllm_assets.worker import interrupts
 from mllm_assets.worker.launch import WorkerCrashed, run_worker
 from mllm_assets.worker.ray_jobs import DEFAULT_ADDRESS, Cluster
 from mllm_assets.worker.tasks import Accelerator, Part, SharedTask, Task, TrainTask
@@ -104,7 +105,8 @@ class AcceleratorResource(dg.ConfigurableResource):
         relay: ProgressRelay | None = None
         try:
             if self.launcher == "ray":
-                return self._run_on_ray(context, key, task)
+                with interrupts.held_back():
+                    return self._run_on_ray(context, key, task)
             ends = dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
             with open_session(context, *ends) as session:
                 relay = ProgressRelay(context, key, session)

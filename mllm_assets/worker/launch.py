@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mllm_assets.redaction import redacted
-from mllm_assets.worker import forks, supervisor, usage
+from mllm_assets.worker import forks, interrupts, supervisor, usage
 from mllm_assets.worker.protocol import EXIT_OK, EXIT_USER_ERROR, error_from_payload
 from mllm_assets.worker.tasks import Accelerator, Task, result_from_json, to_json
 
@@ -59,7 +59,7 @@ def run_worker(
         WorkerCrashed: It ended otherwise.
         BaseException: Whatever interrupted the wait; the task's processes are gone by then.
     """
-    with tempfile.TemporaryDirectory(prefix="mllm_assets_") as folder:
+    with interrupts.held_back(), tempfile.TemporaryDirectory(prefix="mllm_assets_") as folder:
         task_path, result_path = Path(folder, "task.json"), Path(folder, "result.json")
         task_path.write_text(json.dumps(to_json(task)), encoding="utf-8")
         env = {**thread_variables(task.accelerator), **(env or {})}
@@ -140,6 +140,7 @@ def _wait(poll: Callable[[], int | None], on_poll: Callable[[], None] | None) ->
         if on_poll is not None:
             on_poll()
         time.sleep(POLL_S)
+        interrupts.raise_held()
     return code
 
 

@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from mllm_assets.errors import MachineError
 from mllm_assets.settings import PLUGINS
-from mllm_assets.worker import supervisor
+from mllm_assets.worker import interrupts, supervisor
 from mllm_assets.worker.launch import POLL_S, WorkerCrashed, read_outcome, thread_variables, worker_command
 from mllm_assets.worker.tasks import Accelerator, Task, to_json
 
@@ -109,6 +109,7 @@ class RayJob:
                         "begun: run it again."
                     ) from None
                 time.sleep(STATUS_EVERY_S)
+                interrupts.raise_held()
 
     def poll(self) -> bool:
         """Write the heartbeat and check the job; return whether it has succeeded, with its `outcome`.
@@ -250,4 +251,5 @@ def wait_for(jobs: Sequence[RayJob], on_poll: Callable[[], None]) -> list[Any]:
     while not all([job.poll() for job in jobs]):
         on_poll()
         time.sleep(POLL_S)
+        interrupts.raise_held()
     return [job.outcome for job in jobs]

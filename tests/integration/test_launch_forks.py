@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,28 @@ def test_tasks_share_a_process_until_a_variable_or_the_folder_is_another(
     assert other != first and not first.is_running()
     monkeypatch.chdir(tmp_path)
     assert supervisor_after(BuildTask(directory=tmp_path / "5")) != other and not other.is_running()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_arrives_in_a_finalizer_is_not_lost(number: signal.Signals, tmp_path: Path) -> None:
+    class Collected:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)  # the handler runs here, where Python ignores what it raises
+
+    waiting = [Collected()]
+
+    def raising(number: int, frame: object) -> None:
+        raise InterruptedError(number)
+
+    previous = signal.signal(number, raising)
+    task = FakeTask(what="variables", folder=tmp_path)
+    try:
+        with pytest.raises(InterruptedError):
+            run_worker(task, env={"PYTHONPATH": str(Path(__file__).parents[2])}, on_poll=waiting.clear)
+        assert signal.getsignal(number) is raising
+    finally:
+        signal.signal(number, previous)
 
 
 def test_a_task_of_another_package_leaves_no_process(tmp_path: Path) -> None:
