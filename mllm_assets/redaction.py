@@ -21,9 +21,9 @@ REDACTED = "[secret]"
 
 _KEYS = (
     "api access account auth client database db encryption host license master private service shared shared_?access "
-    "sign signing ssh storage"
+    "sign signing ssh storage subscription"
 ).split()
-_TOKENS = "access api app auth bearer deploy hub id job private refresh security session".split()
+_TOKENS = "access api app auth bearer deploy hub id identity job private refresh security session vault".split()
 _NAMED_LIKE_A_SECRET = re.compile(
     rf"(?i)(?:TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|PASSCODE|(?<!COM)(?<!BY)(?<!ASK)PASS|(?!^)(?<!OLD)PWD"
     rf"|(?:_|{'|'.join(_KEYS)}|priv|secret)KEY|WEBHOOK(?:_UR[LI])?|_HOOK|CRED(?:ENTIAL)?S?|JWT|_PAT|BEARER|AUTHORIZATION"
@@ -44,7 +44,7 @@ _TOKEN = re.compile(
     r"|SG\.[\w-]{22}\.[\w-]{43}|[0-9a-z]{32}-us[0-9]{1,2}|(?:AC|SK)[a-z0-9]{32}"  # SendGrid, Mailchimp, Twilio
     r"|npm_[A-Za-z0-9]{36}|(?<=:_authToken=)\S+|pypi-[A-Za-z0-9_-]{50,}"  # registries
     r"|[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27}|\b\d{8,10}:[0-9A-Za-z_-]{35}"  # Discord, Telegram
-    r"|\b(?:ya29\.|dckr_pat_|r8_|gsk_|shp(?:at|ca|pa|ss)_|do[opr]_v1_|hv[sb]\.|nvapi-|xai-|pplx-|lin_api_|api_org_"
+    r"|\b(?:ya29\.|dckr_pat_|r8_|gsk_|shp(?:at|ca|pa|ss)_|do[opr]_v1_|hv[sb]\.|nvapi-|xai-|pplx-|lin_api_|api_org_|GOCSPX-"
     r"|AGE-SECRET-KEY-1)[A-Za-z0-9_-]{20,}"  # others of models, registries and clouds
     r"|(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]+=*\.[A-Za-z0-9_-]+=*(?:\.[A-Za-z0-9_.+/=-]*)?"  # JSON web tokens
     r"|-{0,5}(?:BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY|PuTTY-User-Key-File)"
@@ -55,12 +55,45 @@ _SIGNED = re.compile(
     r"(?i)(?<![a-z0-9])(?P<before>(?:sig|(?:x-(?:amz|goog)-)?(?:signature|credential|security-token)|awsaccesskeyid"
     r"|key-pair-id)(?:=|%3D))[^&\s'\"\\]{6,}"
 )
-# what follows an option, a login of .netrc, or such a name in an address
-_SAID = re.compile(
-    r"(?i)(?P<before>(?<!\S)--?(?:password|passwd|passphrase|token|secret|(?:api|auth)-?(?:key|token))[ =]\s*"
-    r"|\bmachine\s+\S+\s+login\s+\S+\s+password\s+|;\s*pwd=|[?&](?:token|auth|code|key|pwd|pass)=)(?P<value>[^\s&;'\"]{6,})"
+_OPTIONS = (
+    r"(?:[\w-]{0,40}[_-])?"
+    rf"(?:pass(?:word|wd|phrase)?|pwd|token|secret|(?:{'|'.join(_KEYS)}|secret)[_-]?(?:key|token))"
 )
-_COOKIE = re.compile(r"(?i)(?P<before>\bcookie:\s*)[^\r\n'\"]+")
+# what follows an option (in a list of arguments too), a variable of Docker or csh, or such a name in an address
+_SAID = re.compile(
+    rf"(?i)(?P<before>(?<![^\s'\"])--?{_OPTIONS}(?:['\"],\s*|[ =]\s*)(?P<quote>['\"])?"
+    rf"|\b(?:env|arg|setenv|set|export)\s+\w{{0,40}}password\s+|\b(?:requirepass|masterauth)\s+"
+    r"|(?P<sure>;\s*(?:pwd|pass)=|[?&](?:token|auth|code|key|pwd|pass)=))(?P<value>(?![$<])(?(quote)[^'\"\n]+|[^\s&;'\"]{4,}))"
+)
+# where a value alone is a password: a line of .netrc or .pgpass, commands, SQL
+_SPOKEN = re.compile(
+    r"(?i)(?P<before>\b(?:machine\s+\S+|default)(?:\s+(?:login|account)\s+\S+)+\s+password\s+"
+    r"|\bmachine\s+\S+\s+password\s+(?=\S+\s+(?:login|account)\s)"
+    r"|(?:^|(?<=[\s'\"]))(?=[^\s:'\"]{0,100}[a-z*.])[^\s:'\"]{1,100}:(?:\d{4,5}|\*):(?:(?!\d+:)[^\s:'\"]+:){2}(?!//)(?![0-9a-f:]+(?!\S))"
+    r"|(?:(?<!\S)-u|(?<!\S)--(?:proxy-)?user[ =])\s*['\"]?(?!\d+:\d)[^\s:'\"$-][^\s:'\"]*:(?!//|[a-z]+(?![^\s,.]))"
+    r"|\bcurl\b[^\n;|&]{0,200}?\s-[a-z]*u\s*['\"]?[^\s:'\"$-][^\s:'\"]*:(?!//)"
+    r"|\b(?:sshpass|mysql\w*|mariadb\S*|(?:docker|podman|helm|registry|az)\s+login)\b[^\n;|&]{0,200}?\s-p\s*"
+    r"|\bredis-cli\b[^\n;|&]{0,200}?\s(?:-a|--pass)\s+|(?<=\s)-pass(?:in|out)\s+pass:"
+    r"|\b(?:identified\s+by|password)[\s(]+(?P<quote>['\"])|\bjdbc:oracle:\w+:\w+/)"
+    r"(?!['\"\[$])(?P<value>(?(quote)[^'\"\n]+|[^\s'\"@]{3,}))"
+)
+# <password>...</password>, and an element that another names by an attribute
+_ELEMENT = re.compile(
+    rf"(?i)(?P<before><(?:[\w.-]+:)?(?:[\w.-]{{0,40}}(?:{'|'.join(_KEYS)}|secret|access)[_-]?(?:key|token)(?:id)?|"
+    r"[\w.-]{0,40}(?:password|passwd|passphrase|secret|session_?token))(?:\s[^<>]{0,200})?>"
+    r"|<\w+\s[^<>]{0,200}?\b(?:key|name)=['\"][^'\"<>]{0,40}(?:password|secret|(?:api|access|private)_?key|token)['\"]"
+    r"(?:\s*>|\s+value=['\"]))(?:<!\[CDATA\[)?(?!\[secret\])[^<>\"']+(?:]]>)?"
+)
+# name:password@host without a scheme; name:tag@sha256 is an image, and mailto: one of many words before an address
+_USER_AT_HOST = re.compile(
+    r"(?<![\w:/.@%+-])(?P<before>[A-Za-z_][\w.+-]{0,60}:)(?P<value>[^\s@:/'\",]{3,100})"
+    r"(?P<after>@(?!sha\d+:|md5:)[A-Za-z0-9][\w.-]*(?P<place>:\d|\(|/|::)?)"
+)
+_COOKIE = re.compile(r"(?i)(?P<before>\bcookie(?::\s*|=))[^\r\n'\"]+")
+# Digest, Hawk, OAuth, AWS4-HMAC-SHA256: a list of names and values, of which several are secret
+_HEADER_OF_PAIRS = re.compile(
+    r"(?i)(?P<before>\bauthorization\\*['\"]?\s*[:=]\s*\\*['\"]?)[a-z0-9-]+\s+\w+\s*=[^\r\n]+"
+)
 _AWS_SECRET = re.compile(r"(?i)(?P<before>aws.{0,80}?['\"])[0-9a-z/+]{40}(?=['\"])")
 _HEADER = re.compile(
     r"(?i)(?P<before>\b(?:authorization\\*['\"]?\s*[:=]\s*\\*['\"]?(?:[a-z]+\s+)?|(?:set-)?cookie:\s*"
@@ -71,7 +104,8 @@ _USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@:'\"]*:(?!\d{1,5}/)(?:(?!://)[^\s'
 _TOKEN_OF_ADDRESS = re.compile(r"(?<=://)([^\s/@:'\"]+)@")  # https://token@host
 _SETTING = re.compile(
     rf"(?i)(?P<before>\b(?P<name>\w*(?:(?:{'|'.join(_KEYS)})[_-]?key|(?:{'|'.join(_TOKENS)})[_-]?token|password|passwd"
-    r"|passphrase|secret(?:[_-]?key(?:_base)?|_value)?|_pwd|(?:_|db|key)pass|connection[_-]?string|\btoken))"
+    r"|passphrase|secret(?:[_-]?key(?:_base)?|_value)?|_pwd|(?:_|db|key)pass|connection[_-]?string|private_key_id"
+    r"|\b_auth|\b(?:auth|pass)(?=\\*['\"]?\s*[:=]\s*\\*['\"])|\btoken))"
     r"(?P<sign>\\*['\"]?\s*(?::=|=>|[=:]|%3D|\\+u003d)\s*)"
     r"(?P<open>\\*['\"])?)(?!null|None|\[secret\]|\$[({])(?P<value>(?(open)(?:(?!\\*['\"])[^\n])+|[^\s'\",}]+))"
 )
@@ -93,7 +127,8 @@ def redacted(text: str) -> str:
         for form in _forms(value):
             text = text.replace(form, name)
     text = _SAID.sub(_without_said, text)
-    for shape in (_AWS_SECRET, _COOKIE):
+    text = _USER_AT_HOST.sub(_without_password, text)
+    for shape in (_SPOKEN, _ELEMENT, _AWS_SECRET, _COOKIE, _HEADER_OF_PAIRS):
         text = shape.sub(rf"\g<before>{REDACTED}", text)
     text = _SIGNED.sub(rf"\g<before>{REDACTED}", _HEADER.sub(_without_header, text))
     text = _USER_OF_ADDRESS.sub("", _TOKEN.sub(REDACTED, text))
@@ -114,8 +149,13 @@ def _forms(value: str) -> list[str]:
 
 
 def _without_said(found: re.Match[str]) -> str:
-    is_sure = found["before"][0] in "mM;"
-    return found["before"] + REDACTED if is_sure or _looks_random(found["value"]) else found[0]
+    is_word = not found["sure"] and re.fullmatch(r"[a-z]+[.,;:!?)]*", found["value"])  # "the --token option"
+    return found[0] if is_word else found["before"] + REDACTED
+
+
+def _without_password(found: re.Match[str]) -> str:
+    is_word = re.fullmatch(r"[A-Za-z._-]+", found["value"]) and not found["place"]  # "author:me@mail.test"
+    return found[0] if is_word or found["value"].isdigit() else found["before"] + REDACTED + found["after"]
 
 
 def _without_header(found: re.Match[str]) -> str:
@@ -126,14 +166,15 @@ def _without_value(found: re.Match[str]) -> str:
     prose = (
         found["name"].lower() in _PLAIN_WORDS and not found["open"] and re.fullmatch(r"\s*:\s+|\s+=\s+", found["sign"])
     )
-    is_word = prose or found["name"].lower() == "token"  # "token: <eos>" is no secret, quoted or not
-    return found[0] if is_word and not _looks_random(found["value"]) else found["before"] + REDACTED
+    may_be_word = prose or found["name"].lower() in ("token", "auth", "pass")  # "token: <eos>", quoted or not
+    least = MIN_CHARS if found["name"].lower() == "token" else 6  # of which ids and versions are printed
+    return found[0] if may_be_word and not _looks_random(found["value"], least) else found["before"] + REDACTED
 
 
-def _looks_random(value: str) -> bool:
+def _looks_random(value: str, least: int = MIN_CHARS) -> bool:
     """Whether a text is not a word or a name: long, or with digits, signs or capitals inside."""
     value = value.rstrip(".,;:!?)")
-    return len(value) >= MIN_CHARS and bool(re.search(r"\d|[a-z][A-Z]|[!#$%&*+=?@^~]|.{20}", value))
+    return len(value) >= least and bool(re.search(r"\d|[a-z][A-Z]|[!#$%&*+=?@^~]|.{20}", value))
 
 
 def redacted_value(value: Any) -> Any:

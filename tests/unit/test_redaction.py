@@ -168,6 +168,65 @@ def test_what_looks_like_a_secret_is_not_shown(text: str, shown: str | None) -> 
     assert redacted(text) == (shown or text)
 
 
+@pytest.mark.attack("secrets")
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            'Authorization: Digest username="me", realm="r", response="6629fae49393a053"',
+            "Authorization: [secret]",
+        ),
+        ('authorization: Hawk id="x", mac="j4h3g2jj4h3g2"', "authorization: [secret]"),
+        ("Authorization: AWS4-HMAC-SHA256 SignedHeaders=host", "Authorization: [secret]"),
+        ("<password>a b</password>", "<password>[secret]</password>"),
+        ("<s:Password type='x'>ab</s:Password>", "<s:Password type='x'>[secret]</s:Password>"),
+        ("<SecretAccessKey>ab/c</SecretAccessKey>", "<SecretAccessKey>[secret]</SecretAccessKey>"),
+        ("<password><![CDATA[a<b]]></password>", "<password>[secret]<b]]></password>"),
+        ('<add key="ApiKey" value="ab" />', '<add key="ApiKey" value="[secret]" />'),
+        ('<entry key="db.password">ab</entry>', '<entry key="db.password">[secret]</entry>'),
+        ("curl -sSu me:plain https://h", "curl -sSu me:[secret] https://h"),
+        ("curl -u 'me:hunter2' https://h", "curl -u 'me:[secret]' https://h"),
+        ("tool --proxy-user=me:h23 x", "tool --proxy-user=me:[secret] x"),
+        ("--password hunter2 --hf-token 'a cd'", "--password [secret] --hf-token '[secret]'"),
+        ("['login', '--db_password', 'hunter2']", "['login', '--db_password', '[secret]']"),
+        ("wget --ftp-password hunter2", "wget --ftp-password [secret]"),
+        ("--secret-key=a1b2", "--secret-key=[secret]"),
+        ("mysql -u me -phunter2 db", "mysql -u me -p[secret] db"),
+        ("docker login -u me -p hunter h", "docker login -u me -p [secret] h"),
+        ("sshpass -p hunter ssh h", "sshpass -p [secret] ssh h"),
+        ("redis-cli -h h -a hunter", "redis-cli -h h -a [secret]"),
+        ("openssl rsa -passin pass:hunter", "openssl rsa -passin pass:[secret]"),
+        ("ENV DB_PASSWORD hunter2", "ENV DB_PASSWORD [secret]"),
+        ("requirepass hunter2", "requirepass [secret]"),
+        ("to me:hunter2@db.test:5432/x", "to me:[secret]@db.test:5432/x"),
+        ("me:words@tcp(db:3306)/d", "me:[secret]@tcp(db:3306)/d"),
+        ("jdbc:oracle:thin:me/words@db:1521", "jdbc:oracle:thin:me/[secret]@db:1521"),
+        ("machine h account a password hunter", "machine h account a password [secret]"),
+        ("machine h\n  password ab1\n  login me", "machine h\n  password [secret]\n  login me"),
+        ("default login me password hunter", "default login me password [secret]"),
+        ("db.test:5432:shop:me:hunter", "db.test:5432:shop:me:[secret]"),
+        ("read *:*:*:me:a/b from", "read *:*:*:me:[secret] from"),
+        ("AccountKey=abc/def+ghi==", "AccountKey=[secret]"),
+        ('"private_key_id": "0123456789abcdef"', '"private_key_id": "[secret]"'),
+        ('{"auth": "dXNlcjpwYXNz"}, _auth=dXNlcg', '{"auth": "[secret]"}, _auth=[secret]'),
+        ("IDENTIFIED BY 'a b'", "IDENTIFIED BY '[secret]'"),
+        (
+            "X-Vault-Token: ab, Ocp-Apim-Subscription-Key: ab",
+            "X-Vault-Token: [secret], Ocp-Apim-Subscription-Key: [secret]",
+        ),
+        ("mllm-assets generate -p 'What is this?', pytest -p no:cacheprovider, docker run -p 80:80 -u 1000:1000", None),
+        ("docker run --user $(id -u):$(id -g), python -u app:main, --token $HF_TOKEN, --pad_token <pad>", None),
+        ("python:3.11-slim@sha256:0123456789abcdef, x:emoji_sft@v2, 10:45@noon, mailto:me@mail.test", None),
+        ("see a.py:1234:5:E501:line, at 2026:1129:16:22:08, aa:bb:cc:dd:ee:ff, fe80:1234:1:2:3", None),
+        ("machine learning password store, the default password policy, set password to use it", None),
+        ("<answer>left</answer> <token> </token>, auth: none, the --token option", None),
+    ],
+)
+def test_a_secret_of_a_command_a_file_or_a_header_is_not_shown(text: str, shown: str | None) -> None:
+    """Each was printed whole: a header of several values, XML, options, `name:password@host`, .netrc and .pgpass."""
+    assert redacted(text) == (shown or text)
+
+
 def test_values_of_the_environment_are_named_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a/b+c=defgh")
@@ -202,7 +261,23 @@ def test_prints_and_logs_are_redacted_and_the_streams_come_back(capfd: pytest.Ca
     assert TOKEN not in shown and shown.count("[secret]") == 3
 
 
-@pytest.mark.parametrize("text", ["eyJ" * 30_000, "BEGIN " * 20_000, "-" * 50_000, "key" * 30_000, "bearer " * 20_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eyJ" * 30_000,
+        "BEGIN " * 20_000,
+        "-" * 50_000,
+        "key" * 30_000,
+        "bearer " * 20_000,
+        "a:" * 50_000,
+        "<a " * 30_000,
+        "machine a login " * 9_000,
+        "--a-" * 30_000,
+        "mysql " * 20_000,
+        "a" * 99_999 + "@",
+        "\x27, \x27" * 20_000,
+    ],
+)
 def test_a_long_text_takes_no_time(text: str) -> None:
     started_s = time.process_time()
     redacted(text)
