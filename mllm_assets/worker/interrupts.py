@@ -28,7 +28,6 @@ def held_back() -> Iterator[None]:
             handler(number, frame)
         _held.append(lambda: handler(number, None))
 
-    _held.clear()
     for number in raising:
         signal.signal(number, hold)
     try:
@@ -36,7 +35,7 @@ def held_back() -> Iterator[None]:
     finally:
         for number, handler in raising.items():
             signal.signal(number, handler)
-    raise_held()
+        raise_held()  # also where the block fails: a worker that ended by the same signal would be tried again
 
 
 def raise_held() -> None:
@@ -45,5 +44,7 @@ def raise_held() -> None:
     Raises:
         BaseException: KeyboardInterrupt, Dagster's interrupt, or what else the handler raises.
     """
-    while _held:
-        _held.pop()()
+    if _held:
+        first = _held[0]
+        _held.clear()
+        first()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,15 +16,18 @@ from mllm_assets.redaction import redacted
 
 MAX_LINES = 200  # of a run's output that are kept
 GRACE_S = 60  # a run that is stopped ends its worker first
+PATIENCE_S = 30  # longer than a worker's grace; a second Stop kills then
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Launch:
-    """One command, its process and the end of what it printed."""
+    """One command, its process, the end of what it printed, and when it was asked to stop (monotonic)."""
 
     title: str
     process: subprocess.Popen[str]
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_LINES))
+    stop_asked_s: float | None = None
+    patience_s: float = PATIENCE_S
 
     @property
     def is_running(self) -> bool:
@@ -34,9 +38,31 @@ class Launch:
         """In a few words."""
         code = self.process.poll()
         if code is None:
-            return "running"
+            return self._stopping() if self.stop_asked_s is not None else "running"
         named = {0: "finished", 1: "ended with failed gates or assets", 2: "refused", 130: "stopped"}
-        return named.get(code, "stopped" if code == -signal.SIGTERM else f"ended with exit code {code}")
+        named |= {-signal.SIGTERM: "stopped", -signal.SIGKILL: "killed"}
+        return named.get(code, f"ended with exit code {code}")
+
+    def _stopping(self) -> str:
+        waited_s = time.monotonic() - (self.stop_asked_s or 0.0)
+        if waited_s < self.patience_s:
+            return f"stopping for {waited_s:.0f} s; it ends its worker first"
+        return f"has not stopped in {waited_s:.0f} s. Stop again kills it; what was saved is kept"
+
+    def stop(self) -> str:
+        """Ask it to end as Ctrl-C would, or kill it if it was asked long ago; returns what happens now.
+
+        Started again, it goes on from what it has saved in both cases: a run may end at any instant.
+        """
+        if self.stop_asked_s is None:
+            self.stop_asked_s = time.monotonic()
+            self.process.send_signal(signal.SIGTERM)
+            return "Stopping: what was finished is kept, and started again it goes on from there."
+        left_s = self.stop_asked_s + self.patience_s - time.monotonic()
+        if left_s > 0:
+            return f"It is stopping already. If it has not ended in {left_s:.0f} s, Stop kills it."
+        self.process.kill()  # its supervisor sees that, and ends the worker
+        return "Killed: what was saved is kept, and started again it goes on from there."
 
 
 class Launches:
@@ -87,16 +113,15 @@ class Launches:
         threading.Thread(target=_read, args=[launch], daemon=True).start()
         return launch
 
-    def stop(self, title: str) -> Launch:
-        """Stop a run as Ctrl-C would: what was finished is kept, and the same command goes on from there.
+    def stop(self, title: str) -> str:
+        """Stop a run, see `Launch.stop`.
 
         Raises:
             RecipeError: No such run is running.
         """
         for launch in reversed(self._launches):
             if launch.title == title and launch.is_running:
-                launch.process.send_signal(signal.SIGTERM)
-                return launch
+                return launch.stop()
         raise RecipeError(f"{title} is not running.")
 
     def stop_all(self) -> None:

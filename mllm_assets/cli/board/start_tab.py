@@ -146,8 +146,7 @@ def _told(action: Any) -> Any:
 def _stopping(launches: Launches, title: str | None) -> str:
     if not title:
         raise RecipeError("Choose a run that this page started.")
-    launches.stop(title)
-    return '<div class="board-done">Stopping: what was finished is kept, and started again it goes on from there.</div>'
+    return f'<div class="board-done">{launches.stop(title)}</div>'
 
 
 def _written(layout: Layout, name: str, text: str | None) -> str:
