@@ -16,7 +16,7 @@ from mllm_assets.data.ingest.sources import ingest
 from mllm_assets.data.ingest.spec import DatasetSpec, QualitySpec, SourceSpec
 from mllm_assets.data.ingest.split_spec import SplitSpec
 from mllm_assets.data.quality.assess import assess
-from mllm_assets.data.quality.browse import FLAGGED, SampleQuery, browse
+from mllm_assets.data.quality.browse import FLAGGED, PAGE_SIZE, SampleQuery, browse
 from mllm_assets.data.quality.store import QualityStore, table_for, utc_now
 from mllm_assets.errors import DataError
 from mllm_assets.evaluation.metrics import sample_metrics
@@ -254,3 +254,20 @@ def test_words_to_search_for_are_only_words(root: Path, words: str) -> None:
         browse(Layout(root), SampleQuery(dataset=words))
     with pytest.raises(DataError, match="cannot be ordered"):
         browse(Layout(root), SampleQuery(dataset="made", order=words))
+
+
+def test_the_last_pages_of_many_samples_need_no_more_memory_than_the_first(tmp_path: Path) -> None:
+    """All texts before the page were sorted, which is more than the database's share of the memory."""
+    number, layout, key = 20_000, Layout(tmp_path), {"dataset": "large", "run_id": "run"}
+    ids = [f"{index:08}" for index in range(number)]
+    judged = key | {"quality_digest": "quality", "raw_digest": "raw"}
+    QualityStore(layout.quality_db).write({
+        "samples": table_for("samples", [key | {"sample_id": name, "caption": name * 400} for name in ids]),
+        "verdicts": table_for(
+            "verdicts", [judged | {"sample_id": name, "row_index": index} for index, name in enumerate(ids)]
+        ),
+        "assessments": table_for("assessments", [judged | {"written_at": utc_now()}]),
+    })  # fmt: skip
+    last = browse(layout, SampleQuery(dataset="large", page=-(-number // PAGE_SIZE), order="longest text first"))
+    assert [sample.sample_id for sample in last.samples] == ids[number // PAGE_SIZE * PAGE_SIZE :]
+    assert last.num_matching == number and last.samples[0].text.startswith(last.samples[0].sample_id)
