@@ -106,7 +106,7 @@ def images_by_digest(rows: Iterable["EncodedRow | Row"], digests: FileDigests) -
         for path in row.images:
             if path not in seen:
                 seen.add(path)
-                found.setdefault(digests.of(path), EncodedRow(id=row.id, input_ids=(), labels=(), images=(path,)))
+                found.setdefault(digests.of(path), EncodedRow.of_picture(path, row.id))
     return found
 
 

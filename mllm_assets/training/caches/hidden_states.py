@@ -67,7 +67,8 @@ def first_trained_layer(names: Sequence[str], num_layers: int) -> int | str:
 def num_bytes(rows: Sequence[EncodedRow], hidden_size: int, precision: Precision) -> int:
     """Return what the hidden states of all different rows take."""
     width = 4 if precision.weights == torch.float32 else 2
-    return sum(len(tokens) for tokens, _ in {(row.input_ids, row.images) for row in rows}) * hidden_size * width
+    lengths = {(bytes(row.input_ids), row.images): len(row.input_ids) for row in rows}
+    return sum(lengths.values()) * hidden_size * width
 
 
 def prefix_fingerprint(
@@ -101,7 +102,7 @@ class HiddenStateStore(ImageStore):
 
     def name(self, row: EncodedRow) -> str:
         """Return the digest of a row's tokens and of its images' bytes."""
-        return digest_json([row.input_ids, [self.digest(path) for path in row.images]])
+        return digest_json([list(row.input_ids), [self.digest(path) for path in row.images]])
 
     def batch(self, rows: Sequence[EncodedRow], length: int) -> torch.Tensor:
         """Return hidden_BTH, padded on the right with zeros to `length` tokens.

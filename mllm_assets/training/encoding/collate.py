@@ -4,6 +4,7 @@ Shape suffixes: B rows, T tokens of the longest row padded up to a multiple, N i
 S supervised positions of the row that has most.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -128,7 +129,7 @@ class Collator:
         labels_BT = self._pad([row.labels for row in rows], length, IGNORE_INDEX)
         batch = {
             "input_ids": input_ids_BT,
-            "attention_mask": self._pad([(1,) * len(row.input_ids) for row in rows], length, 0),
+            "attention_mask": self._pad([array("i", [1]) * len(row.input_ids) for row in rows], length, 0),
             "labels": labels_BT,
             **self._token_types(input_ids_BT, rows, length),
         }
@@ -214,12 +215,12 @@ class Collator:
             return {key: (input_ids_BT == self.image_token_id).long()}
         # what is supervised must not be seen from before it, so a prompt ends where the first label is
         num_before = [sum(1 for _ in takewhile(lambda label: label == IGNORE_INDEX, row.labels)) for row in rows]
-        types = [(0,) * n + (1,) * (len(row.labels) - n) for n, row in zip(num_before, rows, strict=True)]
+        types = [array("i", [0] * n + [1] * (len(row.labels) - n)) for n, row in zip(num_before, rows, strict=True)]
         return {key: self._pad(types, length, 0)}
 
-    def _pad(self, sequences: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
+    def _pad(self, sequences: "Sequence[array[int]]", length: int, value: int) -> torch.Tensor:
         padded_BT = torch.full((len(sequences), length), value, dtype=torch.long)
         for index, sequence in enumerate(sequences):
             at = slice(None, len(sequence)) if self.padding.side == "right" else slice(length - len(sequence), None)
-            padded_BT[index, at] = torch.tensor(sequence, dtype=torch.long)
+            padded_BT[index, at] = torch.frombuffer(sequence, dtype=torch.int32)
         return padded_BT

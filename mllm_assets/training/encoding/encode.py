@@ -5,8 +5,9 @@ turn included, becomes a label; so do those of a question with `train_on_prompt`
 Source: llamafactory 0.9.5, `data/mm_plugin.py` and `data/processor/supervised.py`.
 """
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,23 +32,39 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 
 
+def no_tokens() -> "array[int]":
+    """The tokens of nothing."""
+    return array("i")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedRow:
     """One row's tokens: `input_ids` and `labels` are of one length, `images` in the order of their placeholders.
 
+    Tokens are held as C's int, 4 bytes each, where a tuple of Python's numbers takes up to ten times that.
     `grids_thw` has the images' patches in time, height and width, for models that need them; `num_patches` is how many
     the tower sees of all images, None if it is the same for every image; `positions` restart at each row of a packed
     sequence, and are empty if rows are not packed.
     """
 
     id: str
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    input_ids: "array[int]"
+    labels: "array[int]"
     images: tuple[Path, ...] = ()
     num_tokens_cut: int = 0
     grids_thw: tuple[tuple[int, int, int], ...] = ()
     num_patches: int | None = None
-    positions: tuple[int, ...] = ()
+    positions: "array[int]" = field(default_factory=no_tokens)
+
+    @classmethod
+    def of_picture(cls, path: Path, row_id: str) -> "EncodedRow":
+        """A picture of a row alone, for the tower."""
+        return cls(id=row_id, input_ids=no_tokens(), labels=no_tokens(), images=(path,))
+
+    @property
+    def num_supervised(self) -> int:
+        """How many of its tokens are learnt."""
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 class ImageCutError(DataError):
@@ -82,13 +99,17 @@ class Encoder:
         family = processor_family(processor)
         self.cutoff_len = settings.cutoff_len
         self.template = find_template(settings.template, family)
+        self.image_token_id = image_token_id(processor)
         self.turns = TurnTokenizer(
-            processor.tokenizer, self.template, system=settings.system, enable_thinking=settings.enable_thinking
+            processor.tokenizer,
+            self.template,
+            image_token=family.image_token,
+            system=settings.system,
+            enable_thinking=settings.enable_thinking,
         )
         self.train_on_prompt = train_on_prompt
         self.mask_history = mask_history
         self._drops_history_thought = mask_history and not preserve_thinking
-        self.image_token_id = image_token_id(processor)
         self._tokenizer, self._num_embeddings = processor.tokenizer, num_embeddings
         self._slots = family.slots(processor, family.image_token)
         self._image_limits = {"max_pixels": settings.image_max_pixels, "min_pixels": settings.image_min_pixels}
@@ -117,7 +138,7 @@ class Encoder:
             labels += source if self.train_on_prompt else [IGNORE_INDEX] * source_len
             labels += [IGNORE_INDEX] * target_len if is_history else target
         encoded = self._row(row, slots, input_ids, labels, num_tokens_cut)
-        if all(label == IGNORE_INDEX for label in labels):
+        if labels.count(IGNORE_INDEX) == len(labels):
             raise DataError(
                 f"Row {row.id} supervises no token: cutoff_len is {self.cutoff_len}, and its answers are empty or cut "
                 f"off ({num_tokens_cut} tokens). Raise cutoff_len or drop the row."
@@ -144,8 +165,8 @@ class Encoder:
         patches = [slot.num_patches for slot in slots]
         encoded = EncodedRow(
             id=row.id,
-            input_ids=tuple(input_ids),
-            labels=tuple(labels),
+            input_ids=array("i", input_ids),
+            labels=array("i", labels),
             images=tuple(row.images),
             num_tokens_cut=num_tokens_cut,
             grids_thw=tuple(slot.grid_thw for slot in slots if slot.grid_thw is not None),
@@ -211,10 +232,11 @@ class Encoder:
 
     def _require_embedded(self, row: EncodedRow) -> None:
         """Refuse tokens that the tokenizer has and the model has not; image tokens are replaced."""
-        used = (*row.input_ids, self._tokenizer.pad_token_id or 0)
-        if self._num_embeddings is None or max(used) < self._num_embeddings:
+        pad, limit = self._tokenizer.pad_token_id or 0, self._num_embeddings
+        if limit is None or max(row.input_ids, default=0) < limit > pad:
             return
-        beyond = next((id_ for id_ in used if id_ >= self._num_embeddings and id_ != self.image_token_id), None)
+        ids = (*row.input_ids, pad)
+        beyond = next((id_ for id_ in ids if id_ >= limit and id_ != self.image_token_id), None)
         if beyond is not None:
             who, token = f"Row {row.id}" if row.id else "The prompt", self._tokenizer.convert_ids_to_tokens(beyond)
             raise DataError(

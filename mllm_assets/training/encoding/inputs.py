@@ -1,6 +1,7 @@
 """What a run reads: the recipe's rows, encoded once."""
 
 import bisect
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
 
 T = TypeVar("T")
+NUM_QUIET = 10_000  # rows that are encoded, or pictures that are opened, in about a second
 STOPPING = {
     "interleave_under": "first_exhausted",
     "interleave_over": "all_exhausted",
@@ -59,7 +61,7 @@ def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, reporter: "R
     encoder = make_encoder(spec, processor, model_dir)
     if spec.packs:
         _check_packing(spec, processor, reporter)
-    train_rows, eval_rows = (encode_rows(encoder, rows, spec) for rows in read_rows(spec, dataset))
+    train_rows, eval_rows = (encode_rows(encoder, rows, spec, reporter) for rows in read_rows(spec, dataset))
     _warn_of_cuts([*train_rows, *eval_rows], spec, reporter)
     warn_of_labels(train_rows, spec, processor, reporter)
     if spec.packs:
@@ -163,14 +165,14 @@ def read_rows(spec: TrainSpec, dataset: Dataset) -> tuple[list[Row], list[Row]]:
     return train_rows, merged(spec.eval_entries) if spec.eval_entries else held_out
 
 
-def encode_rows(encoder: Encoder, rows: Sequence[Row], spec: TrainSpec) -> list[EncodedRow]:
+def encode_rows(encoder: Encoder, rows: Sequence[Row], spec: TrainSpec, reporter: "Reporter") -> list[EncodedRow]:
     """Encode rows.
 
     Raises:
         DataError: `cutoff_len` cuts into images (names the number of rows and the least that works), or a row is wrong.
     """
     encoded, cut = [], []
-    for row in rows:
+    for row in shown(rows, "encode", reporter):
         try:
             encoded.append(encoder.encode(row))
         except ImageCutError as error:
@@ -184,6 +186,17 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], spec: TrainSpec) -> list[
             f"works for all of them is {least}: set cutoff_len: {least}. The first one: {cut[0]}"
         )
     return encoded
+
+
+def shown(items: Sequence[T], stage: str, reporter: "Reporter") -> Iterator[T]:
+    """Yield the items; while they are many, say how many are done."""
+    is_long = len(items) > NUM_QUIET
+    for done, item in enumerate(items):
+        if is_long and done % 1000 == 0:
+            reporter.progress(stage, done, len(items))
+        yield item
+    if is_long:
+        reporter.progress(stage, len(items), len(items))
 
 
 def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
@@ -224,7 +237,7 @@ def check_pictures(rows: Iterable[EncodedRow], reporter: "Reporter") -> None:
     for row in rows:
         for path in row.images:
             used.setdefault(path, row.id)
-    for why, num_pictures in departures(used.items()).items():
+    for why, num_pictures in departures(shown([*used.items()], "check pictures", reporter)).items():
         reporter.warn(departure_text(why, num_pictures))
 
 
@@ -317,9 +330,9 @@ def _knapsacks(rows: Sequence[EncodedRow], capacity: int) -> Iterator[list[Encod
 def _joined(rows: Sequence[EncodedRow]) -> EncodedRow:
     return EncodedRow(
         id=", ".join(row.id for row in rows),
-        input_ids=tuple(chain.from_iterable(row.input_ids for row in rows)),
-        labels=tuple(chain.from_iterable(row.labels for row in rows)),
+        input_ids=array("i", chain.from_iterable(row.input_ids for row in rows)),
+        labels=array("i", chain.from_iterable(row.labels for row in rows)),
         images=tuple(chain.from_iterable(row.images for row in rows)),
         num_tokens_cut=sum(row.num_tokens_cut for row in rows),
-        positions=tuple(chain.from_iterable(range(len(row.input_ids)) for row in rows)),
+        positions=array("i", chain.from_iterable(range(len(row.input_ids)) for row in rows)),
     )

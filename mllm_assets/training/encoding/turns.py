@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
 from mllm_assets.errors import DataError
 from mllm_assets.families.family import Template, fill
+from mllm_assets.training.encoding.texts import TextTokenizer
 
 if TYPE_CHECKING:
     from mllm_assets.data.sharegpt.rows import Message, Row
@@ -30,10 +31,19 @@ class TurnTokenizer:
         control_token: Matches the tokens that a text must not hold.
     """
 
-    def __init__(self, tokenizer: Any, template: Template, *, system: str | None, enable_thinking: bool | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: Template,
+        *,
+        image_token: str,
+        system: str | None,
+        enable_thinking: bool | None,
+    ) -> None:
         self.system = system
         self.control_token = control_token_pattern(tokenizer)
         self._tokenizer = tokenizer
+        self._tokens = TextTokenizer(tokenizer, image_token).ids
         self._template = template
         self._enable_thinking = enable_thinking
 
@@ -112,9 +122,6 @@ class TurnTokenizer:
                 f"Row {row.id}: {place} holds {found.group()!r}, which steers the model and would be read as that, not "
                 "as text. Take it out, or drop the row."
             )
-
-    def _tokens(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
 
 
 def control_token_pattern(tokenizer: Any) -> re.Pattern[str]:

@@ -119,9 +119,8 @@ def inspect(recipe: Recipe, root: Path, *, row: int = 0, device: str = "auto", c
 
 def row_facts(row: EncodedRow) -> str:
     """How much of a row there is."""
-    num_supervised = sum(label >= 0 for label in row.labels)
     cut = f", {row.num_tokens_cut} cut off" if row.num_tokens_cut else ""
-    return f"{len(row.input_ids)} tokens, {num_supervised} supervised{cut}, {len(row.images)} images"
+    return f"{len(row.input_ids)} tokens, {row.num_supervised} supervised{cut}, {len(row.images)} images"
 
 
 def token_text(row: EncodedRow, processor: Any, *, colour: bool) -> str:
@@ -148,7 +147,7 @@ def _image_lines(row: EncodedRow, collator: Collator, processor: Any, folder: Pa
         folder.mkdir(parents=True, exist_ok=True)
         with open_picture(path) as original:
             source = f"{path.name} {original.width}x{original.height} {original.mode}"
-        one = EncodedRow(id=row.id, input_ids=(), labels=(), images=(path,))
+        one = EncodedRow.of_picture(path, row.id)
         for tile, image in enumerate(seen_images(one, collator, processor)):
             target = folder / f"{path.stem}-{number}-{tile}.png"
             image.save(target)

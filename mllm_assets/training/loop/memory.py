@@ -119,7 +119,7 @@ def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEsti
         kept += _kept(patches, vision, getattr(vision, family.vision_layers_key), checkpointed) * width
     elif not plan.tower:
         kept += patches * (HIDDEN_KEPT * vision.hidden_size + INTERMEDIATE_KEPT * vision.intermediate_size) * width
-    num_supervised = max(sum(label >= 0 for label in row.labels) for row in rows)
+    num_supervised = max(row.num_supervised for row in rows)
     head_trains = any("embed_tokens" in name or "lm_head" in name for name in names)
     logits = batch * num_supervised * (3 * text.vocab_size if head_trains else LOSS_BLOCK) * 4
     merges_here = quantization is not None and setup.device.kind == "cpu"

@@ -81,7 +81,7 @@ class _BatchSize:
         return cls(
             num_rows=setup.spec.per_device_train_batch_size,
             num_tokens=-(-max(len(row.input_ids) for row in rows) // 8) * 8,
-            num_supervised=max(sum(label >= 0 for label in row.labels) for row in rows),
+            num_supervised=max(row.num_supervised for row in rows),
             num_images=max(len(row.images) for row in rows),
             num_image_tokens=max(row.input_ids.count(image_token) for row in rows),
         )

@@ -1,6 +1,7 @@
 """What a run caches, and the reason where it does not; shards by content."""
 
 import os
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ def make_plan(
             setattr(getattr(shape_config, part), key, value)
     shape = freezing.apply(spec, model_on_meta(shape_config))
     images = (Path("a.png"),) * num_images
-    rows = [EncodedRow(id=str(i), input_ids=(1, 2, i), labels=(-100, 2, i), images=images) for i in range(48)]
+    rows = [
+        EncodedRow(id=str(i), input_ids=array("i", [1, 2, i]), labels=array("i", [-100, 2, i]), images=images)
+        for i in range(48)
+    ]
     inputs = Inputs(processor=None, train_rows=rows, eval_rows=[], digests=FileDigests())
     device = Device(kind="cpu", name="a CPU", driver="", memory_gib=8)
     return plan_caches(

@@ -90,7 +90,7 @@ def test_the_smallest_cutoff_for_all_rows_is_named_and_works(parity_dir: Path, p
     )
     rows = Dataset(tmp_path).entry("conversations").rows
     with pytest.raises(DataError) as caught:
-        encode_rows(make_encoder(spec, processor, parity_dir / "model"), rows, spec)
+        encode_rows(make_encoder(spec, processor, parity_dir / "model"), rows, spec, Reporter())
     message = re.match(
         r"cutoff_len 40 cuts into the images of (\d) of 9 rows. The smallest that works for all of them is (\d+): set "
         r"cutoff_len: (\d+). The first one: Row conversations\[\d\] is cut inside its images: cutoff_len 39 leaves",
@@ -99,9 +99,9 @@ def test_the_smallest_cutoff_for_all_rows_is_named_and_works(parity_dir: Path, p
     assert message and message[2] == message[3]
     least = int(message[2])
     enough, tighter = replace(spec, cutoff_len=least), replace(spec, cutoff_len=least - 1)
-    assert encode_rows(make_encoder(enough, processor, parity_dir / "model"), rows, enough)
+    assert encode_rows(make_encoder(enough, processor, parity_dir / "model"), rows, enough, Reporter())
     with pytest.raises(DataError, match="cuts into the images of"):
-        encode_rows(make_encoder(tighter, processor, parity_dir / "model"), rows, tighter)
+        encode_rows(make_encoder(tighter, processor, parity_dir / "model"), rows, tighter, Reporter())
 
 
 def test_a_row_that_supervises_nothing_is_refused(processor: Any) -> None:

@@ -62,7 +62,7 @@ def data_directory(folder: Path, pictures: list[bytes]) -> Path:
 
 
 def row_of(path: Path) -> EncodedRow:
-    return EncodedRow(id="r1", input_ids=(), labels=(), images=(path,))
+    return EncodedRow.of_picture(path, "r1")
 
 
 @pytest.fixture

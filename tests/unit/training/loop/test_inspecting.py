@@ -61,7 +61,7 @@ def test_the_picture_written_is_what_the_tower_gets(
     inspect(root, capsys, "--row", "0")
     (path,) = (root / "outputs" / "r" / "inspect").glob("*.png")
     source = root / "data" / "images" / f"{path.stem.removesuffix('-0-0')}.png"
-    row = EncodedRow(id="r", input_ids=(), labels=(), images=(source,))
+    row = EncodedRow.of_picture(source, "r")
     pixels = Collator(load_processor(parity_dir / "model")).tower_inputs([row])["pixel_values"][0]
     shown = np.asarray(Image.open(path)).transpose(2, 0, 1) / 127.5 - 1
     assert np.abs(shown - pixels.numpy()).max() < 1 / 127

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def make_spec(**values: Any) -> TrainSpec:
 
 def estimate(spec: TrainSpec, shape: freezing.TrainableSet, quantization: Quantization | None = None) -> MemoryEstimate:
     """What a run of one row with 64 tokens, 8 of them supervised, and one image takes on a CPU."""
-    labels = (-100,) * 56 + (1,) * 8
-    row = EncodedRow(id="a", input_ids=(1,) * 64, labels=labels, images=(Path("a.png"),))
+    labels = array("i", [-100] * 56 + [1] * 8)
+    row = EncodedRow(id="a", input_ids=array("i", [1] * 64), labels=labels, images=(Path("a.png"),))
     setup = Setup(
         spec=spec,
         model_dir=Path("m"),

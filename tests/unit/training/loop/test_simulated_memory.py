@@ -1,5 +1,6 @@
 """What a run takes on a GPU, from a whole step of gemma-3-4b's shape on fake tensors, and what follows from it."""
 
+from array import array
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ def card(free_gib: float) -> Device:
 def gemma_3_4b(recipe: str, *, free_gib: float = 80.0, **values: Any) -> Setup:
     """A run of gemma-3-4b in bf16, rows with one image each; on `meta`, so nothing is allocated."""
     spec = make_spec(bf16=True, **RECIPES[recipe], **values)
-    labels = (-100,) * (NUM_TOKENS - NUM_SUPERVISED) + (1,) * NUM_SUPERVISED
-    ids = (IMAGE_TOKEN,) * 256 + (1,) * (NUM_TOKENS - 256)
+    labels = array("i", [-100] * (NUM_TOKENS - NUM_SUPERVISED) + [1] * NUM_SUPERVISED)
+    ids = array("i", [IMAGE_TOKEN] * 256 + [1] * (NUM_TOKENS - 256))
     row = EncodedRow(id="a", input_ids=ids, labels=labels, images=(Path("a.png"),))
     return Setup(
         spec=spec,

@@ -1,0 +1,68 @@
+"""Token ids of texts, in which a run of image tokens costs as much as one, and a text that comes again nothing."""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+NUM_KEPT = 1024  # texts whose ids are kept: questions recur, answers mostly do not
+MAX_KEPT_CHARS = 1000  # of one of them: about 4 MB together
+
+
+class TextTokenizer:
+    """Tokenises without special tokens of its own.
+
+    A picture is hundreds of times the same token. Tokenizers split a text at such a token before they read the rest, so
+    that the ids around a run do not depend on how long it is; one that behaves otherwise reads each text as it is.
+
+    Args:
+        tokenizer: The model's.
+        image_token: What is repeated; one token.
+    """
+
+    def __init__(self, tokenizer: Any, image_token: str) -> None:
+        self._tokenizer, self._image_token = tokenizer, image_token
+        self._run = re.compile(f"(?:{re.escape(image_token)})+")
+        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        self._kept_ids = lru_cache(NUM_KEPT)(self._read)
+        self._image_id = tokenizer.convert_tokens_to_ids(image_token)
+        probe = f"a {image_token * 3}\n{image_token}b"
+        self._shortens_runs = self._with_runs(probe) == tokenizer.encode(probe, add_special_tokens=False)
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text, in a list of the caller's own."""
+        if not text:
+            return []
+        return self._with_runs(text) if self._shortens_runs else list(self._read(text))
+
+    def _with_runs(self, text: str) -> list[int]:
+        if self._image_token not in text:
+            return list(self._read_or_kept(text))
+        lengths: list[int] = []
+
+        def one(run: re.Match[str]) -> str:
+            lengths.append(len(run.group()) // len(self._image_token))
+            return self._image_token
+
+        short = self._read_or_kept(self._run.sub(one, text))
+        if short.count(self._image_id) != len(lengths):
+            return list(self._read(text))
+        ids: list[int] = []
+        begin = 0
+        for length in lengths:
+            end = short.index(self._image_id, begin)
+            ids += short[begin:end]
+            ids += [self._image_id] * length
+            begin = end + 1
+        ids += short[begin:]
+        return ids
+
+    def _read_or_kept(self, text: str) -> Sequence[int]:
+        return self._kept_ids(text) if len(text) <= MAX_KEPT_CHARS else self._read(text)
+
+    def _read(self, text: str) -> Sequence[int]:
+        # The library's `encode` makes masks and offsets around these ids, for twice their time
+        backend = self._backend
+        if backend is not None and backend.truncation is None and backend.padding is None:
+            return backend.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(text, add_special_tokens=False)
