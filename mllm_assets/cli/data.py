@@ -106,8 +106,21 @@ def _add_dataset(arguments: argparse.Namespace) -> int:
     print(f"  {materialize_command(made.name)}")
     print(f"  mllm-assets quality rejects --dataset {made.name}")
     print("  mllm-assets check-data data")
-    print(f"and put `dataset: {train}` and `eval_dataset: {val}` into a recipe in configs/.")
+    for line in _how_to_train(root, made.name, train, val):
+        print(line)
     return 0
+
+
+def _how_to_train(root: Path, name: str, train: str, val: str) -> list[str]:
+    """A recipe on a new dataset: a copy of the demo's, where it is there, which `mllm-assets board` writes too."""
+    example = root / "configs" / "emoji_sft.yaml"
+    if not example.is_file():
+        return [f"and put `dataset: {train}` and `eval_dataset: {val}` into a recipe in configs/."]
+    return [
+        "Then train on it, with a recipe like the demo's (or one from `mllm-assets board`, tab Start):",
+        f"  sed 's/emoji_/{name}_/' configs/emoji_sft.yaml > configs/{name}_sft.yaml",
+        f"  mllm-assets run {name}_sft",
+    ]
 
 
 def shown_text(text: str) -> str:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tests.unit.data.made_datasets import encode, made_spec, picture, png, run_l
 
 pytestmark = pytest.mark.not_fast
 
+REPOSITORY = Path(__file__).parents[3]
 TALK = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "!"}]
 
 
@@ -70,6 +72,21 @@ def test_a_folder_with_captions(home: Path, capsys: pytest.CaptureFixture[str]) 
     assert output.startswith("10 samples; wrote ")
     assert "mllm-assets run garden_birds" in output
     assert "note: 'Garden Birds' is called garden_birds here" in output
+
+
+def test_the_commands_that_it_prints_make_a_recipe_on_the_new_entries(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A reader was told to put two keys into "a recipe", and had none."""
+    captioned(home / "birds")
+    (home / "configs").mkdir(exist_ok=True)
+    shutil.copy(REPOSITORY / "configs" / "emoji_sft.yaml", home / "configs")
+    assert main(["add-dataset", "birds"]) == 0
+    [command] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  sed ")]
+    subprocess.run(command, shell=True, cwd=home, check=True)
+    recipe = yaml.safe_load((home / "configs" / "birds_sft.yaml").read_text())
+    found = (recipe["dataset"], recipe["eval_dataset"], recipe["output_dir"])
+    assert found == ("birds_train", "birds_val", "outputs/birds_sft")
 
 
 def test_folders_by_class(home: Path) -> None:
