@@ -22,6 +22,8 @@ from mllm_assets.families.image_slots import (
     token_per_patch,
 )
 
+SUPPORTED = "5.23"  # the oldest transformers that this package runs with
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
@@ -95,6 +97,8 @@ class Family:
         vision_cut: Its `vision_cuts.VisionCut`, where the frozen tower's output is kept; None computes it at each step.
         packed_masks: What `neat_packing` masks attention with, as `trainer.gemma3_masks`; None refuses to pack rows.
         caches_hidden_states: Whether what enters the lowest layer that trains is kept; needs `vision_cut`.
+        transformers_since: The oldest transformers that computes the same from the same files. 4.57 has other positions
+            for SmolVLM's patches, and its attention leaves PaliGemma's soft cap out.
     """
 
     name: str
@@ -115,6 +119,11 @@ class Family:
     vision_cut: str | None = None
     packed_masks: str | None = None
     caches_hidden_states: bool = False
+    transformers_since: str = SUPPORTED
+
+    @property
+    def in_transformers_4(self) -> bool:
+        return self.transformers_since.startswith("4.")
 
 
 FAMILIES: dict[str, Family] = {}  # by `model_type`
@@ -196,6 +205,7 @@ for _entry in (
         token_types=("token_type_ids", "images"),
         sees_ahead=True,
         vision_cut=f"{_CUTS}:Gemma3Cut",
+        transformers_since="4.57",
         packed_masks="mllm_assets.training.loop.trainer:gemma3_masks",
         caches_hidden_states=True,
     ),
@@ -214,6 +224,7 @@ for _entry in (
         sees_ahead=True,
         loads_whole_processor=False,
         vision_cut=f"{_CUTS}:Gemma4Cut",
+        transformers_since="5.5",
     ),
     _qwen(
         name="Qwen2.5-VL",
@@ -223,6 +234,7 @@ for _entry in (
         processor="Qwen2_5_VLProcessor",
         vision_keys=("visual.patch_embed", "visual.blocks"),
         vision_cut=f"{_CUTS}:Qwen2Cut",
+        transformers_since="4.57",
     ),
     _qwen(
         name="Qwen3-VL",
@@ -235,6 +247,7 @@ for _entry in (
         processor="Qwen3VLProcessor",
         vision_keys=("visual.pos_embed", "visual.patch_embed", "visual.blocks", "visual.deepstack_merger_list"),
         vision_cut=f"{_CUTS}:Qwen3Cut",
+        transformers_since="4.57",
     ),
     Family(
         name="LLaVA",
@@ -252,6 +265,7 @@ for _entry in (
         image_token="<image>",
         slots=token_per_patch,
         vision_cut=f"{_CUTS}:LlavaCut",
+        transformers_since="4.57",
     ),
     Family(
         name="SmolVLM",

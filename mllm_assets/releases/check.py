@@ -12,6 +12,7 @@ from mllm_assets.errors import IntegrityError
 from mllm_assets.releases import reload_check
 from mllm_assets.releases.files import ADAPTER
 from mllm_assets.training.models.load import load_model, quiet_libraries
+from mllm_assets.training.models.older_transformers import oldest_reader
 from mllm_assets.worker.tasks import Verification, VerifyTask
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def verify(task: VerifyTask, reporter: "Reporter") -> Verification:
             f"{expected:.8f}. Materialise the checkpoint again."
         )
     _require_same_adapter(directory, found)
+    found["oldest_transformers"] = oldest_reader(directory)
     return Verification(**{f.name: found[f.name] for f in fields(Verification) if f.name in found})
 
 

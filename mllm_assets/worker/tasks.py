@@ -289,6 +289,7 @@ class Verification:
     num_unexpected: int
     num_params: int
     loss: float
+    oldest_transformers: str | None = None  # that computes the same from its files
     adapter_loss: float | None = None
     adapter_max_logit_difference: float | None = None
 

@@ -90,6 +90,7 @@ def test_a_release_loads_in_a_new_process_with_transformers_alone(run_dir: Path,
     verification = read_manifest(release.directory)["verification"]
     assert (verification["num_missing"], verification["num_unexpected"]) == (0, 0)
     assert verification["num_params"] == 265_088
+    assert verification["oldest_transformers"] == "5.23", "the tower's tensors have no `vision_model.` in their names"
     script = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n"

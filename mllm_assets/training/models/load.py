@@ -18,6 +18,7 @@ from mllm_assets.disk import no_space_is_an_error
 from mllm_assets.errors import IntegrityError, ModelError
 from mllm_assets.families.family import FAMILIES, Family, find_family
 from mllm_assets.hub.snapshot import require_safe_shards
+from mllm_assets.training.models.older_transformers import add_old_spelling
 from mllm_assets.training.models.quantization import Quantization, keep_trainable
 from mllm_assets.training.models.weight_files import SharedFiles, share_with
 
@@ -216,6 +217,7 @@ def save_model(model: Any, processor: Any, directory: Path, *, source: Path, sha
     else:
         shared.write(model, source, directory)
     processor.save_pretrained(directory)
+    add_old_spelling(directory, processor.tokenizer)
     for name in ("generation_config.json", "chat_template.jinja"):
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)

@@ -180,7 +180,7 @@ def test_what_does_not_verify_is_not_published(tmp_path: Path) -> None:
 
 
 def test_the_card_carries_lineage_results_and_the_command(tmp_path: Path) -> None:
-    verified = {"num_missing": 0, "num_unexpected": 0, "loss": 1.25}
+    verified = {"num_missing": 0, "num_unexpected": 0, "loss": 1.25, "oldest_transformers": "4.57"}
     card = (
         release(make_run(tmp_path / "run"), tmp_path, verify=lambda _: verified).directory / "README.md"
     ).read_text()
@@ -190,6 +190,7 @@ def test_the_card_carries_lineage_results_and_the_command(tmp_path: Path) -> Non
         "| training data `pets_train`, 40 rows | me/pets | 1ab | `aaaaaaaaaaaaaaaa` | not stated |",
         "parquet: pets \\| cats",
         "loss on a fixed input 1.250000",
+        "```\n\nIt takes transformers 4.57 or newer.\n`PATH`",
         "learning_rate: 0.001",
         LINEAGE["command"],
     ):
