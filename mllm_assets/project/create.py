@@ -29,10 +29,13 @@ def create_project(folder: Path, *, name: str | None = None) -> list[str]:
         name: Of its Python package and code location; by default the folder's.
 
     Raises:
-        RecipeError: The folder holds something, or the name cannot be a package's. Nothing was written.
+        RecipeError: The folder holds something, or a name cannot be a folder's or a package's. Nothing was written.
         MachineError: The folder cannot be made or written.
     """
     folder = folder.absolute()
+    for what in (folder.name, name or ""):
+        if not what.isprintable():
+            raise RecipeError(f"{what[:40]!r} holds a character that cannot be printed. Name the project otherwise.")
     was_there = os.path.lexists(folder)
     try:
         return _create_project(folder, name)

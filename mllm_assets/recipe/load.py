@@ -29,6 +29,7 @@ _REQUIRED = {
 }
 # for the checks of the other values of a recipe that lacks them
 _STAND_INS = {"model_name_or_path": "model", "dataset": "dataset", "template": next(iter(TEMPLATES))}
+MAX_SHOWN = 200  # characters
 _NAMES = [*KEYS, *ALIASES]
 
 
@@ -145,15 +146,21 @@ def with_config_files(recipe: Recipe, root: Path) -> Recipe:
 
 def _override_entries(overrides: Mapping[str, object] | Sequence[str] | None) -> dict[str, Entry]:
     if isinstance(overrides, Mapping):
-        return {key: Entry(value, redacted(f"override {key}={value}")) for key, value in overrides.items()}
+        return {key: Entry(value, _shown(f"override {key}={value!s:.{MAX_SHOWN}}")) for key, value in overrides.items()}
     entries = {}
     for argument in overrides or ():
         key, equals, text = argument.partition("=")
-        where = redacted(f"argument {argument!r}")
+        where = _shown(f"argument {argument!r}")
         if not equals or not key:
             raise RecipeError(f"{where}: expected key=value, for example max_steps=10.")
         entries[key.strip()] = Entry(parse_value(text, where), where)
     return entries
+
+
+def _shown(where: str) -> str:
+    """A place in a recipe or command as messages name it: a value of any length is not repeated whole."""
+    text = redacted(where)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _check(written: str, entry: Entry) -> tuple[str, Entry, str | None]:

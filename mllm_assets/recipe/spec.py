@@ -27,6 +27,7 @@ from mllm_assets.recipe.method_keys import (
     method_problems,
     split_names,
 )
+from mllm_assets.recipe.ranges import range_problems
 
 LrScheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -41,12 +42,6 @@ TRACKERS = ("mlflow", "wandb")
 NOT_FOR_RUNS = ("data", "pretrains", "releases", "cache", "configs")  # folders of the project with other contents
 _OF_RUNS = re.compile(r"latest|predictions|eval_metrics|[0-9a-f]{16}(-\d+)?")  # what a folder of runs holds
 MAX_NAME_BYTES = 200  # of the file system's 255: a run's directory, its lock and leftovers have longer names
-# Keys whose number must be above 0, and keys where it may be 0; null passes
-_POSITIVE = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps cutoff_len
-    num_train_epochs image_min_pixels max_samples save_total_limit early_stopping_steps preprocessing_batch_size
-    preprocessing_num_workers""".split()
-_NOT_NEGATIVE = """learning_rate weight_decay max_grad_norm warmup_steps seed eval_delay dataloader_num_workers
-    neftune_noise_alpha adam_epsilon ddp_timeout""".split()
 
 
 class InvalidValueError(RecipeError):
@@ -170,7 +165,7 @@ class TrainSpec(MethodKeys):
         # What LLaMA-Factory, transformers or this engine would refuse
         groups = (
             method_problems,
-            _range_problems,
+            range_problems,
             _output_dir_problems,
             _conflicts,
             _data_problems,
@@ -248,34 +243,6 @@ class TrainSpec(MethodKeys):
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values of all fields; `TrainSpec(**values)` reads them back."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-
-def _range_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
-    if spec.max_steps < -1:
-        text = f"max_steps is {spec.max_steps}: expected a number of steps, or -1 for num_train_epochs. Change it."
-        yield "max_steps", text
-    for key in _POSITIVE:
-        value = getattr(spec, key)
-        if value is not None and value <= 0:
-            yield key, f"{key} is {value}: expected a number above 0. Change it or delete the line."
-    for key in _NOT_NEGATIVE:
-        if (getattr(spec, key) or 0) < 0:
-            yield key, f"{key} is {getattr(spec, key)}: expected 0 or more. Change it or delete the line."
-    for key in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(spec, key) < 1:
-            yield key, f"{key} is {getattr(spec, key)}: expected 0 or more and below 1. Change it or delete the line."
-    for key in ("seed", "data_seed"):
-        if (getattr(spec, key) or 0) >= 2**32:
-            yield key, f"{key} is {getattr(spec, key)}: expected a number below 2**32, numpy's limit. Change it."
-    if not 0 <= spec.label_smoothing_factor < 1:
-        text = f"label_smoothing_factor is {spec.label_smoothing_factor}: expected 0 or more and below 1. Change it."
-        yield "label_smoothing_factor", text
-    if spec.warmup_ratio is not None and not 0 <= spec.warmup_ratio <= 1:
-        yield "warmup_ratio", f"warmup_ratio is {spec.warmup_ratio}: expected a share from 0 to 1. Change it."
-    for kind in ("logging", "eval", "save"):
-        steps = getattr(spec, f"{kind}_steps")
-        if getattr(spec, f"{kind}_strategy") == "steps" and (steps <= 0 or (steps > 1 and steps != int(steps))):
-            yield f"{kind}_steps", f"{kind}_steps is {steps}: expected a whole number or a share below 1. Change it."
 
 
 def _output_dir_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:

@@ -291,3 +291,16 @@ def test_a_name_that_is_no_text_is_printed_all_the_same(monkeypatch: pytest.Monk
     assert main(["check-data", "x\udc80"]) == 2
     sys.stderr.flush()
     assert b"x\\udc80" in sys.stderr.buffer.getvalue()
+
+
+@pytest.mark.attack("names")
+@pytest.mark.parametrize("name", ["a\nb", "a\x01b", "a\x7fb", "\u202eevil", "a\udcffb"], ids=ascii)
+def test_a_project_has_a_name_that_can_be_printed(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`init` made the folder, and its advice to go there broke in two lines."""
+    for arguments in ([str(tmp_path / name)], [str(tmp_path / "fine"), "--name", name]):
+        assert main(["init", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and "cannot be printed" in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

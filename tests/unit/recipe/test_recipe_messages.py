@@ -1,11 +1,14 @@
 """Every mistake that a recipe can hold: what is said, with file and line and a next step."""
 
+import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from mllm_assets.errors import RecipeError
 from mllm_assets.recipe.load import Recipe, load_recipe
+from mllm_assets.recipe.spec import TrainSpec
 
 BASE = "model_name_or_path: model\ndataset: emoji_train\ntemplate: gemma3\ndo_train: true\n"  # 4 lines
 
@@ -266,6 +269,30 @@ def test_a_missing_file_a_folder_and_a_binary_are_told_apart(tmp_path: Path) -> 
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match=r"b.yaml cannot be read as a text file \('utf-8' codec"):
         load_recipe(tmp_path / "b.yaml")
+
+
+@pytest.mark.attack("YAML")
+@pytest.mark.parametrize("num_zeros", [18, 400, 5000])
+def test_a_number_that_would_overflow_is_refused_by_its_line(load, num_zeros: int) -> None:
+    """`ddp_timeout: 1e18` was taken, and ended in an OverflowError of the library hours later."""
+    with pytest.raises(RecipeError) as caught:
+        load(f"{BASE}ddp_timeout: 1{'0' * num_zeros}\n")
+    assert re.match(r"r\.yaml:5: (the value of )?ddp_timeout:? ", str(caught.value)) and len(str(caught.value)) < 300
+
+
+NUMBERS = sorted(key for key, hint in get_type_hints(TrainSpec).items() if {int, float} & {hint, *get_args(hint)})
+HELD = {"val_size", "max_grad_norm", "adam_epsilon", "warmup_steps"}  # a number of rows, no clipping, and floats
+
+
+@pytest.mark.attack("YAML")
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_of_a_recipe_has_an_end(load, key: str) -> None:
+    for value in ("1e300", str(10**18), str(10**400)):
+        if value == str(10**18) and key in HELD:
+            continue
+        with pytest.raises(RecipeError) as caught:
+            load(BASE, [f"{key}={value}"])
+        assert f"{key}" in str(caught.value) and len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(

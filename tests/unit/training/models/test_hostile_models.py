@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mllm_assets.errors import ModelError
 from mllm_assets.training.models.adapters import read_config
@@ -91,6 +91,39 @@ def test_a_configuration_of_no_model_is_a_sentence(
     text = values if isinstance(values, str) else changed(model_dir, part, **values)
     (model_dir / "config.json").write_text(text)
     with pytest.raises(ModelError, match=said):
+        load_model(model_dir)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["lm_head", "norm", "patch_embedding"])
+def test_weights_that_are_no_numbers_are_named(model_dir: Path, name: str, value: float) -> None:
+    """One damaged value in a base trained until the first step's NaN, which said nothing of the file."""
+    path = model_dir / "model.safetensors"
+    tensors = load_file(path)
+    key = next((key for key in tensors if name in key), next(iter(tensors)))
+    tensors[key].view(-1)[-1] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"hold NaN or infinity: \S+ \(torch\.float32\), so that"):
+        load_model(model_dir)
+
+
+def test_weights_that_a_narrow_type_cannot_hold_are_named(model_dir: Path) -> None:
+    path = model_dir / "model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = 1e6
+    save_file(tensors, path, metadata={"format": "pt"})
+    load_model(model_dir)
+    with pytest.raises(ModelError, match=r"\(torch\.float16\).* may need bf16 or float32"):
+        load_model(model_dir, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("method", ["bitnet-of-nobody", "gptq", 3, None])
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_weights_that_were_stored_quantised_are_refused(model_dir: Path, part: str | None, method: object) -> None:
+    """A method that the library does not know was passed by, and the weights were loaded as if they were plain."""
+    settings = {"quant_method": method} if method is not None else {"bits": 2}
+    (model_dir / "config.json").write_text(changed(model_dir, part, quantization_config=settings))
+    with pytest.raises(ModelError, match=r"config\.json: quantization_config says .* Download the model that it was"):
         load_model(model_dir)
 
 
