@@ -68,8 +68,8 @@ class Preview:
 def preview(spec: DatasetSpec, rows: Iterable[SourceRow], val_share: float) -> Preview:
     """Judge rows as `assess` would, and split them as `split` would; all texts and looks are in memory.
 
-    The sizes of `spec` are ignored: `val_share` of the usable samples validate, at least one, and as many test where
-    that is enough to judge by.
+    The sizes of `spec` are ignored: `val_share` of the usable samples validate, and as many test where that is enough
+    to judge by. Of few samples up to a fifth validate: a tenth of 30 tells no gain from chance, and releases nothing.
     """
     samples = _Samples()
     measured = list(measure_images(samples.collect(rows), spec.quality.decode_limits))
@@ -83,7 +83,7 @@ def preview(spec: DatasetSpec, rows: Iterable[SourceRow], val_share: float) -> P
     num_usable = int((accepted & (np.char.find(ids, b"-") < 0)).sum()) if len(ids) else 0
     num_train = num_val = num_test = 0
     if num_usable > 1:
-        num_val = max(1, round(val_share * num_usable))
+        num_val = max(1, round(val_share * num_usable), min(MIN_TEST, num_usable // 5))
         num_test = num_val if num_val >= MIN_TEST else 0
         num_train = num_usable - num_val - num_test
         sizes = replace(spec.split, num_train=num_train, num_val=num_val, num_test=num_test)

@@ -66,7 +66,7 @@ def test_a_folder_with_captions(home: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["add-dataset", str(folder)]) == 0
     found = attributes(home, "garden_birds")
     assert found["source"] == {"kind": "image_folder", "path": "my/Garden Birds"}
-    assert found["split"] == {"num_train": 9, "num_val": 1}
+    assert found["split"] == {"num_train": 8, "num_val": 2}
     assert built(home, "garden_birds") == 10
     output = capsys.readouterr().out
     assert output.startswith("10 samples; wrote ")
