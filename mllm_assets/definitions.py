@@ -4,7 +4,9 @@ from pathlib import Path
 
 import dagster as dg
 
+from mllm_assets.components.loading import load_once
+
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    return dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
+    return load_once(Path(__file__).parent)

@@ -102,7 +102,9 @@ def _imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def room_of(path: Path) -> str:
-    """The room of a file: its folder, of `data/` and `training/` the folder within."""
+    """The room of a file: its folder, of `data/` and `training/` the folder within; `definitions.py` loads `defs/`."""
+    if path == Path("definitions.py"):
+        return "defs"
     folders = path.parts[:-1]
     return ".".join(folders[: 2 if folders[0] in ("data", "training") else 1]) if folders else GROUND
 

@@ -61,7 +61,7 @@ def _create_project(folder: Path, name: str | None) -> list[str]:
     package = folder / name
     _copy(PACKAGE / "defs", package / "defs")
     definitions = (PACKAGE / "definitions.py").read_text(encoding="utf-8")
-    (package / "definitions.py").write_text(definitions.replace("mllm_assets", name), encoding="utf-8")
+    (package / "definitions.py").write_text(definitions.replace("mllm_assets/", f"{name}/"), encoding="utf-8")
     (package / "__init__.py").touch()
     for template in TEMPLATES:
         text = page_template("mllm_assets.project", f"{template}.jinja").render(name=name, version=__version__)

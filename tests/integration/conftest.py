@@ -24,14 +24,6 @@ from mllm_assets.layout import Layout
 from tests.integration.stand_in_hub import StandInHub, running_hub
 
 REPOSITORY = Path(__file__).parents[2]
-DEFINITIONS = """from pathlib import Path
-import dagster as dg
-
-
-@dg.definitions
-def defs():
-    return dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
-"""
 EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
 # In a project's `defs` folder: one process for all steps of a run, two seconds less for each
 IN_PROCESS = """import dagster as dg
@@ -172,7 +164,7 @@ def make_project(root: Path) -> Project:
     for folder in ("datasets/emoji", "pretrained", "recipes"):
         (defs / folder).mkdir(parents=True)
     (root / package / "__init__.py").touch()
-    (root / package / "definitions.py").write_text(DEFINITIONS)
+    shutil.copy(REPOSITORY / "mllm_assets" / "definitions.py", root / package)
     shipped = REPOSITORY / "mllm_assets" / "defs"
     for name in ("datasets/emoji/defs.yaml", "recipes/defs.yaml", "resources.py"):
         shutil.copy(shipped / name, defs / name)

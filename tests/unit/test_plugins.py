@@ -13,6 +13,7 @@ from mllm_assets import plugins
 from mllm_assets.cli import main
 from mllm_assets.cli.summary import _metrics
 from mllm_assets.components import ImageTextDataset
+from mllm_assets.components.loading import forget
 from mllm_assets.data.ingest import flags, kinds, sources
 from mllm_assets.data.quality import decoding
 from mllm_assets.data.quality.assess import assess
@@ -78,7 +79,9 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("LOADED", str(tmp_path / "loaded"))
     before = [dict(registry) for registry in REGISTRIES]
     plugins.load_plugins()
+    forget()
     yield tmp_path
+    forget()
     sys.modules.pop("outside_parts")
     for registry, entries in zip(REGISTRIES, before, strict=True):
         registry.clear()

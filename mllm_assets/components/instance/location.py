@@ -14,6 +14,7 @@ from dagster._utils.hosted_user_process import recon_job_from_origin, recon_repo
 from dagster_shared.cli import PythonPointerOpts
 
 from mllm_assets.artifacts import slug
+from mllm_assets.components.loading import forget
 from mllm_assets.components.reporting import innermost
 from mllm_assets.errors import MllmAssetsError, RecipeError, did_you_mean
 from mllm_assets.project.read import definitions_module, find_root_module
@@ -43,6 +44,7 @@ class Location:
 
     def __init__(self, folder: Path) -> None:
         module = module_of(folder)
+        forget()
         options = PythonPointerOpts(module_name=module, working_directory=str(folder))
         try:
             self._origin: RepositoryPythonOrigin = get_repository_python_origin_from_cli_opts(options)
