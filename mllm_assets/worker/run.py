@@ -31,6 +31,10 @@ from mllm_assets.worker.usage import of_this_worker
 EXIT_CRASHED = 1  # as Python ends after an exception
 LOCK_WAIT_S = 5.0  # a worker that is being ended may still hold it
 MODULES: dict[str, Any] = sys.modules  # None means that a module counts as not installed
+# What libraries import if it is installed, with the CPU seconds that it takes: transformers' Trainer to recognise
+# tables of `datasets` (1.2, with its pandas), transformers for the losses of object detection (0.2), accelerate to
+# configure SageMaker (0.1; both together 0.4 of 3.6)
+NOT_NEEDED = ("datasets", "scipy", "boto3")
 
 
 def refuse_hub_kernels() -> None:
@@ -43,21 +47,21 @@ def refuse_hub_kernels() -> None:
 
 
 def find_function(entry: str) -> Callable[[Task[Any], Reporter], Any]:
-    """Import the `module:function` of a task.
+    """Import the `module:function` of a task; for one of this package without what libraries import without a need.
 
-    transformers' Trainer would import `datasets`, and that pandas, to recognise tables of theirs: 1.2 s of CPU time.
-    What this package does with `datasets` it imports on use.
+    What this package does with those modules it imports on use.
     """
     # The collector would look again and again through the objects of the libraries, which all stay: 4.7 s instead of
     # 3.5 s of CPU time until `mllm_assets.evaluation.predict` is loaded, for 8 MiB
     gc.disable()
-    hides = MODULES.setdefault("datasets", None) is None
+    not_needed = NOT_NEEDED if entry.startswith(forks.OURS) else ()
+    hidden = [name for name in not_needed if MODULES.setdefault(name, None) is None]
     try:
         return resolve(entry)
     finally:
         gc.enable()
-        if hides:
-            del MODULES["datasets"]
+        for name in hidden:
+            del MODULES[name]
 
 
 def run(task: Task[Any], result_path: Path) -> None:

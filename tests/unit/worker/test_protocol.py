@@ -135,6 +135,14 @@ def test_garbage_is_collected_again_once_the_libraries_of_a_task_are_loaded(
     assert gc.isenabled()
 
 
+def test_a_task_from_outside_imports_what_it_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this package's tasks do without counted as not installed for all."""
+    (tmp_path / "outside.py").write_text("import tabnanny\n\ndef task(task, reporter):\n    return tabnanny.__name__\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(worker, "NOT_NEEDED", ("tabnanny",))
+    assert worker.find_function("outside:task")(FakeTask(what="", folder=tmp_path), Reporter()) == "tabnanny"
+
+
 def test_only_people_errors_are_people_errors() -> None:
     assert all(issubclass(getattr(errors, name), MllmAssetsError) for name in vars(errors) if name.endswith("Error"))
 
