@@ -118,7 +118,7 @@ def _question_parts(*, has_reference: bool) -> QuestionParts:
                 temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature; 0 takes the likeliest")
             with gr.Row():
                 ask = gr.Button("Ask", variant="primary", scale=0)
-                again = gr.Button("New conversation", scale=0, min_width=180)
+                again = gr.Button("New conversation", scale=0, min_width=240)
             reference = gr.Textbox(label="Reference", lines=1, interactive=False, visible=has_reference)
     options = (system, length, temperature)
     return QuestionParts(image=image, prompt=prompt, options=options, ask=ask, again=again, reference=reference)

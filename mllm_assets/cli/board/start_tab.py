@@ -35,9 +35,9 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
         with gr.Column(scale=4):
             text = gr.Code(label="The recipe, as its file will be; edit it freely", language="yaml", lines=20)
             with gr.Row():
-                check = gr.Button("Estimate and show rows")
-                write = gr.Button("Write the recipe")
-                start = gr.Button("Write and start", variant="primary")
+                check = gr.Button("Estimate and show rows", scale=3)
+                write = gr.Button("Write the recipe", scale=2)
+                start = gr.Button("Write and start", variant="primary", scale=2)
     told = gr.HTML()
     gr.Markdown("### Runs that this page started")
     with gr.Row():
@@ -103,7 +103,7 @@ def _choices_of(layout: Layout) -> dict[str, Any]:
             parts[key] = gr.Number(getattr(defaults, key), label=title, precision=0, minimum=1, min_width=90)
     with gr.Row():
         parts["learning_rate"] = gr.Number(defaults.learning_rate, label="Learning rate", minimum=0, min_width=90)
-        for key, title in (("lora_rank", "LoRA rank"), ("cutoff_len", "Most tokens a row"), ("seed", "Seed")):
+        for key, title in (("lora_rank", "LoRA rank"), ("cutoff_len", "Max. tokens"), ("seed", "Seed")):
             parts[key] = gr.Number(getattr(defaults, key), label=title, precision=0, minimum=0, min_width=90)
     parts["bf16"] = gr.Checkbox(defaults.bf16, label="bf16")
     return parts
