@@ -1,4 +1,4 @@
-"""The board, in a real browser: three runs compared, a run started and stopped, and each tab looked at."""
+"""The board, in a real browser: runs compared, a trial and a long run started, one stopped, each tab looked at."""
 
 import os
 import re
@@ -107,6 +107,22 @@ def test_a_recipe_is_estimated_and_its_rows_are_shown(page: Page, address: str) 
     expect(page.get_by_text(re.compile(r"memory: about \d"))).to_be_visible()
     expect(page.locator(".board-look .board-card")).to_have_count(3)
     expect(page.locator(".board-look mark").first).to_contain_text("<end_of_turn>")
+
+
+def test_a_trial_with_two_other_values_is_started_and_compared(page: Page, address: str) -> None:
+    open_tab(page, address, "Start")
+    choose(page, "Or start a recipe of configs/", "mine")
+    page.get_by_label("with other values").fill("max_steps=1 learning_rate=3e-3")
+    page.get_by_role("button", name="Start", exact=True).click()
+    expect(page.get_by_text("ended with failed gates or assets", exact=True)).to_be_visible()
+    expect(page.get_by_label("Log")).to_have_value(re.compile("beats_most_common_answer failed"))
+    open_tab(page, address, "Runs")
+    trial = "mine max_steps=1 learning_rate=0.003"
+    expect(page.locator("thead th", has_text=trial)).to_be_visible()
+    names = [text.partition("\n")[0] for text in page.locator(".board-table thead th").all_inner_texts()]
+    for row, value in (("learning_rate", "0.003"), ("max_steps", "1"), ("beats_most_common_answer", "failed")):
+        texts = page.locator("tr", has=page.get_by_role("rowheader", name=row, exact=True)).locator("td")
+        assert texts.all_inner_texts()[names.index(trial) - 1].startswith(value)
 
 
 def test_a_run_is_started_and_stopped_from_the_board(page: Page, address: str, project: Project) -> None:
