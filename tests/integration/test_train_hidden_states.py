@@ -98,9 +98,12 @@ def test_no_frozen_layer_runs_while_training(parity_dir: Path, tmp_path: Path) -
 
 
 def test_a_second_recipe_with_the_same_frozen_part_computes_nothing(parity_dir: Path, tmp_path: Path) -> None:
+    """The states were named by the model's folder too: in another folder the same model computed them again."""
     train_task(make_task(parity_dir, tmp_path), Reporter())
     shards = sorted((tmp_path / "hidden_states").glob("*/*"))
-    other = replace(make_task(parity_dir, tmp_path, learning_rate=1e-4, seed=7), run_dir=tmp_path / "other")
+    elsewhere = shutil.copytree(parity_dir / "model", tmp_path / "elsewhere")
+    other = make_task(parity_dir, tmp_path, learning_rate=1e-4, seed=7)
+    other = replace(other, run_dir=tmp_path / "other", model_dir=elsewhere)
     train_task(other, Reporter())
     assert shards and sorted((tmp_path / "hidden_states").glob("*/*")) == shards
 

@@ -86,13 +86,22 @@ def prefix_fingerprint(
         {
             "weights": {name: weight_digests(module) for name, module in prefix.items()},
             "boundary": boundary,
-            "config": model.config.to_dict(),
+            "config": _without_place(model.config.to_dict()),
             "images": image_processing(processor, spec),
             "precision": precision.describe(),
             "device": device_kind,
             "versions": library_versions(),
         }
     )[:16]
+
+
+def _without_place(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the folder that it was read from, which says nothing of what is computed."""
+    return {
+        key: _without_place(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "_name_or_path"
+    }
 
 
 class HiddenStateStore(ImageStore):
