@@ -1,4 +1,4 @@
-"""What a training step holds in memory, by doing it: two whole steps on fake tensors, optimizer included.
+"""What a training step holds in memory, by doing it: a whole step on fake tensors, optimizer included.
 
 Apart from `training.loop.simulation`, which a run asks: here micro-batches follow one another, gradients are clipped,
 the optimizer is PyTorch's own, and quantised layers are bitsandbytes' own functions.
@@ -14,21 +14,17 @@ from mllm_assets.training.caches import tower
 from mllm_assets.training.caches.prepare import Setup
 from mllm_assets.training.loop import loss
 from mllm_assets.training.loop.simulation import patched
-from mllm_assets.training.models import freezing
 from mllm_assets.training.models.load import base_model, without_waiting_checks
 from mllm_assets.training.models.quantization import quantized_weights
-from tests.fake_cuda import Peak, cuda_sdpa, meta_model, to_fake
+from tests.fake_cuda import Peak, cuda_sdpa, to_fake
 
-NUM_STEPS = 2  # the optimizer's states exist from the second on
 plain_layer_norm = torch.nn.functional.layer_norm
 
 
-def whole_step_bytes(
-    setup: Setup, *, num_tokens: int, num_supervised: int, checkpointed: bool, cached: bool, layers: dict[str, int]
-) -> int:
-    """The most bytes that are held at once; rows have an image each, and a model of gemma-3-4b's widths `layers`."""
+def whole_step_bytes(setup: Setup, *, num_tokens: int, num_supervised: int, checkpointed: bool, cached: bool) -> int:
+    """The most bytes that are held at once; rows have an image each. Uses up the model of `setup`."""
     spec, quantization = setup.spec, setup.precision.quantization
-    model = freezing.apply(spec, meta_model(**layers)).model
+    model = setup.shape.model
     core = base_model(model)
     core.config.text_config.use_cache = False
     quantized = quantized_weights(core) if quantization else set()
@@ -58,13 +54,19 @@ def whole_step_bytes(
         with Peak("cpu") as memory:
             for tensor in (*model.parameters(), *model.buffers()):
                 memory.add(tensor)
-            for _ in range(NUM_STEPS):
-                for _ in range(spec.gradient_accumulation_steps):
-                    micro_step(model, size, cached=cached)
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            for parameter in trained:  # its states exist after a first step, whatever the gradients
+                parameter.grad = torch.empty_like(parameter)
+            update(optimizer, trained)
+            for _ in range(spec.gradient_accumulation_steps):
+                micro_step(model, size, cached=cached)
+            update(optimizer, trained)
     return memory.highest
+
+
+def update(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def micro_step(model: Any, size: tuple[int, int, int], *, cached: bool) -> None:

@@ -30,8 +30,11 @@ def card(free_gib: float) -> Device:
     return Device(kind="cuda", name="a card", driver="", memory_gib=80.0, free_gib=free_gib)
 
 
-def gemma_3_4b(recipe: str, *, free_gib: float = 80.0, **values: Any) -> Setup:
-    """A run of gemma-3-4b in bf16, rows with one image each; on `meta`, so nothing is allocated."""
+def gemma_3_4b(recipe: str, *, free_gib: float = 80.0, num_layers: int = 34, **values: Any) -> Setup:
+    """A run of gemma-3-4b in bf16, rows with one image each; on `meta`, so nothing is allocated.
+
+    With fewer layers than it has, its tower has one.
+    """
     spec = make_spec(bf16=True, **RECIPES[recipe], **values)
     labels = array("i", [-100] * (NUM_TOKENS - NUM_SUPERVISED) + [1] * NUM_SUPERVISED)
     ids = array("i", [IMAGE_TOKEN] * 256 + [1] * (NUM_TOKENS - 256))
@@ -42,7 +45,7 @@ def gemma_3_4b(recipe: str, *, free_gib: float = 80.0, **values: Any) -> Setup:
         inputs=Inputs(processor=None, train_rows=[row], eval_rows=[], digests=FileDigests()),
         device=card(free_gib),
         precision=Precision(weights=torch.bfloat16, autocast="bf16"),
-        shape=freezing.apply(spec, meta_model()),
+        shape=freezing.apply(spec, meta_model(layers=num_layers, vision_layers=27 if num_layers == 34 else 1)),
         caches=CacheSettings(),
     )
 
