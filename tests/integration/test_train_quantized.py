@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from mllm_assets.training.encoding.inputs import make_collator, read_inputs
 from mllm_assets.training.loop.checkpoints import load_checkpoint
 from mllm_assets.training.loop.engine import train_task
 from mllm_assets.training.models.freezing import lora_targets
-from mllm_assets.training.models.load import load_model
+from mllm_assets.training.models.load import load_config, load_model, model_on_meta
+from mllm_assets.training.models.quantization import quantized_weights
 from mllm_assets.worker.protocol import Reporter
 from tests.interruption import CASES, KilledRun, losses, make_task
 
-pytest.importorskip("bitsandbytes", reason="the extra gpu is not installed")
+functional = pytest.importorskip("bitsandbytes.functional", reason="the extra gpu is not installed")
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -83,6 +85,24 @@ def test_killed_and_resumed_it_ends_with_the_same_bits_on_cached_features(
         assert kill.is_exact, (seed, kill)
     for what, is_same in run.finish():
         assert is_same, (seed, what)
+
+
+def test_a_run_quantises_each_layer_once(parity_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With cached features and with what is published at its end."""
+    shapes: list[torch.Size] = []
+    quantize_4bit = functional.quantize_4bit
+
+    def counting(weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(weight.shape)
+        return quantize_4bit(weight, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "quantize_4bit", counting)
+    values = {**PLAIN, "max_samples": 4, "quantization_bit": 4}
+    task = make_task(parity_dir, tmp_path / "run", cache_dir=tmp_path / "cache", **values)
+    assert train_task(task, Reporter())["caches"]["vision_features"] == "cached"
+    on_meta = model_on_meta(load_config(parity_dir / "model"))
+    on_meta.requires_grad_(False)
+    assert len(shapes) == len(quantized_weights(on_meta)) > 20
 
 
 def test_evaluating_between_the_steps_changes_nothing(parity_dir: Path, tmp_path: Path) -> None:

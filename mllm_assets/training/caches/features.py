@@ -143,6 +143,7 @@ def features_task(task: FeaturesTask, reporter: "Reporter") -> Features:
     """
     from mllm_assets.training.encoding.inputs import make_collator
     from mllm_assets.training.models.load import load_model, load_processor, quiet_libraries
+    from mllm_assets.training.models.quantization import quantizing_device
 
     quiet_libraries()
     spec = task.recipe
@@ -160,7 +161,8 @@ def features_task(task: FeaturesTask, reporter: "Reporter") -> Features:
     images = images_by_digest((row for entry in entries for row in entry.rows[: spec.max_samples]), dataset.digests)
     with out_of_memory_is_an_error(f"loading {task.model_dir}", "End other programs."):
         how = {"quantization": precision.quantization, "attention": precision.attention}
-        model = load_model(task.model_dir, dtype=precision.weights, **how).eval()
+        place = quantizing_device(precision.quantization, device.kind)
+        model = load_model(task.model_dir, dtype=precision.weights, device=place, **how).eval()
     fingerprint = tower.tower_fingerprint(model, processor, spec, precision, device.kind)
     store = FeatureStore(task.features_root / fingerprint, dataset.digests)
     maker = FeatureMaker(

@@ -21,6 +21,7 @@ from mllm_assets.training.encoding.inputs import Inputs, make_collator
 from mllm_assets.training.models.device import GIB, Device, Precision
 from mllm_assets.training.models.freezing import TrainableSet
 from mllm_assets.training.models.load import load_model
+from mllm_assets.training.models.quantization import quantizing_device
 from mllm_assets.worker.protocol import num_ranks, rank
 from mllm_assets.worker.tasks import CacheSettings, Part
 
@@ -48,7 +49,13 @@ class Setup:
     def load(self) -> Any:
         """Load the model's weights, and see that they are still those that the run is named by."""
         how = self.precision
-        model = load_model(self.model_dir, dtype=how.weights, quantization=how.quantization, attention=how.attention)
+        model = load_model(
+            self.model_dir,
+            dtype=how.weights,
+            device=quantizing_device(how.quantization, self.device.kind),
+            quantization=how.quantization,
+            attention=how.attention,
+        )
         self.inputs.digests.require_unchanged()
         return model
 

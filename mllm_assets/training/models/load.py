@@ -165,7 +165,7 @@ def load_model(
         directory: A Hugging Face model directory with safetensors.
         dtype: Of all weights; None keeps the directory's own.
         device: Where the model is put.
-        quantization: Of the frozen linear layers, on the CPU, so that it gives the same values for every device.
+        quantization: Of the frozen linear layers, on `device`: each layer's weight is put there and quantised there.
         attention: What computes attention, by transformers' name; None for the model's usual one.
 
     Raises:
@@ -175,7 +175,10 @@ def load_model(
     require_safe_shards(directory, "Make or download the model again.")
     quantized: dict[str, Any] = {}
     if quantization is not None:
-        quantized = {"quantization_config": quantization.config(dtype or torch.float32), "device_map": {"": "cpu"}}
+        quantized = {
+            "quantization_config": quantization.config(dtype or torch.float32),
+            "device_map": {"": str(device)},
+        }
     try:
         _require_weights_for(config, directory)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(

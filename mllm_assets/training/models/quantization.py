@@ -87,6 +87,16 @@ def pick_quantization(spec: TrainSpec, device_kind: str) -> Quantization | None:
     return Quantization(bits=spec.quantization_bit, type=spec.quantization_type, double=spec.double_quantization)
 
 
+def quantizing_device(quantization: Quantization | None, device_kind: str) -> str:
+    """Return where a model is loaded: a quantised one where it computes, which takes a GPU seconds, and a CPU minutes.
+
+    Each process of several has its own card by then (`training.models.device`). Others are put on the device later.
+    """
+    if quantization is None or device_kind != "cuda":
+        return "cpu"
+    return f"cuda:{torch.cuda.current_device()}"
+
+
 def keep_trainable(model: nn.Module) -> None:
     """Keep a quantised model's layers trainable after it is evaluated on the CPU.
 
