@@ -175,10 +175,8 @@ def load_model(
     require_safe_shards(directory, "Make or download the model again.")
     quantized: dict[str, Any] = {}
     if quantization is not None:
-        quantized = {
-            "quantization_config": quantization.config(dtype or torch.float32),
-            "device_map": {"": str(device)},
-        }
+        how = quantization.config(dtype or torch.float32)
+        quantized = {"quantization_config": how, "device_map": {"": str(device)}}
     try:
         _require_weights_for(config, directory)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
