@@ -281,6 +281,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise IntegrityError(
             f"{directory} has no {MANIFEST}, so it was never finished. Materialise the asset that makes it again."
         ) from None
+    except OSError as error:  # a folder, or a link to itself
+        raise IntegrityError(
+            f"{directory / MANIFEST} cannot be read ({error.strerror}). Run: mllm-assets doctor --repair"
+        ) from None
     return parse_manifest(text, str(directory / MANIFEST), "Run: mllm-assets doctor --repair")
 
 

@@ -1,4 +1,4 @@
-"""What happens to files: gone, cut to half, one bit flipped; or changed by whoever publishes them."""
+"""What happens to files: gone, cut to half, one bit flipped, a folder or link instead; or changed by a publisher."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,24 @@ def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "a file").touch()
+
+
+def _dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def _looped(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 DAMAGES: dict[str, Callable[[Path], None]] = {"gone": Path.unlink, "cut": _cut, "flipped": _flip}
+OTHER_KINDS: dict[str, Callable[[Path], None]] = {"a folder": _folder, "dangling": _dangling, "looped": _looped}
 
 
 def publish_changed(directory: Path, **changed: Any) -> None:

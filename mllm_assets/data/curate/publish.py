@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mllm_assets.artifacts import move_aside
 from mllm_assets.data.ingest.images import EXTENSIONS, published_bytes, sha256
 from mllm_assets.data.ingest.source_rows import HISTORY
 from mllm_assets.data.ingest.source_rows import SYSTEM as SYSTEM_FIELD
@@ -181,7 +182,7 @@ def _is_in_place(path: str | Path, content: bytes) -> bool:
     """Whether a file exists and is complete; if so it is in use from now on."""
     try:
         found = os.stat(path)
-    except FileNotFoundError:
+    except OSError:  # also a link that leads to itself
         return False
     if not stat.S_ISREG(found.st_mode) or found.st_size != len(content):
         return False
@@ -198,6 +199,8 @@ def _write_image(path: Path, content: bytes) -> None:
     if _is_in_place(path, content):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        move_aside(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_bytes(content)

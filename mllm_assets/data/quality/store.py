@@ -22,6 +22,7 @@ import duckdb
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from mllm_assets.artifacts import move_aside
 from mllm_assets.data.ingest.flags import PROBES
 from mllm_assets.data.quality.damage import DamagedDatabase, may_be_damage, restore_if_damaged, unreadable
 from mllm_assets.data.quality.schema import SCHEMA_VERSION, TABLES, TableSchema
@@ -159,6 +160,8 @@ class QualityStore:
         try:
             with self._beside() as temporary:
                 shutil.copyfile(self.path, temporary)
+                if self.snapshot.is_dir():
+                    move_aside(self.snapshot)
                 temporary.replace(self.snapshot)
         except OSError as error:
             if is_full_disk(error):
@@ -218,7 +221,8 @@ class QualityStore:
     def _beside(self) -> Iterator[Path]:
         """A name for a file that takes another's place once it is whole; `mllm-assets gc` knows it."""
         for leftover in self.path.parent.glob(f".{self.path.name}.*tmp*"):  # of a process that was killed
-            leftover.unlink()
+            if not leftover.is_dir():  # as a damaged copy that was moved aside may be
+                leftover.unlink()
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             yield temporary

@@ -1,5 +1,6 @@
 """`data/dataset_info.json`, LLaMA-Factory's list of datasets: add ours, keep everyone else's, read any of them."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,11 @@ def read_dataset_info(data_dir: Path) -> dict[str, Any]:
     try:
         value = decode(read_text(path, JsonLimits(max_file_bytes=MAX_INFO_BYTES)), path, 1)
     except OSError:
+        if os.path.lexists(path):
+            raise DataError(
+                f"{path} is not a file that can be read. Run mllm-assets doctor --repair, which keeps it and writes "
+                "the entries of the project's datasets again."
+            ) from None
         raise DataError(
             f"There is no {path}. Materialise a dataset's dataset_info asset, or set `dataset_dir` to the folder "
             "that holds it."

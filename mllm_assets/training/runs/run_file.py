@@ -22,7 +22,10 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
         IntegrityError: It is damaged.
     """
     path = run_dir / RUN_FILE
-    return parse_manifest(path.read_bytes(), str(path), RUN_FILE_CURE) if path.is_file() else {}
+    try:
+        return parse_manifest(path.read_bytes(), str(path), RUN_FILE_CURE) if os.path.lexists(path) else {}
+    except OSError as error:  # a folder, or a link to nothing
+        raise IntegrityError(f"{path} cannot be read ({error.strerror}). {RUN_FILE_CURE}") from None
 
 
 def spec_of_run(values: Any, place: Path) -> TrainSpec:

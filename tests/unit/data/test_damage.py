@@ -14,7 +14,7 @@ from mllm_assets.data.sharegpt.dataset import IMAGE_LIST, Dataset
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
 from mllm_assets.operations.repair import check_artefacts, find_damages, repair
-from tests.damage import DAMAGES
+from tests.damage import DAMAGES, OTHER_KINDS
 from tests.unit.data.made_datasets import made_spec, png, run_line, write_source
 
 pytestmark = [pytest.mark.attack("damage"), pytest.mark.slow]
@@ -64,7 +64,7 @@ def facts(layout: Layout) -> list[dict]:
 
 def damaged(layout: Layout, name: str, damage: str) -> Path:
     path = sorted(layout.root.glob(FILES[name]))[0]
-    DAMAGES[damage](path)
+    {**DAMAGES, **OTHER_KINDS}[damage](path)
     return path
 
 
@@ -77,7 +77,7 @@ def or_error(use: Callable[[], object]) -> object:
         return error
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [*DAMAGES, *OTHER_KINDS])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_or_harmless_and_the_line_makes_it_again(
     name: str, damage: str, made: Layout, copy: Layout
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_named_or_harmless_and_the_line_makes_it_again(
     assert [found for found in find_damages(copy) if found.kind != "entries"] == []
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [*DAMAGES, *OTHER_KINDS])
 @pytest.mark.parametrize("name", [name for name in FILES if name != "snapshot"])
 def test_doctor_names_each_damaged_file_and_its_advice_works(
     name: str, damage: str, made: Layout, copy: Layout
