@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any
 
 import h11
@@ -61,6 +62,7 @@ class LimitedConnection(H11Protocol):
 
     limits = Limits()  # of a server; see `limited`
     _waiting: dict["LimitedConnection", None]  # connections without a request, the oldest first
+    _makes_room = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -68,11 +70,19 @@ class LimitedConnection(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._wait_for_head()
-        if len(self.connections) > self.limits.connections:
-            oldest = next(iter(self._waiting))
-            if oldest is self:
-                transport.write(_BUSY)
-            oldest.transport.close()
+        if len(self.connections) > self.limits.connections and not self._makes_room:
+            # what the older ones have sent is read first: hundreds may be accepted in one turn of the loop
+            type(self)._makes_room = True
+            self.loop.call_soon(self.loop.call_soon, self._make_room)
+
+    def _make_room(self) -> None:
+        type(self)._makes_room = False
+        num_open = sum(not connection.transport.is_closing() for connection in self.connections)
+        closed = list(islice(self._waiting, max(0, num_open - self.limits.connections)))
+        for connection in closed:
+            if len(closed) == len(self._waiting):  # all others are being answered
+                connection.transport.write(_BUSY)
+            connection.transport.close()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -21,7 +21,12 @@ Connect = Callable[[bytes], socket.socket]
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers without reading the request's body: a POST with two bytes, all else with many."""
+    """Answers without reading the request's body: a POST with two bytes, all else with many.
+
+    `/slow` holds up the loop, as much work at once does.
+    """
+    if scope["path"] == "/slow":
+        time.sleep(1)
     body = b"ok" if scope["method"] == "POST" else bytes(NUM_ANSWER_BYTES)
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -33,7 +38,7 @@ def served(limits: Limits) -> Iterator[tuple[Connect, set[Any]]]:
     """A function that connects and sends, and the connections that the server has."""
     with ExitStack() as stack:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        config = uvicorn.Config(app, http=limited(limits), ws="none", lifespan="off", log_level="error")
+        config = uvicorn.Config(app, http=limited(limits), ws="none", loop="asyncio", lifespan="off", log_level="error")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -92,8 +97,19 @@ def test_above_the_limit_the_one_that_waited_longest_makes_room() -> None:
     with served(Limits(connections=5, head_s=60)) as (connect, connections):
         half_open = [connect(HALF_A_HEAD) for _ in range(12)]
         assert read_all(connect(b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")) > 2
-        assert [read_all(connection) for connection in half_open[:8]] == [0] * 8
+        assert [read_all(connection) for connection in half_open[:7]] == [0] * 7
         assert 0 < len(connections) <= 5
+
+
+def test_a_request_is_read_before_its_connection_makes_room() -> None:
+    """Of 300 connections that came together with `/health` the oldest was closed unread: `/health` itself."""
+    with served(Limits(connections=5, head_s=60)) as (connect, _):
+        connect(b"POST /slow HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        time.sleep(0.2)
+        asked = connect(b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        half_open = [connect(HALF_A_HEAD) for _ in range(12)]
+        assert read_all(asked) > 2
+        assert [read_all(connection) for connection in half_open[:7]] == [0] * 7
 
 
 def test_a_connection_that_is_being_answered_is_not_closed_for_another() -> None:
