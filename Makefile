@@ -16,7 +16,7 @@ PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-r
 TORCH_UNITS := $(addprefix training/,caches encoding loop models runs/test_model_directory.py) evaluation/test_predict_shuffling.py
 FAST := tests/unit $(TORCH_UNITS:%=--ignore=tests/unit/%) -m 'not slow and not bench and not gpu and not not_fast'
 
-.PHONY: demo test test-fast test-newest collect test-all chromium postgres faketime check docs dev bench torture attack install constraints clean
+.PHONY: demo test test-fast test-newest collect test-all chromium postgres faketime check docs dev bench load torture attack install constraints clean
 
 demo: $(CORE) $(SETTINGS) ## the whole line of emoji_sft, raw images to released model
 	$(BIN)/mllm-assets run emoji_sft
@@ -59,6 +59,9 @@ bench: $(CORE)
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/grouping.py
+
+load: $(EXTRAS) ## the server under hundreds of clients; the table is in benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/serving_load.py --keep
 
 torture: $(CORE) ## twenty kills -9 of each kind of run at random moments; about 10 minutes
 	PYTHONPATH="$(CURDIR)" $(BIN)/python -m benchmarks.torture --jobs 2

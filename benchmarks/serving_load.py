@@ -1,18 +1,20 @@
 """What `mllm-assets serve` takes, and whether it still answers, while many ask it and some ask badly.
 
-    python benchmarks/serving_load.py [--requests 200] [--abandoned 50] [--bodies 40] [--half-open 300]
+    python benchmarks/serving_load.py [--keep] [--requests 200] [--abandoned 50] [--bodies 40] [--half-open 300]
 
 The server is a process of its own with the tests' tiny model and its default limits. The loads come one after the
 other: requests with a picture each, all at once; requests for 4096 tokens, half of them streamed, whose clients close
 their connections at the first part of a stream or after a second, and then one more client, timed; bodies of 31 MiB, a
 picture each, all at once; connections that send half of a request's head and then nothing. `/health` is asked each
 100 ms by another process throughout. Memory is the server's, by its peak over what it has after a first answer.
+With `--keep` (`make load`) the table takes the place of the one in RESULTS.md.
 """
 
 import argparse
 import asyncio
 import base64
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -34,6 +36,7 @@ from PIL import Image
 
 MODEL = Path(__file__).parents[1] / "tests" / "golden" / "parity" / "model"
 SMALL_PICTURE = MODEL.parent / "data" / "images" / "emoji_000.png"
+RESULTS = Path(__file__).with_name("RESULTS.md")
 GIB, BODY_BYTES = 2**30, 31 * 2**20
 KEY = "a-key-for-this-measurement"
 HEADER = "| load | answers | seconds | memory above the first answer's, GiB | slowest `/health`, s |"
@@ -68,9 +71,12 @@ def ask_health(url: str, asked: Connection) -> None:
     slowest_s = 0.0
     while True:
         started = time.monotonic()
-        with urlopen(f"{url}/health", timeout=120) as answer:
-            assert json.load(answer) == {"status": "ok"}
-        slowest_s = max(slowest_s, time.monotonic() - started)
+        try:
+            with urlopen(f"{url}/health", timeout=120) as answer:
+                assert json.load(answer) == {"status": "ok"}
+            slowest_s = max(slowest_s, time.monotonic() - started)
+        except OSError:  # closed without an answer
+            slowest_s = math.inf
         if asked.poll(max(0.0, started + 0.1 - time.monotonic())):
             asked.recv()
             asked.send(slowest_s)
@@ -165,8 +171,9 @@ def start_server() -> tuple[subprocess.Popen[str], str]:
     return process, found[1]
 
 
-async def run(arguments: argparse.Namespace, url: str, pid: int) -> None:
-    """Put the loads on the server and print the table's lines."""
+async def run(arguments: argparse.Namespace, url: str, pid: int) -> list[str]:
+    """Put the loads on the server; print and return the table's lines."""
+    lines = [HEADER, "|---|---|---|---|---|"]
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(headers=headers, limits=unlimited, timeout=600) as client:
@@ -183,9 +190,10 @@ async def run(arguments: argparse.Namespace, url: str, pid: int) -> None:
             time_s = time.monotonic() - started
             memory, slowest_s = await asyncio.to_thread(watch.look)
             told = ", ".join(f"{count} {answer}" for answer, count in sorted(answers.items()))
-            print(f"| {name} | {told} | {time_s:.1f} | {memory:.2f} | {slowest_s:.2f} |", flush=True)
+            lines.append(f"| {name} | {told} | {time_s:.1f} | {memory:.2f} | {slowest_s:.2f} |")
+            print(lines[-1], flush=True)
 
-        print(HEADER, "|---|---|---|---|---|", sep="\n")
+        print(*lines, sep="\n")
         await measured(
             f"{arguments.requests} requests with a picture", lambda: load.together(small, arguments.requests)
         )
@@ -194,16 +202,28 @@ async def run(arguments: argparse.Namespace, url: str, pid: int) -> None:
         await measured(f"{arguments.bodies} bodies of 31 MiB", lambda: load.together(large, arguments.bodies))
         await measured(f"{arguments.half_open} half-open connections", lambda: load.half_open(arguments.half_open))
         await measured("one more client", lambda: load.together(small, 1))
+    return lines
+
+
+def keep(lines: list[str]) -> None:
+    """Put a table in the place of the one in RESULTS.md."""
+    text = RESULTS.read_text(encoding="utf-8")
+    start = text.index(HEADER)
+    end = text.index("\n\n", start)
+    RESULTS.write_text(text[:start] + "\n".join(lines) + text[end:], encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("requests", 200), ("abandoned", 50), ("bodies", 40), ("half-open", 300)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--keep", action="store_true", help="put the table into RESULTS.md")
     arguments = parser.parse_args()
     process, url = start_server()
     try:
-        asyncio.run(run(arguments, url, process.pid))
+        lines = asyncio.run(run(arguments, url, process.pid))
+        if arguments.keep:
+            keep(lines)
     finally:
         process.kill()
         process.wait()

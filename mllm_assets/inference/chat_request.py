@@ -25,7 +25,8 @@ from mllm_assets.training.encoding.image_files import decoded
 ROLES = (SYSTEM, USER, ASSISTANT)
 BASE64_STEP = 2**16  # characters, four for three bytes; decoding holds up all threads for as long as a step takes
 MIN_TEMPERATURE = 0.01  # logits divided by less overflow; below it the likeliest token is taken, as in vLLM
-Stop = Annotated[str, Field(min_length=1)]
+MAX_STOP_CHARS = 128  # transformers compares each place in it with each token of the vocabulary
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 _PICTURE = Image.linear_gradient("L").convert("RGB")
 _QUESTION, _ANSWER, _SYSTEM = "What is shown in this image?", "A gradient.", "You answer in one sentence."

@@ -162,3 +162,11 @@ def test_what_cannot_be_written_or_counted_is_a_sentence_too() -> None:
         assert await client.ask() == 413
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("stop", ["x" * 100_000, ["ab", "x" * 129]], ids=["one", "in a list"])
+def test_a_text_to_stop_at_has_a_length(stop: Any) -> None:
+    """Of 100,000 characters the search was built for half a minute, while everybody waited."""
+    body = {"messages": [{"role": "user", "content": "x"}], "stop": stop}
+    with pytest.raises(chat_request.RequestError, match="128 characters"):
+        chat_request.checked(body, model_name="m", vocab_size=9)
