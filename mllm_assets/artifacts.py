@@ -140,6 +140,17 @@ def lock_path(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.lock")
 
 
+def is_locked(lock: Path) -> bool:
+    """Whether a living process holds a lock file; does not create it."""
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
 def publish(staging: Path, target: Path) -> None:
     """Rename a finished staging directory to `target`.
 
@@ -324,7 +335,9 @@ def require_sound(directory: Path, cure: str, *, only: Collection[str] = ()) -> 
 
 
 def point_symlink(link: Path, target: Path) -> None:
-    """Make `link` point to `target` (relative), replacing an earlier link in one step."""
+    """Make `link` point to `target` (relative), replacing an earlier link in one step; IntegrityError for a folder."""
+    if link.is_dir() and not link.is_symlink():
+        raise IntegrityError(f"{link} is a folder, where a link belongs. Move it elsewhere and run again.")
     link.parent.mkdir(parents=True, exist_ok=True)
     temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.symlink_to(os.path.relpath(target, link.parent))

@@ -12,8 +12,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from mllm_assets.artifacts import MANIFEST, is_complete, read_manifest, sha256_file
 from mllm_assets.data.curate.publish import NAMED_IMAGES
 from mllm_assets.data.sharegpt.dataset import IMAGE_LIST, Dataset, listed_images
@@ -146,17 +144,6 @@ def _text(path: Path) -> str:
 def _names_in(directory: Path) -> set[str]:
     files = [directory / name for name in WITH_NAMES]
     return {name for file in files if file.is_file() for name in NAME.findall(_text(file))}
-
-
-def is_locked(lock: Path) -> bool:
-    """Whether a living process holds a lock file; does not create it."""
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock).acquire(blocking=False):
-            return False
-    except Timeout:
-        return True
 
 
 def project_names(project: Path, package: str | None) -> str:

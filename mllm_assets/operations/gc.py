@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mllm_assets.artifacts import lock_path
+from mllm_assets.artifacts import is_locked, lock_path
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
 from mllm_assets.operations.artefacts import (
@@ -25,7 +25,6 @@ from mllm_assets.operations.artefacts import (
     find_artefacts,
     find_kept,
     find_unnamed_images,
-    is_locked,
     last_used_s,
 )
 from mllm_assets.tables import print_table

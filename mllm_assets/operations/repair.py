@@ -15,6 +15,7 @@ from mllm_assets.artifacts import (
     UNNAMED,
     find_damage,
     is_complete,
+    is_locked,
     lock_path,
     move_aside,
     read_manifest,
@@ -29,7 +30,7 @@ from mllm_assets.data.sharegpt.dataset import IMAGE_LIST, listed_images
 from mllm_assets.data.sharegpt.entries import read_dataset_info
 from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.layout import Layout
-from mllm_assets.operations.artefacts import RUN, Artefact, find_artefacts, is_locked
+from mllm_assets.operations.artefacts import RUN, Artefact, find_artefacts
 from mllm_assets.operations.findings import Finding
 from mllm_assets.project.read import materialize_command
 from mllm_assets.releases.versions import find_release_damage, released_recipes, version_folders

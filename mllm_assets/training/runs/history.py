@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm_assets.artifacts import is_complete, read_manifest
+from mllm_assets.artifacts import is_complete, is_locked, lock_path, read_manifest
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
 from mllm_assets.training.runs.plan import shown_overrides
@@ -91,7 +91,8 @@ def _read(directory: Path) -> KnownRun | None:
         return None
     if not isinstance(recipe, dict) or not isinstance(overrides, dict):
         return None
-    active = time.time() - changed_s < QUIET_S
+    # a clock that was set makes its log old, or of the future: the lock is what a training holds
+    active = 0 <= time.time() - changed_s < QUIET_S or is_locked(lock_path(directory))
     state = "finished" if finished else "training" if active else "stopped"
     return KnownRun(directory=directory, overrides=overrides, recipe=recipe, state=state, changed_s=changed_s)
 

@@ -1,12 +1,15 @@
 """The runs that the board lists, their curves and what differs between them."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
-from mllm_assets.artifacts import write_manifest
+from mllm_assets.artifacts import lock_path, write_manifest
 from mllm_assets.evaluation.side_by_side import table_of
 from mllm_assets.layout import Layout
 from mllm_assets.training.runs.history import MAX_POINTS, curve, differing_keys, known_runs
@@ -43,6 +46,18 @@ def test_the_table_of_runs_shows_what_differs_and_which_is_best(tmp_path: Path) 
     assert sorted(lines["max_steps"].texts) == ["4", "8"] and "learning_rate" not in lines
     [best] = lines["last loss"].best
     assert lines["last loss"].texts[best] == "0.25"
+
+
+@pytest.mark.attack("clock")
+@pytest.mark.parametrize("step_s", [3600, -3600, 86400, -86400])
+def test_a_run_trains_while_its_lock_is_held_whatever_the_clock_says(tmp_path: Path, step_s: int) -> None:
+    """An hour after its last line by the clock a living run was "stopped", and a dead one of the future "training"."""
+    run = made(tmp_path, "aaaa")
+    for path in (run, *run.iterdir()):
+        os.utime(path, (time.time() - step_s, time.time() - step_s))
+    assert [found.state for found in known_runs(Layout(tmp_path))] == ["stopped"]
+    with FileLock(lock_path(run)):
+        assert [found.state for found in known_runs(Layout(tmp_path))] == ["training"]
 
 
 @pytest.mark.attack("damage")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -247,3 +248,29 @@ def test_runs_are_not_written_below_a_file(project: Path, output_dir: str) -> No
     (project / "afile").write_text("mine")
     with pytest.raises(RecipeError, match=rf"output_dir is {output_dir}, and \S+ is no folder"):
         plan_run(elsewhere(project, output_dir), root=project)
+
+
+@pytest.mark.attack("names")
+def test_latest_is_of_the_recipe_as_written_whoever_ends_last(recipe: Recipe, project: Path) -> None:
+    """Two trials and the recipe at once, a target that was deleted, and something else in the link's place."""
+    plans = [plan_run(load_recipe(recipe.path, said), root=project) for said in ([], ["max_steps=2"], ["seed=7"])]
+    latest = project / "outputs" / "r" / "latest"
+    for plan in plans:
+        finish(plan)
+    for order in (plans, plans[::-1]):
+        for plan in order:
+            point_latest(plan)
+        assert os.readlink(latest) == plans[0].fingerprint
+    shutil.rmtree(plans[0].directory)
+    for plan in plans:
+        point_latest(plan)
+    assert not latest.exists() and os.readlink(latest) == plans[0].fingerprint  # no trial takes its place
+    with pytest.raises(IntegrityError, match=r"finished runs: .*To have it again .*r/checkpoint"):
+        find_run(Layout(project), "r")
+    finish(plans[0])
+    latest.unlink()
+    latest.mkdir()
+    (latest / "mine.txt").write_text("kept")
+    with pytest.raises(MllmAssetsError, match=r"latest is a folder, where a link belongs"):
+        point_latest(plans[0])
+    assert (latest / "mine.txt").read_text() == "kept"
