@@ -225,6 +225,10 @@ def _database(layout: Layout) -> Iterator[Damage]:
     path, snapshot = layout.quality_db, QualityStore(layout.quality_db).snapshot
     if not path.exists() and not snapshot.exists():
         return
+    if snapshot.is_dir():
+        wrong = "a folder is in the place of the copy of the last write"
+        cure = "Nothing: the next write makes it again."
+        yield Damage(kind="quality database", path=snapshot, wrong=wrong, cure=cure, repair=lambda: _aside(snapshot))
     with FileLock(f"{path}.lock"):
         wrong = find_database_damage(path)
     if wrong is not None:

@@ -22,7 +22,6 @@ import duckdb
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from mllm_assets.artifacts import move_aside
 from mllm_assets.data.ingest.flags import PROBES
 from mllm_assets.data.quality.damage import DamagedDatabase, may_be_damage, restore_if_damaged, unreadable
 from mllm_assets.data.quality.schema import SCHEMA_VERSION, TABLES, TableSchema
@@ -160,15 +159,16 @@ class QualityStore:
         try:
             with self._beside() as temporary:
                 shutil.copyfile(self.path, temporary)
-                if self.snapshot.is_dir():
-                    move_aside(self.snapshot)
                 temporary.replace(self.snapshot)
         except OSError as error:
             if is_full_disk(error):
                 raise
+            cure = f"Make {self.snapshot.parent} writable"
+            if self.snapshot.is_dir():
+                cure = "Run mllm-assets doctor --repair, which moves the folder of that name aside,"
             raise MachineError(
                 f"{self.snapshot}, which others read while the database is in use, cannot be written ({error}). "
-                f"{outcome} Make {self.snapshot.parent} writable and run again: writing twice changes nothing."
+                f"{outcome} {cure} and run again: writing twice changes nothing."
             ) from error
 
     def _reading(self, action: Callable[[duckdb.DuckDBPyConnection], pa.Table]) -> pa.Table:
@@ -221,7 +221,7 @@ class QualityStore:
     def _beside(self) -> Iterator[Path]:
         """A name for a file that takes another's place once it is whole; `mllm-assets gc` knows it."""
         for leftover in self.path.parent.glob(f".{self.path.name}.*tmp*"):  # of a process that was killed
-            if not leftover.is_dir():  # as a damaged copy that was moved aside may be
+            if not leftover.is_dir():  # as the copy may be that a repair has moved aside
                 leftover.unlink()
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
