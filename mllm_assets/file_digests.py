@@ -25,6 +25,7 @@ class FileDigests:
 
     def __init__(self) -> None:
         self._known: dict[Path, _Known] = {}
+        self._watched: dict[Path, tuple[int, int]] = {}
 
     def of(self, path: Path) -> str:
         """The digest of a file's present content; raises OSError if it is missing."""
@@ -39,6 +40,10 @@ class FileDigests:
         """Use a recorded digest instead of reading the file, as long as the file is not changed from now on."""
         self._known.setdefault(path, _Known(digest, digest, state_of(path.stat())))
         return digest
+
+    def watch(self, paths: Iterable[Path]) -> None:
+        """Files that nobody may touch from now on, of which no digest is needed, such as weights that are mapped."""
+        self._watched |= {path: state_of(path.stat()) for path in paths}
 
     def share(self, other: "FileDigests", directory: Path, twins: Path) -> None:
         """Hand on what was read in `twins` to `directory`, where files of the same name are links to the same file."""
@@ -66,7 +71,11 @@ class FileDigests:
         Raises:
             IntegrityError: Names them, with both digests.
         """
-        changed = []
+        changed = [
+            f"{path} (written since)"
+            for path, state in (self._watched.items() if paths is None else ())
+            if not path.is_file() or state_of(path.stat()) != state
+        ]
         for path in list(self._known) if paths is None else paths:
             try:
                 found = self.of(path)

@@ -24,12 +24,13 @@ from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.layout import Layout
+from mllm_assets.training.caches.features import features_task
 from mllm_assets.training.loop.engine import train_task
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import Task, TrainTask, to_json
 from tests.interruption import CASES, make_task
 from tests.unit.data.made_datasets import made_spec, png, write_source
-from tests.worker_tasks import evaluation
+from tests.worker_tasks import evaluation, features_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.attack("swapped data"), pytest.mark.timeout(1200)]
 
@@ -147,6 +148,25 @@ class Swapping(Reporter):
     def progress(self, stage: str, done: int, total: int, **facts: Any) -> None:
         if stage == self._stage and not self.contents:
             self.contents = {path: swap(path) for path in self._files}
+
+
+@pytest.mark.parametrize("what", ["pictures", "weights"])
+def test_what_vision_features_are_made_of_and_is_swapped_is_named(place: Path, what: str) -> None:
+    """On a CPU weights are mapped from their file: what was written into it went into the features of the old ones."""
+    files = pictures(place) if what == "pictures" else CHANGED["weights"](place)
+    task = features_of(short_task(place), place / "features")
+    reporter = Swapping("vision_features", files)
+    with pytest.raises(IntegrityError) as caught:
+        features_task(task, reporter)
+    assert any(str(path) in str(caught.value) for path in files)
+    for path, content in reporter.contents.items():
+        path.write_bytes(content)
+    again = features_task(task, Reporter())
+    fresh = features_task(features_of(short_task(place), place / "fresh"), Reporter())
+    assert again.digest == fresh.digest and again.num_images == fresh.num_images
+    names = [sorted((place / root).rglob("tensors.safetensors")) for root in ("features", "fresh")]
+    mine = [path for path in names[0] if again.directory in str(path)]
+    assert {sha256_file(path) for path in mine} == {sha256_file(path) for path in names[1]}
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def features_task(task: FeaturesTask, reporter: "Reporter") -> Features:
 
     Raises:
         RecipeError: The recipe trains the tower.
-        IntegrityError: An image changed after its dataset was published.
+        IntegrityError: An image changed after its dataset was published, or a weight file meanwhile.
     """
     from mllm_assets.training.encoding.inputs import make_collator
     from mllm_assets.training.models.load import load_model, load_processor, quiet_libraries
@@ -160,6 +160,7 @@ def features_task(task: FeaturesTask, reporter: "Reporter") -> Features:
         entry.require_unchanged()
     images = images_by_digest((row for entry in entries for row in entry.rows[: spec.max_samples]), dataset.digests)
     with out_of_memory_is_an_error(f"loading {task.model_dir}", "End other programs."):
+        dataset.digests.watch(task.model_dir.glob("*.safetensors"))
         how = {"quantization": precision.quantization, "attention": precision.attention}
         place = quantizing_device(precision.quantization, device.kind)
         model = load_model(task.model_dir, dtype=precision.weights, device=place, **how).eval()

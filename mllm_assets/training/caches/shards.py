@@ -157,6 +157,7 @@ class ShardStore:
                 tensors += some
                 reporter.progress(self.kind, done + len(tensors), len(missing))
             done += len(tensors)
+            self._digests.require_unchanged()  # weights too, which may be mapped from their files
             self.add(dict(zip(shard, tensors, strict=True)))
         if wait:
             self.wait_for(names)
