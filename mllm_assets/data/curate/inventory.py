@@ -2,17 +2,19 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from mllm_assets.data.curate.columns import IMAGES
+from mllm_assets.data.curate.columns import IMAGES, Undecided
 from mllm_assets.data.ingest.image_folder import CAPTION_SUFFIXES
+from mllm_assets.data.ingest.sides import SIDE_WORDS, side_word
 from mllm_assets.data.ingest.source_rows import FILE_COLUMNS
 from mllm_assets.data.sharegpt.formats import Format, format_of, require_format
 from mllm_assets.data.sharegpt.pictures import IMAGE_SUFFIXES, folded
 
+MAX_NAMED_FOLDERS = 5
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 # what `datasets` writes beside its .arrow files, and what other tools write beside data
 SIDECARS = frozenset(
@@ -44,11 +46,16 @@ class Inventory:
         found = (self.pictures, self.texts, self.rows, self.tars, self.not_read)
         return sum(map(len, found)) + self.num_hidden
 
-    def media_dirs(self, names: Iterable[str], beside: Path) -> list[Path]:
-        """The fewest folders below which the files of some names are, that of most first; none where it is `beside`.
+    def media_dirs(self, names: Iterable[str], rows: Path, *, most: int | None = None) -> list[Path]:
+        """The fewest folders below which some names are, at most so many, that of most first; none where it is beside.
 
-        A name without a suffix is a picture's by its stem.
+        A name without a suffix is a picture's by its stem. `rows` is the file that names them: where a name is below
+        several folders, its own comes first, then that of its split.
+
+        Raises:
+            Undecided: A name is below several others. Lists them.
         """
+        beside, side = rows.parent, SIDE_WORDS.get(side_word(rows, self.folder) or "")
         wanted = [name.replace("\\", "/").removeprefix("./") for name in names]
         wanted = [name for name in wanted if not os.path.isabs(name)]
         by_name: dict[str, list[Path]] = {folded(name.rstrip("/").rpartition("/")[2]): [] for name in wanted}
@@ -67,15 +74,31 @@ class Inventory:
                 else:
                     folders[root].add(name)
         left, chosen = set(wanted), list[Path]()
-        while left and folders:
-            best = max(
-                folders, key=lambda root: (len(folders[root] & left), root == beside, -len(root.parts), str(root))
-            )
-            if not folders[best] & left:
+        while left and folders and len(chosen) != most:
+            num_names = max(len(here & left) for here in folders.values())
+            if not num_names:
                 break
-            chosen.append(best)
-            left -= folders.pop(best)
+            best = [root for root, here in folders.items() if len(here & left) == num_names]
+            best.sort(key=lambda root: (len(root.parts), root))
+            closer = [root for root in best if root == beside] or [
+                root for root in best if side and SIDE_WORDS.get(side_word(root, self.folder) or "") == side
+            ]
+            chosen.append((closer or best)[0])
+            if not closer:
+                self._require_one(folders, chosen[-1])
+            left -= folders.pop(chosen[-1])
         return [] if chosen == [beside] else chosen
+
+    def _require_one(self, folders: Mapping[Path, set[str]], chosen: Path) -> None:
+        for name in sorted(folders[chosen]):
+            several = sorted(root for root, names in folders.items() if name in names)
+            if len(several) > 1:
+                shown = [root.relative_to(self.folder).as_posix() for root in several[:MAX_NAMED_FOLDERS]]
+                more = f" and {len(several) - len(shown)} more" if len(several) > len(shown) else ""
+                raise Undecided(
+                    f"{name!r} is the name of a picture in each of {', '.join(shown)}{more}. Choose with --media-dir "
+                    "FOLDER, or write the folder into the rows."
+                )
 
 
 def take_inventory(folder: Path) -> Inventory:

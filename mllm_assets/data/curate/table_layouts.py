@@ -161,10 +161,10 @@ def _media_dirs(folder: Folder, paths: list[Path], rows: list[dict[str, Any]]) -
     beside = MediaFolders((), [*(path.parent for path in paths), folder.path])
     if names := picture_names(rows):
         left = [name for name in names if beside.find(name)[0] is None]
-        return folder.found.media_dirs(left, paths[0].parent)
+        return folder.found.media_dirs(left, paths[0])
     texts = (value for row in rows for value in row.values() if isinstance(value, str | int))
     ids = {str(value) for value in texts if len(str(value)) < 100}  # whose files have a suffix
-    return folder.found.media_dirs(sorted(ids)[:1000], paths[0].parent)[:1]
+    return folder.found.media_dirs(sorted(ids)[:1000], paths[0], most=1)
 
 
 def _coco(folder: Folder, paths: list[Path]) -> Reading:
@@ -179,9 +179,7 @@ def _coco(folder: Folder, paths: list[Path]) -> Reading:
         )
     names = [name for path in used for name in islice(_names(path), MAX_SAMPLED)]
     dirs = list(folder.options.media_dir) or (
-        folder.found.media_dirs(names, used[0].parent)
-        if names
-        else sorted({path.parent for path in folder.found.pictures})
+        folder.found.media_dirs(names, used[0]) if names else sorted({path.parent for path in folder.found.pictures})
     )
     rows = [values for _, _, values in islice(annotations_of(used, dirs), MAX_SAMPLED)]
     media = MediaFolders(dirs, [used[0].parent, folder.path])

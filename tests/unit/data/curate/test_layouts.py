@@ -148,6 +148,28 @@ def test_a_name_in_two_folders_is_ambiguous_and_not_the_first(tmp_path: Path) ->
     assert {(row.defect, row.detail) for row in rows} == {("image_ambiguous", f"{n}.png") for n in range(6)}
 
 
+@pytest.mark.parametrize("others", [["masks"], ["thumbs/a", "thumbs/b", "masks"]])
+def test_a_name_that_is_in_several_folders_is_asked_for(tmp_path: Path, others: list[str]) -> None:
+    """`masks/`, last by name, was learnt in place of the pictures, and one `image.png` for all rows."""
+    for part in ("images", *others):
+        pictures(tmp_path / "d" / part)
+    put(tmp_path / "d" / "rows.jsonl", lines({"image": f"{n}.png", "caption": f"x {n}"} for n in range(6)))
+    message = undecided(tmp_path / "d")
+    assert f"'0.png' is the name of a picture in each of images, {', '.join(sorted(others))}." in message
+    assert "Choose with --media-dir FOLDER" in message
+    chosen = reading_of(tmp_path / "d", media_dir=(tmp_path / "d" / "images",))
+    assert chosen.source["media_dir"] == "d/images"
+
+
+def test_of_folders_with_the_same_names_a_table_means_that_of_its_split(tmp_path: Path) -> None:
+    for part in ("test", "train"):
+        pictures(tmp_path / "d" / part)
+    put(tmp_path / "d" / "train.csv", "id,label\n" + "".join(f"{n},{'ab'[n % 2]}\n" for n in range(6)))
+    assert reading_of(tmp_path / "d").source["media_dir"] == "d/train"
+    put(tmp_path / "d" / "train" / "rows.csv", "image,label\n" + "".join(f"{n}.png,{'ab'[n % 2]}\n" for n in range(6)))
+    assert "media_dir" not in reading_of(tmp_path / "d", file="train/rows.csv").source
+
+
 @pytest.mark.attack("names")
 def test_a_path_out_of_the_folders_is_not_read_unless_the_yaml_names_it(tmp_path: Path) -> None:
     put(tmp_path / "elsewhere" / "0.png", png(0))
