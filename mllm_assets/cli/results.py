@@ -23,7 +23,7 @@ def add_commands(verbs: Verbs) -> None:
         help="run directory, <recipe>/<fingerprint>, or a recipe's name for its newest finished run",
     )
     evaluate.add_argument("--checkpoint", default="all", help="a step; by default all")
-    evaluate.add_argument("--max-samples", type=at_least_one, help="of each evaluation entry; all by default")
+    evaluate.add_argument("--max-samples", type=at_least_one, help="of each entry, spread over it; all by default")
     evaluate.add_argument("--max-new-tokens", type=at_least_one, default=64)
     evaluate.add_argument("--batch-size", type=at_least_one, default=16)
     add_device_option(evaluate)

@@ -42,8 +42,8 @@ class OverSteps:
 
     def of_samples(self, entry: str) -> str:
         """How many samples an entry's figures are of, for a heading."""
-        first = "the first " if self.max_samples is not None else ""
-        return f"{entry}, {first}{self.num_samples[entry]} samples"
+        spread = " spread over it" if self.max_samples is not None else ""
+        return f"{entry}, {self.num_samples[entry]} samples{spread}"
 
 
 def find_run(layout: Layout, name: str) -> Path:

@@ -138,13 +138,21 @@ def load_samples(task: EvaluateTask, dataset: Dataset) -> list[Sample]:
     samples = []
     for entry in task.entries:
         dataset.entry(entry).require_unchanged(task.data_digests.get(entry))
-        rows = dataset.entry(entry).rows[: task.settings.max_samples]
-        partners = shuffled_partners([row.images for row in rows], seed=SHUFFLE_SEED)
+        rows = dataset.entry(entry).rows
+        indices = spread(len(rows), task.settings.max_samples)
+        chosen = [rows[index] for index in indices]
+        partners = shuffled_partners([row.images for row in chosen], seed=SHUFFLE_SEED)
         samples += [
-            Sample(entry=entry, index=index, row=row, partner_images=None if p is None else tuple(rows[p].images))
-            for index, (row, p) in enumerate(zip(rows, partners, strict=True))
+            Sample(entry=entry, index=index, row=row, partner_images=None if p is None else tuple(chosen[p].images))
+            for index, row, p in zip(indices, chosen, partners, strict=True)
         ]
     return samples
+
+
+def spread(num_rows: int, max_samples: int | None) -> list[int]:
+    """Which rows are asked about: some from everywhere, for the first of a source may all be of one class."""
+    num_samples = min(num_rows, max_samples or num_rows)
+    return [number * num_rows // num_samples for number in range(num_samples)]
 
 
 def require_named_model(directory: Path, expected: str, digests: FileDigests) -> None:

@@ -197,7 +197,7 @@ class EvaluationSettings:
         top_p: Draw from the likeliest tokens that together have this share.
         seed: Of the drawing.
         batch_size: Samples that are asked at once.
-        max_samples: Samples of each entry to use; all by default.
+        max_samples: Samples of each entry to use, spread evenly over it; all by default.
     """
 
     max_new_tokens: int = 64

@@ -90,7 +90,7 @@ def test_figures_of_some_samples_say_so(root: Path, capsys, monkeypatch) -> None
     """They were in the run's folder like those of all samples."""
     options = ("--device", "cpu", "--max-new-tokens", "4", "--max-samples", "3")
     code, output = said(capsys, monkeypatch, root, "evaluate", "slowly", *options)
-    assert code == 0 and output.out.startswith("gemma3_vlm_val, the first 3 samples\n")
+    assert code == 0 and output.out.startswith("gemma3_vlm_val, 3 samples spread over it\n")
     written = json.loads((root / "outputs" / "slowly" / "latest" / "checkpoint_metrics.json").read_text())
     assert (written["max_samples"], written["num_samples"]) == (3, {"gemma3_vlm_val": 3})
 

@@ -43,7 +43,7 @@ class Assignments:
     Attributes:
         splits_S: An index into `SPLITS`.
         reasons_S: An index into `UNUSED_REASONS` for an unused sample, otherwise -1.
-        positions_S: The position in its split, from 0; -1 for a sample in none.
+        positions_S: The position in its split, from 0 in the order of the source; -1 for a sample in none.
         groups: The duplicate group of each accepted sample.
     """
 
@@ -92,7 +92,7 @@ def assign(
     positions = np.full(len(sample_ids_S), NONE, np.int64)
     for number, side in sides.items():
         splits[side], reasons[side] = number, NONE
-        positions[side[np.argsort(_hashes(spec.seed, "order", sample_ids_S[side]))]] = np.arange(len(side))
+        positions[side] = np.arange(len(side))
     return Assignments(splits, reasons, positions, all_groups)
 
 
@@ -108,7 +108,7 @@ def _fill(
             "sample_quality, and loosen its limits or give the source more rows."
         )
     sizes = spec.sizes(num_available, num_free)
-    hashes = _hashes(spec.seed, "group", keys_G[members.groups])
+    hashes = _hashes(spec.seed, keys_G[members.groups])
     order = np.argsort(hashes)
     places = hashes.view(">u8").reshape(len(hashes), -1)[:, 0] / 2.0**64
     between = (spec.num_val + spec.wanted_test / 2) / spec.num_wanted
@@ -122,9 +122,9 @@ def _fill(
     return sides
 
 
-def _hashes(seed: int, purpose: str, keys: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
+def _hashes(seed: int, keys: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
     """Sort keys: pseudo-random, and independent of the other keys."""
-    prefix = f"{seed} {purpose} ".encode()
+    prefix = f"{seed} group ".encode()
     return np.fromiter((hashlib.sha256(prefix + key).digest() for key in keys), "S32", count=len(keys))
 
 

@@ -62,6 +62,7 @@ def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, reporter: "R
     if spec.packs:
         _check_packing(spec, processor, reporter)
     train_rows, eval_rows = (encode_rows(encoder, rows, spec, reporter) for rows in read_rows(spec, dataset))
+    warn_of_first_rows(spec, dataset, reporter)
     _warn_of_cuts([*train_rows, *eval_rows], spec, reporter)
     warn_of_labels(train_rows, spec, processor, reporter)
     if spec.packs:
@@ -117,6 +118,18 @@ def _check_packing(spec: TrainSpec, processor: Any, reporter: "Reporter") -> Non
             "packing: a row sees the rows packed in front of it, as in LLaMA-Factory. "
             "neat_packing: true keeps them apart."
         )
+
+
+def warn_of_first_rows(spec: TrainSpec, dataset: Dataset, reporter: "Reporter") -> None:
+    """Say where `max_samples` leaves one answer of several: rows are in their source's order, often class by class."""
+    num_samples = spec.max_samples or 0
+    for name in spec.train_entries if num_samples > 1 else ():
+        answers = [row.messages[-1].content for row in dataset.entry(name).rows]
+        if len(set(answers[:num_samples])) == 1 and len(set(answers)) > 1:
+            reporter.warn(
+                f"max_samples {num_samples}: the first {num_samples} rows of {name} all have the same answer, the "
+                "others have not. Rows are in the order of their source: set it higher, or shuffle the source."
+            )
 
 
 def _warn_of_cuts(rows: Sequence[EncodedRow], spec: TrainSpec, reporter: "Reporter") -> None:

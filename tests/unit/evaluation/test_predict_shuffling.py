@@ -1,8 +1,16 @@
-"""Which images replace another sample's."""
+"""Which samples are asked about, and which images replace another sample's."""
 
 from collections import Counter
 
-from mllm_assets.evaluation.predict import shuffled_partners
+from mllm_assets.evaluation.predict import shuffled_partners, spread
+
+
+def test_a_part_of_an_entry_is_from_everywhere_in_it() -> None:
+    """Rows are in the order of the source, so the first of them may all be of one class."""
+    assert spread(7, 3) == [0, 2, 4]
+    assert spread(120, 24)[-2:] == [110, 115]
+    assert spread(5, None) == spread(5, 5) == spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(0, 3) == spread(0, None) == []
 
 
 def test_every_samples_images_are_used_once_and_never_by_itself() -> None:

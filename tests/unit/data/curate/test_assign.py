@@ -158,13 +158,16 @@ def test_what_trained_before_is_not_tested_on_even_if_nothing_else_is_left() -> 
     assert crossed(before, sides(result)) == []
 
 
-def test_positions_number_each_split_from_zero() -> None:
-    result = assign(candidates(30), near(), SplitSpec(num_train=20, num_val=5), {})
-    assert sorted(a.position for a in result if a.split == "train") == list(range(20))
-    assert sorted(a.position for a in result if a.split == "val") == list(range(5))
+def test_a_split_has_its_samples_in_the_order_of_the_source() -> None:
+    """They were in the order of a hash, and nobody found a row again where it had been."""
+    pool = [candidate(f"group {n % 40} picture {n}", f"look {n}") for n in range(120)]
+    pairs = [(f"look {n}", f"look {n + 40}") for n in range(80)]
+    result = assign(pool, near(*pairs), SplitSpec(num_train=71, num_val=20, num_test=20), {})
+    for side, num_samples in zip(SIDES, (71, 20, 20), strict=True):
+        assert [a.position for a in result if a.split == side] == list(range(num_samples))
 
 
-def test_the_order_of_the_source_does_not_matter() -> None:
+def test_the_side_of_a_sample_does_not_hang_on_the_order_of_the_source() -> None:
     pool = candidates(60)
     shuffled = random.Random(1).sample(pool, len(pool))
     spec = SplitSpec(num_train=30, num_val=10)

@@ -13,7 +13,7 @@ from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encode import EncodedRow, Encoder
-from mllm_assets.training.encoding.inputs import mixed, pack, read_inputs
+from mllm_assets.training.encoding.inputs import mixed, pack, read_inputs, warn_of_first_rows
 from mllm_assets.training.loop.trainer import gemma3_masks
 from mllm_assets.training.models.load import batch_loss, load_config, load_model, load_processor
 from mllm_assets.worker.protocol import Reporter
@@ -90,6 +90,23 @@ def test_rows_that_are_cut_before_packing_are_counted_one_by_one(parity_dir: Pat
     assert int(count) > 0 and reporter.warnings[-1] == (
         f"{count} of 48 rows are longer than the 89 tokens that cutoff_len 90 leaves a row with packing and were cut."
     )
+
+
+def test_first_rows_with_one_answer_of_several_are_named(tmp_path: Path) -> None:
+    """A source that is sorted by class gave a trial of one class, in silence."""
+    answers = ["cat"] * 3 + ["dog"] * 3
+    rows = [
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}]} for answer in answers
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "dataset_info.json").write_text('{"sorted": {"file_name": "rows.json", "formatting": "sharegpt"}}')
+    reporter = Reporter()
+    for max_samples in (None, 1, 3, 4):
+        spec = TrainSpec(
+            model_name_or_path="m", dataset="sorted", template="gemma3", do_train=True, max_samples=max_samples
+        )
+        warn_of_first_rows(spec, Dataset(tmp_path), reporter)
+    assert [warning.split(" all ")[0] for warning in reporter.warnings] == ["max_samples 3: the first 3 rows of sorted"]
 
 
 def test_no_row_is_lost_or_doubled_by_packing(encoded: list[EncodedRow]) -> None:
