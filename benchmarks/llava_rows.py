@@ -67,8 +67,8 @@ def write_source(folder: Path, num_rows: int) -> None:
 def run_step(root: Path, step: str) -> dict[str, Any]:
     """What the command, or the body of the asset, does; its seconds, peaks and longest silence."""
     started_s, cpu_s = time.monotonic(), cpu_seconds()
-    told_s = [started_s]
-    with progress_to(lambda _: told_s.append(time.monotonic())):
+    told = [("start", started_s)]
+    with progress_to(lambda line: told.append((line, time.monotonic()))):
         if step == "add-dataset":
             add_dataset(root / "llava", root, root)
             end_workers()
@@ -78,14 +78,16 @@ def run_step(root: Path, step: str) -> dict[str, Any]:
             end_workers()
         else:
             run_asset(root, step)
-    told_s.append(time.monotonic())
+    told_s = [at for _, at in told] + [time.monotonic()]
+    longest = int(np.diff(told_s).argmax())
     own, decoders = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {
         "wall_s": told_s[-1] - started_s,
         "cpu_s": cpu_seconds() - cpu_s,
         "peak_mib": round(own / 1024),
         "decoder_mib": round(decoders / 1024),
-        "silence_s": float(np.diff(told_s).max()),
+        "silence_s": told_s[longest + 1] - told_s[longest],
+        "silent_after": told[longest][0],
     }
 
 
@@ -137,6 +139,7 @@ def measure(root: Path, num_rows: int) -> bool:
         wall_us, cpu_us = (f"{1e6 * found[key] / num_rows:.0f}" for key in ("wall_s", "cpu_s"))
         peaks = f"{found['peak_mib']} | {found['decoder_mib']}"
         print(f"| {step} | {wall_us} | {cpu_us} | {peaks} | {found['silence_s']:.0f} |", flush=True)
+        print(f"{step}: silent longest after {found['silent_after']!r}", file=sys.stderr, flush=True)
     wall_s, cpu_s = (sum(found[key] for found in results) for key in ("wall_s", "cpu_s"))
     peak_mib, silence_s = (max(found[key] for found in results) for key in ("peak_mib", "silence_s"))
     print(f"| all | {1e6 * wall_s / num_rows:.0f} | {1e6 * cpu_s / num_rows:.0f} | {peak_mib} | | {silence_s:.0f} |")

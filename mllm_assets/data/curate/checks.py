@@ -24,7 +24,7 @@ from mllm_assets.data.sharegpt.row_files import read_rows
 from mllm_assets.data.sharegpt.rows import ASSISTANT, USER, Row, entry_problems, parse_rows
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.file_digests import FileDigests
-from mllm_assets.progress import followed
+from mllm_assets.progress import doing, followed
 
 MAX_EXAMPLES = 5
 CHECKED_FILES = 1024  # images whose measurements are in memory together
@@ -49,6 +49,7 @@ class CheckOutcome:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+@doing("check rows and their images")
 def every_image_has_a_placeholder(version_dir: Path, data_dir: Path) -> CheckOutcome:
     """Each row has as many `<image>` as images, none where it is of text only, and every image file exists.
 
@@ -80,6 +81,7 @@ def every_image_has_a_placeholder(version_dir: Path, data_dir: Path) -> CheckOut
     )
 
 
+@doing("compare the splits' images")
 def splits_share_no_image(
     version_dir: Path,
     data_dir: Path,
@@ -181,6 +183,7 @@ def check_directory(data_dir: Path, media_dir: Path | None = None) -> Iterator[E
     return (_check_entry(data_dir, entry, media_dir) for entry in load_entries(data_dir).values())
 
 
+@doing("check rows and their images")
 def _check_entry(data_dir: Path, entry: EntryInfo, media_dir: Path | None) -> EntryReport:
     problems = entry_problems(entry)
     warnings: list[str] = []

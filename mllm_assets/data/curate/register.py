@@ -15,6 +15,7 @@ from mllm_assets.data.sharegpt.dataset import Dataset, listed_images
 from mllm_assets.data.sharegpt.entries import ENTRY_KEYS, read_dataset_info
 from mllm_assets.errors import IntegrityError, RecipeError
 from mllm_assets.layout import Layout
+from mllm_assets.progress import doing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +42,7 @@ def build_entry(file_name: str) -> dict[str, Any]:
     }
 
 
+@doing("compare the images with their digests")
 def register(spec: DatasetSpec, layout: Layout, version_dir: Path) -> DatasetInfo:
     """Write an entry for each side that a version has, under the file lock; other datasets' entries are kept.
 

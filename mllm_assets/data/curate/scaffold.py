@@ -30,7 +30,7 @@ from mllm_assets.data.quality.groups import PerceptualHashes, group_samples
 from mllm_assets.data.quality.measure import Judge
 from mllm_assets.data.sharegpt.pictures import looks_like_picture
 from mllm_assets.errors import DataError, RecipeError
-from mllm_assets.progress import followed
+from mllm_assets.progress import doing, followed
 from mllm_assets.project.read import root_module
 
 COMPONENT = "mllm_assets.components.ImageTextDataset"
@@ -135,6 +135,7 @@ class Scaffold:
     warnings: tuple[str, ...]
 
 
+@doing("look at the folder")
 def add_dataset(
     folder: Path, project: Path, root: Path, *, name: str | None = None, options: Options | None = None
 ) -> Scaffold:

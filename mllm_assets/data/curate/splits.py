@@ -49,7 +49,7 @@ from mllm_assets.data.sharegpt.dataset import IMAGE_LIST
 from mllm_assets.data.sharegpt.row_files import write_rows
 from mllm_assets.errors import IntegrityError
 from mllm_assets.layout import Layout
-from mllm_assets.progress import followed
+from mllm_assets.progress import doing, followed
 
 COLUMNS = ("sample_id", "row_index", "source_split", "reject_reason", "flags", "duplicate_group")
 
@@ -107,6 +107,7 @@ class SplitResult:
         return {fate: number for fate, number in self.augmentations.items() if LEFT_OUT in fate}
 
 
+@doing("split samples")
 def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: str) -> SplitResult:
     """Split by duplicate group and publish `data/.versions/<dataset>/<digest>/`, with `data/<dataset>` pointing to it.
 
@@ -158,7 +159,8 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
         point_symlink(layout.data / spec.name, result.directory)
         page.write(result.directory, quality, dataset=spec.name)
     pa.default_memory_pool().release_unused()
-    store.write({"split_membership": membership(spec, digest, assignments, samples, fates, run_id)})
+    with doing("write the quality database"):
+        store.write({"split_membership": membership(spec, digest, assignments, samples, fates, run_id)})
     return result
 
 

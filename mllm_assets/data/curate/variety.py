@@ -12,6 +12,7 @@ from mllm_assets.data.ingest.spec import TRAIN
 from mllm_assets.data.ingest.templates import names_in
 from mllm_assets.data.sharegpt.conversation import ASSISTANT, IMAGE_PLACEHOLDER, USER
 from mllm_assets.data.sharegpt.row_files import read_rows
+from mllm_assets.progress import doing
 
 
 def digest_of(text: str) -> bytes:
@@ -32,6 +33,7 @@ def variety_warnings(answers: Counter[bytes], questions: Counter[bytes]) -> tupl
     return tuple(found)
 
 
+@doing("compare answers")
 def rows_say_different_things(version_dir: Path) -> CheckOutcome:
     """The training rows' answers are not all, nor half of them, the same; nor are their own questions.
 

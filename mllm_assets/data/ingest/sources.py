@@ -26,7 +26,7 @@ from mllm_assets.errors import DataError
 from mllm_assets.hub.client import is_commit
 from mllm_assets.layout import Layout
 from mllm_assets.plugins import resolve
-from mllm_assets.progress import followed
+from mllm_assets.progress import doing, followed
 from mllm_assets.settings import number
 
 RAW_SCHEMA = pa.schema(
@@ -77,6 +77,7 @@ class RawDataset:
     num_bytes: int
 
 
+@doing("ingest the source")
 def ingest(spec: DatasetSpec, layout: Layout, *, hub_endpoint: str | None = None) -> RawDataset:
     """Copy a source's samples, images undecoded, into `data/.raw/<dataset>/<digest>/`.
 

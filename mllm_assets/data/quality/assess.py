@@ -37,6 +37,7 @@ from mllm_assets.data.quality.record import record
 from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.data.quality.verdicts import sample_reject_reason
 from mllm_assets.layout import Layout
+from mllm_assets.progress import doing
 
 TEXT_COLUMNS = ("sample_id", "row_index", "caption", "label", "messages", "source_split", "source_defect", "fields")
 BATCH_ROWS = 4096
@@ -74,6 +75,7 @@ class QualityResult:
     num_decoded: int
 
 
+@doing("assess samples")
 def assess(spec: DatasetSpec, layout: Layout, raw: Path, run_id: str) -> QualityResult:
     """Measure every sample of `raw` once, reject what cannot be used, and group duplicates.
 

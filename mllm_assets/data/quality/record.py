@@ -24,6 +24,7 @@ from mllm_assets.data.quality.groups import DUPLICATES_FILE, IMAGES_FILE, QUALIT
 from mllm_assets.data.quality.schema import SCHEMA_VERSION, TABLES
 from mllm_assets.data.quality.store import CONFIG, QualityStore, arrow_schema, table_for, utc_now
 from mllm_assets.errors import IntegrityError
+from mllm_assets.progress import doing
 
 BATCH_ROWS = 16_384
 # what each table takes from the files; the other columns are constant
@@ -61,6 +62,7 @@ def define_rows(connection: duckdb.DuckDBPyConnection, raw: Path, quality: Path)
         connection.execute(f"CREATE VIEW {name} AS SELECT {columns} FROM read_parquet('{quoted}')")
 
 
+@doing("write the quality database")
 def record(store: QualityStore, raw: Path, quality: Path, run_id: str) -> None:
     """Add a finished assessment to the tables of `schema`; repeating it changes nothing."""
     manifest = read_manifest(quality)

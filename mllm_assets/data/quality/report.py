@@ -24,6 +24,7 @@ from mllm_assets.data.quality.record import define_rows
 from mllm_assets.data.quality.store import CONFIG
 from mllm_assets.data.quality.views import view_sql
 from mllm_assets.pages import page_template
+from mllm_assets.progress import doing
 
 REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
 MAX_MARKDOWN_BYTES = 190_000  # Dagster+ answers 413 above about 1 MB, and several assets share a page
@@ -53,6 +54,7 @@ class Report:
     markdown: str
 
 
+@doing("write the quality report")
 def write_report(raw: Path, quality: Path) -> Report:
     """Write `report.html` and `report.md` into a finished assessment; an existing report is kept.
 
