@@ -62,6 +62,8 @@ def add_commands(verbs: Verbs) -> None:
     chat = verbs.add_parser("chat", help="a local page where an image and questions go to one to three models")
     chat.add_argument("models", nargs="+", metavar="MODEL", help=f"one, or up to three to compare: {HOW_TO_NAME}")
     chat.add_argument("--samples", metavar="ENTRY", help="entry of dataset_info.json to pick samples from: emoji_val")
+    chat.add_argument("--media-dir", type=Path, metavar="DIR",
+                      help="what their images' paths are relative to; by default as in the models' recipe")  # fmt: skip
     chat.add_argument("--host", default="127.0.0.1", help=f"elsewhere {KEY_VARIABLE} is the password of `user`")
     chat.add_argument("--port", type=int, default=7860)
     add_device_option(chat)
@@ -180,13 +182,15 @@ def _chat(arguments: argparse.Namespace) -> int:
     layout = Layout.from_environment()
     models = [find_named_model(name, layout) for name in arguments.models]
 
-    from mllm_assets.inference.chat_page import chat
+    from mllm_assets.data.sharegpt.dataset import Dataset
+    from mllm_assets.inference.chat_page import Samples, chat
 
+    trained_with = next((layout.root / model.media_dir for model in models if model.media_dir), None)
+    dataset = Dataset(layout.data, media_dir=arguments.media_dir or trained_with)
     try:
         chat(
             models,
-            data_dir=layout.data,
-            entry=arguments.samples,
+            samples=Samples.read(dataset, arguments.samples) if arguments.samples else None,
             host=arguments.host,
             port=port,
             password=password,

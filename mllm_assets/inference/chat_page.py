@@ -47,13 +47,13 @@ class Samples:
     rows: Sequence[Row]
 
     @classmethod
-    def read(cls, data_dir: Path, entry: str) -> Self:
-        """Read an entry of `data_dir/dataset_info.json`.
+    def read(cls, dataset: Dataset, entry: str) -> Self:
+        """Read an entry of a directory.
 
         Raises:
             DataError: There is no such entry, it cannot be read, or it has no row with one image.
         """
-        rows = [row for row in Dataset(data_dir).entry(entry).rows if len(row.images) == 1]
+        rows = [row for row in dataset.entry(entry).rows if len(row.images) == 1]
         if not rows:
             raise DataError(f"The entry {entry} has no row with exactly one image to browse. Leave --samples out.")
         return cls(entry, rows)
@@ -285,8 +285,7 @@ def _browser(samples: Samples, image: Any, prompt: Any, reset: Reset) -> None:
 def chat(
     models: Sequence[NamedModel],
     *,
-    data_dir: Path,
-    entry: str | None,
+    samples: Samples | None,
     host: str,
     port: int,
     password: str | None,
@@ -294,13 +293,12 @@ def chat(
 ) -> None:
     """Show a page with one to three models until the process is stopped.
 
-    Samples of `entry` in the `dataset_info.json` of `data_dir` can be picked. A visitor must know the `password`, with
-    the name `user`; None asks for none.
+    Samples can be picked, where they are given. A visitor must know the `password`, with the name `user`; None asks
+    for none.
 
     Raises:
-        MllmAssetsError: A model or the entry cannot be read.
+        MllmAssetsError: A model cannot be read.
     """
-    samples = Samples.read(data_dir, entry) if entry else None
     page = build_page([(model, open_model(model, device=device)) for model in models], samples)
     show(page, host=host, port=port, password=password)
 

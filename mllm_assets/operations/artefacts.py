@@ -8,7 +8,7 @@ by chance keeps too much, never too little.
 import math
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mllm_assets.artifacts import MANIFEST, is_complete, read_manifest, sha256_f
 from mllm_assets.data.curate.publish import NAMED_IMAGES
 from mllm_assets.data.sharegpt.dataset import IMAGE_LIST, Dataset, listed_images
 from mllm_assets.data.sharegpt.entries import load_entries
-from mllm_assets.errors import IntegrityError
+from mllm_assets.errors import IntegrityError, MllmAssetsError
 from mllm_assets.layout import Layout
 
 NAME = re.compile(r"\b[0-9a-f]{16}(?:-\d+)?\b")
@@ -35,6 +35,7 @@ PLACES = {
 }
 LINKS = ("outputs/*/*", "releases/*/*", "data/*")
 WITH_NAMES = (MANIFEST, "run.json", "checkpoint_metrics.json")
+MEDIA_DIR = re.compile(r"\bmedia_dir\b[\"']?\s*[:=]\s*[\"']?([^\"'\n,#}\[\]]+)")
 BY_CONTENT = re.compile(r"([0-9a-f]{16})\.\w+")
 
 
@@ -162,11 +163,18 @@ def project_names(project: Path, package: str | None) -> str:
     return "\n".join(texts)
 
 
-def find_unnamed_images(layout: Layout, gone: Collection[Path]) -> Iterator[Path]:
+def media_dirs(layout: Layout, also_named: str) -> list[Path]:
+    """The folders that recipes and runs name as `media_dir`; `also_named` holds the recipes."""
+    texts = [also_named, *(_text(path) for path in layout.outputs.glob("*/*/run.json"))]
+    names = {name.strip() for text in texts for name in MEDIA_DIR.findall(text)}
+    return [layout.root / name for name in sorted(names) if (layout.root / name).is_dir()]
+
+
+def find_unnamed_images(layout: Layout, gone: Collection[Path], media: Sequence[Path] = ()) -> Iterator[Path]:
     """Images that this project wrote and that nothing names except the dataset versions in `gone`.
 
     A picture of the user's is never among them: ours are named by their content, or are in the list that a dataset with
-    `output.image_prefix` keeps of its own.
+    `output.image_prefix` keeps of its own. The paths of an entry may be relative to each of the `media` folders.
 
     Raises:
         MllmAssetsError: An entry of `dataset_info.json` cannot be read, so what it names is not known.
@@ -177,10 +185,29 @@ def find_unnamed_images(layout: Layout, gone: Collection[Path]) -> Iterator[Path
             named.update((layout.data / name).resolve() for name, _ in listed_images(version))
     for name, entry in load_entries(layout.data).items() if layout.dataset_info.is_file() else ():
         if entry.remote is None and (layout.data / entry.file_name).exists():  # a missing file names nothing
-            named.update(image for row in Dataset(layout.data).entry(name).rows for image in row.images)
+            named |= _images_of(layout, name, media)
     ours = {name for claims in layout.data.glob(f".versions/*/{NAMED_IMAGES}") for name in _text(claims).splitlines()}
     for path in sorted(layout.images.iterdir()) if layout.images.is_dir() else ():
         if path.is_file() and path.resolve() not in named:
             match = BY_CONTENT.fullmatch(path.name)
             if f"images/{path.name}" in ours or (match and sha256_file(path).startswith(match[1])):
                 yield path
+
+
+def _images_of(layout: Layout, entry: str, media: Sequence[Path]) -> set[Path]:
+    """The images that an entry names, as every folder has it that has all of them.
+
+    Raises:
+        MllmAssetsError: None has.
+    """
+    named: list[Path] = []
+    problems: list[MllmAssetsError] = []
+    for folder in (None, *media):
+        try:
+            rows = Dataset(layout.data, media_dir=folder).entry(entry).rows
+            named += [image for row in rows for image in row.images]
+        except MllmAssetsError as error:
+            problems.append(error)
+    if len(problems) == len(media) + 1:
+        raise problems[0]
+    return set(named)

@@ -26,6 +26,7 @@ from mllm_assets.operations.artefacts import (
     find_kept,
     find_unnamed_images,
     last_used_s,
+    media_dirs,
 )
 from mllm_assets.tables import print_table
 
@@ -85,15 +86,16 @@ def find_garbage(layout: Layout, policy: Policy, *, also_named: str = "", in_pro
         garbage.append(Garbage(artefact.kind, artefact.path, num_bytes(artefact.path), used_s, reason))
     if not in_progress:
         try:
-            garbage += _images(layout, policy, {item.path for item in garbage}, now_s)
+            gone, media = {item.path for item in garbage}, media_dirs(layout, also_named)
+            garbage += _images(policy, find_unnamed_images(layout, gone, media), now_s)
         except MllmAssetsError as error:
             notes.append(f"images stay: {error}")
     garbage += _leftovers(layout, policy, now_s)
     return Plan(garbage, notes)
 
 
-def _images(layout: Layout, policy: Policy, gone: set[Path], now_s: float) -> Iterator[Garbage]:
-    for path in find_unnamed_images(layout, gone):
+def _images(policy: Policy, unnamed: Iterator[Path], now_s: float) -> Iterator[Garbage]:
+    for path in unnamed:
         used_s = _used_s(IMAGE, path)
         if now_s - used_s >= policy.older_than_s:
             yield Garbage(IMAGE, path, path.stat().st_size, used_s, "no dataset names it")

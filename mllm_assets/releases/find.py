@@ -26,7 +26,8 @@ def find_named_model(name: str | Path, layout: Layout) -> NamedModel:
     directory = _find(text, layout)
     if is_release(directory):
         require_intact(directory)
-    return NamedModel(name=text, directory=directory, turns=TurnSettings.of(_recipe_of(directory)))
+    recipe = _recipe_of(directory)
+    return NamedModel(name=text, directory=directory, turns=TurnSettings.of(recipe), media_dir=recipe.get("media_dir"))
 
 
 def _find(text: str, layout: Layout) -> Path:

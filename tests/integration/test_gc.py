@@ -145,6 +145,24 @@ def test_images_stay_where_an_entry_cannot_be_read(root: Root) -> None:
     assert plan.garbage == [] and plan.notes[0].startswith("images stay: ") and "mine.json" in plan.notes[0]
 
 
+def test_an_entry_is_read_with_the_media_dir_of_a_recipe(root: Root) -> None:
+    """Its images were not found, so no image was ever deleted; and one that it names may not be."""
+    root.layout.images.mkdir(parents=True)
+    names = [f"{hashlib.sha256(PNG + text).hexdigest()[:16]}.png" for text in (b"kept", b"gone")]
+    for name, text in zip(names, (b"kept", b"gone"), strict=True):
+        (root.layout.images / name).write_bytes(PNG + text)
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "a dot"}]
+    (root.layout.data / "mine.json").write_text(json.dumps([{"conversations": turns, "images": [names[0]]}]))
+    entry = {"file_name": "mine.json", "formatting": "sharegpt", "columns": {"images": "images"}}
+    root.layout.dataset_info.write_text(json.dumps({"mine": entry}))
+    assert root.garbage() == set()
+    recipe = "dataset: mine\nmedia_dir: data/images  # beside the rows\n"
+    assert root.garbage(also_named=recipe) == {root.layout.images / names[1]}
+    run = root.add("outputs/other")
+    (run / "run.json").write_text(json.dumps({"recipe": {"media_dir": "data/images"}}))
+    assert {path for path in root.garbage() if path.suffix == ".png"} == {root.layout.images / names[1]}
+
+
 def test_caches_go_when_they_were_not_used_and_stay_while_a_run_is_in_progress(root: Root) -> None:
     cache = root.add("cache/features")
     root.add(f"cache/features/{cache.name}")

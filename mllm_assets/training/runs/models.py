@@ -195,6 +195,7 @@ class NamedModel:
     name: str  # as the user wrote it
     directory: Path  # a Hugging Face model directory, or a `checkpoint-<step>` of a run
     turns: TurnSettings = TurnSettings()  # as in its training, if that is recorded
+    media_dir: str | None = None  # likewise: what its images' paths are relative to
 
 
 def find_model(directory: Path) -> Path:

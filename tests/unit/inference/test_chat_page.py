@@ -1,5 +1,6 @@
 """An answer on the chat page, while somebody reads it and when nobody does any more."""
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("gradio")
+from mllm_assets.data.sharegpt.dataset import Dataset  # noqa: E402
 from mllm_assets.inference.answerer import Answer, Answerer  # noqa: E402
-from mllm_assets.inference.chat_page import _earlier, ask_while_read  # noqa: E402
+from mllm_assets.inference.chat_page import Samples, _earlier, ask_while_read  # noqa: E402
 from mllm_assets.inference.generate import ask, prompt_row  # noqa: E402
 from mllm_assets.recipe.asking import Sampling  # noqa: E402
 
@@ -47,3 +49,11 @@ def test_the_image_belongs_to_the_first_question_of_a_conversation(answerer: Ans
     row = prompt_row([picture], "Which colour?", earlier=_earlier(turns, 0, has_image=True))
     assert [message.content for message in row.messages] == ["<image>What is this?", "A face", "Which colour?"]
     assert ask(answerer, row, Sampling(max_new_tokens=2)).num_tokens <= 2
+
+
+def test_samples_have_their_images_in_another_folder(tmp_path: Path) -> None:
+    """An entry whose recipe names a `media_dir` could be trained on, and not be looked at."""
+    shutil.copytree(MODEL.parent / "data", tmp_path / "data", ignore=shutil.ignore_patterns("images"))
+    shutil.copytree(MODEL.parent / "data" / "images", tmp_path / "photos" / "images")
+    samples = Samples.read(Dataset(tmp_path / "data", media_dir=tmp_path / "photos"), "gemma3_vlm_val")
+    assert samples.rows[0].images[0].is_relative_to(tmp_path / "photos")

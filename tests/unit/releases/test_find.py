@@ -12,7 +12,7 @@ from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.releases.find import find_named_model
 from mllm_assets.releases.versions import seal
 
-RECIPE = {"template": "qwen3_vl", "enable_thinking": False, "image_max_pixels": 4096}
+RECIPE = {"template": "qwen3_vl", "enable_thinking": False, "image_max_pixels": 4096, "media_dir": "photos"}
 
 
 def make_model(directory: Path, manifest: dict | None = None) -> Path:
@@ -69,6 +69,7 @@ def test_a_model_is_asked_in_the_turn_format_that_it_was_trained_in(layout: Layo
         model = find_named_model(name, layout)
         turns = model.turns
         assert (turns.template, turns.enable_thinking, turns.image_max_pixels) == ("qwen3_vl", False, 4096), name
+        assert model.media_dir == "photos", name
     base = find_named_model(make_model(layout.pretrains / "tiny"), layout)
     assert base.turns == TurnSettings()
 
