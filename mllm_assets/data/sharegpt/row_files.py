@@ -20,7 +20,7 @@ from mllm_assets.data.sharegpt.pictures import IMAGE_SUFFIXES
 from mllm_assets.errors import DataError
 
 PARQUET_GROUP_ROWS = 8192  # rows in memory at once
-MAX_PACKED, MAX_BATCH_BYTES = 20, 2**26  # pictures and texts do not compress by more
+MAX_PACKED, MAX_BATCH_BYTES = 20, 2**24  # pictures and texts do not compress by more
 BATCH_ROWS = 64  # the same on reading: rows may embed images
 BUFFER_BYTES = 2**23  # a column of a row group is read in parts of this size
 MAX_EXPANSION, FREE_BYTES = 200, 2**32  # what a compressed file may expand to for each byte, beyond some GiB
