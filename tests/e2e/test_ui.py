@@ -8,8 +8,9 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.integration.conftest import copied_project, emoji_ready, line_ready, processes_of, wait_for
+from tests.integration.conftest import Project, copied_project, emoji_ready, line_ready, processes_of, wait_for
 from tests.integration.dagster_dev import Server, loaded_location, serving
+from tests.unit.data.made_datasets import picture
 
 __all__ = ["emoji_ready", "line_ready"]  # fixtures
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
@@ -19,20 +20,20 @@ GROUPS = ("emoji", "pretrained", "mine")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ui") / "project"
-
-
-@pytest.fixture(scope="module")
-def server(line_ready: Path, folder: Path) -> Iterator[Server]:
+def project(line_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A trained recipe whose gate failed, and one that would train for long."""
-    with copied_project(line_ready, folder) as project:
+    with copied_project(line_ready, tmp_path_factory.mktemp("ui") / "project") as project:
         project.write_recipe("long", max_steps=5000, eval_strategy="steps", eval_steps=5)
         project.set_defaults(gates={"min_answer_gain": 0.9})
         project.materialize('key:"mine/eval_metrics"').communicate(timeout=500)
-        with serving(project, "-m", f"{project.package}.definitions") as server:
-            loaded_location(server)
-            yield server
+        yield project
+
+
+@pytest.fixture(scope="module")
+def server(project: Project) -> Iterator[Server]:
+    with serving(project, "-m", f"{project.package}.definitions") as server:
+        loaded_location(server)
+        yield server
 
 
 def test_the_graph_shows_one_line_in_its_groups(server: Server, page: Page) -> None:
@@ -75,6 +76,9 @@ PAGES = {
     "emoji/raw": {"rows": "img"},
     "emoji/sample_quality": {"report": "img"},
     "emoji/train": {"rows": "img"},
+    "emoji/dataset_info": {},
+    "pretrained/gemma3_tiny": {},
+    "mine/vision_features": {},
     "mine/checkpoint": {"training_loss": "img", "trainable": "text=language_model.embed_tokens"},
     "mine/predictions": {"gallery": "text=tuned model"},
     "mine/eval_metrics": {
@@ -82,6 +86,7 @@ PAGES = {
         "confusion": "img",
         "gates": "text=beats_most_common_answer",
     },
+    "mine/released_model": {"model_card": "text=label_accuracy", "gates": "text=beats_most_common_answer"},
 }
 TOO_WIDE = """tables => tables.map(table => [table, table.closest("td, [role=dialog]")]).filter(([table, column]) => {
     if (!column) return false;
@@ -116,15 +121,35 @@ def test_a_failed_gate_can_be_read(server: Server, page: Page) -> None:
     expect(page.get_by_text("Failed").first).to_be_visible()
 
 
-def test_a_checkpoint_is_materialised_with_changed_config(server: Server, page: Page) -> None:
-    launch(page, server, "mine/checkpoint", "ops: {mine__checkpoint: {config: {max_steps: 2}}}")
+def test_a_trial_with_two_changed_keys_is_made_and_listed_by_them(server: Server, page: Page) -> None:
+    launch(page, server, "mine/checkpoint", "ops: {mine__checkpoint: {config: {max_steps: 1, learning_rate: 0.003}}}")
     run = wait_for(lambda: launched_run(server, "mine__checkpoint"), "the run")
-    assert "max_steps: 2" in run["runConfigYaml"]
+    assert "max_steps: 1" in run["runConfigYaml"]
     wait_for(lambda: launched_run(server, "mine__checkpoint")["status"] == "SUCCESS", "the run's end")
+    page.goto(f"{server.url}/runs")
+    expect(page.get_by_text("mine max_steps=1 learning_rate=0.003").first).to_be_visible()
+
+
+def test_own_pictures_become_a_dataset_whose_rows_the_page_shows(server: Server, page: Page, project: Project) -> None:
+    photos = project.root / "photos"
+    photos.mkdir()
+    for number in range(12):
+        picture(number).save(photos / f"{number}.png")
+        (photos / f"{number}.txt").write_text(f"blocks number {number}")
+    for command in (("add-dataset", "photos"), ("run", "photos")):
+        output, _ = (process := project.start("mllm_assets.cli", *command)).communicate(timeout=900)
+        assert process.returncode == 0, output
+    page.goto(f"{server.url}/locations")
+    page.locator("button", has_text=re.compile("^Reload$")).first.click()
+    wait_for(lambda: "photos" in str(server.query("{ assetNodes { assetKey { path } } }")), "the reloaded definitions")
+    page.goto(f"{server.url}/assets/photos/train")
+    expect(page.get_by_text("cost_wall_s", exact=True).first).to_be_visible()
+    open_markdown(page, "rows")
+    expect(page.get_by_role("dialog").get_by_text("blocks number").first).to_be_visible()
 
 
 def test_a_run_in_progress_says_how_far_it_is_and_a_cancelled_one_leaves_nothing(
-    server: Server, page: Page, folder: Path
+    server: Server, page: Page, project: Project
 ) -> None:
     launch(page, server, "long/checkpoint", "ops: {long__checkpoint: {config: {learning_rate: 0.002}}}")
     run = wait_for(lambda: launched_run(server, "long__checkpoint"), "the run")
@@ -136,7 +161,7 @@ def test_a_run_in_progress_says_how_far_it_is_and_a_cancelled_one_leaves_nothing
     page.get_by_role("dialog").get_by_role("button", name="Terminate 1 run").click()
     wait_for(lambda: launched_run(server, "long__checkpoint")["status"] == "CANCELED", "the run's end")
     assert slots_taken(server) == 0
-    assert not [p for p in processes_of(folder) if "mllm_assets.worker" in " ".join(p.cmdline())]
+    assert not [p for p in processes_of(project.root) if "mllm_assets.worker" in " ".join(p.cmdline())]
     page.goto(f"{server.url}/runs/{run['runId']}")
     expect(page.get_by_text("Canceled", exact=True).first).to_be_visible()
 
