@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from tests.integration.conftest import Project, line_of
+from tests.integration.conftest import Project
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -13,15 +13,13 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(120
 def test_the_guides_split_warns_trains_and_is_released_only_where_leakage_is_allowed(project: Project) -> None:
     defs = project.root / project.package / "defs"
     project.set_split(num_train=680, num_val=120, strategy="guide")
-    output = project.made('key:"emoji/raw"+')
+    project.set_defaults(gates={"min_loss_gain_nats": -100.0, "min_answer_gain": -2.0, "min_image_gain_nats": -100.0})
+    project.write_recipe("given", max_steps=1, max_samples=8)
+    run = project.materialize('key:"emoji/raw"+')
+    output, _ = run.communicate(timeout=500)
     assert "splits_share_no_image" in output
     manifest = json.loads((project.layout.data / "emoji" / "manifest.json").read_text())
     assert manifest["spec"]["split"]["strategy"] == "guide"
-
-    project.set_defaults(gates={"min_loss_gain_nats": -100.0, "min_answer_gain": -2.0, "min_image_gain_nats": -100.0})
-    project.write_recipe("given", max_steps=1, max_samples=8)
-    run = project.materialize(line_of("given", "eval_metrics"))
-    output, _ = run.communicate(timeout=500)
     assert run.returncode == 1 and "given/eval_metrics: no_leakage" in output, output
     run = project.materialize('key:"given/released_model"')
     output, _ = run.communicate(timeout=500)

@@ -34,10 +34,13 @@ def gated(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def write_broken(project: Project, name: str, **values: Any) -> None:
     """A recipe whose answers are cut after 16 tokens, more than any right one has: some of its models never end one."""
     project.write_recipe(name, **values)
+    set_for(project, name, evaluation={"max_new_tokens": 16})
+
+
+def set_for(project: Project, recipe: str, **settings: Any) -> None:
     path = project.root / project.package / "defs" / "recipes" / "defs.yaml"
     component = yaml.safe_load(path.read_text())
-    settings = component["attributes"].setdefault("settings", [])
-    settings.append({"recipe": name, "evaluation": {"max_new_tokens": 16}})
+    component["attributes"].setdefault("settings", []).append({"recipe": recipe, **settings})
     path.write_text(yaml.safe_dump(component))
 
 
@@ -61,13 +64,10 @@ def judged(project: Project, recipe: str) -> dict[str, tuple[bool, str]]:
     return found
 
 
-def fails(project: Project, recipe: str) -> dict[str, str]:
-    """The line of a recipe, which must end without a release: its failed gates and their reasons."""
-    code, output = run(project, line_of(recipe))
-    outcome = judged(project, recipe)
-    assert code == 1, output
+def failed(project: Project, recipe: str) -> dict[str, str]:
+    """The failed gates of a recipe, which must have no release, and their reasons."""
     assert list_releases(project.layout, recipe) == []
-    return {name: reason for name, (passed, reason) in outcome.items() if not passed}
+    return {name: reason for name, (passed, reason) in judged(project, recipe).items() if not passed}
 
 
 def write_entry(project: Project, name: str, change: Callable[[list[dict[str, Any]]], None]) -> None:
@@ -90,6 +90,33 @@ def shipped(gated: Project) -> Project:
     return gated
 
 
+@pytest.fixture(scope="module")
+def broken(gated: Project) -> Project:
+    """The same project, in which three broken recipes were run to their ends, in one run."""
+    write_broken(gated, "untrained", max_steps=1, learning_rate=1.0e-12)
+    write_entry(gated, "shuffled_train", shuffle_images)
+    write_broken(gated, "shuffled", dataset="shuffled_train", **SHORT)
+    write_entry(gated, "constant_train", repeat_most_common_answer)
+    write_broken(gated, "constant", dataset="constant_train", **SHORT)
+    code, output = run(gated, " or ".join(line_of(recipe) for recipe in ("untrained", "shuffled", "constant")))
+    assert code == 1, output
+    return gated
+
+
+def shuffle_images(rows: list[dict[str, Any]]) -> None:
+    images = [row["images"] for row in rows]
+    random.Random(0).shuffle(images)
+    for row, others in zip(rows, images, strict=True):
+        row["images"] = others
+
+
+def repeat_most_common_answer(rows: list[dict[str, Any]]) -> None:
+    answers = [row["messages"][-1]["content"] for row in rows]
+    most_common = max(sorted(set(answers)), key=answers.count)
+    for row in rows:
+        row["messages"][-1]["content"] = most_common
+
+
 def test_the_shipped_recipe_passes_every_gate_and_is_released(shipped: Project) -> None:
     outcome = judged(shipped, "emoji_sft")
     assert all(passed for passed, _ in outcome.values()), outcome
@@ -99,11 +126,7 @@ def test_the_shipped_recipe_passes_every_gate_and_is_released(shipped: Project) 
 
 
 def test_a_dry_push_lists_what_would_go_to_the_hub(shipped: Project) -> None:
-    path = shipped.root / shipped.package / "defs" / "recipes" / "defs.yaml"
-    component = yaml.safe_load(path.read_text())
-    settings = component["attributes"].setdefault("settings", [])
-    settings.append({"recipe": "emoji_sft", "push_to_hub": {"repo_id": "me/emoji"}})
-    path.write_text(yaml.safe_dump(component))
+    set_for(shipped, "emoji_sft", push_to_hub={"repo_id": "me/emoji"})
     code, output = run(shipped, 'key:"emoji_sft/hub_model"')
     assert code == 0 and "Dry run: nothing was sent. push_to_hub.dry_run: false pushes to me/emoji." in output
     facts = shipped.metadata("emoji_sft", "hub_model")
@@ -131,40 +154,23 @@ def test_a_corrupted_checkpoint_is_not_released_and_is_finished_again(shipped: P
     require_intact(release.directory)
 
 
-def test_an_untrained_model_does_not_beat_its_base_model(gated: Project) -> None:
-    write_broken(gated, "untrained", max_steps=1, learning_rate=1.0e-12)
-    failed = fails(gated, "untrained")
-    assert "the gain in loss over the base model is 0.0000 (95 % interval" in failed["beats_base_model"]
-    assert "checkpoint_reloads_strictly" not in failed and "no_leakage" not in failed
+def test_an_untrained_model_does_not_beat_its_base_model(broken: Project) -> None:
+    gates = failed(broken, "untrained")
+    assert "the gain in loss over the base model is 0.0000 (95 % interval" in gates["beats_base_model"]
+    assert "checkpoint_reloads_strictly" not in gates and "no_leakage" not in gates
 
 
-def test_a_model_trained_on_shuffled_images_does_not_use_the_image(gated: Project) -> None:
-    def shuffle(rows: list[dict[str, Any]]) -> None:
-        images = [row["images"] for row in rows]
-        random.Random(0).shuffle(images)
-        for row, others in zip(rows, images, strict=True):
-            row["images"] = others
-
-    write_entry(gated, "shuffled_train", shuffle)
-    write_broken(gated, "shuffled", dataset="shuffled_train", **SHORT)
-    failed = fails(gated, "shuffled")
-    assert "gain in loss of the sample's own image over another's is" in failed["the_model_uses_the_image"]
-    assert not {"beats_base_model", "checkpoint_reloads_strictly", "no_leakage"} & failed.keys()
+def test_a_model_trained_on_shuffled_images_does_not_use_the_image(broken: Project) -> None:
+    gates = failed(broken, "shuffled")
+    assert "gain in loss of the sample's own image over another's is" in gates["the_model_uses_the_image"]
+    assert not {"beats_base_model", "checkpoint_reloads_strictly", "no_leakage"} & gates.keys()
 
 
-def test_a_model_with_one_constant_answer_does_not_beat_it(gated: Project) -> None:
-    def repeat(rows: list[dict[str, Any]]) -> None:
-        answers = [row["messages"][-1]["content"] for row in rows]
-        most_common = max(sorted(set(answers)), key=answers.count)
-        for row in rows:
-            row["messages"][-1]["content"] = most_common
-
-    write_entry(gated, "constant_train", repeat)
-    write_broken(gated, "constant", dataset="constant_train", **SHORT)
-    failed = fails(gated, "constant")
-    reason = failed["beats_most_common_answer"]
+def test_a_model_with_one_constant_answer_does_not_beat_it(broken: Project) -> None:
+    gates = failed(broken, "constant")
+    reason = gates["beats_most_common_answer"]
     assert "gain in label_accuracy over always answering" in reason and "is 0.0000 (95 % interval 0.0000" in reason
-    assert not {"checkpoint_reloads_strictly", "no_leakage"} & failed.keys()
+    assert not {"checkpoint_reloads_strictly", "no_leakage"} & gates.keys()
 
 
 def test_a_model_that_trained_on_validation_images_is_not_released(project: Project) -> None:
@@ -174,8 +180,10 @@ def test_a_model_that_trained_on_validation_images_is_not_released(project: Proj
     (folder / "train.json").write_text(json.dumps(rows + held[:20]))
     publish_changed(folder)
     write_broken(project, "leaked", max_steps=1)
-    failed = fails(project, "leaked")
-    assert failed["no_leakage"].startswith("20 ") and "set `allow_leakage: true`" in failed["no_leakage"]
-    assert "checkpoint_reloads_strictly" not in failed
+    code, output = run(project, line_of("leaked"))
+    assert code == 1, output
+    gates = failed(project, "leaked")
+    assert gates["no_leakage"].startswith("20 ") and "set `allow_leakage: true`" in gates["no_leakage"]
+    assert "checkpoint_reloads_strictly" not in gates
     code, output = run(project, 'key:"leaked/released_model"')
     assert code == 1 and "leaked is not released:" in output and "no_leakage: 20 " in output

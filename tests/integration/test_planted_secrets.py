@@ -125,12 +125,11 @@ def test_no_planted_secret_is_written_or_printed(project: Project, monkeypatch: 
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.setenv("HF_HOME", str(project.root / "hf"))
-        outputs.append(failing(project, 'key:"birds/raw"'))
+        names = ("birds/raw", "told/checkpoint", "disguised/checkpoint", "leaky/crashes", "leaky/raises")
+        outputs.append(failing(project, " or ".join(f'key:"{name}"' for name in names)))
     assert "The Hub does not accept HF_TOKEN" in outputs[-1]
-    outputs.append(failing(project, 'key:"told/checkpoint" or key:"disguised/checkpoint"'))
     assert "hub_token is not supported with this value: secrets do not belong in a recipe" in outputs[-1], outputs[-1]
     assert "the value of run_name holds what looks like a token or password" in outputs[-1]
-    outputs.append(failing(project, 'key:"leaky/crashes" or key:"leaky/raises"'))
     assert "RuntimeError: raised HF_TOKEN AWS_SECRET_ACCESS_KEY" in outputs[-1]
     for arguments, code in ((("max_steps=1",), 0), ((f"hub_token={in_recipe}",), 2), ((f"run_name={in_recipe}",), 2)):
         returned, output = command(project, "train", "configs/mine.yaml", "max_samples=16", *arguments)
