@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from mllm_assets.artifacts import is_complete
@@ -43,7 +43,12 @@ def make_task(
 
 def test_a_step_that_is_not_finite_stops_the_run_before_the_optimizer(parity_dir: Path, tmp_path: Path) -> None:
     """The library replaces the loss in its log and goes on with ruined weights."""
-    task = make_task(parity_dir, tmp_path / "run", learning_rate=1e38, lr_scheduler_type="constant")
+    for name in ("model", "data"):
+        shutil.copytree(parity_dir / name, tmp_path / name)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    next(tensor for name, tensor in tensors.items() if name.endswith("model.norm.weight")).fill_(3e38)  # a number still
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    task = make_task(tmp_path, tmp_path / "run")
     with pytest.raises(RecipeError, match=r"Step \d is not finite: loss .* Lower learning_rate") as caught:
         train_task(task, Reporter())
     named = str(caught.value).split("with the samples ")[1].split(". ")[0].split(", ")
