@@ -1,7 +1,5 @@
 """Every command that README and docs show is run, in a copy of the repository, in the order of the page.
 
-One that trains does a tenth of the steps that it names.
-
 A fence with a title (`sh title="needs a GPU and the Hub"`) is not; the title says to the reader why.
 """
 
@@ -87,7 +85,6 @@ def _ignored(folder: str, names: list[str]) -> set[str]:
 
 
 def run(root: Path, command: str) -> subprocess.CompletedProcess[str]:
-    command = re.sub(r"\bmax_steps=(\d+)0\b", r"max_steps=\1", command)
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
