@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.training.caches.shards import probes
 from mllm_assets.training.encoding import encode, image_files
-from mllm_assets.training.encoding.turns import TurnTokenizer
+from mllm_assets.training.encoding.texts import TextTokenizer
 from mllm_assets.training.loop.engine import NUM_RELOAD_ROWS, train_task
 from mllm_assets.training.loop.trainer import FineTuner
 from mllm_assets.training.models.load import load_processor
@@ -42,7 +43,7 @@ class Counts:
         self.logit_rows: set[int] = set()
 
     def train(self, task: TrainTask) -> dict[str, Any]:
-        step, load_image, tokens = FineTuner.training_step, image_files.load_image, TurnTokenizer._tokens
+        step, load_image, tokens = FineTuner.training_step, image_files.load_image, TextTokenizer._read
 
         def counted_step(trainer: FineTuner, *args: Any, **kwargs: Any) -> torch.Tensor:
             hook = nn.modules.module.register_module_forward_pre_hook(self._count)
@@ -55,14 +56,14 @@ class Counts:
             self.decoded[path] += 1
             return load_image(path, **kwargs)
 
-        def counted_tokens(tokenizer: TurnTokenizer, text: str) -> list[int]:
+        def counted_tokens(texts: TextTokenizer, text: str) -> Sequence[int]:
             self.tokenized[text] += 1
-            return tokens(tokenizer, text)
+            return tokens(texts, text)
 
         with (
             patch.object(FineTuner, "training_step", counted_step),
             patch("mllm_assets.training.encoding.collate.load_image", counted_load),
-            patch.object(TurnTokenizer, "_tokens", counted_tokens),
+            patch.object(TextTokenizer, "_read", counted_tokens),
         ):
             return train_task(task, Reporter())
 
@@ -101,12 +102,15 @@ def test_logits_are_computed_for_supervised_tokens_only(parity_dir: Path, tmp_pa
 
 
 def test_each_text_is_tokenised_once(parity_dir: Path, tmp_path: Path) -> None:
-    """Question and answer of each exchange, in however many epochs; the empty prefix costs no call."""
+    """In however many epochs, and in however many rows: questions and labels recur."""
     counts = Counts()
     result = counts.train(make_task(parity_dir, tmp_path, **PROJECTOR, eval_strategy="no"))
     num_answers = sum(message.role == "assistant" for row in rows_of(parity_dir) for message in row.messages)
     assert result["num_epochs"] > 1
-    assert sum(count for text, count in counts.tokenized.items() if text) == 2 * num_answers
+    questions = [count for text, count in counts.tokenized.items() if "<start_of_turn>user" in text]
+    answers = [count for text, count in counts.tokenized.items() if text.endswith("<end_of_turn>\n")]
+    assert set(questions) == set(answers) == {1}
+    assert len(questions) < num_answers and len(answers) <= num_answers
 
 
 def test_regrouped_micro_batches_train_the_same_samples_and_keep_their_size(parity_dir: Path, tmp_path: Path) -> None:
@@ -136,7 +140,6 @@ from mllm_assets.training.loop import engine
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import from_json
 from mllm_assets.training.loop.trainer import FineTuner
-from mllm_assets.training.encoding.turns import TurnTokenizer
 
 step = FineTuner.training_step
 
