@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from absl import logging as absl_logging
 
 from mllm_assets.layout import Layout
 
@@ -21,6 +22,9 @@ os.environ["DAGSTER_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What a shell starts in the background ignores Ctrl-C, and so would every process that the tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# absl, which comes with rouge-score, closes what was stderr when it was imported, here a file of pytest's, as soon as
+# Dagster configures the logs while a test captures them
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
