@@ -219,8 +219,8 @@ def _split_metadata(spec: DatasetSpec, result: SplitResult, layout: Layout) -> d
     }
     return {
         side: {
-            "num_samples": getattr(result, f"num_{side}"),
-            "rows": in_window(preview_rows(files[side], layout.data) if side in files else ""),
+            "num_samples": (num_rows := getattr(result, f"num_{side}")),
+            "rows": in_window(preview_rows(files[side], layout.data, num_rows) if side in files else ""),
             **shared,
         }
         for side in SIDES

@@ -17,6 +17,7 @@ from mllm_assets.data.sharegpt.row_files import read_rows
 from mllm_assets.errors import DataError
 
 NUM_ROWS = 8
+MAX_READ = 10_000  # rows of a split: about half a second
 MAX_PICTURES, THUMBNAIL_PX = 2, 72  # of a row
 SMALL_BYTES = 4096  # a picture that is shown as it is
 MAX_BYTES = 2**25  # of a picture that is looked at
@@ -38,20 +39,26 @@ def preview_source(raw: Path, limits: DecodeLimits) -> str:
     return markdown_table(("row", "texts", "where"), lines)
 
 
-def preview_rows(file: Path, data_dir: Path) -> str:
-    """The first rows of a split; their order is drawn by a seed."""
-    lines = []
-    for row in islice(read_rows(file), NUM_ROWS):
+def preview_rows(file: Path, data_dir: Path, num_rows: int) -> str:
+    """Rows of a split of `num_rows`, evenly spaced: a source often has one class after the other."""
+    lines, wanted = [], _places(min(num_rows, MAX_READ))
+    for number, row in enumerate(islice(read_rows(file), max(wanted, default=-1) + 1)):
+        if number not in wanted:
+            continue
         pictures = [_trusted(data_dir / name) for name in row["images"][:MAX_PICTURES]]
         lines.append((" ".join(pictures), _said(row["messages"], "user"), _said(row["messages"], "assistant")))
     return markdown_table(("row", "asked", "answer"), lines)
+
+
+def _places(num_rows: int) -> list[int]:
+    return sorted({number * num_rows // NUM_ROWS for number in range(NUM_ROWS)}) if num_rows else []
 
 
 def _evenly_spaced(raw: Path) -> Iterator[dict[str, Any]]:
     """Rows of each part of a source; only their row groups are read, one at a time."""
     with open_raw(raw) as file:
         num_rows = file.metadata.num_rows
-        wanted = sorted({number * num_rows // NUM_ROWS for number in range(NUM_ROWS)}) if num_rows else []
+        wanted = _places(num_rows)
         first = 0
         for group in range(file.num_row_groups):
             last = first + file.metadata.row_group(group).num_rows

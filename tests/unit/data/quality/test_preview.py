@@ -1,6 +1,7 @@
 """The eight rows in an asset's metadata: pictures are shown, what cannot be decoded is named, texts are only texts."""
 
 import base64
+import json
 
 import pytest
 
@@ -29,9 +30,17 @@ def test_rows_of_a_source_are_shown_from_all_its_parts(layout: Layout) -> None:
     assert "![](data:image/webp;base64," in lines[1] and "&#60;b&#62;bold" in lines[1] and "<b>" not in lines[1]
     assert "image&#95;unreadable" in lines[3] and "no picture" in lines[3]
 
-    lines = preview_rows(version.directory / "train.json", layout.data).splitlines()
+    train = version.directory / "train.json"
+    lines = preview_rows(train, layout.data, 8).splitlines()
     assert len(lines) == 2 + 8 and all("![](data:image/webp;base64," in line for line in lines[2:])
     assert "What is this?" in "".join(lines) and "&#60;image" not in "".join(lines)
+
+    [row, *_] = json.loads(train.read_text())
+    question, answer = row["messages"]
+    many = [{**row, "messages": [question, {**answer, "content": f"class {n // 3}"}]} for n in range(3 * NUM_ROWS)]
+    (layout.data / "many.json").write_text(json.dumps(many))
+    lines = preview_rows(layout.data / "many.json", layout.data, len(many)).splitlines()[2:]
+    assert [line.rpartition("class ")[2] for line in lines] == [f"{n} |" for n in range(NUM_ROWS)]
 
 
 def test_a_source_of_fewer_rows_is_shown_whole(layout: Layout) -> None:
