@@ -34,6 +34,7 @@ WORST_COLUMNS = ("issue", "score", "score_limit", "source_location", "caption")
 HTML_THUMBNAIL_PX, MARKDOWN_THUMBNAIL_PX = 224, 96
 MAX_CELL_CHARS = 120
 NUM_BINS = 40
+PAIR_ORDER = "kind DESC, distance_bits DESC, color_distance DESC, sample_a, sample_b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +98,29 @@ def _collect(raw: Path, quality: Path, manifest: Mapping[str, Any]) -> dict[str,
                 "SELECT coalesce(source_location, sample_id) AS name, reject_reason AS count "
                 f"FROM latest_verdicts WHERE reject_reason IS NOT NULL ORDER BY row_index LIMIT {NUM_REJECTS}"
             ),
+            # what is shown is chosen before its texts are joined: those of all samples do not fit
             "worst": rows(
-                f"SELECT w.*, caption FROM worst w JOIN texts USING (sample_id) ORDER BY rank LIMIT {NUM_WORST}"
+                f"WITH w AS (SELECT * FROM worst ORDER BY rank LIMIT {NUM_WORST}) "
+                "SELECT w.*, caption FROM w JOIN texts USING (sample_id) ORDER BY rank"
             ),
             "num_pairs": rows("SELECT kind AS name, count(*) AS count FROM pair_rows GROUP BY 1 ORDER BY 1"),
             # the near pairs that differ most are the most doubtful
             "pairs": rows(
+                f"WITH p AS (SELECT * FROM pair_rows ORDER BY {PAIR_ORDER} LIMIT {NUM_PAIRS}) "
                 "SELECT p.*, a.caption AS caption_a, b.caption AS caption_b, a.source_location AS location_a, "
-                "b.source_location AS location_b FROM pair_rows p "
-                "JOIN texts a ON a.sample_id = p.sample_a JOIN texts b ON b.sample_id = p.sample_b ORDER BY "
-                f"kind DESC, distance_bits DESC, color_distance DESC, sample_a, sample_b LIMIT {NUM_PAIRS}"
+                "b.source_location AS location_b FROM p JOIN texts a ON a.sample_id = p.sample_a "
+                f"JOIN texts b ON b.sample_id = p.sample_b ORDER BY {PAIR_ORDER}"
             ),
             "same_captions": rows(
-                "SELECT min(caption) AS caption, count(*) AS count FROM texts WHERE caption IS NOT NULL "
-                f"GROUP BY lower(trim(caption)) HAVING count(*) > 1 ORDER BY 2 DESC, 1 LIMIT {NUM_CAPTIONS}"
+                "WITH c AS (SELECT hash(lower(trim(caption))) AS key, count(*) AS count FROM texts "
+                "WHERE caption IS NOT NULL GROUP BY key HAVING count(*) > 1 "
+                f"ORDER BY 2 DESC, 1 LIMIT {NUM_CAPTIONS}) SELECT min(caption) AS caption, any_value(count) AS count "
+                "FROM texts JOIN c ON hash(lower(trim(caption))) = key GROUP BY key ORDER BY 2 DESC, 1"
             ),
             "repetitive_captions": rows(
-                "SELECT caption, round(caption_repeated_share, 2) AS count FROM verdicts JOIN texts USING (sample_id) "
-                f"WHERE caption_repeated_share > 0 ORDER BY 2 DESC, 1 LIMIT {NUM_CAPTIONS}"
+                "WITH v AS (SELECT sample_id, round(caption_repeated_share, 2) AS count FROM verdicts "
+                f"WHERE caption_repeated_share > 0 ORDER BY 2 DESC, 1 LIMIT {NUM_CAPTIONS}) "
+                "SELECT caption, count FROM v JOIN texts USING (sample_id) ORDER BY 2 DESC, 1"
             ),
         }
         charts = _charts(connection)

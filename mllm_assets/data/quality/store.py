@@ -31,7 +31,7 @@ from mllm_assets.errors import IntegrityError, MachineError
 
 Params = Sequence[Any] | Mapping[str, Any] | None
 # What does not fit is written to a folder next to the file. One thread: each has row groups of its own in memory.
-CONFIG: dict[str, str | bool | int | float | list[str]] = {"memory_limit": "64MB", "threads": 1}
+CONFIG: dict[str, str | bool | int | float | list[str]] = {"memory_limit": "256MB", "threads": 1}
 ARROW_TYPES = {
     "VARCHAR": pa.string(),
     "VARCHAR[]": pa.list_(pa.string()),

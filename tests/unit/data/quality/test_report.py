@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from mllm_assets.data.ingest.sources import ingest
 from mllm_assets.data.ingest.spec import DatasetSpec, SourceSpec
 from mllm_assets.data.quality.assess import assess
 from mllm_assets.data.quality.report import MAX_MARKDOWN_BYTES, Histogram, histograms_png, markdown_cell, write_report
+from mllm_assets.data.quality.store import CONFIG
 from mllm_assets.errors import IntegrityError
 from mllm_assets.layout import Layout
 from tests.unit.data.quality.made_images import encode, picture
@@ -55,6 +57,15 @@ def test_a_report_is_made_once_and_is_small_whatever_the_captions(tmp_path: Path
     made_at = report.html.stat().st_mtime_ns
     assert write_report(raw, quality) == report
     assert report.html.stat().st_mtime_ns == made_at
+
+
+def test_ten_thousand_long_texts_are_assessed_and_reported_in_bounded_memory(tmp_path: Path) -> None:
+    """60 MB of texts: those of all samples were joined to choose twelve, and 2,048 at once are read."""
+    pictures = [encode(picture(seed, 96)) for seed in range(50)]
+    raw, quality = assessed(tmp_path, [(pictures[n % 50], f"{n} " + "word " * 1200) for n in range(10_000)])
+    with patch.dict(CONFIG, {"memory_limit": "64MB"}):
+        report = write_report(raw, quality)
+    assert "the same bytes" in report.html.read_text(encoding="utf-8")
 
 
 def test_a_dataset_without_one_good_image_has_a_report_too(tmp_path: Path) -> None:
