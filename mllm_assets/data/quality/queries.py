@@ -31,6 +31,7 @@ SHOWN: Mapping[str, Mapping[str, str]] = {
         "loss_nats": "loss",
     },
 }  # fmt: skip
+MEMORY = "1GB"  # a view ranks all samples: half a million take more than a writer may
 MAX_PROSE_CHARS = {False: 60, True: 160}  # on a terminal, by whether it is wide
 NOTHING = {
     "worst": "No sample of {dataset} has a measured image; see: mllm-assets quality rejects --dataset {dataset}",
@@ -54,7 +55,7 @@ def ask(layout: Layout, view: str, name: str, limit: int | None) -> list[dict[st
             f"{layout.quality_db} does not exist. Materialise a dataset's sample_quality first, or set "
             "MLLM_ASSETS_ROOT to the folder that contains data/."
         )
-    store = QualityStore(layout.quality_db)
+    store = QualityStore(layout.quality_db, query_memory=MEMORY)
     what, table = ("recipe", "latest_predictions") if view in ASKED_OF_RECIPES else ("dataset", "assessments")
     known = [row["name"] for row in store.query(f"SELECT DISTINCT {what} AS name FROM {table} ORDER BY name")]
     if name not in known:

@@ -94,6 +94,7 @@ class QualityStore:
     path: Path
     timeout_s: float = 120.0
     patience_s: float = 3.0
+    query_memory: str | None = None  # what a query may take, if not what a write may
 
     @property
     def snapshot(self) -> Path:
@@ -138,6 +139,8 @@ class QualityStore:
 
         def read(connection: duckdb.DuckDBPyConnection) -> pa.Table:
             cursor = connection.cursor()
+            if self.query_memory is not None:
+                cursor.execute(f"SET memory_limit = '{self.query_memory}'")
             for name, table in (given or {}).items():
                 cursor.register(name, table)
             return cursor.sql(sql, params=params).to_arrow_table()
