@@ -230,6 +230,8 @@ class EvaluationSettings:
         asked = {name: getattr(recipe, name) for name in names}
         if recipe.default_system is not None:
             asked["default_system"] = recipe.default_system
+        if self.max_samples is not None:
+            asked["chosen"] = "spread"  # those made before were of an entry's first rows
         return {**asked, **asdict(self)}
 
 

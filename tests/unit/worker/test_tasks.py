@@ -139,3 +139,8 @@ def test_a_task_outside_of_the_table_is_known_by_its_class() -> None:
 def test_settings_that_cannot_sample_are_refused(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(RecipeError, match=f"evaluation.{next(iter(values))} is .*{reason}"):
         EvaluationSettings(**values)
+
+
+def test_predictions_of_chosen_samples_are_not_those_of_the_first_samples_that_an_earlier_version_took() -> None:
+    limited, whole = EvaluationSettings(max_samples=16).conditions(RECIPE), EvaluationSettings().conditions(RECIPE)
+    assert limited["chosen"] == "spread" and "chosen" not in whole
