@@ -7,7 +7,7 @@ from mllm_assets.evaluation.scores import METRICS, definitions
 PATH = "Its path below the project's root."
 COUNTS = {
     "num_samples": "Rows of this split.",
-    "rows": "Its first eight rows, in the order that the seed drew, with their pictures.",
+    "rows": "Eight of its rows, evenly spaced, with their pictures.",
     "report_path": "A page of all samples to filter and search, to open in a browser: a click copies its path.",
     "num_raw": "Rows of the source.",
     "num_train": "Rows in train.",

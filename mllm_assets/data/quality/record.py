@@ -29,9 +29,8 @@ from mllm_assets.progress import doing
 BATCH_ROWS = 16_384
 # what each table takes from the files; the other columns are constant
 _SOURCES = {
-    # a join keeps its right side in memory, and texts have no limit
-    "samples": "SELECT sample_rows.*, caption, label, len(image_ids) AS num_images FROM texts "
-    "JOIN sample_rows USING (sample_id)",
+    "samples": "SELECT sample_rows.*, caption, label, len(image_ids) AS num_images FROM sample_rows "
+    "JOIN texts USING (sample_id)",
     "sample_versions": "SELECT * FROM texts",
     "images": "SELECT sample_id, unnest(image_ids) AS image_sha256, "
     "generate_subscripts(image_ids, 1) - 1 AS image_index FROM sample_rows",

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from mllm_assets.artifacts import write_json_atomic
 from mllm_assets.families.family import FAMILIES, SUPPORTED
 
@@ -50,8 +52,8 @@ def oldest_reader(directory: Path) -> str:
 def tensor_names(directory: Path) -> Iterator[str]:
     """The names in the headers of a model's safetensors files."""
     for path in directory.glob("*.safetensors"):
-        with path.open("rb") as file:
-            yield from json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
 
 
 def _positions(rope: dict[str, Any]) -> dict[str, Any]:
