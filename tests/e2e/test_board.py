@@ -10,7 +10,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.e2e.conftest import serving
-from tests.integration.conftest import Project, copied_project, emoji_ready, line_ready, processes_of, wait_for
+from tests.integration.conftest import Project, copied_project, emoji_ready, line_ready, wait_for
+from tests.processes import WORKER, processes_of, those_that_run
 
 __all__ = ["emoji_ready", "line_ready"]  # fixtures
 pytest.importorskip("gradio")
@@ -141,8 +142,7 @@ def test_a_run_is_started_and_stopped_from_the_board(page: Page, address: str, p
 
 
 def workers(root: Path) -> list[int]:
-    found = [process for process in processes_of(root) if "mllm_assets.worker" in " ".join(process.cmdline())]
-    return [process.pid for process in found]
+    return [process.pid for process in those_that_run(WORKER, processes_of(root))]
 
 
 @pytest.mark.attack("HTTP")

@@ -8,8 +8,9 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.integration.conftest import Project, copied_project, emoji_ready, line_ready, processes_of, wait_for
+from tests.integration.conftest import Project, copied_project, emoji_ready, line_ready, wait_for
 from tests.integration.dagster_dev import Server, loaded_location, serving
+from tests.processes import WORKER, processes_of, those_that_run
 from tests.unit.data.made_datasets import picture
 
 __all__ = ["emoji_ready", "line_ready"]  # fixtures
@@ -161,7 +162,7 @@ def test_a_run_in_progress_says_how_far_it_is_and_a_cancelled_one_leaves_nothing
     page.get_by_role("dialog").get_by_role("button", name="Terminate 1 run").click()
     wait_for(lambda: launched_run(server, "long__checkpoint")["status"] == "CANCELED", "the run's end")
     assert slots_taken(server) == 0
-    assert not [p for p in processes_of(project.root) if "mllm_assets.worker" in " ".join(p.cmdline())]
+    assert not those_that_run(WORKER, processes_of(project.root))
     page.goto(f"{server.url}/runs/{run['runId']}")
     expect(page.get_by_text("Canceled", exact=True).first).to_be_visible()
 

@@ -9,19 +9,19 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import psutil
 import pytest
 import yaml
 from filelock import FileLock
 
 from mllm_assets.layout import Layout
 from tests.integration.stand_in_hub import StandInHub, running_hub
+from tests.processes import kill, processes_of
 
 REPOSITORY = Path(__file__).parents[2]
 EVERYTHING_PASSES = {"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99}
@@ -244,17 +244,8 @@ def end_all(root: Path) -> None:
     """Kill every process that works in or for a project folder."""
     deadline = time.monotonic() + 30
     while (left := processes_of(root)) and time.monotonic() < deadline:
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill(left)
         time.sleep(0.05)
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 600) -> Any:
@@ -265,19 +256,6 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 600) ->
             return value
         time.sleep(0.02)
     raise AssertionError(f"waited {timeout_s:g} s for {what}")
-
-
-def processes_of(root: Path) -> list[psutil.Process]:
-    """Every process that works in or for a project folder, whoever its parent is by now."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            text = " ".join([process.cwd(), *process.cmdline(), process.environ().get("DAGSTER_HOME", "")])
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-        if str(root) in text and process.pid != os.getpid():
-            found.append(process)
-    return found
 
 
 @pytest.fixture(scope="module")

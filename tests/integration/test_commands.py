@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import REPOSITORY, Project, descendants, processes_of, wait_for
+from tests.integration.conftest import REPOSITORY, Project, wait_for
 from tests.integration.dagster_dev import Server, loaded_location, serving
+from tests.processes import WORKER, descendants, processes_of, those_that_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(2400)]
 
@@ -67,14 +68,14 @@ def test_cancelling_through_dagster_leaves_no_process_and_frees_the_gpu(project:
     run_id = launched["launchRun"]["run"]["id"]
     logs = project.layout.outputs / "victim"
     wait_for(lambda: any(len(p.read_text().splitlines()) > 3 for p in logs.glob("*/trainer_log.jsonl")), "step 3")
-    workers = [p for p in descendants(server.process.pid) if "mllm_assets.worker" in p.cmdline()]
+    workers = those_that_run(WORKER, descendants(server.process.pid))
     assert workers
     assert server.query(SLOTS)["instance"]["concurrencyLimit"]["claimedSlots"] == [{"runId": run_id}]
 
     assert server.query(TERMINATE, id=run_id)["terminateRun"]["__typename"] == "TerminateRunSuccess"
     wait_for(lambda: server.query(STATUS, id=run_id)["runOrError"]["status"] == "CANCELED", "the run's end")
     wait_for(
-        lambda: not [p for p in processes_of(project.root) if "mllm_assets.worker" in p.cmdline()],
+        lambda: not those_that_run(WORKER, processes_of(project.root)),
         "the worker's end",
         30,
     )

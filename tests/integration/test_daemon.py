@@ -13,7 +13,8 @@ import pytest
 import yaml
 from dagster._core.scheduler.instigation import InstigatorTick, TickStatus
 
-from tests.integration.conftest import IN_PROCESS, Project, processes_of, wait_for
+from tests.integration.conftest import IN_PROCESS, Project, wait_for
+from tests.processes import processes_of
 from tests.unit.operations.test_alerts import Receiver, receiver  # noqa: F401 (a fixture)
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]

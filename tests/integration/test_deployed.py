@@ -15,9 +15,10 @@ import psutil
 import pytest
 
 from mllm_assets.layout import Layout
-from tests.integration.conftest import REPOSITORY, descendants, wait_for
+from tests.integration.conftest import REPOSITORY, wait_for
 from tests.integration.dagster_dev import Server, loaded_location
 from tests.ports import free_port
+from tests.processes import command_line, descendants, kill
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -80,8 +81,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     machine = Machine(tmp_path)
     yield machine
     for process in machine.processes.values():
-        for child in descendants(process.pid):
-            child.kill()
+        kill(descendants(process.pid))
         process.kill()
         process.wait()
 
@@ -110,7 +110,7 @@ def test_the_units_run_an_asset_listen_on_loopback_and_end_when_asked(machine: M
             for connection in tree.net_connections("tcp"):
                 if connection.status == psutil.CONN_LISTEN:
                     address = connection.laddr.ip.removeprefix("::ffff:")  # gRPC listens on mapped addresses
-                    assert ip_address(address).is_loopback, (tree.cmdline(), connection.laddr)
+                    assert ip_address(address).is_loopback, (command_line(tree), connection.laddr)
 
     children = [child for process in machine.processes.values() for child in descendants(process.pid)]
     for name in ("webserver", "daemon", "code"):
@@ -140,6 +140,6 @@ def test_dagster_dev_reads_the_workspace_file(tmp_path: Path) -> None:
         wait_for(server.is_up, "dagster dev")
         assert loaded_location(server) == "mllm_assets"
     finally:
-        for child in [*descendants(process.pid), process]:
-            child.kill()
+        kill(descendants(process.pid))
+        process.kill()
         process.wait()

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from mllm_assets.components.slots import end_dead_runs
-from tests.integration.conftest import Project, descendants, processes_of, wait_for
+from tests.integration.conftest import Project, wait_for
+from tests.processes import WORKER, command_line, descendants, processes_of, those_that_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200), pytest.mark.attack("kill -9")]
 
@@ -26,7 +27,7 @@ def num_steps_logged(project: Project) -> int:
 def find(victim: str, command: subprocess.Popen[str]) -> psutil.Process:
     """The trainer, the step worker that launched it, or the process of the whole run."""
     tree = descendants(command.pid)
-    supervisor, loader, trainer = [p for p in tree if p.cmdline()[-2:] == ["mllm_assets.worker", "--fork"]]
+    supervisor, loader, trainer = [p for p in tree if command_line(p)[-2:] == [WORKER, "--fork"]]
     assert (loader.ppid(), trainer.ppid()) == (supervisor.pid, loader.pid)
     step_worker = supervisor.parent()
     assert step_worker is not None and step_worker.pid != command.pid
@@ -37,8 +38,8 @@ def find_trainer(command: subprocess.Popen[str]) -> psutil.Process:
     """The process that trains below a command, as soon as it is there."""
 
     def find() -> psutil.Process | None:
-        workers = [p for p in descendants(command.pid) if p.is_running() and "mllm_assets.worker" in p.cmdline()]
-        return next((p for p in workers if "supervisor" not in " ".join(p.cmdline())), None)
+        workers = those_that_run(WORKER, descendants(command.pid))
+        return next((p for p in workers if "supervisor" not in " ".join(command_line(p))), None)
 
     return wait_for(find, "the trainer")
 
@@ -89,7 +90,7 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_was_done(project: Project) -> N
     project.write_recipe("victim", max_steps=2000)
     command = project.materialize(SELECT, executor="multiprocess")
     wait_for(lambda: num_steps_logged(project) >= 7, "step 7")
-    assert any("mllm_assets.worker" in p.cmdline() for p in descendants(command.pid))
+    assert those_that_run(WORKER, descendants(command.pid))
     command.send_signal(signal.SIGINT)
     command.communicate(timeout=500)
     assert command.returncode != 0

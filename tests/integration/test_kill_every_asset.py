@@ -1,7 +1,6 @@
 """Each asset is killed -9 while it works and made again: the line ends with the files of one that was never killed."""
 
 import random
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ import pytest
 from mllm_assets.artifacts import sha256_file
 from mllm_assets.components.slots import end_dead_runs
 from mllm_assets.evaluation.table import predictions_digest, read_predictions
-from tests.integration.conftest import Project, line_of, make_project, processes_of, wait_for
+from tests.integration.conftest import Project, line_of, make_project, wait_for
+from tests.processes import kill, processes_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.attack("kill -9"), pytest.mark.timeout(1200)]
 
@@ -43,8 +43,7 @@ def make_line(root: Path) -> Project:
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     project = make_line(tmp_path_factory.mktemp("victim") / "p")
     yield project
-    for process in processes_of(project.root):
-        process.kill()
+    kill(processes_of(project.root))
 
 
 def wait_for_a_step(command: subprocess.Popen[str], project: Project) -> None:
@@ -66,8 +65,7 @@ def test_an_asset_that_is_killed_is_made_again(asset: str, victim: Project) -> N
     command = victim.materialize(asset)
     wait_for_a_step(command, victim)
     time.sleep(random.Random(asset).uniform(0, 1.5))
-    for process in processes_of(victim.root):
-        process.send_signal(signal.SIGKILL)
+    kill(processes_of(victim.root))
     command.communicate()
     wait_for(lambda: not processes_of(victim.root), "all processes to end")
     with dg.DagsterInstance.from_config(str(victim.home)) as instance:

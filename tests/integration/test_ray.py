@@ -26,8 +26,9 @@ from mllm_assets.training.caches.features import FeatureStore, features_task
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.ray_jobs import Cluster, submitted
 from mllm_assets.worker.tasks import BuildTask, FeaturesTask, Task
-from tests.integration.conftest import Project, processes_of, wait_for
+from tests.integration.conftest import Project, wait_for
 from tests.ports import free_port
+from tests.processes import WORKER, processes_of, those_that_run
 from tests.worker_tasks import ONE_CPU_THREAD, evaluation
 
 ray_jobs = pytest.importorskip("ray.job_submission", reason="the extra ray is not installed")
@@ -119,7 +120,7 @@ def test_trained_on_ray_the_weights_are_those_of_the_local_launcher_and_a_cancel
         return list((project.layout.outputs / "twin").glob("*/checkpoint-9"))
 
     wait_for(checkpoint, "step 9")
-    assert any("mllm_assets.worker" in p.cmdline() for p in processes_of(project.root)), "the job's worker"
+    assert those_that_run(WORKER, processes_of(project.root)), "the job's worker"
     command.send_signal(signal.SIGINT)
     output, _ = command.communicate(timeout=500)
     assert command.returncode != 0
