@@ -11,6 +11,7 @@ from pydantic import Field
 
 from mllm_assets.artifacts import UNNAMED, slug
 from mllm_assets.components.assets.recipe import build_recipe_assets, external_asset
+from mllm_assets.components.automation.approvals import approval_sensors
 from mllm_assets.components.automation.failures import failure_alert
 from mllm_assets.components.automation.releases import ReleaseWatch, released_model_regression
 from mllm_assets.components.automation.retraining import retraining_job, weekly_retraining
@@ -148,12 +149,9 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
         known = {key.path[0] for asset in assets for key in asset.keys} | {node.name for node in nodes}
         assets += self._unknown_recipes(known)
         off = self._switched_off(nodes, _declared_off(tree))
+        nodes = [replace(node, settings=settings.get(node.name, self.defaults)) for node in nodes]
         for node in nodes:
-            built = build_recipe_assets(replace(node, settings=settings.get(node.name, self.defaults)))
-            built = [asset.map_asset_specs(partial(self._with_tags_and_freshness, node)) for asset in built]
-            if why := off.get(node.name):
-                built = [off_asset(asset, why) for asset in built]
-            assets += built
+            assets += self._built(node, off.get(node.name))
         used = {key for node in nodes for key in node.data}
         media_dirs = {key: found for node in nodes for key in node.data if (found := node.recipe.spec.media_dir)}
         external_assets = [
@@ -164,7 +162,8 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
             line_job(node.key("released_model" if node.eval_data else "checkpoint"), _line_of(node), datasets)
             for node in nodes
         ]
-        chains, retraining = chains_of([node for node in nodes if node.name not in off]), self.weekly_retraining
+        on = [node for node in nodes if node.name not in off]
+        chains, retraining = chains_of(on), self.weekly_retraining
         job = retraining_job(chains, retraining.max_runtime_h)
         return dg.Definitions(
             assets=[*assets, *external_assets],
@@ -174,8 +173,15 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
             sensors=[
                 released_model_regression(chains, job.name, layout, self.watch_releases),
                 failure_alert([node.name for node in nodes]),
+                *approval_sensors(on, layout),
             ],
         )
+
+    def _built(self, node: Node, why_off: str | None) -> list[dg.AssetsDefinition]:
+        """A recipe's assets."""
+        tagged = partial(self._with_tags_and_freshness, node)
+        built = [asset.map_asset_specs(tagged) for asset in build_recipe_assets(node)]
+        return [off_asset(asset, why_off) for asset in built] if why_off else built
 
     def _unknown_recipes(self, known: Collection[str]) -> list[dg.AssetsDefinition]:
         """An asset that fails for each name in `enabled` that no recipe has."""

@@ -13,7 +13,7 @@ from dagster._core.events import RunFailureReason
 from mllm_assets.data.curate.checks import CheckOutcome
 from mllm_assets.data.quality.report import markdown_table
 from mllm_assets.errors import MllmAssetsError
-from mllm_assets.evaluation.gates import GATES, GateResult
+from mllm_assets.evaluation.gates import APPROVAL, GATES, GateResult
 from mllm_assets.project.read import root_module
 
 UNREADABLE = "mllm_assets/unreadable"
@@ -171,9 +171,9 @@ def link(address: str) -> dg.MetadataValue:
     return dg.MetadataValue.url(address) if is_page else dg.MetadataValue.path(address)
 
 
-def metric_gates() -> list[str]:
+def metric_gates(*, needs_approval: bool = True) -> list[str]:
     """What `eval_metrics` can judge."""
-    return [name for name in GATES if name != RELOADS]
+    return [name for name in GATES if name != RELOADS and (needs_approval or name != APPROVAL)]
 
 
 def gate_specs(key: dg.AssetKey, names: Iterable[str]) -> list[dg.AssetCheckSpec]:

@@ -24,6 +24,11 @@ class Evaluation(yaml_of(EvaluationSettings)):
 class Gates(yaml_of(GateSpec)):
     """Thresholds for a release, compared with the lower ends of 95 % intervals. Null keeps the default."""
 
+    @property
+    def needs_approval(self) -> bool:
+        """Whether a release waits for a person."""
+        return getattr(self, "approval", None) == "required"
+
 
 class PushToHub(yaml_of(PushSpec)):
     """Where the release goes on the Hugging Face Hub. HF_TOKEN of the environment is the only credential."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ class GateSpec:
             complete interval is above it is a regression.
         max_reload_difference: By how much, relatively, the loss of the saved and reloaded checkpoint may differ from
             that of the trained model. On a GPU sums differ from call to call; training demands equality on the CPU.
+        approval: `required`: a release waits until a person approves the model (`mllm-assets approve RECIPE`).
     """
 
     # 0.01 is 1 % in perplexity: another order of sums alone moves every loss the same way by some 1e-8, which a
@@ -36,6 +37,7 @@ class GateSpec:
     min_image_gain_nats: float = 0.01
     max_regression_nats: float = 0.01
     max_reload_difference: float = 1e-3
+    approval: Literal["required", "not_required"] = "not_required"
 
     def __post_init__(self) -> None:
         if self.max_regression_nats < 0:
@@ -79,7 +81,7 @@ class Gate:
         claim: What is true of a model that passes.
         judge: From what `compute_metrics` returned, the thresholds, and what `gains_over_release` returned (None where
             nothing is released); its result is None where there is nothing to judge. A gate without one looks at files:
-            see `reload_gate` and `leakage_gate`.
+            see `reload_gate`, `leakage_gate` and `releases.approvals.approval_gate`.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Gate:
 
 
 GATES: dict[str, Gate] = {}  # every gate of a release
+APPROVAL = "a_person_approved"
 NOTHING_LEAKED = "Nothing that it is evaluated on, nor a near-duplicate, was trained on."
 
 
@@ -236,6 +239,7 @@ for _entry in (
         "on one batch.",
     ),
     Gate(name="no_leakage", claim=NOTHING_LEAKED),
+    Gate(name=APPROVAL, claim="A person saw its figures and said yes (the settings ask for it: `approval: required`)."),
     Gate(
         name="beats_base_model",
         claim="Its loss is lower than that of the model it started from.",

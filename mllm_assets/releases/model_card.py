@@ -13,6 +13,7 @@ from mllm_assets.evaluation.gates import GateResult
 from mllm_assets.evaluation.intervals import gain_text
 from mllm_assets.evaluation.scores import in_order
 from mllm_assets.redaction import redacted
+from mllm_assets.releases.approvals import Decision
 from mllm_assets.releases.cost import total
 
 COLUMNS = {"base": "base model", "tuned": "this model", "most_common_answer": "most common training answer"}
@@ -72,6 +73,7 @@ class ModelCard:
     metrics: Mapping[str, Any]  # from `compute_metrics`
     gates: Sequence[GateResult]
     lineage: Lineage
+    decisions: Sequence[Decision]  # of people, about this and earlier models; the oldest first
     verification: Mapping[str, Any]  # the result of loading it in a new process; empty if that was skipped
 
     def write(self, directory: Path) -> None:

@@ -16,11 +16,20 @@ import pyarrow.parquet as pq
 
 from mllm_assets.artifacts import digest_json, find_damage, read_manifest, staged_directory, write_json_atomic
 from mllm_assets.errors import GateError, IntegrityError
-from mllm_assets.evaluation.gates import GateResult, GateSpec, evaluate_gates, failed, leakage_gate, reload_gate
+from mllm_assets.evaluation.gates import (
+    APPROVAL,
+    GateResult,
+    GateSpec,
+    evaluate_gates,
+    failed,
+    leakage_gate,
+    reload_gate,
+)
 from mllm_assets.evaluation.metrics import METRICS_FILE, gains_over_release, read_metrics
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, read_predictions
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.layout import Layout
+from mllm_assets.releases.approvals import Decision, Subject, approval_gate, read_decisions
 from mllm_assets.releases.files import (
     PARTS,
     copy_files,
@@ -43,6 +52,8 @@ from mllm_assets.releases.versions import (
     version_number,
 )
 
+MOST_DECISIONS = 50  # of a recipe's history that a card tells
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
@@ -51,6 +62,7 @@ class Judgement:
     metrics: dict[str, Any]
     predictions: pa.Table  # the tuned model's are kept for the next release
     weights_digest: str
+    predictions_digest: str
     data_digests: Mapping[str, str]  # of each evaluation entry when the model was asked
 
 
@@ -90,7 +102,10 @@ def publish(
     _require_same_weights(candidate, run)
     files = model_files(run_dir, run)
     with releases_lock(layout, name):
-        results = _passed_gates(candidate, run, gates, judged_release(layout, name), allow_leakage=allow_leakage)
+        decisions = read_decisions(layout, name)
+        results = _passed_gates(
+            candidate, run, gates, judged_release(layout, name), decisions, allow_leakage=allow_leakage
+        )
         digest = digest_json(files)
         for release in list_releases(layout, name):
             if release.digest == digest and find_release_damage(release.directory) is None:
@@ -108,6 +123,7 @@ def publish(
                 metrics=candidate.judgement.metrics,
                 gates=results,
                 lineage=candidate.lineage,
+                decisions=decisions[-MOST_DECISIONS:],
                 verification=dict(verify(staging)) if verify else {},
             )
             card.write(staging)
@@ -131,6 +147,7 @@ def _passed_gates(
     run: Mapping[str, Any],
     gates: GateSpec,
     current: tuple[Release, pa.Table] | None,
+    decisions: list[Decision],
     *,
     allow_leakage: bool,
 ) -> list[GateResult]:
@@ -141,11 +158,16 @@ def _passed_gates(
         leakage_gate(candidate.lineage["leaks"], allowed=allow_leakage),
         *evaluate_gates(judgement.metrics, gates, release_gains),
     ]
+    if gates.approval == "required":
+        subject = Subject(weights_digest=judgement.weights_digest, predictions_digest=judgement.predictions_digest)
+        results.append(approval_gate(candidate.recipe_name, decisions, subject))
     if failures := failed(results):
         reasons = "\n".join(f"  {result.name}: {result.description}" for result in failures)
+        can_be_trained = [result.name for result in failures] != [APPROVAL]
         raise GateError(
             f"{candidate.recipe_name} is not released: {len(failures)} of {len(results)} gates did not pass.\n"
-            f"{reasons}\nTrain longer or on more data, or change the gates in the component's YAML."
+            f"{reasons}"
+            + ("\nTrain longer or on more data, or change the gates in the component's YAML." if can_be_trained else "")
         )
     return results
 
@@ -171,6 +193,7 @@ def _payload(card: ModelCard, digest: str) -> dict[str, Any]:
         "stages": run.get("stages", []),
         "quantization": run.get("quantization"),
         "gates": [asdict(result) for result in card.gates],
+        "decisions": [asdict(decision) for decision in card.decisions],
         "lineage": dict(card.lineage),
         "verification": dict(card.verification),
     }
@@ -192,6 +215,7 @@ def read_judgement(metrics_dir: Path, layout: Layout) -> Judgement:
         metrics=read_metrics(metrics_dir),
         predictions=read_predictions(predictions_dir),
         weights_digest=inputs["weights_digest"],
+        predictions_digest=inputs["predictions"],
         data_digests=inputs["data_digests"],
     )
     digests.require_unchanged()

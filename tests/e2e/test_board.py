@@ -9,6 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from mllm_assets.releases.approvals import read_decisions
 from tests.e2e.conftest import serving
 from tests.integration.conftest import Project, copied_project, emoji_ready, line_ready, wait_for
 from tests.processes import WORKER, processes_of, those_that_run
@@ -143,6 +144,23 @@ def test_a_run_is_started_and_stopped_from_the_board(page: Page, address: str, p
 
 def workers(root: Path) -> list[int]:
     return [process.pid for process in those_that_run(WORKER, processes_of(root))]
+
+
+def test_a_person_refuses_and_approves_a_model(page: Page, address: str, project: Project) -> None:
+    open_tab(page, address, "Approve")
+    gate = page.locator("tr", has=page.get_by_role("rowheader", name="beats_most_common_answer")).locator("td").last
+    expect(gate).to_contain_text("failed")
+    expect(page.get_by_text("Nobody has decided about this model yet.")).to_be_visible()
+    page.get_by_label("Who decides").fill("Grace <b>Hopper</b>")
+    page.get_by_role("button", name="Refuse", exact=True).click()
+    expect(page.get_by_text("A refusal needs its reason")).to_be_visible()
+    page.get_by_label("Why (a refusal needs it)").fill("too few samples")
+    page.get_by_role("button", name="Refuse", exact=True).click()
+    expect(page.get_by_text(re.compile(r"refused by Grace <b>Hopper</b> on .*: too few samples"))).to_be_visible()
+    page.get_by_label("Who decides").fill("Ada")
+    page.get_by_role("button", name="Approve", exact=True).click()
+    expect(page.get_by_text(re.compile(r"approved by Ada on "))).to_be_visible()
+    assert [one.approved for one in read_decisions(project.layout, "mine")] == [False, True]
 
 
 @pytest.mark.attack("HTTP")

@@ -79,8 +79,9 @@ def released(run_dir: Path, root: Path) -> Release:
 
     said = passing_predictions()
     judgement = Judgement(
-        metrics=compute_metrics(said, ["other"]), predictions=said, weights_digest="4567", data_digests={}
-    )
+        metrics=compute_metrics(said, ["other"]), predictions=said, weights_digest="4567", predictions_digest="89ab",
+        data_digests={},
+    )  # fmt: skip
     candidate = Candidate(recipe_name="parity", run_dir=run_dir, judgement=judgement, lineage=LINEAGE)
     return publish(candidate, GateSpec(), Layout(root), verify=verified)
 

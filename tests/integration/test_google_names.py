@@ -75,7 +75,7 @@ def test_it_trains_caches_answers_and_is_released_as_a_model_with_this_librarys_
     said = read_predictions(tmp_path / "said")
     judgement = Judgement(
         metrics=compute_metrics(said, ["crayon"]), predictions=said, weights_digest=manifest["weights_digest"],
-        data_digests={},
+        predictions_digest="89ab", data_digests={},
     )  # fmt: skip
 
     def verified(directory: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_assets.artifacts import is_complete
+from mllm_assets.cli.board.approve_tab import approve_tab
 from mllm_assets.cli.board.launches import Launches
 from mllm_assets.cli.board.results_tabs import gallery_tab, runs_tab
 from mllm_assets.cli.board.samples_tab import samples_tab
@@ -67,6 +68,8 @@ def build_board(layout: Layout, launches: Launches, *, device: str = "auto") -> 
                 runs_tab(page, layout)
             with gr.Tab("Gallery", id="gallery") as tab:
                 gallery_tab(tab, layout)
+            with gr.Tab("Approve", id="approve") as tab:
+                approve_tab(tab, layout)
             with gr.Tab("Chat", id="chat") as tab:
                 _chat_tab(tab, Models(layout, device, {}))
             with gr.Tab("Start", id="start") as tab:

@@ -1,7 +1,7 @@
 """What the board's tabs show, as HTML; all that comes from outside is escaped by the templates."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -11,6 +11,7 @@ from mllm_assets.data.quality.browse import SamplePage
 from mllm_assets.data.quality.report import thumbnail
 from mllm_assets.evaluation.side_by_side import Line, Pair
 from mllm_assets.pages import page_template
+from mllm_assets.releases.candidate import Considered
 from mllm_assets.training.runs.history import KnownRun, curve, smoothed
 
 THUMBNAIL_PX = 224
@@ -95,6 +96,11 @@ def titles_of(runs: Sequence[KnownRun]) -> list[str]:
         f"{name} · {run.directory.name[:6]}" if names.count(name) > 1 else name
         for name, run in zip(names, runs, strict=True)
     ]
+
+
+def considered_view(considered: Considered, gates: Mapping[str, str]) -> str:
+    """A model that a person decides about, and what was decided."""
+    return _rendered("considered", considered=considered, gates=gates)
 
 
 def problem_view(text: object) -> str:

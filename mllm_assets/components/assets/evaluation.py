@@ -30,7 +30,7 @@ from mllm_assets.components.resources import AcceleratorResource, ProjectResourc
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.register import judging_entries
 from mllm_assets.data.sharegpt.dataset import Dataset, media_dir_of
-from mllm_assets.evaluation.gates import GateSpec, evaluate_gates, leakage_gate
+from mllm_assets.evaluation.gates import APPROVAL, GateSpec, evaluate_gates, leakage_gate
 from mllm_assets.evaluation.metric_page import (
     confusion_png,
     gates_markdown,
@@ -41,6 +41,7 @@ from mllm_assets.evaluation.metric_page import (
 from mllm_assets.evaluation.metrics import ReleasedPredictions, metric_rows, sample_metrics, score_predictions
 from mllm_assets.evaluation.table import read_predictions, store_table
 from mllm_assets.file_digests import FileDigests
+from mllm_assets.releases.approvals import Subject, approval_gate, read_decisions
 from mllm_assets.releases.versions import judged_release, version_folders
 from mllm_assets.training.runs.models import model_fingerprint
 from mllm_assets.worker.tasks import EvaluateTask, EvaluationSettings
@@ -145,6 +146,7 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
     """The tuned model's metrics against the base model's, the most common answer's and the released model's."""
     gates: GateSpec = node.settings.gates.to_spec()
     key = node.key("eval_metrics")
+    judged = metric_gates(needs_approval=node.settings.gates.needs_approval)
 
     @dg.asset(
         key=key,
@@ -152,7 +154,7 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
         kinds={"json"},
         deps=[node.key("predictions"), node.key("checkpoint"), *node.data],
         code_version=digest_json(asdict(gates))[:16],
-        check_specs=gate_specs(key, metric_gates()),
+        check_specs=gate_specs(key, judged),
         description=f"{node.name}: loss, perplexity, BLEU, chrF, ROUGE, CIDEr-D and label accuracy, each with its gain "
         "over the base model and the release, and the gates of a release as checks.",
     )
@@ -182,9 +184,12 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
         metrics = scored.metrics
         results = [leakage_gate(leaks, allowed=node.settings.allow_leakage)]
         results += evaluate_gates(metrics, gates, metrics["over_release"])
+        if APPROVAL in judged:
+            decisions = read_decisions(project.layout, node.name)
+            results.append(approval_gate(node.name, decisions, Subject.of(scored.directory)))
         return dg.MaterializeResult(
             data_version=dg.DataVersion(scored.digest),
-            check_results=gate_checks(results, metric_gates()),
+            check_results=gate_checks(results, judged),
             metadata={
                 **_tables(metrics),
                 "gates": in_window(gates_markdown([asdict(result) for result in results])),

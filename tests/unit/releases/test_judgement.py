@@ -22,7 +22,10 @@ def metrics_dir(tmp_path: Path) -> Path:
     (tmp_path / "said").mkdir()
     pq.write_table(said, tmp_path / "said" / PREDICTIONS_FILE)
     write_manifest(tmp_path / "said", {})
-    inputs = {"weights_digest": "c" * 64, "predictions_path": "said", "data_digests": {"pets_val": "d" * 64}}
+    inputs = {
+        "weights_digest": "c" * 64, "predictions": "p" * 64, "predictions_path": "said",
+        "data_digests": {"pets_val": "d" * 64},
+    }  # fmt: skip
     write_metrics(tmp_path / "metrics", compute_metrics(said, ["cat", "dog", "cat"]), inputs)
     return tmp_path / "metrics"
 

@@ -79,6 +79,7 @@ def release(run_dir: Path, root: Path, said: pa.Table | None = None, **kwargs: A
         metrics=compute_metrics(said, ["cat", "dog", "cat"]) if said else json.loads(usual_metrics()),
         predictions=said or predictions(),
         weights_digest=kwargs.pop("scored_weights", "c" * 64),
+        predictions_digest="p" * 64,
         data_digests={},
     )
     candidate = Candidate(
