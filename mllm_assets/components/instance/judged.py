@@ -34,7 +34,7 @@ def judged_gates(recipes: Iterable[str]) -> dict[str, dict[str, str]]:
                     judged = event.dagster_event.asset_check_evaluation_data
                     if folder := folders.get(event.run_id):
                         observed = judged.metadata.get("observed")
-                        figure = f" ({observed.value:.4g})" if isinstance(observed, dg.FloatMetadataValue) else ""
+                        figure = f" ({observed.value:z.4g})" if isinstance(observed, dg.FloatMetadataValue) else ""
                         text = f"{'passed' if judged.passed else 'failed'}{figure}"
                         found.setdefault(folder, {}).setdefault(gate, text)
     return found
