@@ -20,7 +20,7 @@ from mllm_assets.evaluation.scores import in_order
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
 from mllm_assets.pages import page_template
-from mllm_assets.training.runs.history import TRAINER_LOG, read_log
+from mllm_assets.training.runs.history import TRAINER_LOG, curve, measured_curves, read_log
 
 
 def compare(layout: Layout, names: Sequence[str], output: Path, *, notify: Callable[[str], None] = print) -> Path:
@@ -169,8 +169,8 @@ def _curves(runs: Sequence[_Run]) -> str | None:
     axes = figure.add_subplot()
     for run, color in zip(runs, ("#4f43dd", "#d9730d"), strict=True):
         log = read_log(run.directory / TRAINER_LOG)
-        for key, style in (("loss", "-"), ("eval_loss", "o--")):
-            points = [(line["current_steps"], line[key]) for line in log if key in line]
+        for key, points in {"loss": curve(log, "loss"), **measured_curves(log)}.items():
+            style = "-" if key == "loss" else "o--"
             if points:
                 steps, losses = zip(*points, strict=True)
                 axes.plot(steps, losses, style, color=color, label=f"{run.title}, {key}", markersize=3)

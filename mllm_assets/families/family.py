@@ -16,6 +16,7 @@ from mllm_assets.families.image_slots import (
     BudgetSlots,
     GridSlots,
     ImageSlots,
+    PanAndScanSlots,
     full_sequence,
     named_tiles,
     repeated_token,
@@ -85,6 +86,7 @@ class Family:
         processor: Class name of its processor.
         image_token: The token that represents one row of image features.
         slots: What represents an image in the text, made from processor and image token.
+        crop_slots: The same with `image_do_pan_and_scan`; None refuses that.
         vision_keys: Fragments of the names of what `freeze_vision_tower` freezes.
         projector_keys: Fragments for `freeze_multi_modal_projector`.
         language_keys: Fragments for `freeze_language_model`.
@@ -108,6 +110,7 @@ class Family:
     processor: str
     image_token: str
     slots: Callable[[Any, str], ImageSlots] = full_sequence
+    crop_slots: Callable[[Any, str], ImageSlots] | None = None
     vision_keys: tuple[str, ...] = ("vision_tower",)
     projector_keys: tuple[str, ...] = ("multi_modal_projector",)
     language_keys: tuple[str, ...] = ("language_model", "lm_head")
@@ -202,6 +205,7 @@ for _entry in (
         example="google/gemma-3-4b-it",
         processor="Gemma3Processor",
         image_token="<image_soft_token>",
+        crop_slots=PanAndScanSlots,
         token_types=("token_type_ids", "images"),
         sees_ahead=True,
         vision_cut=f"{_CUTS}:Gemma3Cut",

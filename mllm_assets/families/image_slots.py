@@ -6,9 +6,12 @@ rows are encoded without decoding an image.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
+import numpy as np
 from PIL import Image
 
 # LLaMA-Factory's limits for Qwen (`Qwen2VLPlugin._preprocess_image`): shortest side, and ratio of the sides
@@ -21,14 +24,16 @@ QWEN_CAPPED_RATIO = 180
 class ImageSlot:
     """The text that represents one image, with `num_tokens` image tokens in it.
 
-    `grid_thw` is its patches in time, height and width where the model needs them; `num_patches` is what the tower
-    sees, None where that follows from the model's image size.
+    `num_crops` is how many parts of it are seen beside the whole, with tokens of their own. `grid_thw` is its patches
+    in time, height and width where the model needs them; `num_patches` is what the tower sees, None where that follows
+    from the model's image size.
     """
 
     text: str
     num_tokens: int
     num_patches: int | None = None
     grid_thw: tuple[int, int, int] | None = None
+    num_crops: int = 0
 
 
 class ImageSlots(ABC):
@@ -37,10 +42,12 @@ class ImageSlots(ABC):
     Attributes:
         needs_size: Whether the slot depends on the image.
         by_image: Whether the image processor wants each image in a separate list, to count tiles per image.
+        processing: What the image processor is told beside its own configuration.
     """
 
     needs_size = True
     by_image = False
+    processing: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def fitted(self, width: int, height: int) -> tuple[int, int]:
         """Return the size to which an image is scaled before the processor sees it."""
@@ -60,6 +67,36 @@ class FixedSlots(ImageSlots):
 
     def slot(self, width: int, height: int) -> ImageSlot:
         return self.one
+
+
+@dataclass(frozen=True, slots=True)
+class PanAndScanSlots(ImageSlots):
+    """Gemma 3 with `image_do_pan_and_scan`: the whole image, and the crops of one that is long.
+
+    LLaMA-Factory gives the image processor these values, and announces crops where there are none too, which the
+    library's processor does not; with transformers 5 it fails.
+    """
+
+    processor: Any
+    token: str
+    processing = MappingProxyType(
+        {
+            "do_pan_and_scan": True,
+            "pan_and_scan_min_crop_size": 256,
+            "pan_and_scan_max_num_crops": 4,
+            "pan_and_scan_min_ratio_to_activate": 1.2,
+        }
+    )
+
+    def slot(self, width: int, height: int) -> ImageSlot:
+        from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+        _, *limits = self.processing.values()
+        blank = np.broadcast_to(np.uint8(0), (3, height, width))  # takes no memory
+        num_crops = len(Gemma3ImageProcessorPil.pan_and_scan(self.processor.image_processor, blank, *limits))
+        text = self.processor.replace_image_token({"num_crops": [num_crops]}, 0)
+        num_tokens = self.processor.image_seq_length * (1 + num_crops)
+        return ImageSlot(text=text, num_tokens=num_tokens, num_crops=num_crops)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class TurnSettings:
         cutoff_len: Most tokens a row may have; what is longer is cut as LLaMA-Factory cuts it.
         image_max_pixels: Larger images are first shrunk to this area.
         image_min_pixels: Smaller ones are first enlarged to it.
+        image_do_pan_and_scan: Parts of long images are shown beside the whole (Gemma 3).
     """
 
     template: str | None = None
@@ -32,6 +33,7 @@ class TurnSettings:
     cutoff_len: int = CUTOFF_LEN
     image_max_pixels: int = IMAGE_MAX_PIXELS
     image_min_pixels: int = IMAGE_MIN_PIXELS
+    image_do_pan_and_scan: bool = False
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any]) -> "TurnSettings":

@@ -69,7 +69,7 @@ ALIASES = {
 
 _REFUSED = {
     "only supervised fine-tuning is done here. Set stage: sft.": "stage:str=sft",
-    "the engine trains with PyTorch's own optimizers. Delete the line and choose one with optim.": """
+    "the engine trains with the optimizers that optim names. Delete the line and choose one there.": """
         use_galore:bool=false use_apollo:bool=false use_badam:bool=false use_adam_mini:bool=false use_muon:bool=false
         optim_target_modules:str?=null""",
     "the engine trains on the plain cross-entropy of the answers. Delete the line.": """
@@ -107,11 +107,9 @@ _REFUSED = {
         shift_attn:bool=false mixture_of_depths:str?=null train_from_scratch:bool=false upcast_layernorm:bool=false""",
     "rows are read completely and encoded at each start, which takes a tenth of a millisecond for one. Delete the "
     "line.": "streaming:bool=false tokenized_path:str?=null",
-    "entries are evaluated together while training. Delete the line: predictions and eval_metrics have each entry by "
-    "itself, and mllm-assets evaluate has them over steps.": "eval_on_each_dataset:bool=false",
     "rows hold no calls of tools. Delete the line.": "tool_format:str?=null",
-    "an image is seen as a whole. Delete the line; cut pictures in the data instead, each crop an image of its row "
-    "with an <image> of its own.": "image_do_pan_and_scan:bool=false crop_to_patches:bool=false",
+    "it is InternVL's, whose models are not trained here. Delete the line; image_do_pan_and_scan shows parts of long "
+    "pictures to Gemma 3.": "crop_to_patches:bool=false",
     "the batch size is part of what a run computes. Set per_device_train_batch_size.": """
         auto_find_batch_size:bool=false""",
     "nothing is uploaded by a training run. Delete the line; push the released model when you want it public.": """
@@ -251,10 +249,7 @@ def value_advice(name: str, value: Any) -> str:
     """What to write where a key cannot have a value that LLaMA-Factory knows."""
     text = str(value).lower()
     if name == "optim" and ("8bit" in text or "paged" in text):
-        return (
-            "Optimizer states in 8 bits are not kept here. Set optim: adamw_torch_fused; finetuning_type: lora keeps "
-            "the smallest states, and optim: adafactor those of a whole model small."
-        )
+        return "Set optim: adamw_8bit, or paged_adamw_8bit, which moves states off a full GPU."
     if name == "optim" and isinstance(value, str):
         return "Set optim: adamw_torch_fused, LLaMA-Factory's default."
     if name == "flash_attn" and text == "fa3":
@@ -308,6 +303,8 @@ def _reasons(spec: TrainSpec) -> Iterator[tuple[str, str]]:
             yield key, "eval_strategy is no, so nothing is evaluated while training"
         if spec.val_size:
             yield "val_size", "eval_strategy is no: its rows are held out all the same, and not evaluated"
+    if not spec.eval_entries or spec.eval_strategy == "no":
+        yield "eval_on_each_dataset", "no eval_dataset is evaluated while training"
     if not spec.evaluation_selects:
         for key in ("metric_for_best_model", "greater_is_better"):
             yield key, "evaluation does not choose the weights"

@@ -33,7 +33,10 @@ LrScheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 ]  # fmt: skip
-Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"]
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop",
+    "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+]  # fmt: skip
 Strategy = Literal["no", "steps", "epoch"]
 MixStrategy = Literal["concat", "interleave_under", "interleave_over", "interleave_once"]
 Compiler = Literal["inductor", "aot_eager", "eager"]
@@ -85,6 +88,7 @@ class TrainSpec(MethodKeys):
     preprocessing_num_workers: int | None = field(default=None, metadata=SEMANTIC)
     image_max_pixels: int = field(default=IMAGE_MAX_PIXELS, metadata=SEMANTIC)
     image_min_pixels: int = field(default=IMAGE_MIN_PIXELS, metadata=SEMANTIC)
+    image_do_pan_and_scan: bool = field(default=False, metadata=ADDED)
     disable_shuffling: bool = field(default=False, metadata=SEMANTIC)
     dataloader_num_workers: int = field(default=0, metadata=HF_OPERATIONAL)
     dataloader_pin_memory: bool = field(default=True, metadata=HF_OPERATIONAL)
@@ -125,6 +129,7 @@ class TrainSpec(MethodKeys):
     eval_delay: float = field(default=0, metadata=HF_SELECTION)
     eval_on_start: bool = field(default=False, metadata=HF_OPERATIONAL)
     per_device_eval_batch_size: int = field(default=8, metadata=HF_SELECTION)
+    eval_on_each_dataset: bool = field(default=False, metadata=OPERATIONAL)  # which of them chooses is in the metric
     load_best_model_at_end: bool = field(default=False, metadata=HF_SEMANTIC)
     metric_for_best_model: str | None = field(default=None, metadata=HF_SELECTION)
     greater_is_better: bool | None = field(default=None, metadata=HF_SELECTION)
@@ -210,9 +215,19 @@ class TrainSpec(MethodKeys):
         return TurnSettings.of(self.to_dict())
 
     @property
+    def uses_bitsandbytes_optimizer(self) -> bool:
+        """Whether the optimizer's states are bitsandbytes'."""
+        return "8bit" in self.optim or "paged" in self.optim
+
+    @property
     def evaluates(self) -> bool:
         """Whether there are rows to evaluate."""
         return bool(self.eval_entries) or self.val_size > 0
+
+    @property
+    def evaluates_each(self) -> bool:
+        """Whether each evaluation entry has a loss of its own."""
+        return self.eval_on_each_dataset and bool(self.eval_entries) and self.eval_strategy != "no"
 
     @property
     def evaluation_selects(self) -> bool:
@@ -291,6 +306,9 @@ def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     for key in ("fsdp", "deepspeed", "quantization_bit"):
         if spec.torch_compile and getattr(spec, key):
             yield "torch_compile", f"torch_compile together with {key} has not been tried. Delete one."
+    for key in ("fsdp", "deepspeed"):
+        if spec.uses_bitsandbytes_optimizer and getattr(spec, key):
+            yield "optim", f"optim: {spec.optim} together with {key} has not been tried. Set optim: adamw_torch_fused."
     if spec.torch_compile_backend and not spec.torch_compile:
         yield "torch_compile_backend", "torch_compile_backend is set, and nothing is compiled. Set torch_compile: true."
     if spec.fsdp and spec.deepspeed:
@@ -351,7 +369,12 @@ def _evaluation_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     if spec.early_stopping_steps and spec.metric_for_best_model is None:
         yield "early_stopping_steps", "early_stopping_steps needs a metric to watch. Set metric_for_best_model: loss."
     metric = spec.metric_for_best_model
-    if metric not in (None, "loss", "eval_loss"):
+    if spec.eval_on_each_dataset and spec.eval_entries:
+        measured = [f"eval_{name}_loss" for name in spec.eval_entries]
+        if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in measured:
+            text = f"metric_for_best_model is {metric!r}, and eval_on_each_dataset measures {', '.join(measured)}."
+            yield "metric_for_best_model", f"{text} Set it to the one that chooses."
+    elif metric not in (None, "loss", "eval_loss"):
         text = f"metric_for_best_model is {metric!r}: only the loss is measured. Set it to loss."
         yield "metric_for_best_model", text
     if not spec.load_best_model_at_end or spec.save_strategy == "best":

@@ -76,7 +76,7 @@ class RecipeTask(Task[R]):
 
     @property
     def quantizes(self) -> bool:
-        return self.recipe.quantization_bit is not None
+        return self.recipe.quantization_bit is not None or self.recipe.uses_bitsandbytes_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)

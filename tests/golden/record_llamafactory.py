@@ -114,6 +114,11 @@ CASES: dict[str, dict[str, Any]] = {
     "lora_plus": {**LORA, "loraplus_lr_ratio": 8.0, "lora_rank": 4, "additional_target": "multi_modal_projector"},
     "lora_pissa_exact": {**LORA, "pissa_init": True, "pissa_iter": -1, "lora_rank": 4},
     "stable_decay": {"lr_scheduler_type": "warmup_stable_decay", "per_device_train_batch_size": 1},
+    "evaluated_apart": {
+        "dataset": "conversations", "eval_dataset": "one_image,every_mode", "eval_on_each_dataset": True,
+        "eval_strategy": "epoch", "num_train_epochs": 1,
+    },
+    "pan_and_scan": {"image_do_pan_and_scan": True, "num_train_epochs": 1},
     # the last: LLaMA-Factory writes it into the template, where the next case in this process would find it
     "default_system": {"dataset": "conversations", "default_system": "Name what you see.", "num_train_epochs": 1},
 }  # fmt: skip
@@ -133,14 +138,15 @@ def record(case: str, work: Path) -> dict[str, Any]:
             found["start"] = {name: float(p.double().abs().sum()) for name, p in named}
             for split, data in (("train", self.train_dataset), ("eval", self.eval_dataset)):
                 columns = ("input_ids", "labels", "position_ids", "attention_mask")
+                parts = data.values() if isinstance(data, dict) else [data or []]
                 found[f"{split}_rows"] = [
-                    {key: row[key] for key in columns if key in row} for row in (data if data is not None else [])
+                    {key: row[key] for key in columns if key in row} for part in parts for row in part
                 ]
             result = super().train(*args, **kwargs)
             found["logs"] = [
-                {key: log[key] for key in ("step", "loss", "grad_norm", "learning_rate", "eval_loss") if key in log}
+                {key: log[key] for key in log if key in ("step", "grad_norm", "learning_rate") or key.endswith("loss")}
                 for log in self.state.log_history
-                if "loss" in log or "eval_loss" in log
+                if any(key == "loss" or (key.startswith("eval") and key.endswith("loss")) for key in log)
             ]
             return result
 

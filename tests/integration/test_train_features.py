@@ -19,6 +19,7 @@ from mllm_assets.training.caches.shards import TENSORS_FILE
 from mllm_assets.training.loop.engine import train_task
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import CacheSettings, Features, FeaturesTask, TrainTask
+from tests.golden import fidelity_data
 from tests.worker_tasks import features_of, training
 
 pytestmark = pytest.mark.integration
@@ -201,3 +202,27 @@ def test_a_tower_that_trains_cannot_be_cached(parity_dir: Path, tmp_path: Path, 
 def test_loader_processes_read_the_cache_too(parity_dir: Path, tmp_path: Path, made: tuple[Path, Features]) -> None:
     task = make_task(parity_dir, tmp_path, read=made[0], dataloader_num_workers=1, max_steps=2)
     assert train_task(task, Reporter())["num_steps"] == 2
+
+
+def test_parts_of_pictures_are_cached_with_them_and_give_the_trajectory_of_the_tower(
+    parity_dir: Path, tmp_path: Path
+) -> None:
+    """`image_do_pan_and_scan` on pictures of which three are long enough."""
+    fidelity_data.write(tmp_path / "data")
+    found, reporter = {}, Reporter()
+    for name in ("cached", "tower"):
+        spec = make_task(
+            parity_dir, tmp_path / name, dataset="every_mode", eval_dataset="one_image", image_do_pan_and_scan=True,
+            data_dir=tmp_path / "data",
+        ).recipe  # fmt: skip
+        result = train_task(
+            training(
+                spec, model_dir=parity_dir / "model", data_dir=tmp_path / "data", run_dir=tmp_path / name / "run",
+                cache_dir=tmp_path / "cache" if name == "cached" else None,
+            ),
+            reporter,
+        )  # fmt: skip
+        found[name] = losses(tmp_path / name / "run")
+        assert (result["caches"]["vision_features"] == "cached") == (name == "cached")
+    assert found["cached"] == pytest.approx(found["tower"], abs=2e-6)
+    assert any("3 of 11 rows show 7 parts of pictures" in warning for warning in reporter.warnings)

@@ -40,6 +40,7 @@ QUICK = {"uneven_accumulation", "every_image_mode_tower_trains", "batches_withou
 QUICK |= {
     "neftune",
     "default_system",
+    "evaluated_apart",
     "lora_some_modules",
     "packing",
     "val_size_share",
@@ -73,7 +74,8 @@ def train(spec: TrainSpec, parity_dir: Path, data_dir: Path, run_dir: Path) -> d
     """Train and return what was logged."""
     train_task(training(spec, model_dir=parity_dir / "model", data_dir=data_dir, run_dir=run_dir), Reporter())
     lines = [json.loads(line) for line in (run_dir / "trainer_log.jsonl").read_text().splitlines()]
-    return {key: [line[key] for line in lines if key in line] for key in ("loss", "eval_loss")}
+    keys = dict.fromkeys(key for line in lines for key in line if key == "loss" or key.startswith("eval_"))
+    return {key: [line[key] for line in lines if key in line] for key in keys}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,9 @@ def test_rows_trainable_set_and_losses_equal_llamafactorys(
     shapes = {name: list(p.shape) for name, p in trainable.model.named_parameters()}
     assert [[name, shapes[name]] for name in trainable.names] == recorded["trainable"]
     logged = train(spec, parity_dir, fidelity_dir, tmp_path / "run")
-    for key in ("loss", "eval_loss"):
+    measured = {key for log in recorded["logs"] for key in log if key == "loss" or key.startswith("eval_")}
+    assert logged.keys() == measured
+    for key in measured:
         expected = [log[key] for log in recorded["logs"] if key in log]
         assert logged[key] == pytest.approx(expected, abs=5e-6)
 

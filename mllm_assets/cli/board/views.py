@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from html import escape
+from itertools import chain
 from pathlib import Path
 
 from mllm_assets.data.ingest.images import PictureError
@@ -12,7 +13,7 @@ from mllm_assets.data.quality.report import thumbnail
 from mllm_assets.evaluation.side_by_side import Line, Pair
 from mllm_assets.pages import page_template
 from mllm_assets.releases.candidate import Considered
-from mllm_assets.training.runs.history import KnownRun, curve, smoothed
+from mllm_assets.training.runs.history import KnownRun, curve, measured_curves, smoothed
 
 THUMBNAIL_PX = 224
 COLORS = ("#4f43dd", "#d9730d", "#1a7f4b", "#c2255c", "#0b7285", "#8a6d00", "#7048e8", "#5d6b7a")
@@ -59,7 +60,7 @@ def curves_view(runs: Sequence[KnownRun], titles: Sequence[str], *, smooth: floa
     series = []
     for index, (run, title) in enumerate(zip(runs, titles, strict=True)):
         log = run.log
-        lines = {"loss": smoothed(curve(log, "loss"), smooth), "eval_loss": curve(log, "eval_loss")}
+        lines = {"loss": smoothed(curve(log, "loss"), smooth), "eval_loss": [*chain(*measured_curves(log).values())]}
         usable = {key: [p for p in points if math.isfinite(p[1]) and (p[1] > 0 or not logarithmic)]
                   for key, points in lines.items()}  # fmt: skip
         series.append((title, COLORS[index % len(COLORS)], usable))

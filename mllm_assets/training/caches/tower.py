@@ -19,6 +19,8 @@ from mllm_assets.families.family import FAMILIES, Family
 from mllm_assets.plugins import resolve
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.vision_cuts import VisionCut
+from mllm_assets.training.encoding.collate import NUM_CROPS
+from mllm_assets.training.encoding.encode import image_slots
 from mllm_assets.training.models.device import Precision
 
 
@@ -82,7 +84,10 @@ def weight_digests(module: nn.Module) -> dict[str, str]:
 
 def image_processing(processor: Any, spec: TrainSpec) -> list[Any]:
     """Return what turns a file into pixels."""
-    return [processor.image_processor.to_dict(), spec.image_max_pixels, spec.image_min_pixels]
+    settings = [processor.image_processor.to_dict(), spec.image_max_pixels, spec.image_min_pixels]
+    if spec.image_do_pan_and_scan:
+        settings.append(dict(image_slots(processor, spec.turns).processing))
+    return settings
 
 
 def library_versions() -> list[str]:
@@ -100,6 +105,9 @@ def image_rows(model: Any, inputs: Mapping[str, torch.Tensor], precision: Precis
     device = device_of(model)
     with precision.context(device.type):
         rows = cut_of(model).rows(model.model, {name: tensor.to(device) for name, tensor in inputs.items()})
+    if NUM_CROPS in inputs:  # an image's tokens are those of its parts too
+        seen = iter(rows)
+        rows = [torch.cat([next(seen) for _ in range(1 + count)]) for count in inputs[NUM_CROPS].tolist()]
     return [rows_KW.to(precision.computed) for rows_KW in rows]
 
 

@@ -5,7 +5,7 @@ While the table replaces pixels, `get_image_features` of the model is replaced, 
 the library's. Gemma 3 keeps that method too: its tower is replaced, and its projector does not pool.
 
 Shape suffixes: K tokens of one image, R tokens of all images, W values of a row, H the tower's hidden size.
-Not covered: towers that train, in part or whole; pan-and-scan crops; videos.
+Not covered: towers that train, in part or whole; videos.
 """
 
 from collections.abc import Mapping

@@ -18,7 +18,7 @@ from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.families.family import processor_family
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.asking import TurnSettings
-from mllm_assets.training.encoding.encode import IGNORE_INDEX, EncodedRow, image_token_id
+from mllm_assets.training.encoding.encode import IGNORE_INDEX, EncodedRow, image_slots, image_token_id
 from mllm_assets.training.encoding.image_files import load_image
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Inputs of the families' towers; the image processors return counts and layouts as well
 TOWER_INPUTS = ("pixel_values", "image_grid_thw", "image_position_ids", "pixel_attention_mask")
+NUM_CROPS = "num_crops"  # of each image, where parts of them are shown
 
 
 class ImageFeatures(Protocol):
@@ -84,7 +85,7 @@ class Collator:
     ) -> None:
         tokenizer, self.family = processor.tokenizer, processor_family(processor)
         self.image_processor = processor.image_processor
-        self.slots = self.family.slots(processor, self.family.image_token)
+        self.slots = image_slots(processor, settings)
         self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.image_token_id: int = image_token_id(processor)
         self.image_limits = {"max_pixels": settings.image_max_pixels, "min_pixels": settings.image_min_pixels}
@@ -144,6 +145,7 @@ class Collator:
             batch |= self._images(rows)
         elif num_blank:
             batch |= self._blank_image()
+        batch.pop(NUM_CROPS, None)
         if self.features is not None and "pixel_values" in batch:
             self._require_a_feature_for_each_token(input_ids_BT, len(batch["pixel_values"]), rows)
         if self.select_logits:
@@ -164,6 +166,8 @@ class Collator:
     def tower_inputs(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         """Return the vision tower's inputs for all images in order: pixel_values and what belongs to them.
 
+        An image's parts follow it, and `num_crops` are how many.
+
         Raises:
             DataError: An image is damaged. Names row and file.
             IntegrityError: One changed since its digest was taken. Names the file.
@@ -176,8 +180,9 @@ class Collator:
 
     def _processed(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         arranged = [[image] for image in images] if self.slots.by_image else images
-        processed = self.image_processor(arranged, return_tensors="pt")
-        return {name: processed[name] for name in TOWER_INPUTS if name in processed}
+        processed = self.image_processor(arranged, return_tensors="pt", **self.slots.processing)
+        names = (*TOWER_INPUTS, NUM_CROPS) if self.slots.processing else TOWER_INPUTS
+        return {name: processed[name] for name in names if name in processed}
 
     def _blank_image(self) -> dict[str, torch.Tensor]:
         if self.features is None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
-from mllm_assets.errors import DataError, ModelError
+from mllm_assets.errors import DataError, ModelError, RecipeError
 from mllm_assets.families.family import find_template, processor_family
-from mllm_assets.families.image_slots import ImageSlot
+from mllm_assets.families.image_slots import ImageSlot, ImageSlots
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.training.encoding.image_files import image_size
 from mllm_assets.training.encoding.turns import (
@@ -43,7 +43,8 @@ class EncodedRow:
 
     Tokens are held as C's int, 4 bytes each, where a tuple of Python's numbers takes up to ten times that.
     `grids_thw` has the images' patches in time, height and width, for models that need them; `num_patches` is how many
-    the tower sees of all images, None if it is the same for every image; `positions` restart at each row of a packed
+    the tower sees of all images, None if it is the same for every image; `num_crops` are the parts of images that it
+    sees beside them; `positions` restart at each row of a packed
     sequence, and are empty if rows are not packed.
     """
 
@@ -54,6 +55,7 @@ class EncodedRow:
     num_tokens_cut: int = 0
     grids_thw: tuple[tuple[int, int, int], ...] = ()
     num_patches: int | None = None
+    num_crops: int = 0
     positions: "array[int]" = field(default_factory=no_tokens)
 
     @classmethod
@@ -111,7 +113,7 @@ class Encoder:
         self.mask_history = mask_history
         self._drops_history_thought = mask_history and not preserve_thinking
         self._tokenizer, self._num_embeddings = processor.tokenizer, num_embeddings
-        self._slots = family.slots(processor, family.image_token)
+        self._slots = image_slots(processor, settings)
         self._image_limits = {"max_pixels": settings.image_max_pixels, "min_pixels": settings.image_min_pixels}
 
     def encode(self, row: "Row") -> EncodedRow:
@@ -171,6 +173,7 @@ class Encoder:
             num_tokens_cut=num_tokens_cut,
             grids_thw=tuple(slot.grid_thw for slot in slots if slot.grid_thw is not None),
             num_patches=sum(n for n in patches if n is not None) if any(patches) else None,
+            num_crops=sum(slot.num_crops for slot in slots),
         )
         found, expected = input_ids.count(self.image_token_id), sum(slot.num_tokens for slot in slots)
         if found != expected:
@@ -245,6 +248,23 @@ class Encoder:
                 f"or make the rows and save the model again: "
                 f"model.resize_token_embeddings({max(self._tokenizer.get_vocab().values()) + 1})."
             )
+
+
+def image_slots(processor: Any, settings: TurnSettings) -> ImageSlots:
+    """Return what represents a picture in the text.
+
+    Raises:
+        RecipeError: The model's family does not show parts of pictures.
+    """
+    family = processor_family(processor)
+    if not settings.image_do_pan_and_scan:
+        return family.slots(processor, family.image_token)
+    if family.crop_slots is None:
+        raise RecipeError(
+            f"image_do_pan_and_scan shows Gemma 3 parts of long pictures, and the model is {family.name}. Delete the "
+            "line."
+        )
+    return family.crop_slots(processor, family.image_token)
 
 
 def image_token_id(processor: Any) -> int:

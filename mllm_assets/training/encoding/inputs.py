@@ -4,7 +4,7 @@ import bisect
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,12 +39,16 @@ STOPPING = {
 
 @dataclass(kw_only=True, slots=True)
 class Inputs:
-    """What a run reads: the processor, the encoded rows, and the digests of its files."""
+    """What a run reads: the processor, the encoded rows, and the digests of its files.
+
+    `eval_parts` are the evaluation's rows by entry where each has a loss of its own (`eval_on_each_dataset`).
+    """
 
     processor: Any
     train_rows: list[EncodedRow]
     eval_rows: list[EncodedRow]
     digests: FileDigests
+    eval_parts: dict[str, list[EncodedRow]] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[EncodedRow]:
@@ -61,21 +65,23 @@ def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, reporter: "R
     encoder = make_encoder(spec, processor, model_dir)
     if spec.packs:
         _check_packing(spec, processor, reporter)
-    train_rows, eval_rows = (encode_rows(encoder, rows, spec, reporter) for rows in read_rows(spec, dataset))
+    parts = [encode_rows(encoder, rows, spec, reporter) for rows in read_rows(spec, dataset)]
     warn_of_first_rows(spec, dataset, reporter)
-    _warn_of_cuts([*train_rows, *eval_rows], spec, reporter)
-    warn_of_labels(train_rows, spec, processor, reporter)
+    _warn_of_cuts([row for rows in parts for row in rows], spec, reporter)
+    warn_of_labels(parts[0], spec, processor, reporter)
+    if spec.image_do_pan_and_scan:
+        _warn_of_crops(parts[0], reporter)
     if spec.packs:
-        train_rows, eval_rows = (
-            pack(
-                rows,
-                spec.row_cutoff_len,
-                group_size=spec.preprocessing_batch_size,
-                num_groups=spec.preprocessing_num_workers,
-            )
-            for rows in (train_rows, eval_rows)
-        )
-    inputs = Inputs(processor=processor, train_rows=train_rows, eval_rows=eval_rows, digests=dataset.digests)
+        how = {"group_size": spec.preprocessing_batch_size, "num_groups": spec.preprocessing_num_workers}
+        parts = [pack(rows, spec.row_cutoff_len, **how) for rows in parts]
+    train_rows, *evaluated = parts
+    inputs = Inputs(
+        processor=processor,
+        train_rows=train_rows,
+        eval_rows=list(chain.from_iterable(evaluated)),
+        digests=dataset.digests,
+        eval_parts=dict(zip(spec.eval_entries, evaluated, strict=True)) if spec.evaluates_each else {},
+    )
     check_pictures(inputs.rows, reporter)
     return inputs
 
@@ -141,6 +147,17 @@ def _warn_of_cuts(rows: Sequence[EncodedRow], spec: TrainSpec, reporter: "Report
         reporter.warn(f"{num_cut} of {len(rows)} rows are longer than {limit} and were cut.")
 
 
+def _warn_of_crops(rows: Sequence[EncodedRow], reporter: "Reporter") -> None:
+    num_crops, num_rows = sum(row.num_crops for row in rows), sum(row.num_crops > 0 for row in rows)
+    shown = f"{num_rows:,} of {len(rows):,} rows show {num_crops:,} parts of pictures beside the whole ones"
+    if not num_crops:
+        shown = "no picture is long and large enough to show parts of it"
+    reporter.warn(
+        f"image_do_pan_and_scan: {shown}. Another program that asks the model has to do it too: do_pan_and_scan=True "
+        "for transformers' processor, mm_processor_kwargs for vLLM."
+    )
+
+
 def warn_of_labels(rows: Sequence[EncodedRow], spec: TrainSpec, processor: Any, reporter: "Reporter") -> None:
     """Say what is learnt, or seen, differently from what a reader of the recipe may expect."""
     if spec.train_on_prompt:
@@ -162,8 +179,8 @@ def warn_of_labels(rows: Sequence[EncodedRow], spec: TrainSpec, processor: Any, 
             )
 
 
-def read_rows(spec: TrainSpec, dataset: Dataset) -> tuple[list[Row], list[Row]]:
-    """Return the rows to train on and to evaluate, mixed and held out as in the recipe.
+def read_rows(spec: TrainSpec, dataset: Dataset) -> list[list[Row]]:
+    """Return the rows to train on and to evaluate, mixed and held out as in the recipe, or those of each entry.
 
     Raises:
         DataError, RecipeError: What must change.
@@ -174,8 +191,10 @@ def read_rows(spec: TrainSpec, dataset: Dataset) -> tuple[list[Row], list[Row]]:
 
     train_rows, held_out = split(merged(spec.train_entries), spec)
     if spec.eval_strategy == "no":
-        return train_rows, []
-    return train_rows, merged(spec.eval_entries) if spec.eval_entries else held_out
+        return [train_rows, []]
+    if spec.evaluates_each:
+        return [train_rows, *(merged([name]) for name in spec.eval_entries)]
+    return [train_rows, merged(spec.eval_entries) if spec.eval_entries else held_out]
 
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], spec: TrainSpec, reporter: "Reporter") -> list[EncodedRow]:
@@ -347,5 +366,6 @@ def _joined(rows: Sequence[EncodedRow]) -> EncodedRow:
         labels=array("i", chain.from_iterable(row.labels for row in rows)),
         images=tuple(chain.from_iterable(row.images for row in rows)),
         num_tokens_cut=sum(row.num_tokens_cut for row in rows),
+        num_crops=sum(row.num_crops for row in rows),
         positions=array("i", chain.from_iterable(range(len(row.input_ids)) for row in rows)),
     )

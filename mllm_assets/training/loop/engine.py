@@ -34,6 +34,7 @@ from mllm_assets.training.loop.checkpoints import (
     load_trainable,
     seed_run,
 )
+from mllm_assets.training.loop.optimizers import require_optimizer
 from mllm_assets.training.loop.reporting import trainable_lines
 from mllm_assets.training.loop.trainer import (
     FineTuner,
@@ -145,6 +146,7 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
     torch.set_num_threads(pin_setting(task.run_dir, "num_threads", wanted))
     require_distribution(task.recipe, reporter)
     require_kernels(task.recipe, device.kind)
+    require_optimizer(task.recipe, device.kind)
     for note in precision.quantization.notes(device.kind) if precision.quantization else ():
         reporter.warn(note)
     digests = FileDigests()

@@ -13,7 +13,8 @@ from mllm_assets.errors import MachineError
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import CachePlan, Setup
 from mllm_assets.training.loop.loss import LOSS_BLOCK
-from mllm_assets.training.loop.simulation import STATES, SimulatedStep, simulate
+from mllm_assets.training.loop.optimizers import embeddings, kept_states
+from mllm_assets.training.loop.simulation import SimulatedStep, simulate
 from mllm_assets.training.models.device import GIB, Device
 from mllm_assets.training.models.load import base_model
 from mllm_assets.training.models.quantization import quantized_weights
@@ -105,7 +106,12 @@ def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEsti
         for name, p in model.named_parameters()
         if not (plan.tower and any(key in name for key in family.vision_keys))
     )
-    trained = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name in names)
+    trains = [p for name, p in model.named_parameters() if name in names]
+    trained = sum(p.numel() * p.element_size() for p in trains)
+    embedded, optim = embeddings(model), setup.spec.optim
+    states = sum(
+        state.nbytes for p in trains for state in kept_states(optim, p.to("meta"), is_embedding=id(p) in embedded)
+    )
     width = 4 if setup.precision.weights == torch.float32 else 2
     batch = setup.spec.per_device_train_batch_size
     text, vision = model.config.text_config, model.config.vision_config
@@ -113,7 +119,7 @@ def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEsti
     # what the tower sees of a row; families whose images all have as many patches do not count them
     patches = batch * (
         max(row.num_patches or 0 for row in rows)
-        or max(len(row.images) for row in rows) * (vision.image_size // vision.patch_size) ** 2
+        or max(len(row.images) + row.num_crops for row in rows) * (vision.image_size // vision.patch_size) ** 2
     )
     if setup.shape.tower_trains:
         kept += _kept(patches, vision, getattr(vision, family.vision_layers_key), checkpointed) * width
@@ -126,7 +132,7 @@ def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEsti
     return MemoryEstimate(
         weights_gib=weights / GIB,
         gradients_gib=trained / GIB,
-        optimizer_gib=STATES.get(setup.spec.optim, 0) * trained / GIB,
+        optimizer_gib=states / GIB,
         activations_gib=(kept + logits) / GIB,
         merge_gib=sum(p.numel() * p.element_size() for p in model.parameters()) / GIB if merges_here else 0.0,
     )

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mllm_assets.artifacts import write_text_atomic
 from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.training.runs.history import TRAINER_LOG, curve, folded, read_log, smoothed
+from mllm_assets.training.runs.history import (
+    TRAINER_LOG,
+    curve,
+    folded,
+    measured_curves,
+    measured_losses,
+    read_log,
+    smoothed,
+)
 from mllm_assets.training.runs.run_file import pin_setting, read_run_file
 
 if TYPE_CHECKING:
@@ -32,6 +41,7 @@ MAX_NAMED_SAMPLES = 16
 TENSORBOARD_DIR = "logs"
 LOSS_PLOT = "training_loss.png"
 PLOT_SIZE_IN = (8.8, 3.6)  # at 100 dpi: as wide as the window in which Dagster shows it
+EVAL_COLORS = ("#d62728", "#2ca02c", "#9467bd", "#8c564b")
 SQLITE = "sqlite:///"
 RUN_ID_VARIABLES = {
     "mlflow": {"MLFLOW_RUN_ID": "{run_id}"},
@@ -81,8 +91,9 @@ class RunLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
-        self.facts |= {key: float(logs[key]) for key in ("loss", "eval_loss") if key in logs}
-        if not state.is_world_process_zero or not ({"loss", "eval_loss"} & logs.keys()):
+        losses = {key: float(logs[key]) for key in ("loss", *measured_losses(logs)) if key in logs}
+        self.facts |= losses
+        if not state.is_world_process_zero or not losses:
             return
         line = self._line(state, logs)
         with self.path.open("a", encoding="utf-8") as file:
@@ -97,7 +108,7 @@ class RunLog(TrainerCallback):
             "current_steps": state.global_step,
             "total_steps": state.max_steps,
             "loss": logs.get("loss"),
-            "eval_loss": logs.get("eval_loss"),
+            **{key: logs[key] for key in measured_losses(logs)},
             "lr": logs.get("learning_rate"),
             "epoch": state.epoch,
             "percentage": round(state.global_step / max(state.max_steps, 1) * 100, 2),
@@ -142,7 +153,7 @@ def check_finite(step: int, batches: Sequence[tuple[Sequence[str], float]], grad
 
 
 def plot_loss(run_dir: Path) -> Path | None:
-    """Draw `training_loss.png` from the log: training loss, its running mean and evaluation loss.
+    """Draw `training_loss.png` from the log: training loss, its running mean and evaluation losses.
 
     A second panel leaves out the first quarter of the steps, whose fall makes the rest look flat. None where there are
     not two points to draw a curve through.
@@ -151,20 +162,21 @@ def plot_loss(run_dir: Path) -> Path | None:
     from matplotlib.ticker import MaxNLocator
 
     log = read_log(run_dir / TRAINER_LOG)
-    losses, eval_losses = curve(log, "loss"), curve(log, "eval_loss")
-    if len(losses) < 2 and len(eval_losses) < 2:
+    losses, evaluated = curve(log, "loss"), measured_curves(log)
+    if len(losses) < 2 and all(len(some) < 2 for some in evaluated.values()):
         return None
-    first_step = max(step for step, _ in losses + eval_losses) / 4
-    later, eval_later = ([point for point in some if point[0] >= first_step] for some in (losses, eval_losses))
-    panels = {"all steps": (losses, eval_losses)}
-    panels |= {"the last three quarters": (later, eval_later)} if len(later) > 2 else {}
+    first_step = max(step for some in (losses, *evaluated.values()) for step, _ in some) / 4
+    panels = {"all steps": 0.0}
+    panels |= {"the last three quarters": first_step} if sum(step >= first_step for step, _ in losses) > 2 else {}
     figure = Figure(figsize=PLOT_SIZE_IN, dpi=100, layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False).flat
-    for axes, (title, (trained, evaluated)) in zip(all_axes, panels.items(), strict=True):
+    for axes, (title, first_step) in zip(all_axes, panels.items(), strict=True):
+        trained = [point for point in losses if point[0] >= first_step]
         axes.plot(*_columns(trained), color="#1f77b4", alpha=0.35, label="loss")
         axes.plot(*_columns(smoothed(trained, _weight(len(trained)))), color="#1f77b4", label="loss, smoothed")
-        if evaluated:
-            axes.plot(*_columns(evaluated), color="#d62728", marker="o", markersize=4, label="eval_loss")
+        for (name, points), color in zip(evaluated.items(), cycle(EVAL_COLORS), strict=False):
+            shown = [point for point in points if point[0] >= first_step]
+            axes.plot(*_columns(shown), color=color, marker="o", markersize=4, label=name)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set(xlabel="step", ylabel="loss (nats a token)")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -25,15 +25,12 @@ from mllm_assets.artifacts import digest_json
 from mllm_assets.plugins import resolve
 from mllm_assets.training.caches.prepare import CachePlan, Setup, install_caches
 from mllm_assets.training.loop import loss
+from mllm_assets.training.loop.optimizers import TEMPORARY, embeddings, kept_states
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.load import base_model, model_on_meta, without_waiting_checks
 from mllm_assets.training.models.quantization import Quantization, quantized_weights
 
 ALLOCATION_BYTES = 512  # CUDA's caching allocator rounds up to them
-# Copies of what trains that an optimizer keeps, and those that it makes for a moment: the kernels of `foreach` have a
-# list of square roots
-STATES = {"adamw_torch_fused": 2, "adamw_torch": 2, "adagrad": 1, "rmsprop": 1}
-TEMPORARY = {"adamw_torch": 1, "adafactor": 2, "adagrad": 1, "rmsprop": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +79,7 @@ class _BatchSize:
             num_rows=setup.spec.per_device_train_batch_size,
             num_tokens=-(-max(len(row.input_ids) for row in rows) // 8) * 8,
             num_supervised=max(row.num_supervised for row in rows),
-            num_images=max(len(row.images) for row in rows),
+            num_images=max(len(row.images) + row.num_crops for row in rows),
             num_image_tokens=max(row.input_ids.count(image_token) for row in rows),
         )
 
@@ -112,7 +109,8 @@ def _run(setup: Setup, plan: CachePlan, size: _BatchSize, *, checkpointed: bool)
         memory.add([*model.parameters(), *model.buffers()])
         weights = memory.now
         trained = [p for p in model.parameters() if p.requires_grad]
-        states = [torch.empty_like(p) for p in trained for _ in range(STATES.get(spec.optim, 0))]
+        embedded = embeddings(model)
+        states = [kept for p in trained for kept in kept_states(spec.optim, p, is_embedding=id(p) in embedded)]
         memory.add(states)
         optimizer = memory.now - weights
         gradients = sum(p.numel() * p.element_size() for p in trained)

@@ -26,10 +26,12 @@ from mllm_assets.training.loop import delta_trainer, reporting
 from mllm_assets.training.loop.checkpoints import Resumable, require_same_conditions
 from mllm_assets.training.loop.delta_trainer import DeltaTrainer
 from mllm_assets.training.loop.learning_rates import LearningRates
+from mllm_assets.training.loop.optimizers import keep_embeddings_in_32_bits
 from mllm_assets.training.loop.reporting import resume_line
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import out_of_memory_is_an_error
 from mllm_assets.training.models.load import base_model, without_waiting_checks
+from mllm_assets.training.runs.history import measured_losses
 from mllm_assets.worker.protocol import num_ranks
 
 if TYPE_CHECKING:
@@ -109,6 +111,8 @@ class FineTuner(DeltaTrainer):
         if groups and self.optimizer is None:
             kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = kind(groups, **kwargs)
+            if kwargs.get("optim_bits") == 8:
+                keep_embeddings_in_32_bits(trained)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -205,7 +209,7 @@ def make_trainer(
         args=args,
         data_collator=partial(with_sample_ids, collator),
         train_dataset=setup.inputs.train_rows,  # pyright: ignore[reportArgumentType]
-        eval_dataset=setup.inputs.eval_rows or None,  # pyright: ignore[reportArgumentType]
+        eval_dataset=setup.inputs.eval_parts or setup.inputs.eval_rows or None,  # pyright: ignore[reportArgumentType]
         callbacks=_callbacks(setup.spec, run_dir, args, resumable, reporter),
     )
     trainer.digests = setup.inputs.digests
@@ -302,7 +306,8 @@ def training_facts(
     state, args = trainer.state, trainer.args
     published_step = (args.load_best_model_at_end and state.best_global_step) or state.global_step
     history = [line for line in state.log_history if line["step"] <= published_step]
-    logged = {key: [line[key] for line in history if key in line] for key in ("loss", "eval_loss")}
+    logged = {key: line[key] for line in history for key in ("loss", *measured_losses(line)) if key in line}
+    chosen = args.metric_for_best_model or "loss"
     num_steps_here = state.global_step - resumable.step
     share = num_steps_here / state.global_step if state.global_step else 0.0
     num_samples = num_steps_here * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -310,8 +315,9 @@ def training_facts(
         "num_steps": state.global_step,
         "published_step": published_step,
         "num_epochs": state.epoch,
-        "final_loss": logged["loss"][-1] if logged["loss"] else train_loss,
-        "eval_loss": logged["eval_loss"][-1] if logged["eval_loss"] else None,
+        "final_loss": logged.pop("loss", train_loss),
+        "eval_loss": logged.get(f"eval_{chosen.removeprefix('eval_')}"),
+        "eval_losses": {name: loss for name, loss in logged.items() if name != "eval_loss"},
         "train_wall_s": train_wall_s,
         "samples_per_s": num_samples / train_wall_s,
         "tokens_per_s": float(state.num_input_tokens_seen) * share / train_wall_s,

@@ -110,6 +110,16 @@ def curve(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]
     return [points[index * (len(points) - 1) // (MAX_POINTS - 1)] for index in range(MAX_POINTS)]
 
 
+def measured_losses(line: Mapping[str, Any]) -> list[str]:
+    """The evaluation's losses in a line of a log: `eval_loss`, or one for each entry (`eval_on_each_dataset`)."""
+    return [key for key in line if key.startswith("eval_") and key.endswith("loss")]
+
+
+def measured_curves(log: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The curve of each of the evaluation's losses, by its key."""
+    return {key: curve(log, key) for key in dict.fromkeys(key for line in log for key in measured_losses(line))}
+
+
 def smoothed(points: Sequence[tuple[int, float]], weight: float) -> list[tuple[int, float]]:
     """The exponential running mean, corrected for its beginning, so that it does not lag there."""
     mean, share, found = 0.0, 0.0, []

@@ -40,6 +40,10 @@ BASE = "model_name_or_path: m\ndataset: d\ntemplate: gemma3\ndo_train: true\n"
             "val_size: 0.1",
             "val_size has no effect: eval_strategy is no: its rows are held out all the same, and not evaluated.",
         ),
+        (
+            "eval_on_each_dataset: true",
+            "eval_on_each_dataset has no effect: no eval_dataset is evaluated while training.",
+        ),
         ("greater_is_better: true", "greater_is_better has no effect: evaluation does not choose the weights."),
         (
             "enable_liger_kernel: true",

@@ -47,18 +47,20 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("output_dir: 7", "r.yaml:5: output_dir: expected text, got 7. Change the value."),
         (
             "use_galore: true",
-            "r.yaml:5: use_galore is not supported with this value: the engine trains with PyTorch's own optimizers. "
-            "Delete the line and choose one with optim.",
+            "r.yaml:5: use_galore is not supported with this value: the engine trains with the optimizers that optim "
+            "names. Delete the line and choose one there.",
         ),
         (
-            "optim: adamw_8bit",
+            "optim: lion_8bit",
             "r.yaml:5: optim: expected one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, "
-            "got the text 'adamw_8bit'. Optimizer states in 8 bits are not kept here. Set optim: adamw_torch",
+            "adamw_8bit, adamw_bnb_8bit, paged_adamw_8bit, paged_adamw_32bit, got the text 'lion_8bit'. Set optim: "
+            "adamw_8bit, or paged_adamw_8bit, which moves states off a full GPU.",
         ),
         (
             "optim: muon",
             "r.yaml:5: optim: expected one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, "
-            "got the text 'muon'. Set optim: adamw_torch_fused, LLaMA-Factory's default.",
+            "adamw_8bit, adamw_bnb_8bit, paged_adamw_8bit, paged_adamw_32bit, got the text 'muon'. Set optim: "
+            "adamw_torch_fused, LLaMA-Factory's default.",
         ),
         (
             "add_tokens: <a>",
@@ -135,6 +137,16 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("load_best_model_at_end: true", "r.yaml:5: load_best_model_at_end needs evaluation during training. Set"),
         ("early_stopping_steps: 2", "r.yaml:5: early_stopping_steps needs evaluation during training. Set eval"),
         ("lr_scheduler_type: reduce_lr_on_plateau", "r.yaml:5: reduce_lr_on_plateau needs evaluation during training."),
+        (
+            "optim: adamw_8bit\nfsdp: true",
+            "r.yaml:5: optim: adamw_8bit together with fsdp has not been tried. Set optim: adamw_torch_fused.",
+        ),
+        (
+            "eval_dataset: a,b\neval_strategy: epoch\nsave_strategy: epoch\nload_best_model_at_end: true\n"
+            "eval_on_each_dataset: true",
+            "r.yaml: metric_for_best_model is 'loss', and eval_on_each_dataset measures eval_a_loss, eval_b_loss. Set "
+            "it to the one that chooses.",
+        ),
         ("metric_for_best_model: bleu", "r.yaml:5: metric_for_best_model is 'bleu': only the loss is measured. Set it"),
         (
             "eval_dataset: v\neval_strategy: epoch\nload_best_model_at_end: true",
@@ -330,8 +342,8 @@ def test_all_that_is_wrong_is_said_at_once(load) -> None:
         "r.yaml:7: seed is set a second time; the first is r.yaml:5. Delete one.",
         "r.yaml:4: unknown key 'max_pixels'. Here it is image_max_pixels.",
         "r.yaml:5: seed: expected a whole number, got the text 'tree'. Change the value.",
-        "r.yaml:6: use_galore is not supported with this value: the engine trains with PyTorch's own optimizers. "
-        "Delete the line and choose one with optim.",
+        "r.yaml:6: use_galore is not supported with this value: the engine trains with the optimizers that optim "
+        "names. Delete the line and choose one there.",
         "argument 'max_step=3': unknown key 'max_step'. Did you mean max_steps?",
         "r.yaml:8: learning_rate is -1.0: expected 0 or more. Change it or delete the line.",
         "r.yaml: do_train is false, LLaMA-Factory's default: this recipe trains nothing. Set do_train: true.",
