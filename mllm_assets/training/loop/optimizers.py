@@ -48,7 +48,7 @@ def embeddings(model: nn.Module) -> set[int]:
 
 def keep_embeddings_in_32_bits(model: nn.Module) -> None:
     """Do for an optimizer of several groups what the library does for its own."""
-    from bitsandbytes.optim import GlobalOptimManager
+    from bitsandbytes.optim.optimizer import GlobalOptimManager
 
     for module in model.modules():
         if isinstance(module, nn.Embedding):
