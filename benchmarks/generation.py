@@ -29,7 +29,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.file_digests import FileDigests
-from mllm_assets.inference.answerer import Answerer, in_batches, use_cached_images
+from mllm_assets.inference.answerer import Answerer, use_cached_images
+from mllm_assets.inference.batches import Pass, in_batches
 from mllm_assets.recipe.asking import Sampling
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.models.device import pick_device
@@ -81,9 +82,12 @@ def batched(model_dir: Path, rows: Sequence[Row], features_root: Path) -> Callab
     def answer(rows: Sequence[Row], num_new_tokens: int) -> list[str]:
         said: dict[int, str] = {}
         encoded = [answerer.encoder.encode_prompt(row) for row in rows]
-        for positions, answers in in_batches(
-            encoded, BATCH_SIZE, lambda some: answerer.answers(some, Sampling(max_new_tokens=num_new_tokens))
-        ):
+        sampling = Sampling(max_new_tokens=num_new_tokens)
+        asked = Pass(
+            name="answers", rows=encoded, collator=answerer.asking_collator, size=BATCH_SIZE,
+            run=lambda some, batch: answerer.answers(some, sampling, batch=batch),
+        )  # fmt: skip
+        for _, positions, answers in in_batches([asked]):
             assert all(answer.num_tokens == num_new_tokens for answer in answers)
             said |= {position: answer.text for position, answer in zip(positions, answers, strict=True)}
         return [said[position] for position in range(len(rows))]

@@ -58,6 +58,10 @@ class MachineError(MllmAssetsError):
     """The machine must change: device, memory or disk."""
 
 
+class OutOfMemoryError(MachineError):
+    """The machine has less memory than was asked of it at once."""
+
+
 class IntegrityError(MllmAssetsError):
     """Something this project wrote is missing or damaged and must be made again."""
 

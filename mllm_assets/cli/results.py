@@ -25,7 +25,7 @@ def add_commands(verbs: Verbs) -> None:
     evaluate.add_argument("--checkpoint", default="all", help="a step; by default all")
     evaluate.add_argument("--max-samples", type=at_least_one, help="of each entry, spread over it; all by default")
     evaluate.add_argument("--max-new-tokens", type=at_least_one, default=64)
-    evaluate.add_argument("--batch-size", type=at_least_one, default=16)
+    evaluate.add_argument("--batch-size", type=at_least_one, help="rows at once; 16, and 64 where a GPU holds them")
     add_device_option(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=_evaluate)

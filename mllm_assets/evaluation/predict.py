@@ -4,7 +4,7 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,14 @@ from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.gallery import write_gallery
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, predictions_digest, to_table
 from mllm_assets.file_digests import FileDigests
-from mllm_assets.inference.answerer import Answerer, in_batches, use_cached_images
+from mllm_assets.inference.answerer import Answerer, use_cached_images
+from mllm_assets.inference.batch_size import rows_at_once
+from mllm_assets.inference.batches import Batch, Pass, in_batches
 from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.models.device import Device, pick_device
 from mllm_assets.training.models.load import weights_digest
 from mllm_assets.training.runs.models import checkpoint_digest, find_model, is_checkpoint, model_fingerprint
-from mllm_assets.worker.tasks import WHOLE, EvaluateTask, Evaluation, Measured
+from mllm_assets.worker.tasks import ROWS_AT_ONCE, WHOLE, EvaluateTask, Evaluation, EvaluationSettings, Measured
 
 if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
@@ -82,7 +84,7 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
             "entries": {entry: sum(s.entry == entry for s in samples) for entry in task.entries},
             "num_predictions": len(table),
             "max_new_tokens": task.settings.max_new_tokens,
-            "batch_size": task.settings.batch_size,
+            "batch_sizes": {name: some.batch_sizes for name, some in measured.items()},
             "device": asdict(device),
             **({"num_answers_by_worker": num_answers} if task.parts else {}),
             "wall_s": round(time.perf_counter() - started, 2),
@@ -93,8 +95,13 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
 
 def merge(parts: Sequence[Measured]) -> Measured:
     """Join what the parts of one evaluation gave."""
-    names = (field.name for field in fields(Measured))
-    return Measured(**{name: {k: v for part in parts for k, v in getattr(part, name).items()} for name in names})
+    joined: dict[str, dict[str, Any]] = {
+        field.name: {key: value for part in parts for key, value in getattr(part, field.name).items()}
+        for field in fields(Measured)
+    }
+    sizes = [some for part in parts for some in part.batch_sizes.items()]
+    smallest = {name: min(size for other, size in sizes if other == name) for name in joined.pop("batch_sizes")}
+    return Measured(**joined, batch_sizes=smallest)
 
 
 def rows_of(model: str, measured: Measured, samples: Sequence[Sample], data_dir: Path) -> list[dict[str, Any]]:
@@ -196,22 +203,59 @@ def measure(
     if task.features_root is not None:
         use_cached_images(answerer, prompts, task.features_root, task.recipe, device, reporter, digests)
     part = task.part or WHOLE
-    num_rows = (len(encoded) + len(swapped) + len(prompts)) // part.count
-    progress = _Progress(reporter, f"evaluate {model} model", num_rows)
+    passes = _passes(answerer, encoded, swapped, prompts, settings, device)
+    progress = _Progress(reporter, f"evaluate {model} model", sum(one.num_rows(part) for one in passes.values()))
+    found: dict[str, dict[int, Any]] = {name: {} for name in passes}
+    batches = in_batches(
+        list(passes.values()),
+        part=part,
+        num_workers=0 if answerer.collator.features is not None else task.recipe.dataloader_num_workers,
+        pixels=answerer.model.dtype,
+        pin_memory=device.kind == "cuda",
+        reporter=reporter,
+    )
+    for one, positions, values in batches:
+        found[one.name] |= zip(positions, values, strict=True)
+        progress.add(len(positions))
+    return Measured(
+        losses={str(index): value for index, value in found["losses"].items()},
+        shuffled_losses={str(paired[i]): value for i, value in found["shuffled_losses"].items()},
+        answers={str(i): (given.text, given.num_tokens, given.latency_s) for i, given in found["answers"].items()},
+        batch_sizes={one.name: one.size for one in passes.values() if one.rows},
+    )
 
-    def answer(rows: Sequence[EncodedRow]) -> Sequence[Any]:
+
+def _passes(
+    answerer: Answerer,
+    encoded: Sequence[EncodedRow],
+    swapped: Sequence[EncodedRow],
+    prompts: Sequence[EncodedRow],
+    settings: EvaluationSettings,
+    device: Device,
+) -> dict[str, Pass]:
+    """What is asked, by the names of `Measured`."""
+
+    def answer(rows: Sequence[EncodedRow], batch: Batch | None) -> Sequence[Any]:
         # a seed for each batch: the same answers however many workers share the batches
         seed = int(digest_json([settings.seed, [row.id for row in rows]])[:12], 16)
-        return answerer.answers(rows, settings.sampling(seed))
+        return answerer.answers(rows, settings.sampling(seed), batch=batch)
 
-    losses = progress.follow(in_batches(encoded, settings.batch_size, answerer.losses, part=part))
-    shuffled = progress.follow(in_batches(swapped, settings.batch_size, answerer.losses, part=part))
-    answers = progress.follow(in_batches(prompts, settings.batch_size, answer, part=part))
-    return Measured(
-        losses={str(index): value for index, value in losses},
-        shuffled_losses={str(paired[i]): value for i, value in shuffled},
-        answers={str(index): (given.text, given.num_tokens, given.latency_s) for index, given in answers},
-    )
+    def score(rows: Sequence[EncodedRow], batch: Batch | None) -> Sequence[Any]:
+        return answerer.losses(rows, batch=batch)
+
+    unit = settings.batch_size or ROWS_AT_ONCE
+    scored = answered = unit
+    if settings.batch_size is None:
+        scored = rows_at_once(answerer, [*encoded, *swapped], device)
+        if not settings.do_sample:
+            answered = rows_at_once(answerer, prompts, device, num_new_tokens=settings.max_new_tokens)
+    score_how = {"collator": answerer.collator, "run": score, "size": scored, "unit": unit}
+    ask_how = {"collator": answerer.asking_collator, "run": answer, "size": answered, "unit": unit}
+    return {
+        "losses": Pass(name="losses", rows=encoded, **score_how),
+        "shuffled_losses": Pass(name="shuffled_losses", rows=swapped, **score_how),
+        "answers": Pass(name="answers", rows=prompts, is_divisible=not settings.do_sample, **ask_how),
+    }
 
 
 class _Progress:
@@ -221,13 +265,11 @@ class _Progress:
         self._reporter, self._stage, self._total, self._done = reporter, stage, total, 0
         self._started = time.perf_counter()
 
-    def follow(self, batches: Iterator[tuple[list[int], Sequence[Any]]]) -> Iterator[tuple[int, Any]]:
-        """Yield (position, value) of every row, and report after each batch."""
-        for positions, values in batches:
-            self._done += len(positions)
-            rows_per_s = self._done / max(time.perf_counter() - self._started, 1e-9)
-            self._reporter.progress(self._stage, self._done, self._total, rows_per_s=round(rows_per_s, 1))
-            yield from zip(positions, values, strict=True)
+    def add(self, num_rows: int) -> None:
+        """Report that more rows are finished."""
+        self._done += num_rows
+        rows_per_s = self._done / max(time.perf_counter() - self._started, 1e-9)
+        self._reporter.progress(self._stage, self._done, self._total, rows_per_s=round(rows_per_s, 1))
 
 
 def shuffled_partners(images: Sequence[Sequence[Hashable]], *, seed: int) -> list[int | None]:

@@ -5,10 +5,10 @@ Shape suffixes: B rows, T tokens, S supervised positions of the row that has mos
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
@@ -26,7 +26,6 @@ from mllm_assets.training.loop.checkpoints import load_checkpoint, starting_mode
 from mllm_assets.training.models.device import Device, Precision, out_of_memory_is_an_error, pick_precision
 from mllm_assets.training.models.load import load_model, load_processor, quiet_libraries
 from mllm_assets.training.runs.models import is_checkpoint
-from mllm_assets.worker.tasks import WHOLE, Part
 
 if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
@@ -35,7 +34,6 @@ ASK_FEWER = (
     "Ask fewer at once: a lower batch_size of the recipe's evaluation, or --batch-size. With one row, ask for fewer "
     "tokens, or give fewer or smaller images."
 )
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +80,10 @@ class Answerer:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.encoder = Encoder(processor, turns, num_embeddings=self.model.config.get_text_config().vocab_size)
         self.collator = Collator(processor, turns)
-        self._asked = Collator(processor, turns, padding=Padding(side="left", multiple_of=1), select_logits=False)
-        self.collator.digests = self._asked.digests = digests
+        self.asking_collator = Collator(
+            processor, turns, padding=Padding(side="left", multiple_of=1), select_logits=False
+        )
+        self.collator.digests = self.asking_collator.digests = digests
         self.stop_ids = self._find_stop_ids()
         # text models without a maximum length, such as those without attention, do not have it
         self.context_len: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -104,44 +104,60 @@ class Answerer:
         return self.context_len - num_prompt_tokens
 
     @torch.inference_mode()
-    def losses(self, rows: Sequence[EncodedRow]) -> list[tuple[float, int]]:
+    def losses(
+        self, rows: Sequence[EncodedRow], *, batch: dict[str, torch.Tensor] | None = None
+    ) -> list[tuple[float, int]]:
         """Mean loss in nats over each row's supervised tokens, and their number.
+
+        `batch` is what `collator` made of the rows, where that was done elsewhere.
 
         Raises:
             DataError: An image is damaged. Names row and file.
-            MachineError: There is not enough memory for so many rows.
+            OutOfMemoryError: There is not enough memory for so many rows.
         """
         with out_of_memory_is_an_error(f"scoring {len(rows)} rows at once", ASK_FEWER):
-            return self._losses(rows)
+            return self._losses(self.collator(rows) if batch is None else batch)
 
-    def _losses(self, rows: Sequence[EncodedRow]) -> list[tuple[float, int]]:
-        batch = self.collator(rows)
+    def _losses(self, batch: dict[str, torch.Tensor]) -> list[tuple[float, int]]:
         counts = (batch["shift_labels"] != IGNORE_INDEX).sum(dim=1).tolist()
-        batch = self._to_device(batch)
-        labels_BS = batch.pop("shift_labels")
-        del batch["labels"]
-        logits_BVS = self.model(**batch, use_cache=False).logits.float().transpose(1, 2)
-        losses_BS = functional.cross_entropy(logits_BVS, labels_BS, reduction="none").double().cpu()
+        losses_BS = token_losses(self.model, self._to_device(batch)).double().cpu()
         return [(float(row_S[:count].mean()), count) for row_S, count in zip(losses_BS, counts, strict=True)]
 
     @torch.inference_mode()
     def answers(
-        self, rows: Sequence[EncodedRow], sampling: Sampling, *, streamer: BaseStreamer | None = None
+        self,
+        rows: Sequence[EncodedRow],
+        sampling: Sampling,
+        *,
+        batch: dict[str, torch.Tensor] | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> list[Answer]:
         """Continue prompts (`Encoder.encode_prompt`) until the model ends its turn or `max_new_tokens` are reached.
 
-        A `streamer` is given the tokens of a single row as they come.
+        `batch` is what `asking_collator` made of the rows, where that was done elsewhere. A `streamer` is given the
+        tokens of a single row as they come.
 
         Raises:
             DataError: An image is damaged. Names row and file.
-            MachineError: There is not enough memory for so many rows.
+            OutOfMemoryError: There is not enough memory for so many rows.
         """
-        with out_of_memory_is_an_error(f"answering {len(rows)} rows at once", ASK_FEWER):
-            return self._answers(rows, sampling, streamer)
-
-    def _answers(self, rows: Sequence[EncodedRow], sampling: Sampling, streamer: BaseStreamer | None) -> list[Answer]:
         started = time.perf_counter()
-        batch = self._to_device(self._asked(rows))
+        with out_of_memory_is_an_error(f"answering {len(rows)} rows at once", ASK_FEWER):
+            generated = self._generated(self.asking_collator(rows) if batch is None else batch, sampling, streamer)
+        latency_s = (time.perf_counter() - started) / len(rows)
+        return [
+            Answer(
+                text=self.tokenizer.decode(self._without_thought(ids), skip_special_tokens=True).strip(),
+                num_tokens=len(ids),
+                latency_s=latency_s,
+            )
+            for ids in generated
+        ]
+
+    def _generated(
+        self, batch: dict[str, torch.Tensor], sampling: Sampling, streamer: BaseStreamer | None
+    ) -> list[list[int]]:
+        batch = self._to_device(batch)
         del batch["labels"]
         options: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
         if sampling.do_sample:
@@ -155,23 +171,14 @@ class Answerer:
             max_new_tokens=sampling.max_new_tokens,
             use_cache=True,
             eos_token_id=self.stop_ids,
-            pad_token_id=self._asked.pad_id,
+            pad_token_id=self.asking_collator.pad_id,
             streamer=streamer,
         )
-        generated = [self._until_stop(row) for row in output_BT[:, batch["input_ids"].shape[1] :].tolist()]
-        latency_s = (time.perf_counter() - started) / len(rows)
-        return [
-            Answer(
-                text=self.tokenizer.decode(self._without_thought(ids), skip_special_tokens=True).strip(),
-                num_tokens=len(ids),
-                latency_s=latency_s,
-            )
-            for ids in generated
-        ]
+        return [self._until_stop(row) for row in output_BT[:, batch["input_ids"].shape[1] :].tolist()]
 
     def answer_from(self, features: ImageFeatures) -> None:
         """From now on read image features from a cache; the model must be prepared for it (`tower.install`)."""
-        self.collator.features = self._asked.features = features
+        self.collator.features = self.asking_collator.features = features
 
     def _find_stop_ids(self) -> list[int]:
         configured = self.model.generation_config.eos_token_id
@@ -200,22 +207,11 @@ class Answerer:
         return moved
 
 
-def in_batches(
-    rows: Sequence[EncodedRow],
-    batch_size: int,
-    run: Callable[[Sequence[EncodedRow]], Sequence[T]],
-    *,
-    part: Part = WHOLE,
-) -> Iterator[tuple[list[int], Sequence[T]]]:
-    """Run batches of rows of similar length, which need little padding, and yield each with the rows' positions.
-
-    The longest come first, so that a batch that does not fit in memory fails at once. With `part` its batches only: the
-    batches are the same however many parts there are, and so are the results, to the bit.
-    """
-    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].input_ids), index))
-    for start in range(part.index * batch_size, len(order), part.count * batch_size):
-        positions = order[start : start + batch_size]
-        yield positions, run([rows[index] for index in positions])
+def token_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Loss in nats of each supervised token, losses_BS, of a batch on the model's device."""
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
+    logits_BVS = model(**inputs, use_cache=False).logits.float().transpose(1, 2)
+    return functional.cross_entropy(logits_BVS, batch["shift_labels"], reduction="none")
 
 
 def use_cached_images(

@@ -16,6 +16,7 @@ from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.worker.typed_json import KeyProblem, decode, encode
 
 DEFAULT_MAX_HIDDEN_STATES_GIB = 16.0
+ROWS_AT_ONCE = 16  # that a model is asked about, where nobody says; see `inference.batch_size` for a GPU
 ONE_VERSION = "Launcher and worker must be of one version of mllm_assets: install the same for both."
 Manifest = dict[str, Any]  # of a finished directory, as `artifacts.read_manifest` gives it
 R = TypeVar("R", covariant=True)
@@ -196,7 +197,8 @@ class EvaluationSettings:
         temperature: Of the drawing.
         top_p: Draw from the likeliest tokens that together have this share.
         seed: Of the drawing.
-        batch_size: Samples that are asked at once.
+        batch_size: Samples that are asked at once; 16 by default, and 64 where a GPU's memory holds them and no token
+            is drawn. Halved where they do not fit.
         max_samples: Samples of each entry to use, spread evenly over it; all by default.
     """
 
@@ -205,7 +207,7 @@ class EvaluationSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 42
-    batch_size: int = 16
+    batch_size: int | None = None
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
@@ -232,7 +234,8 @@ class EvaluationSettings:
             asked["default_system"] = recipe.default_system
         if self.max_samples is not None:
             asked["chosen"] = "spread"  # those made before were of an entry's first rows
-        return {**asked, **asdict(self)}
+        # the same names whatever a GPU holds: its answers are those of other batches to rounding
+        return {**asked, **asdict(self), "batch_size": self.batch_size or ROWS_AT_ONCE}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,6 +245,7 @@ class Measured:
     losses: dict[str, tuple[float, int]]  # in nats, and the number of supervised tokens
     shuffled_losses: dict[str, tuple[float, int]]  # the same with the partner's images, of samples that have one
     answers: dict[str, tuple[str, int, float]]  # text, number of tokens, seconds
+    batch_sizes: dict[str, int] = field(default_factory=dict)  # most rows at once, by the name of one of the above
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from mllm_assets.artifacts import digest_json
 from mllm_assets.data.sharegpt.dataset import Dataset
@@ -21,6 +20,7 @@ from mllm_assets.training.caches import tower
 from mllm_assets.training.caches.shards import ImageStore, probes
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.loader import loaded
 from mllm_assets.training.models.device import Precision, out_of_memory_is_an_error, pick_device, pick_precision
 from mllm_assets.worker.tasks import WHOLE, Features, FeaturesTask, Part
 
@@ -80,8 +80,8 @@ class FeatureStore(ImageStore):
         """
         size = NUM_IMAGES_PER_PASS[tower.device_of(maker.model).type]
 
-        def make(shard: Sequence[str]) -> Iterator[list[torch.Tensor]]:
-            return maker.make([images[name] for name in shard], size)
+        def make(passes: Sequence[Sequence[str]]) -> Iterator[list[torch.Tensor]]:
+            return maker.make([[images[name] for name in some] for some in passes])
 
         return self.fill(sorted(images), size, make, reporter, part=part, wait=wait)
 
@@ -122,16 +122,31 @@ class FeatureMaker:
     precision: Precision
     num_workers: int = 0
 
-    def make(self, rows: Sequence[EncodedRow], size: int) -> Iterator[list[torch.Tensor]]:
-        """Yield the features of the images of `size` rows at a time."""
-        pixels = DataLoader(
-            rows,  # pyright: ignore[reportArgumentType]
-            batch_size=size,
-            collate_fn=self.collator.tower_inputs,
+    def make(self, passes: Sequence[Sequence[EncodedRow]]) -> Iterator[list[torch.Tensor]]:
+        """Yield the features of the images of each pass."""
+        dtype = self.precision.weights if tower.cut_of(self.model).rounds_pixels_first else torch.float32
+        pixels = loaded(
+            range(len(passes)),
+            _Pixels(self.collator, passes, dtype),
             num_workers=self.num_workers,
+            collators=[self.collator],
+            pin_memory=tower.device_of(self.model).type == "cuda",
         )
-        for inputs in pixels:
+        for _, inputs in pixels:
             yield [rows_KW.cpu().clone() for rows_KW in tower.image_rows(self.model, inputs, self.precision)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pixels:
+    """The tower's inputs of a pass; in bf16 half as much goes from process to process."""
+
+    collator: Collator
+    passes: Sequence[Sequence[EncodedRow]]
+    dtype: torch.dtype
+
+    def __call__(self, number: int) -> dict[str, torch.Tensor]:
+        inputs = self.collator.tower_inputs(self.passes[number])
+        return inputs | {"pixel_values": inputs["pixel_values"].to(self.dtype)}
 
 
 def features_task(task: FeaturesTask, reporter: "Reporter") -> Features:

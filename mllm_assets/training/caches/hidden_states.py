@@ -20,7 +20,7 @@ from torch import nn
 from mllm_assets.artifacts import digest_json
 from mllm_assets.errors import IntegrityError
 from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.training.caches.shards import ImageStore, in_passes, probes
+from mllm_assets.training.caches.shards import ImageStore, probes
 from mllm_assets.training.caches.tower import image_processing, library_versions, weight_digests
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encode import EncodedRow
@@ -139,8 +139,8 @@ class HiddenStateStore(ImageStore):
         by_length = sorted(by_name, key=lambda name: (len(by_name[name].input_ids), name))
         size = NUM_ROWS_PER_PASS[prefix.model.device.type]
 
-        def make(shard: Sequence[str]) -> Iterator[list[torch.Tensor]]:
-            return (prefix.states([by_name[name] for name in some]) for some in in_passes(shard, size))
+        def make(passes: Sequence[Sequence[str]]) -> Iterator[list[torch.Tensor]]:
+            return (prefix.states([by_name[name] for name in some]) for some in passes)
 
         self.fill(by_length, size, make, reporter, part=part)
 

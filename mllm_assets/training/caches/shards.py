@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -126,7 +127,7 @@ class ShardStore:
         self,
         names: Sequence[str],
         size: int,
-        compute: Callable[[Sequence[str]], Iterable[Sequence[torch.Tensor]]],
+        compute: Callable[[Sequence[Sequence[str]]], Iterable[Sequence[torch.Tensor]]],
         reporter: "Reporter",
         *,
         part: Part = WHOLE,
@@ -137,7 +138,7 @@ class ShardStore:
         Args:
             names: Of all tensors that are needed.
             size: How many names the model takes in one pass.
-            compute: Yields the tensors of one shard's names, in their order, `size` at a time.
+            compute: Yields for each of the passes that it is given the tensors of its names, in their order.
             reporter: Notified after each pass.
             part: Compute only these passes. A pass holds the same names however many parts there are, so that its
                 tensors are the same bits.
@@ -150,15 +151,17 @@ class ShardStore:
             reporter.warn(f"Cached {self._words} were damaged and are computed again: {damage}.")
         passes = list(in_passes(names, size))
         missing = self.missing(name for some in part.of(passes) for name in some)
+        shards = [list(in_passes(shard, size)) for shard in in_passes(missing, NUM_TENSORS_PER_SHARD)]
+        computed = iter(compute(list(chain.from_iterable(shards))))
         done = 0
-        for shard in in_passes(missing, NUM_TENSORS_PER_SHARD):
-            tensors: list[torch.Tensor] = []
-            for some in compute(shard):
-                tensors += some
+        for of_shard in shards:
+            tensors: dict[str, torch.Tensor] = {}
+            for some in of_shard:
+                tensors |= zip(some, next(computed), strict=True)
                 reporter.progress(self.kind, done + len(tensors), len(missing))
             done += len(tensors)
             self._digests.require_unchanged()  # weights too, which may be mapped from their files
-            self.add(dict(zip(shard, tensors, strict=True)))
+            self.add(tensors)
         if wait:
             self.wait_for(names)
         self._read_index()

@@ -24,10 +24,12 @@ class VisionCut:
     Attributes:
         tower: The module that computes, in `model.model`.
         parts: Its modules that the cache replaces.
+        rounds_pixels_first: Whether pixels are brought to the weights' dtype before anything is computed.
     """
 
     tower = "vision_tower"
     parts: tuple[str, ...] = ("vision_tower",)
+    rounds_pixels_first = True
 
     def settings(self, config: Any) -> dict[str, Any]:
         """Return what a row depends on in the model's configuration, apart from the tower's own."""
@@ -114,6 +116,8 @@ class LlavaCut(VisionCut):
 
 class Gemma4Cut(VisionCut):
     """The tower's output, which is pooled and has no padding."""
+
+    rounds_pixels_first = False  # they are scaled before
 
     def rows(self, core: Any, inputs: Inputs) -> list[torch.Tensor]:
         positions = inputs["image_position_ids"]

@@ -5,7 +5,7 @@ S supervised positions of the row that has most.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -97,6 +97,7 @@ class Collator:
         self._blank_slot = self.slots.slot(*self._blank_size)
         self.hidden_states = hidden_states
         self.selects_by_mask = False  # on the CPU: no logit too many, where nothing waits for a device
+        self.note_row: Callable[[str], None] | None = None  # told the row whose image is opened next
         self.digests: FileDigests | None = None  # of images that are refused if they changed when they are read
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
@@ -173,10 +174,15 @@ class Collator:
             IntegrityError: One changed since its digest was taken. Names the file.
         """
         places = [(path, row.id) for row in rows for path in row.images]
-        images = [load_image(p, **self.image_limits, row_id=i, slots=self.slots) for p, i in places]
+        images = [self._opened(path, row_id) for path, row_id in places]
         if self.digests is not None:
             self.digests.require_unchanged(path for path, _ in places)
         return self._processed(images)
+
+    def _opened(self, path: "Path", row_id: str) -> Image.Image:
+        if self.note_row is not None:
+            self.note_row(row_id)
+        return load_image(path, **self.image_limits, row_id=row_id, slots=self.slots)
 
     def _processed(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         arranged = [[image] for image in images] if self.slots.by_image else images

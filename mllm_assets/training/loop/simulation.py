@@ -105,7 +105,7 @@ def _run(setup: Setup, plan: CachePlan, size: _BatchSize, *, checkpointed: bool)
         to_fake(model)
         if is_frozen_head:
             core._frozen_head[0].weight = core.get_input_embeddings().weight
-        memory = _LiveBytes()
+        memory = LiveBytes()
         memory.add([*model.parameters(), *model.buffers()])
         weights = memory.now
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -159,7 +159,7 @@ def _batch(setup: Setup, plan: CachePlan, size: _BatchSize, config: Any) -> dict
     return batch
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that live, and the most at once."""
 
     def __init__(self) -> None:

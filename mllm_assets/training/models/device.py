@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mllm_assets.errors import MachineError
+from mllm_assets.errors import MachineError, OutOfMemoryError
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.models.quantization import Quantization, pick_quantization
 from mllm_assets.worker.protocol import local_rank
@@ -190,7 +190,7 @@ def out_of_memory_is_an_error(where: str, cure: str) -> Iterator[None]:
     """Turn a failed allocation, on the CPU or a GPU, into a message that names the setting.
 
     Raises:
-        MachineError: There was not enough memory. Says where and what to change.
+        OutOfMemoryError: There was not enough memory. Says where and what to change.
     """
     try:
         yield
@@ -198,7 +198,7 @@ def out_of_memory_is_an_error(where: str, cure: str) -> Iterator[None]:
         if not _is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MachineError(f"Out of memory {where}: {reason} {cure}") from error
+        raise OutOfMemoryError(f"Out of memory {where}: {reason} {cure}") from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
