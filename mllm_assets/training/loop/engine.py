@@ -229,7 +229,8 @@ def publish(task: TrainTask, prepared: Prepared, trained: Trained) -> dict[str, 
         release(trainable.model)
     if trained.weights is not None:  # this process's model is sharded, quantised or rounded, so not what is published
         dtype = publishing_dtype(task.model_dir, setup.precision.weights)
-        trainable = freezing.apply(setup.spec, load_model(task.model_dir, dtype=dtype), setup.adapters)
+        place = memory.publishing_device(setup, dtype, num_rows=NUM_RELOAD_ROWS)
+        trainable = freezing.apply(setup.spec, load_model(task.model_dir, dtype=dtype, device=place), setup.adapters)
         load_trainable(trainable.model, trained.weights)
     else:
         loss.uninstall(base_model(trainable.model))

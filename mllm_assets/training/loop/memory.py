@@ -3,6 +3,7 @@
 What counts is the memory that other processes leave free.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -136,6 +137,28 @@ def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEsti
         activations_gib=(kept + logits) / GIB,
         merge_gib=sum(p.numel() * p.element_size() for p in model.parameters()) / GIB if merges_here else 0.0,
     )
+
+
+def publishing_device(setup: Setup, dtype: torch.dtype, *, num_rows: int) -> str:
+    """Return where a model that is loaded again to be published is merged and compared.
+
+    On the card where what training left of it holds the model and the logits of `num_rows` rows, or in main memory.
+    """
+    device, config = setup.device, base_model(setup.shape.model).config
+    if device.kind != "cuda":
+        return "cpu"
+    gc.collect()
+    torch.cuda.empty_cache()
+    num_tokens = max(len(row.input_ids) for row in setup.inputs.rows)
+    logits = 3 * num_rows * num_tokens * config.get_text_config().vocab_size * 4  # float32, and what a loss makes of it
+    needed = MemoryEstimate(
+        weights_gib=setup.shape.num_params * dtype.itemsize / GIB,
+        gradients_gib=0.0,
+        optimizer_gib=0.0,
+        activations_gib=logits / GIB,
+    )
+    free_gib = torch.cuda.mem_get_info(device.index)[0] / GIB
+    return f"cuda:{device.index}" if needed.fits(replace(device, free_gib=free_gib)) else "cpu"
 
 
 def largest_micro_batch(

@@ -8,10 +8,11 @@ import torch
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches import tower
 from mllm_assets.training.loop import loss, simulation
+from mllm_assets.training.loop.checkpoints import load_trainable
 from mllm_assets.training.loop.trainer import gemma3_masks
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import Precision
-from mllm_assets.training.models.load import base_model, without_waiting_checks
+from mllm_assets.training.models.load import base_model, cast_weights, without_waiting_checks
 from tests.fake_cuda import Peak, fake_cuda, meta_model, to_fake
 
 SHAPE = {"layers": 2, "vision_layers": 1}
@@ -83,6 +84,20 @@ def test_the_backward_pass_of_every_shape_of_recipe_gives_float32_gradients(reci
         assert set(gradients) == set(names)
         assert {None if grad is None else grad.dtype for grad in gradients.values()} == {torch.float32}
     assert not counted.waits
+
+
+@pytest.mark.parametrize("recipe", ["lora", "dora"])
+def test_adapters_are_merged_on_the_card_that_they_were_trained_on(recipe: str) -> None:
+    """As a run publishes them: nothing of it is computed, or left, in main memory."""
+    model, _, names = trained(recipe, cached=False)
+    with fake_cuda(), torch.no_grad():
+        to_fake(model)
+        load_trainable(model, {name: torch.ones(p.shape) for name, p in model.named_parameters() if p.requires_grad})
+        merged = model.merge_and_unload()
+        cast_weights(merged, torch.bfloat16)
+        tensors = merged.state_dict()
+        assert not any("lora" in name for name in tensors) and names
+        assert {(tensor.device.type, tensor.dtype) for tensor in tensors.values()} == {("cuda", torch.bfloat16)}
 
 
 def trained(recipe: str, *, cached: bool) -> tuple[Any, Any, list[str]]:

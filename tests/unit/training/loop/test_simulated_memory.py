@@ -92,3 +92,18 @@ def test_what_other_programs_hold_is_said_in_the_refusal() -> None:
     setup = replace(gemma_3_4b("projector", free_gib=5.0, per_device_train_batch_size=4), checkpointed=True)
     with pytest.raises(MachineError, match=r"workspaces and fragmentation 1\.\d.*has 5\.0 GiB of 80\.0 GiB free\. End"):
         memory.require_memory(memory.estimate(setup, PLAN), setup.device)
+
+
+def test_a_model_that_is_loaded_again_to_be_published_is_merged_on_the_card_that_has_room_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was quantised or rounded was merged, saved and reloaded in main memory, with a GPU idle beside it."""
+    setup = gemma_3_4b("lora")
+    free = {"gib": 12.0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free["gib"] * 2**30), 80 * 2**30))
+    assert memory.publishing_device(setup, torch.bfloat16, num_rows=2) == "cuda:0"
+    assert memory.publishing_device(setup, torch.float32, num_rows=2) == "cpu", "16 GiB of weights"
+    free["gib"] = 9.0
+    assert memory.publishing_device(setup, torch.bfloat16, num_rows=2) == "cpu"
+    on_a_cpu = replace(setup, device=replace(setup.device, kind="cpu"))
+    assert memory.publishing_device(on_a_cpu, torch.bfloat16, num_rows=2) == "cpu"
