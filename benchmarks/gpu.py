@@ -236,6 +236,8 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=840, help="of all parts together; the rest is left out")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with the demo's tiny model")
     options = parser.parse_args()
+    if options.work_dir is not None:
+        options.work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu_", dir=options.work_dir) as folder:
         budget_s = math.inf if options.dry_run else options.budget_s
         check = Check(options.out, Path(folder), dry_run=options.dry_run, budget_s=budget_s)

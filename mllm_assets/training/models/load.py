@@ -208,9 +208,8 @@ def load_model(
             f"The weights in {directory} do not fit the model: {counts} keys, such as {first}. "
             f"Make or download the model again."
         )
-    model = model.to(device)
-    _require_numbers(model, directory)
     keep_trainable(model)
+    _require_numbers(model.to(device), directory)
     return model
 
 
