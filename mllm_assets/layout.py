@@ -72,6 +72,14 @@ class Layout:
     def metrics(self, recipe: str, digest: str) -> Path:
         return self.outputs / recipe / "eval_metrics" / digest
 
+    def sweep(self, recipe: str, digest: str) -> Path:
+        return self.outputs / recipe / "sweep" / digest
+
+    @property
+    def sweeps_db(self) -> Path:
+        """Optuna's studies, for any of its tools."""
+        return self.data / "sweeps.sqlite3"
+
     def releases(self, recipe: str) -> Path:
         return self.root / "releases" / recipe
 

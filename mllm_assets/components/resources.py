@@ -1,6 +1,7 @@
 """The two resources that the assets use: the project's folders, and the accelerator that runs the model."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -91,8 +92,10 @@ class AcceleratorResource(dg.ConfigurableResource):
     )
     retry_delay_s: float = Field(default=10.0, ge=0, description="Seconds before the restart.")
 
-    def run(self, context: dg.AssetExecutionContext, task: Task[R]) -> R:
+    def run(self, context: dg.AssetExecutionContext, task: Task[R], on_poll: Callable[[], None] | None = None) -> R:
         """Run one worker task, with its progress as observations of the step's assets.
+
+        `on_poll` is called while it is waited for; what it raises ends the task. On a Ray cluster nothing calls it.
 
         Raises:
             MllmAssetsError: What the worker found wrong.
@@ -110,7 +113,13 @@ class AcceleratorResource(dg.ConfigurableResource):
             ends = dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
             with open_session(context, *ends) as session:
                 relay = ProgressRelay(context, key, session)
-                return run_worker(task, env=session.get_bootstrap_env_vars(), on_poll=relay.relay, grace_s=self.grace_s)
+                polls = [relay.relay, *([on_poll] if on_poll else [])]
+
+                def poll() -> None:
+                    for one in polls:
+                        one()
+
+                return run_worker(task, env=session.get_bootstrap_env_vars(), on_poll=poll, grace_s=self.grace_s)
         except dg.DagsterExecutionInterruptedError:
             # a RetryPolicy would retry a bare interrupt
             raise dg.Failure(description=describe_cancelled(task, relay), allow_retries=False) from None

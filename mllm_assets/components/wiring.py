@@ -14,6 +14,7 @@ from mllm_assets.errors import DataError, MllmAssetsError, RecipeError, did_you_
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.releases.hub_push import PushSpec
+from mllm_assets.training.runs.sweep_spec import SweepSpec
 from mllm_assets.worker.tasks import DEFAULT_MAX_HIDDEN_STATES_GIB, EvaluationSettings
 
 
@@ -28,6 +29,10 @@ class Gates(yaml_of(GateSpec)):
     def needs_approval(self) -> bool:
         """Whether a release waits for a person."""
         return getattr(self, "approval", None) == "required"
+
+
+class Sweep(yaml_of(SweepSpec)):
+    """Trials of a recipe with other values, of which the one with the lowest loss on `eval_dataset` is chosen."""
 
 
 class PushToHub(yaml_of(PushSpec)):
@@ -49,6 +54,7 @@ class Settings(YamlModel):
         evaluation: How predictions are made.
         gates: Thresholds for a release.
         push_to_hub: Makes <recipe>/hub_model, which pushes the current release.
+        sweep: Makes <recipe>/sweep, which trains the recipe with other values and chooses the best.
     """
 
     feature_cache: bool = True
@@ -58,6 +64,7 @@ class Settings(YamlModel):
     evaluation: Evaluation = Evaluation()
     gates: Gates = Gates()
     push_to_hub: PushToHub | None = None
+    sweep: Sweep | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

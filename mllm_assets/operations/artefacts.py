@@ -27,6 +27,7 @@ PLACES = {
     RUN: "outputs/*/*",
     "predictions": "outputs/*/predictions/*",
     METRICS: "outputs/*/eval_metrics/*",
+    "sweep": "outputs/*/sweep/*",
     "dataset version": "data/.versions/*/*",
     "measurements": "data/.quality/*/*",
     "source": "data/.raw/*/*",

@@ -60,6 +60,7 @@ class Lineage(Origin):
     command: str
     costs: NotRequired[Mapping[str, Mapping[str, float]]]  # asset -> figures of `worker.usage.Usage`
     leaks: Sequence[str]  # what it may have been trained on and is evaluated on; see data.curate.leaks
+    sweep: NotRequired[Mapping[str, Any] | None]  # the `ChosenBy` of its values, where a sweep chose them
     also_chose: NotRequired[Sequence[str]]  # entries that judge, although checkpoints and settings were chosen by them
 
 

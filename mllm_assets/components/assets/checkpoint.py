@@ -111,7 +111,7 @@ def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
         for key in node.adapters:
             upstream_path(context, key, project)
         dataset = Dataset.of_recipe(recipe.spec, layout.root, read_part=None)
-        leak_check = _check_for_leaks(recipe, model_dir, dataset, project, allowed=settings.allow_leakage)
+        leak_check = check_for_leaks(recipe, model_dir, dataset, project, allowed=settings.allow_leakage)
         origin = find_origin(context, node)
         planned = partial(
             plan_run,
@@ -123,17 +123,23 @@ def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
             num_processes=gpu.num_processes,
             regroup=settings.regroup_micro_batches,
         )
-        plan = _find_plan(planned, project.mirror(context), context.log.warning)
+        plan = find_plan(planned, project.mirror(context), context.log.warning)
         del dataset, planned  # the rows, while the worker trains
-        caches = CacheSettings(
-            features_dir=upstream_path(context, features[0], project) if features else None,
-            hidden_states_root=layout.hidden_states if settings.feature_cache else None,
-            max_hidden_states_gib=settings.max_hidden_states_gib,
-        )
+        caches = caches_of(context, node, project)
         result = _train(context, gpu, plan, caches, layout)
         return _checkpoint_result(plan, result, layout, leak_check, gates, origin)
 
     return checkpoint
+
+
+def caches_of(context: dg.AssetExecutionContext, node: Node, project: ProjectResource) -> CacheSettings:
+    """What the runs of a recipe may cache, and the features that an asset computed."""
+    settings = node.settings
+    return CacheSettings(
+        features_dir=upstream_path(context, node.key("vision_features"), project) if node.has_features else None,
+        hidden_states_root=project.layout.hidden_states if settings.feature_cache else None,
+        max_hidden_states_gib=settings.max_hidden_states_gib,
+    )
 
 
 def _leak_check_spec(node: Node) -> dg.AssetCheckSpec:
@@ -145,7 +151,7 @@ def _leak_check_spec(node: Node) -> dg.AssetCheckSpec:
     )
 
 
-def _check_for_leaks(
+def check_for_leaks(
     recipe: Recipe, model_dir: Path, dataset: Dataset, project: ProjectResource, *, allowed: bool
 ) -> CheckOutcome:
     """Check before training: where a picture leaked, the metrics would be worthless."""
@@ -161,7 +167,7 @@ def _check_for_leaks(
     return outcome
 
 
-def _find_plan(plan: Callable[[], RunPlan], mirror: Mirror | None, warn: Callable[[str], None]) -> RunPlan:
+def find_plan(plan: Callable[[], RunPlan], mirror: Mirror | None, warn: Callable[[str], None]) -> RunPlan:
     found = reopen_if_damaged(plan(), warn)
     if mirror and found.state != "finished" and mirror.pull_runs(found.directory):
         return plan()  # another machine finished it

@@ -7,6 +7,7 @@ from mllm_assets.components.assets.evaluation import eval_metrics_asset, predict
 from mllm_assets.components.assets.lineage import model_directory, pull_data
 from mllm_assets.components.assets.release import hub_model_asset, released_model_asset
 from mllm_assets.components.assets.step import as_dagster_failures, step
+from mllm_assets.components.assets.sweep import sweep_asset
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.sharegpt.dataset import Dataset, media_dir_of
@@ -17,6 +18,8 @@ def build_recipe_assets(node: Node) -> list[dg.AssetsDefinition]:
     """Make a recipe's assets. Without `eval_dataset` the last is the checkpoint: nothing could judge a release."""
     assets = [vision_features_asset(node)] if node.has_features else []
     assets.append(checkpoint_asset(node))
+    if node.settings.sweep is not None:
+        assets.append(sweep_asset(node, node.settings.sweep.to_spec()))
     if node.eval_data:
         assets += [predictions_asset(node), eval_metrics_asset(node), released_model_asset(node)]
         if node.settings.push_to_hub is not None:

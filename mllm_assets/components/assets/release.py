@@ -1,6 +1,7 @@
 """`<recipe>/released_model` and `<recipe>/hub_model`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from mllm_assets.releases.hub_push import PushSpec, files_to_push, push, require
 from mllm_assets.releases.model_card import DatasetLineage, Lineage, without_front_matter
 from mllm_assets.releases.publish import Candidate, publish, read_judgement
 from mllm_assets.releases.versions import Release, current_release
+from mllm_assets.training.runs.sweep_result import chosen_by
 from mllm_assets.worker.tasks import VerifyTask
 from mllm_assets.worker.usage import PREFIX
 
@@ -71,7 +73,12 @@ def released_model_asset(node: Node) -> dg.AssetsDefinition:
             "evaluate": judging,
         }
         costs = line_costs(project.quality_store, line_versions(context, node))
-        lineage: Lineage = {**_lineage(context, node, dataset, digests, leaks), "costs": costs}
+        sweep = chosen_by(layout, read_manifest(run_dir)["fingerprint"])
+        lineage: Lineage = {
+            **_lineage(context, node, dataset, digests, leaks),
+            "costs": costs,
+            "sweep": asdict(sweep) if sweep else None,
+        }
 
         def verify(directory: Path) -> Mapping[str, Any]:
             task = VerifyTask(directory=directory, checkpoint_dir=run_dir / "model", base_model_dir=base_model_dir)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mllm_assets.errors import MachineError
+from mllm_assets.errors import OutOfMemoryError
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import CachePlan, Setup
 from mllm_assets.training.loop.loss import LOSS_BLOCK
@@ -212,7 +212,7 @@ def require_memory(needed: MemoryEstimate, device: Device) -> None:
     cure = cures[max(parts, key=lambda name: parts[name])]
     if needed.on(device) <= device.memory_gib:
         cure = f"End other programs on it (nvidia-smi or top shows them), or: {cure}"
-    raise MachineError(
+    raise OutOfMemoryError(
         f"The run needs about {needed.on(device):.1f} GiB ({shown}), and {device.name} ({device.kind}) has "
         f"{has}. {cure}."
     )
