@@ -255,3 +255,10 @@ def test_the_page_of_a_release_shows_the_card_without_the_metadata_before_it() -
     """Dagster drew the YAML as a list of bullets, a screen of it before the first figure."""
     assert without_front_matter("---\nlicense: other\n---\n\n# mine v1\n\n---\nend\n") == "# mine v1\n\n---\nend\n"
     assert without_front_matter("# mine v1\n") == "# mine v1\n"
+
+
+def test_the_card_says_among_how_many_trials_a_sweep_chose(tmp_path: Path) -> None:
+    sweep = {"recipe": "pets", "num_trials": 12, "num_pruned": 3, "entries": ["pets_val"]}
+    made = release(make_run(tmp_path / "run"), tmp_path, lineage={**LINEAGE, "sweep": sweep})
+    card = (made.directory / "README.md").read_text()
+    assert "the best of 12 trials (3 given up early) of the sweep of `pets`, chosen by the loss on pets_val." in card
