@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mllm_assets.errors import DoesNotFit, MachineError, RecipeError
+from mllm_assets.errors import MachineError, OutOfMemoryError, RecipeError
 from mllm_assets.training.runs.sweep import OnPoll, Trial, best_of, run_sweep
 from mllm_assets.training.runs.sweep_spec import SweepSpec
 
@@ -96,7 +96,7 @@ def test_what_is_above_the_median_is_given_up_with_its_reason(world: World) -> N
 
 
 def test_a_trial_that_cannot_be_trained_is_told_and_the_others_go_on(world: World) -> None:
-    world.fails = {"b": DoesNotFit("The run needs about 99 GiB")}
+    world.fails = {"b": OutOfMemoryError("The run needs about 99 GiB")}
     trials = world.sweep()
     assert {(trial.state, trial.why) for trial in trials if trial.values["kind"] == "b"} == {
         ("failed", "The run needs about 99 GiB")
