@@ -101,8 +101,9 @@ def _result(directory: Path, project: ProjectResource, winner: str) -> dg.Materi
             **{
                 name: in_window(png_markdown(name, path.read_bytes())) for name, path in drawn.items() if path.is_file()
             },
-            "winner": in_window(f"```yaml\n{recipe}```\n"),
-            "to_use_it": f"cp {layout.relative(directory / winner)} configs/",
+            "winner": in_window(
+                f"To use it: `cp {layout.relative(directory / winner)} configs/`\n\n```yaml\n{recipe}```\n"
+            ),
             "path": link(layout.relative(directory)),
         },
     )
