@@ -27,8 +27,8 @@ test: $(CORE) ## unit and integration tests
 test-fast: $(CORE) ## unit tests without torch and without whole datasets: under a minute on two cores
 	$(PYTEST) $(FAST)
 
-test-newest: $(CORE) ## the same on the newest Python of this machine, in .venv/newest
-	env -u DAGSTER_HOME PYTHONPATH="$(CURDIR)" $(BIN)/python .ci/newest.py -n 3 --dist loadfile --no-loadscope-reorder $(FAST)
+test-newest: $(CORE) ## the same on the newest Python of this machine, in .venv/newest; FETCH=--fetch lets uv get one
+	env -u DAGSTER_HOME PYTHONPATH="$(CURDIR)" $(BIN)/python .ci/newest.py $(FETCH) -n 3 --dist loadfile --no-loadscope-reorder $(FAST)
 
 collect: $(CORE)
 	@collected=$$(env -u DAGSTER_HOME $(BIN)/pytest --collect-only -qq) || { echo "$$collected"; exit 1; }

@@ -1,7 +1,8 @@
 """Unit tests on the newest Python that this machine has, beside the one of `.venv`: `make test-newest`.
 
-A Python that is found, or that uv can fetch, gets an environment of its own in `.venv/newest`, with what these tests
-import: neither torch nor what needs it, so that it is there in seconds. Where none can be had, this says so and passes.
+A Python that is found gets an environment of its own in `.venv/newest`, with what these tests import: neither torch nor
+what needs it, so that it is there in seconds. Where none is found this says so and passes: only with `--fetch`, as in
+`make test-newest FETCH=--fetch`, uv downloads one.
 """
 
 import os
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".venv" / "newest"
 NEWEST = (3, 13)  # of those that are supported
 UNUSED = "torch accelerate peft pyright pre-commit pip-audit".split()  # by the tests of `make test-fast`
+FETCH = "--fetch"  # the first argument; the others are pytest's
 Found = tuple[tuple[int, ...], str]
 
 
@@ -42,9 +44,11 @@ def fetched() -> list[Found]:
 
 
 def main(tests: list[str]) -> int:
-    found = installed() or (fetched() if sys.version_info[:2] < NEWEST else [])
+    may_fetch = tests[:1] == [FETCH]
+    found = installed() or (fetched() if may_fetch and sys.version_info[:2] < NEWEST else [])
     if not found:
-        print("NOT TESTED on a newer Python than this one: none is here, and uv can fetch none", flush=True)
+        how = "and uv can fetch none" if may_fetch else "make test-newest FETCH=--fetch gets one"
+        print(f"NOT TESTED on a newer Python than this one: none is here, {how}", flush=True)
         return 0
     version, python = found[-1]
     print(f"unit tests on Python {'.'.join(map(str, version))}", flush=True)
@@ -63,7 +67,9 @@ def main(tests: list[str]) -> int:
         ".[dev]",
     ]
     subprocess.run(install, cwd=ROOT, check=True)
-    return subprocess.run([own, "-m", "pytest", "-p", "no:cacheprovider", *tests], cwd=ROOT, check=False).returncode
+    return subprocess.run(
+        [own, "-m", "pytest", "-p", "no:cacheprovider", *tests[may_fetch:]], cwd=ROOT, check=False
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ PATH = "Its path below the project's root."
 COUNTS = {
     "num_samples": "Rows of this split.",
     "rows": "Eight of its rows, evenly spaced, with their pictures.",
-    "report_path": "A page of all samples to filter and search, to open in a browser: a click copies its path.",
+    "report_path": "A page of all samples to filter and search, to open in a browser.",
     "num_raw": "Rows of the source.",
     "num_train": "Rows in train.",
     "num_val": "Rows in val.",
@@ -53,7 +53,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "reject_reasons": "Rejected rows by reason.",
         "flags": "Usable rows with something odd (dark, blurred, repeated caption) by kind.",
         "report": "Histograms, the worst samples and duplicate pairs.",
-        "report_path": "The same as a page to open in a browser: a click copies its path.",
+        "report_path": "The same as a page to open in a browser.",
         "path": PATH,
     },
     "train": COUNTS,
@@ -97,7 +97,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
     },
     "predictions": {
         "gallery": "Telling samples: picture, question, right answer, both models' answers, loss.",
-        "gallery_path": "All samples as a page with both answers, to open in a browser: a click copies its path.",
+        "gallery_path": "All samples as a page with both answers, to open in a browser.",
         "num_samples": "Samples that were asked.",
         "num_predictions": "Answers, of both models together.",
         "wall_s": "Seconds that it took.",

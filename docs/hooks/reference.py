@@ -124,7 +124,8 @@ def assets() -> str:
         "## Metadata",
         "",
         "What a materialisation says, in the order of the page. `*` is a dataset's or a recipe's name.",
-        "Figures are plotted over time; what is empty is left out.",
+        "Figures are plotted over time; what is empty is left out. Paths, digests and whatever else is wider than the",
+        "page's column at 1280 pixels are in the window `details`, as JSON, under the names below.",
     ]
     for name, keys in METADATA_KEYS.items():
         title = "pretrained/*" if name == "pretrained" else f"*/{name}"

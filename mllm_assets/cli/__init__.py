@@ -4,6 +4,7 @@ import argparse
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from mllm_assets import __version__
 from mllm_assets.cli import approving, data, models, operations, results, running, training
 from mllm_assets.cli.options import Parser, help_without_verb
 from mllm_assets.disk import CURE, NO_SPACE
-from mllm_assets.errors import MllmAssetsError
+from mllm_assets.errors import MllmAssetsError, did_you_mean
 from mllm_assets.plugins import load_plugins
 from mllm_assets.redaction import redacted_output
 from mllm_assets.worker.launch import WorkerCrashed
@@ -91,7 +92,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # argparse ends a list of positionals at the first option; `parse_intermixed_args` does not support subparsers
     unknown = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser = vars(arguments).get("parser", parser)
+        known = re.findall(r"(?<!\w)--[\w-]+", parser.format_help())
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}. {did_you_mean(unknown[0], known)}".rstrip(". "))
     if rest:
         arguments.overrides += rest
     return arguments
@@ -105,5 +108,6 @@ def _parser() -> argparse.ArgumentParser:
     for group in GROUPS:
         group.add_commands(verbs)
     for verb, example in EXAMPLES.items():
+        verbs.choices[verb].set_defaults(parser=verbs.choices[verb])
         verbs.choices[verb].epilog = f"example: mllm-assets {verb} {example}".rstrip()
     return parser

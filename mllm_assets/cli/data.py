@@ -100,25 +100,32 @@ def _add_dataset(arguments: argparse.Namespace) -> int:
             print(f"    {role}: {shown_text(text)}")
     train, val = made.entries
     if not made.has_test:
-        print("  no test split: releases will be judged on the validation samples, which also chose")
+        cure = "" if made.brings_split else f"; `num_test: {found.num_val}` below `split:` there makes one"
+        print(f"  no test split: releases will be judged on the validation samples, which also chose{cure}")
     print("Read it (prompts, answer, split), then:")
     print("  mllm-assets check-graph")
     print(f"  {materialize_command(made.name)}")
     print(f"  mllm-assets quality rejects --dataset {made.name}")
     print("  mllm-assets check-data data")
-    for line in _how_to_train(root, made.name, train, val):
+    share = found.num_train / max(found.num_checked, 1)
+    for line in _how_to_train(root, made.name, train, val, num_train=round(share * made.num_samples)):
         print(line)
     return 0
 
 
-def _how_to_train(root: Path, name: str, train: str, val: str) -> list[str]:
-    """A recipe on a new dataset: a copy of the demo's, where it is there, which `mllm-assets board` writes too."""
+def _how_to_train(root: Path, name: str, train: str, val: str, *, num_train: int) -> list[str]:
+    """A recipe on a new dataset: a copy of the demo's, where it is there, which `mllm-assets board` writes too.
+
+    The demo's 400 steps of 16 are hundreds of passes over few samples; about 100 do: benchmarks/RESULTS.md.
+    """
     example = root / "configs" / "emoji_sft.yaml"
     if not example.is_file():
         return [f"and put `dataset: {train}` and `eval_dataset: {val}` into a recipe in configs/."]
+    num_steps = max(120, 6 * num_train)
+    fewer = f"; s/max_steps: 400/max_steps: {num_steps}/" if num_steps < 400 else ""
     return [
         "Then train on it, with a recipe like the demo's (or one from `mllm-assets board`, tab Start):",
-        f"  sed 's/emoji_/{name}_/' configs/emoji_sft.yaml > configs/{name}_sft.yaml",
+        f"  sed 's/emoji_/{name}_/{fewer}' configs/emoji_sft.yaml > configs/{name}_sft.yaml",
         f"  mllm-assets run {name}_sft",
     ]
 

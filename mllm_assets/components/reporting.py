@@ -21,6 +21,7 @@ OFF = "mllm_assets/off"
 HEADLINE_KEYS = tuple("num_ final_ eval_ loss accuracy already version model_path report_path path".split())
 # The log lines that say what became of each asset, for terminals that show no events, begin with these
 MADE_PREFIX, CHECK_FAILED = "made ", "check failed: "
+WINDOW_CHARS = 1000  # from which Dagster shows a value in a window of its own
 MAX_TAG_LENGTH = 63  # Dagster's, of a tag's value
 RELOADS = "checkpoint_reloads_strictly"
 
@@ -87,7 +88,12 @@ def in_window(markdown: str) -> dg.MarkdownMetadataValue:
 
     At 1280 px the column of values is 300 px wide, the window 1000. "" stays empty.
     """
-    return dg.MetadataValue.md(markdown and markdown.ljust(1000, "\n"))
+    return dg.MetadataValue.md(markdown and markdown.ljust(WINDOW_CHARS, "\n"))
+
+
+def with_page(page: Path, markdown: str) -> dg.MarkdownMetadataValue:
+    """A window whose first line says where the whole is; a browser follows no link from Dagster to a file."""
+    return in_window(f"All of them, as a page to open in a browser: `{page}`\n\n{markdown}")
 
 
 def png_markdown(name: str, png: bytes) -> str:

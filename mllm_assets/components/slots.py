@@ -3,8 +3,9 @@
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import dagster as dg
 from dagster._core.events import EngineEventData
@@ -14,8 +15,13 @@ from mllm_assets.process_id import ProcessId, pid_is_free
 
 PROCESSES = "processes"  # of an engine event's metadata: their ids
 HOST_TAG = ".dagster/mllm_assets_host"  # of a run that has used the accelerator: its machine; the UI hides the tag
-RUN_TAG = "run"  # of what `mllm-assets run` started, or a launchpad with other values: `emoji_sft max_steps=60`
+RUN_TAG = "run"  # of what `mllm-assets run` started, or a launchpad with other values: `emoji_sft`, see `run_tags`
 IN_PROGRESS = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+
+
+def run_tags(name: str, overrides: Mapping[str, Any]) -> dict[str, str]:
+    """What tells a run from others in the list of runs: a tag for each changed value, for a longer one would be cut."""
+    return {RUN_TAG: name} | {key: v if isinstance(v, str) else json.dumps(v) for key, v in overrides.items()}
 
 
 def tag_host(instance: dg.DagsterInstance, run_id: str) -> None:

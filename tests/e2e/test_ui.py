@@ -76,12 +76,14 @@ def window(page: Page, key: str) -> Locator:
 PAGES = {
     "emoji/raw": {"rows": "img"},
     "emoji/sample_quality": {"report": "img"},
-    "emoji/train": {"rows": "img"},
+    "emoji/train": {"rows": "img", "details": "text=report_path"},
+    "emoji/val": {"rows": "img"},
+    "emoji/test": {"rows": "img"},
     "emoji/dataset_info": {},
     "pretrained/gemma3_tiny": {},
     "mine/vision_features": {},
     "mine/checkpoint": {"training_loss": "img", "trainable": "text=language_model.embed_tokens"},
-    "mine/predictions": {"gallery": "text=tuned model"},
+    "mine/predictions": {"gallery": "text=tuned model", "details": "text=weights_digest"},
     "mine/eval_metrics": {
         "metrics": "text=label_accuracy",
         "confusion": "img",
@@ -96,21 +98,32 @@ TOO_WIDE = """tables => tables.map(table => [table, table.closest("td, [role=dia
 }).map(([table]) => table.innerText.slice(0, 80))"""
 
 
+CUT = """rows => rows.filter(row => {
+    const right = row.closest("[class*=ScrollContainer]").getBoundingClientRect().right;
+    const texts = document.createTreeWalker(row.lastElementChild, NodeFilter.SHOW_TEXT), range = document.createRange();
+    while (texts.nextNode()) {
+        range.selectNodeContents(texts.currentNode);
+        if (range.getBoundingClientRect().right > right) return true;
+    }
+}).map(row => row.innerText)"""
+
+
 @pytest.mark.parametrize("width_px", [1440, 1280])
-def test_no_table_or_picture_of_an_assets_page_is_wider_than_its_column(
+def test_no_table_value_or_picture_of_an_assets_page_is_wider_than_its_column(
     server: Server, page: Page, width_px: int
 ) -> None:
-    """Eight columns of metrics, the confusion matrix and the sentences of the gates went off the screen."""
+    """Eight columns of metrics, the confusion matrix, the gates' sentences, paths and digests went off the screen."""
     page.set_viewport_size({"width": width_px, "height": 1000})
     for asset, windows in PAGES.items():
         page.goto(f"{server.url}/assets/{asset}")
         expect(page.get_by_text("cost_wall_s", exact=True).first).to_be_visible()
         assert page.locator("td table").evaluate_all(TOO_WIDE) == [], asset
+        assert page.locator("[class*=ScrollContainer] tbody > tr").evaluate_all(CUT) == [], asset
         for key, content in windows.items():
             opened = window(page, key)
             expect(opened.locator(content).first).to_be_visible()
             assert opened.locator("table").evaluate_all(TOO_WIDE) == [], f"{asset}: {key}"
-            right = opened.locator("img, table").first.evaluate("found => found.getBoundingClientRect().right")
+            right = opened.locator("img, table, pre").first.evaluate("found => found.getBoundingClientRect().right")
             assert right <= opened.evaluate("found => found.getBoundingClientRect().right"), f"{asset}: {key}"
             page.keyboard.press("Escape")
             expect(opened).to_have_count(0)
@@ -127,8 +140,12 @@ def test_a_trial_with_two_changed_keys_is_made_and_listed_by_them(server: Server
     run = wait_for(lambda: launched_run(server, "mine__checkpoint"), "the run")
     assert "max_steps: 1" in run["runConfigYaml"]
     wait_for(lambda: launched_run(server, "mine__checkpoint")["status"] == "SUCCESS", "the run's end")
+    page.set_viewport_size({"width": 1280, "height": 1000})
     page.goto(f"{server.url}/runs")
-    expect(page.get_by_text("mine max_steps=1 learning_rate=0.003").first).to_be_visible()
+    next_column = page.get_by_text("Target", exact=True).first.bounding_box()
+    for tag in ("run: mine", "max_steps: 1", "learning_rate: 0.003"):
+        shown = page.get_by_text(tag, exact=True).first.bounding_box()
+        assert shown and next_column and shown["x"] + shown["width"] < next_column["x"], "cut at the column's edge"
 
 
 def test_own_pictures_become_a_dataset_whose_rows_the_page_shows(server: Server, page: Page, project: Project) -> None:

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from mllm_assets.components.facts import facts_of
 from mllm_assets.layout import Layout
 from tests.integration.stand_in_hub import StandInHub, running_hub
 from tests.processes import kill, processes_of
@@ -137,7 +138,7 @@ class Project:
         with dg.DagsterInstance.from_config(str(self.home)) as instance:
             event = instance.get_latest_materialization_event(dg.AssetKey(list(key)))
             assert event is not None and event.asset_materialization is not None, f"{key} was never materialised"
-            return {name: value.value for name, value in event.asset_materialization.metadata.items()}
+            return facts_of(event.asset_materialization.metadata)
 
     def made_assets(self) -> list[dg.AssetKey]:
         with dg.DagsterInstance.from_config(str(self.home)) as instance:

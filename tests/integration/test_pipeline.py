@@ -10,6 +10,7 @@ import dagster as dg
 import pytest
 
 from mllm_assets.artifacts import read_manifest
+from mllm_assets.components.facts import facts_of
 from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.releases.publish import list_releases
 from tests.damage import publish_changed
@@ -80,9 +81,7 @@ def costs_add_up(project: Project) -> None:
         made = [m for key in instance.get_asset_keys() for m in instance.fetch_materializations(key, limit=9).records]
     steps_s = sum((step.end_time or 0) - (step.start_time or 0) for step in stats)
     costs: list[dict[str, Any]] = [
-        {name: value.value for name, value in record.asset_materialization.metadata.items()}
-        for record in made
-        if record.asset_materialization
+        facts_of(record.asset_materialization.metadata) for record in made if record.asset_materialization
     ]
     assert 0.8 * steps_s - len(stats) < sum(cost["cost_wall_s"] for cost in costs) <= steps_s
     assert project.metadata("mine", "checkpoint")["cost_peak_memory_gib"] > 0.2, "the worker has loaded torch"

@@ -43,7 +43,7 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
     with gr.Row():
         run = gr.Dropdown(label="Run", scale=3)
         recipe = gr.Dropdown(label="Or start a recipe of configs/", scale=2)
-        overrides = gr.Textbox(label="with other values", placeholder="max_steps=60 learning_rate=1e-3", scale=2)
+        overrides = gr.Textbox(label="with other values", placeholder="max_steps=60 seed=1", scale=2)
         start_other = gr.Button("Start", scale=0, min_width=90)
         stop = gr.Button("Stop", variant="stop", scale=0, min_width=90)
     state = gr.Markdown("")

@@ -12,9 +12,10 @@ from pydantic import Field, create_model
 from mllm_assets.artifacts import digest_json, read_manifest
 from mllm_assets.components.assets.lineage import find_origin, model_directory, pull_data, upstream_path
 from mllm_assets.components.assets.step import step
+from mllm_assets.components.facts import fitted
 from mllm_assets.components.reporting import RELOADS, gate_checks, gate_specs, in_window, link, png_markdown, rounded
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
-from mllm_assets.components.slots import RUN_TAG
+from mllm_assets.components.slots import RUN_TAG, run_tags
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.checks import CheckOutcome
 from mllm_assets.data.curate.leaks import datasets_share_no_image, earlier_stages
@@ -36,7 +37,6 @@ from mllm_assets.training.runs.plan import (
     point_latest,
     reopen_if_damaged,
     semantic_values,
-    shown_overrides,
 )
 from mllm_assets.worker.tasks import CacheSettings, Manifest
 
@@ -92,7 +92,7 @@ def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
         pool="gpu",
         code_version=digest_json(semantic_values(node.recipe.spec))[:16],
         check_specs=[*gate_specs(node.key("checkpoint"), [RELOADS]), _leak_check_spec(node)],
-        metadata={RECIPE_FILE: dg.MetadataValue.path(str(node.recipe.path))},
+        metadata=fitted({RECIPE_FILE: str(node.recipe.path)}),
         description=_describe(node.recipe),
     )
     @step
@@ -106,7 +106,7 @@ def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
         pull_data(context, [*node.data, *node.ancestor_data], project)
         recipe = load_recipe(node.recipe.path, config.overrides())
         if (values := overridden(recipe)) and RUN_TAG not in context.run.tags:  # from the launchpad
-            context.instance.add_run_tags(context.run_id, {RUN_TAG: f"{node.name} {shown_overrides(values)}"})
+            context.instance.add_run_tags(context.run_id, run_tags(node.name, values))
         model_dir = model_directory(context, node, project)
         for key in node.adapters:
             upstream_path(context, key, project)

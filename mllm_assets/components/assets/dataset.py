@@ -8,7 +8,7 @@ from mllm_assets.artifacts import digest_json
 from mllm_assets.components.assets.lineage import upstream_path
 from mllm_assets.components.assets.step import step
 from mllm_assets.components.automation.sources import LISTING, SOURCE
-from mllm_assets.components.reporting import check_results, counts_table, in_window, link
+from mllm_assets.components.reporting import check_results, counts_table, in_window, link, with_page
 from mllm_assets.components.resources import ProjectResource
 from mllm_assets.data.curate.checks import counts_add_up, every_image_has_a_placeholder, splits_share_no_image
 from mllm_assets.data.curate.publish import side_files
@@ -126,7 +126,7 @@ def sample_quality_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
                 "num_decoded": result.num_decoded,
                 "reject_reasons": counts_table(result.reject_reasons, "reason"),
                 "flags": counts_table(result.flags, "flag"),
-                "report": dg.MetadataValue.md(report.markdown),
+                "report": with_page(report.html, report.markdown),
                 "report_path": link(str(report.html)),
                 "path": project.layout.relative(result.directory),
             },
@@ -208,19 +208,19 @@ def _warn_of_copies(context: dg.AssetExecutionContext, result: SplitResult) -> N
 
 def _split_metadata(spec: DatasetSpec, result: SplitResult, layout: Layout) -> dict[str, dict[str, Any]]:
     """The metadata of each side."""
-    files = side_files(result.directory, spec.output.format)
+    files, page = side_files(result.directory, spec.output.format), layout.data / spec.name / REPORT
     shared = {
         **{name: getattr(result, name) for name in COUNTS},
         "num_copies_left_out": sum(result.copies_left_out.values()),
         "unused_reasons": counts_table(result.unused_reasons, "reason"),
         "augmentations": counts_table(result.augmentations, "augmentation"),
-        "report_path": link(str(layout.data / spec.name / REPORT)),
+        "report_path": link(str(page)),
         "path": layout.relative(result.directory),
     }
     return {
         side: {
             "num_samples": (num_rows := getattr(result, f"num_{side}")),
-            "rows": in_window(preview_rows(files[side], layout.data, num_rows) if side in files else ""),
+            "rows": with_page(page, preview_rows(files[side], layout.data, num_rows)) if side in files else "",
             **shared,
         }
         for side in SIDES

@@ -25,6 +25,7 @@ from mllm_assets.components.reporting import (
     metric_gates,
     png_markdown,
     rounded,
+    with_page,
 )
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.wiring import Node
@@ -73,8 +74,8 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
         if also_chose := sorted(set(digests) & set(spec.eval_entries)):
             context.log.warning(
                 f"{', '.join(also_chose)} judges {node.name}, although eval_dataset names it, so that it may have "
-                "chosen checkpoints and settings: the figures may be too good. A model is judged by the test split "
-                "of its dataset where that has one (split.num_test)."
+                "chosen checkpoints and settings: the figures may be too good. A dataset's test split judges instead "
+                "where there is one: put `num_test: 50` below `split:` in the dataset's defs.yaml."
             )
         weights_digest = upstream(context, node.key("checkpoint"))["data_version"]
         task = _evaluate_task(context, node, settings, project, digests)
@@ -88,15 +89,15 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
             for model in (task.base_model_dir, task.model_dir):
                 model_fingerprint(model, FileDigests())  # a flipped bit loads without an error
             result = gpu.run(context, task).manifest
-        answers = read_predictions(directory)
+        answers, page = read_predictions(directory), directory / "gallery.html"
         columns = run_columns(context, node.name, weights_digest)
         rows = store_table(answers, sample_metrics(answers), **columns)
         project.quality_store.write({"predictions": rows})
         return dg.MaterializeResult(
             data_version=dg.DataVersion(result["digest"]),
             metadata={
-                "gallery": dg.MetadataValue.md((directory / "gallery.md").read_text(encoding="utf-8")),
-                "gallery_path": link(str(directory / "gallery.html")),
+                "gallery": with_page(page, page.with_suffix(".md").read_text(encoding="utf-8")),
+                "gallery_path": link(str(page)),
                 "num_samples": sum(result["entries"].values()),
                 "num_predictions": result["num_predictions"],
                 "wall_s": result["wall_s"],

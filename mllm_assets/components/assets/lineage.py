@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from mllm_assets.artifacts import is_complete, read_manifest, require_sound
+from mllm_assets.components.facts import facts_of
 from mllm_assets.components.resources import ProjectResource
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.leaks import release_leaks, stages_of
@@ -28,8 +29,10 @@ def upstream(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, A
             f"{key.to_user_string()} was never materialised. Run: {materialize_command(key.to_user_string())}"
         )
     materialization = event.asset_materialization
-    values = {name: value.value for name, value in materialization.metadata.items()}
-    return {**values, "data_version": (materialization.tags or {}).get("dagster/data_version")}
+    return {
+        **facts_of(materialization.metadata),
+        "data_version": (materialization.tags or {}).get("dagster/data_version"),
+    }
 
 
 def upstream_path(

@@ -3,12 +3,13 @@
 import functools
 import json
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
 
+from mllm_assets.components.facts import as_texts, fitted
 from mllm_assets.components.reporting import CHECK_FAILED, MADE_PREFIX, facts_text
 from mllm_assets.components.resources import ProjectResource
 from mllm_assets.data.quality.store import table_for, utc_now
@@ -41,6 +42,7 @@ def step(body: Callable[..., Results]) -> Callable[..., Results]:
             costs = [usage, *(Usage() for _ in results[1:])]  # of several assets the first has what all took
             results = tuple(map(_with_cost, results, costs))
             _record(context, project, results)
+            results = tuple(map(_fitted, results))
         return results[0] if is_one else results
 
     return run
@@ -67,9 +69,20 @@ def _with_cost(result: dg.MaterializeResult, usage: Usage) -> dg.MaterializeResu
     return result._replace(metadata={**(result.metadata or {}), **usage.as_metadata()})
 
 
+def _fitted(result: dg.MaterializeResult) -> dg.MaterializeResult:
+    """As the pages of the asset and of its checks show it best."""
+    checks = [check._replace(metadata=as_texts(_shown(check.metadata))) for check in result.check_results or ()]
+    return result._replace(metadata=fitted(result.metadata or {}), check_results=checks)
+
+
 def _redacted(result: dg.MaterializeResult) -> dg.MaterializeResult:
-    shown = {name: value for name, value in (result.metadata or {}).items() if not _is_empty(value)}
-    return result._replace(metadata={name: _redacted_value(value) for name, value in shown.items()})
+    return result._replace(
+        metadata={name: _redacted_value(value) for name, value in _shown(result.metadata or {}).items()}
+    )
+
+
+def _shown(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metadata.items() if not _is_empty(value)}
 
 
 def _is_empty(value: Any) -> bool:

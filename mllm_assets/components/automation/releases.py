@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.components.automation.retraining import read_cursor, retrain_chain, write_cursor
+from mllm_assets.components.facts import facts_of
 from mllm_assets.components.yaml_model import YamlModel
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.evaluation.gates import Reevaluation, compare_to_release_time
@@ -127,7 +128,7 @@ def _reevaluate(
     if event is None or event.asset_materialization is None:
         return "never evaluated"
     try:
-        directory = layout.root / str(event.asset_materialization.metadata["path"].value)
+        directory = layout.root / str(facts_of(event.asset_materialization.metadata)["path"])
         inputs = read_manifest(directory)["inputs"]
         name = f"{release.version} by {inputs['predictions'][:16]}"
         if known.get("looked") == name:

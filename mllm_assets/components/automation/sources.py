@@ -10,6 +10,7 @@ import dagster as dg
 from pydantic import Field
 
 from mllm_assets.components.automation.retraining import max_runtime_tags, read_cursor, run_in_progress, write_cursor
+from mllm_assets.components.facts import facts_of
 from mllm_assets.components.yaml_model import YamlModel
 from mllm_assets.data.ingest.hub import dataset_repo
 from mllm_assets.data.ingest.paths import is_watchable, list_source
@@ -104,7 +105,7 @@ def _sensor(
         if run_in_progress(context.instance, keys):
             yield dg.SkipReason(f"a run of {spec.name} is in progress")
             return
-        known = {key: str(value.value) for key, value in event.asset_materialization.metadata.items()}
+        known = {key: str(value) for key, value in facts_of(event.asset_materialization.metadata).items()}
         cursor = read_cursor(context.cursor)
         try:
             new, why, cursor = find_new(known, cursor)

@@ -24,6 +24,7 @@ from dagster._core.execution.retries import RetryMode
 from dagster._core.executor.in_process import InProcessExecutor
 from dagster._utils.interrupts import check_captured_interrupt
 
+from mllm_assets.components.facts import facts_of
 from mllm_assets.components.reporting import (
     CHECK_FAILED,
     MADE_PREFIX,
@@ -123,7 +124,7 @@ def describe(event: dg.DagsterEvent) -> str | None:
         return f"  ... {shown_step(event)}"
     if kind == dg.DagsterEventType.ASSET_MATERIALIZATION:
         materialization = event.step_materialization_data.materialization
-        return f"  ok  {materialization.asset_key.to_user_string()}  {facts_text(materialization.metadata)}"
+        return f"  ok  {materialization.asset_key.to_user_string()}  {facts_text(facts_of(materialization.metadata))}"
     if kind == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
         check = event.asset_check_evaluation_data
         text = check.description or ""

@@ -9,6 +9,7 @@ from pathlib import Path
 import dagster as dg
 import yaml
 
+from mllm_assets.components.facts import facts_of
 from mllm_assets.components.slots import IN_PROGRESS, find_dead_runs
 from mllm_assets.errors import MachineError
 from mllm_assets.project.create import make_home
@@ -93,8 +94,8 @@ def latest_metadata() -> tuple[str, str | None]:
         for key in instance.all_asset_keys():
             event = instance.get_latest_materialization_event(key)
             if event is not None and event.asset_materialization is not None:
-                values = event.asset_materialization.metadata.values()
-                texts += [value.value for value in values if isinstance(value.value, str)]
+                values = facts_of(event.asset_materialization.metadata).values()
+                texts += [value for value in values if isinstance(value, str)]
         dead = {run.run_id for run in find_dead_runs(instance)}
         running = instance.get_runs(dg.RunsFilter(statuses=IN_PROGRESS))
         alive = next((run for run in running if run.run_id not in dead), None)

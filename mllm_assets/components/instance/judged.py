@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import dagster as dg
 from dagster._core.events import DagsterEventType
 
+from mllm_assets.components.facts import facts_of
 from mllm_assets.components.instance.home import open_instance
 from mllm_assets.components.reporting import metric_gates
 
@@ -33,8 +34,8 @@ def judged_gates(recipes: Iterable[str]) -> dict[str, dict[str, str]]:
                         continue
                     judged = event.dagster_event.asset_check_evaluation_data
                     if folder := folders.get(event.run_id):
-                        observed = judged.metadata.get("observed")
-                        figure = f" ({observed.value:z.4g})" if isinstance(observed, dg.FloatMetadataValue) else ""
+                        observed = facts_of(judged.metadata).get("observed")
+                        figure = f" ({float(observed):z.4g})" if observed is not None else ""
                         text = f"{'passed' if judged.passed else 'failed'}{figure}"
                         found.setdefault(folder, {}).setdefault(gate, text)
     return found
@@ -46,7 +47,7 @@ def _folders(instance: dg.DagsterInstance, key: dg.AssetKey) -> dict[str, str]:
     found: dict[str, str] = {}
     for record in records:
         made = record.asset_materialization
-        path = made.metadata.get("path") if made else None
-        if path is not None and isinstance(path.value, str):
-            found.setdefault(record.event_log_entry.run_id, path.value)
+        path = facts_of(made.metadata).get("path") if made else None
+        if isinstance(path, str):
+            found.setdefault(record.event_log_entry.run_id, path)
     return found

@@ -15,7 +15,7 @@ from mllm_assets.components.instance.run_plan import Request, RunPlan, plan_run
 from mllm_assets.components.jobs import job_names
 from mllm_assets.components.progress import CANCELLED
 from mllm_assets.components.reporting import failed_by_checks, failure_text, is_interruption, shown_step
-from mllm_assets.components.slots import RUN_TAG, end_dead_runs
+from mllm_assets.components.slots import end_dead_runs
 from mllm_assets.layout import Layout
 
 IMPLICIT_JOB = "__ASSET_JOB"
@@ -77,7 +77,7 @@ def _execute(
             location.job(_job_of(plan, location)),
             instance=instance,
             run_config={"loggers": {TERMINAL: {}}, **plan.config},
-            tags={RUN_TAG: plan.title},
+            tags=dict(plan.tags),
             asset_selection=list(plan.reasons),
             raise_on_error=False,
         ) as result,

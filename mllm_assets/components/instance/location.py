@@ -14,6 +14,8 @@ from dagster._utils.hosted_user_process import recon_job_from_origin, recon_repo
 from dagster_shared.cli import PythonPointerOpts
 
 from mllm_assets.artifacts import slug
+from mllm_assets.components.assets.checkpoint import RECIPE_FILE
+from mllm_assets.components.facts import facts_of
 from mllm_assets.components.loading import forget
 from mllm_assets.components.reporting import innermost
 from mllm_assets.errors import MllmAssetsError, RecipeError, did_you_mean
@@ -75,6 +77,24 @@ class Location:
                 found.setdefault(key.path[0], []).append(key)
         return found
 
+    def plain(self, name: str) -> str:
+        """A recipe's name where its file is given.
+
+        Raises:
+            RecipeError: Another file is meant than the recipe's own.
+        """
+        if not name.endswith((".yaml", ".yml")):
+            return name
+        given, owner = Path(name), slug(Path(name).stem)
+        node = self.keys.get(f"{owner}/checkpoint")
+        file = facts_of(self.repository.asset_graph.get(node).metadata).get(RECIPE_FILE) if node else None
+        if file and given.exists() and given.resolve() != Path(file).resolve():
+            raise RecipeError(
+                f"{name} is not the recipe {owner}, which is {file}. Run that one, or this without Dagster: "
+                f"mllm-assets train {name}. Nothing was run."
+            )
+        return owner
+
     def find(self, name: str) -> list[dg.AssetKey]:
         """The assets that a name asks for.
 
@@ -84,8 +104,7 @@ class Location:
         Raises:
             RecipeError: There is none. Names the nearest.
         """
-        if name.endswith((".yaml", ".yml")):
-            name = slug(Path(name).stem)
+        name = self.plain(name)
         if name in self.keys:
             return [self.keys[name]]
         if name in self.owners:
@@ -94,6 +113,7 @@ class Location:
             return [self.keys[model]]
         if matching := [key for shown, key in self.keys.items() if "*" in name and fnmatchcase(shown, name)]:
             return sorted(matching)
+        name = name.lstrip("+").removeprefix("key:").strip("\"'/")  # what `dg launch --assets` takes
         owner, _, asset = name.partition("/")
         known = [*self.owners, *self.keys, *(shown.rpartition("/")[2] for shown in self.keys if _is_model(shown))]
         nearest = did_you_mean(name, known)

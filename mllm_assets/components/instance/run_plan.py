@@ -13,8 +13,10 @@ from mllm_assets.artifacts import MANIFEST
 from mllm_assets.components.assets.checkpoint import RECIPE_FILE
 from mllm_assets.components.automation.retraining import find_outdated
 from mllm_assets.components.automation.sources import LISTING, SOURCE
+from mllm_assets.components.facts import facts_of
 from mllm_assets.components.instance.location import Location
 from mllm_assets.components.reporting import OFF, UNREADABLE
+from mllm_assets.components.slots import run_tags
 from mllm_assets.data.ingest.paths import list_source
 from mllm_assets.data.ingest.spec import SourceSpec
 from mllm_assets.errors import MllmAssetsError, RecipeError, all_of
@@ -52,7 +54,7 @@ class RunPlan:
     current: Sequence[dg.AssetKey]
     blocked: Mapping[dg.AssetKey, str]
     config: Mapping[str, Any] = field(default_factory=dict)
-    title: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> Iterator[str]:
         """Lines for a terminal."""
@@ -72,7 +74,7 @@ def plan_run(request: Request, location: Location, instance: dg.DagsterInstance,
             was run.
     """
     graph = location.repository.asset_graph
-    found = {name: location.find(name) for name in request.names}
+    found = {location.plain(name): location.find(name) for name in request.names}
     explicit = {key for name, keys in found.items() if name not in location.owners for key in keys}
     named = list(dict.fromkeys(key for keys in found.values() for key in keys))
     recipes = _overridden_recipes(request, location, {key.path[0] for key in named})
@@ -92,13 +94,14 @@ def plan_run(request: Request, location: Location, instance: dg.DagsterInstance,
     reasons = outdated.reasons | dict.fromkeys(partners, "made with the others")
     order = [key for key in graph.toposorted_asset_keys if key in keys]
     blocked = {key: outdated.blocked[key] for key in order if key in outdated.blocked and key not in reasons}
+    changed = {key: value for values in trials.values() for key, value in values.items()}
     return RunPlan(
         named=named,
         reasons={key: reasons[key] for key in order if key in reasons},
         current=[key for key in order if key not in reasons and key not in blocked],
         blocked=blocked,
         config=config,
-        title=" ".join([*request.names, *(shown_overrides(values) for values in trials.values())]),
+        tags=run_tags(" ".join(dict.fromkeys(key.path[0] for key in named)), changed),
     )
 
 
@@ -113,9 +116,9 @@ def _overridden_recipes(request: Request, location: Location, owners: Collection
         return {}
     graph = location.repository.asset_graph
     files = {
-        key.path[0]: str(graph.get(key).metadata[RECIPE_FILE].value)
+        key.path[0]: str(recipe_file)
         for key in location.keys.values()
-        if key.path[0] in owners and RECIPE_FILE in graph.get(key).metadata
+        if key.path[0] in owners and (recipe_file := facts_of(graph.get(key).metadata).get(RECIPE_FILE))
     }
     if not files:
         raise RecipeError(
@@ -180,15 +183,15 @@ def _changed(
         event = instance.get_latest_materialization_event(key)
         if event is None or event.asset_materialization is None:
             continue
-        facts: dict[str, Any] = {name: value.value for name, value in event.asset_materialization.metadata.items()}
-        path = facts.get("path", facts.get("model_path"))
+        known = facts_of(event.asset_materialization.metadata)
+        path = known.get("path", known.get("model_path"))
         if isinstance(path, str) and not is_mirrored and _is_gone(layout.root / path):
             found[key] = f"{path} is gone"
         source = graph.get(key).metadata.get(SOURCE)
-        if LISTING in facts and source is not None and (new := _new_listing(source.value, layout, facts[LISTING])):
+        if LISTING in known and source is not None and (new := _new_listing(source.value, layout, known[LISTING])):
             found[key] = new
-        if key.path[-1] == "checkpoint" and "fingerprint" in facts:
-            made, asked = dict(facts.get("overrides") or {}), trials.get(key.path[0], {})
+        if key.path[-1] == "checkpoint" and "fingerprint" in known:
+            made, asked = dict(known.get("overrides") or {}), trials.get(key.path[0], {})
             if made != asked:
                 found[key] = shown_overrides(asked) or f"the last run had {shown_overrides(made)}"
     return found

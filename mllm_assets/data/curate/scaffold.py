@@ -127,6 +127,7 @@ class Scaffold:
     num_samples: int
     preview: Preview
     entries: tuple[str, str]
+    brings_split: bool
     has_test: bool
     layout: str
     columns: str
@@ -186,6 +187,7 @@ def add_dataset(
         num_samples=count.num_rows,
         preview=found,
         entries=(spec.train_entry, spec.val_entry),
+        brings_split=spec.source.is_split,
         has_test=_gives_test(spec.source) if spec.source.is_split else found.num_test > 0,
         layout=reading.layout,
         columns=reading.columns,

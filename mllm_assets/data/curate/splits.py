@@ -179,16 +179,18 @@ def _manifest(spec: DatasetSpec, result: SplitResult, assessment: Mapping[str, A
 
 def no_test_text(spec: DatasetSpec, num_unused: int) -> str:
     """What to say of a dataset without test samples."""
-    if spec.split.num_test == 0:
-        why = "split.num_test is 0"
+    cure = f"put `num_test: {max(1, spec.split.num_val)}` below `split:` in its defs.yaml, which splits it again"
+    if spec.source.split_column is not None:
+        why, cure = "no row is marked so", f"write test into the column {spec.source.split_column} of some rows"
     elif spec.source.is_split:
-        why = "its source gives none: source.test_split names one"
+        why, cure = "its source gives none", "name its part for it as `test_split:` below `source:` in its defs.yaml"
+    elif spec.split.num_test == 0:
+        why = "split.num_test is 0"
     else:
         why = f"of its samples {num_unused} neither train nor validate, which is too few"
     return (
         f"{spec.name} has no test split: {why}. Releases are judged on {spec.val_entry} then, which also chose, and "
-        "their model cards say so. With more samples, smaller num_train and num_val, or num_test (which splits again "
-        "from the start), there is one."
+        f"their model cards say so. To have one, {cure}."
     )
 
 

@@ -86,6 +86,13 @@ def test_an_option_that_does_not_exist_is_no_override(line: str, capsys: pytest.
     assert f"unrecognized arguments: {line.split()[-1]}" in capsys.readouterr().err
 
 
+def test_a_mistyped_option_is_refused_with_the_nearest_and_the_verb_s_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("run emoji_sft --dryrun".split())
+    said = capsys.readouterr().err
+    assert said.startswith("usage: mllm-assets run ") and "--dryrun. Did you mean '--dry-run'?" in said
+
+
 @pytest.mark.parametrize(("line", "unbuffered"), [("--help", ""), ("releases list", ""), ("releases list", "1")])
 def test_a_command_ends_quietly_when_its_reader_goes_away(line: str, unbuffered: str, tmp_path: Path) -> None:
     """`mllm-assets inspect RECIPE | head` ended in the traceback of a BrokenPipeError."""

@@ -103,6 +103,8 @@ def names(keys: object) -> list[str]:
         ("zebras", "There are: birds, birds_sft, broken; models: tiny. Nothing was run."),
         ("*/nothing", "Nothing is called"),
         ("", "Nothing is called ''"),
+        ('+key:"birds_sft/eval_metric"', "Did you mean 'birds_sft/eval_metrics'? birds_sft has checkpoint"),
+        ("birds_sft/", "Did you mean 'birds_sft'?"),
     ],
 )
 def test_a_name_that_matches_nothing_is_refused_with_the_nearest(
@@ -121,6 +123,13 @@ def test_a_recipe_is_made_up_to_its_release_and_is_not_published(
     plan = planned(project, instance, name)
     assert names(plan.named) == ["birds_sft/released_model"]
     assert "birds_sft/hub_model" not in names(plan.reasons) and "birds/raw" in names(plan.reasons)
+
+
+def test_another_file_of_the_same_name_is_not_the_recipe(project: Path, instance: dg.DagsterInstance) -> None:
+    """The project's own recipe was run in its place, without a word."""
+    (other := project / "birds_sft.yaml").write_text(RECIPE)
+    with pytest.raises(RecipeError, match="is not the recipe birds_sft, which is .*configs/birds_sft.yaml"):
+        planned(project, instance, str(other))
 
 
 @pytest.mark.parametrize(("name", "last"), [("birds", "birds/dataset_info"), ("tiny", "pretrained/tiny")])
@@ -156,10 +165,12 @@ def test_values_belong_to_a_recipe_and_are_checked_before_anything_runs(
 def test_a_trial_is_judged_and_released_only_by_name(project: Path, instance: dg.DagsterInstance) -> None:
     trial = ["max_steps=3", "logging_steps=7"]
     plan = planned(project, instance, "birds_sft", overrides=trial)
-    assert names(plan.named) == ["birds_sft/eval_metrics"] and plan.title == "birds_sft max_steps=3"
+    assert names(plan.named) == ["birds_sft/eval_metrics"] and plan.tags == {"run": "birds_sft", "max_steps": "3"}
     assert plan.config == {
         "ops": {"birds_sft__checkpoint": {"config": {"other": {"max_steps": 3, "logging_steps": 7}}}}
     }
+    by_file = planned(project, instance, "configs/birds_sft.yaml", overrides=trial)
+    assert by_file == plan, "a trial was released where the recipe's file was given"
     named = planned(project, instance, "birds_sft/released_model", overrides=trial)
     assert names(named.named) == ["birds_sft/released_model"]
     assert names(planned(project, instance, "birds_sft", overrides=["max_steps=40"]).named) == names(named.named)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mllm_assets.artifacts import find_damage
-from mllm_assets.data.curate.splits import split
+from mllm_assets.data.curate.splits import no_test_text, split
 from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.layout import Layout
 from tests.unit.data.made_datasets import encode, made_spec, picture, png, run_line, write_source
@@ -144,3 +145,30 @@ def test_a_wide_gray_or_sixteen_bit_image_becomes_eight_bits(layout: Layout) -> 
     *_, version = run_line(made_spec(1, 1), layout)
     files = {row["messages"][-1]["content"]: layout.data / row["images"][0] for row in rows_of(version.directory)}
     assert Image.open(files["deep"]).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("source", "num_test", "step"),
+    [
+        ({}, None, "put `num_test: 2` below `split:`"),
+        ({}, 0, "put `num_test: 2` below `split:`"),
+        ({"val_split": "validation"}, None, "name its part for it as `test_split:` below `source:`"),
+        ({"split_column": "part"}, None, "write test into the column part"),
+    ],
+)
+def test_a_dataset_without_a_test_split_says_how_to_get_one(
+    source: dict[str, str], num_test: int | None, step: str
+) -> None:
+    """Three ways at once, of which one or two did nothing for the dataset at hand."""
+    spec = made_spec(10, 2)
+    spec = replace(spec, source=replace(spec.source, **source), split=replace(spec.split, num_test=num_test))
+    assert step in no_test_text(spec, num_unused=0)
+
+
+def test_the_number_that_is_advised_gives_a_test_split(layout: Layout) -> None:
+    write_source(layout.root, [(png(n), f"picture {n}") for n in range(12)])
+    spec = made_spec(10, 2)
+    *_, version = run_line(spec, layout)
+    assert version.num_test == 0
+    *_, version = run_line(replace(spec, split=replace(spec.split, num_test=2)), layout)
+    assert version.num_test > 0
