@@ -57,7 +57,7 @@ def find_run(layout: Layout, name: str) -> Path:
             return directory.resolve()
     raise IntegrityError(
         f"{name} is neither the directory of a training run nor a recipe that was trained below {layout.outputs}. Give "
-        "one such as outputs/<recipe>/latest or <recipe>/<fingerprint>."
+        "one such as outputs/<recipe>/latest or <recipe>/<fingerprint>; `mllm-assets run RECIPE` makes one."
     )
 
 

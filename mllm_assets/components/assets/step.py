@@ -5,6 +5,7 @@ import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -21,6 +22,8 @@ from mllm_assets.worker.usage import Usage, measured
 
 # Other machines read sources and models from where they came, and the Hub has what is pushed
 NOT_MIRRORED = ("raw", "hub_model")
+TEMPORARY_HOME = ".tmp_dagster_home_"  # which Dagster 1.13 makes in the working directory without a DAGSTER_HOME
+_said: set[str] = set()  # the runs of this process that were told that they are forgotten
 Results = dg.MaterializeResult | tuple[dg.MaterializeResult, ...]
 
 
@@ -35,6 +38,8 @@ def step(body: Callable[..., Results]) -> Callable[..., Results]:
     @functools.wraps(body)  # Dagster reads the parameters off the body
     def run(context: dg.AssetExecutionContext, project: ProjectResource, **arguments: Any) -> Results:
         with as_dagster_failures():
+            if notice := _forgotten(context.run_id, Path(context.instance.root_directory)):
+                context.log.warning(notice)
             with progress_to(context.log.info), measured(price_per_hour=project.price_per_hour) as usage:
                 returned = body(context, project=project, **arguments)
             is_one = isinstance(returned, dg.MaterializeResult)  # itself a tuple
@@ -46,6 +51,17 @@ def step(body: Callable[..., Results]) -> Callable[..., Results]:
         return results[0] if is_one else results
 
     return run
+
+
+def _forgotten(run_id: str, home: Path) -> str:
+    """What to say once a run, where a command of Dagster's deletes its history at its end."""
+    if run_id in _said or not home.name.startswith(TEMPORARY_HOME):
+        return ""
+    _said.add(run_id)
+    return (
+        "DAGSTER_HOME is not set, so that Dagster forgets this run, and the next one makes all of it again: "
+        "export DAGSTER_HOME=$PWD/.dagster_home. `mllm-assets run` keeps its history there."
+    )
 
 
 @contextmanager

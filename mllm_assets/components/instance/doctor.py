@@ -50,7 +50,7 @@ def _check_instance(project: Path) -> list[Finding]:
     home = os.environ.get("DAGSTER_HOME")
     if not home:
         step = "export DAGSTER_HOME=$PWD/.dagster_home, with dagster.yaml in it (`make dev` makes both)."
-        unset = Finding("instance", "warn", "DAGSTER_HOME is not set: each command forgets its runs", step)
+        unset = Finding("instance", "warn", "DAGSTER_HOME is not set: only mllm-assets run keeps its history", step)
         return [unset, _pool_finding(_limit_in(project / "dagster.yaml"), project)]
     try:
         with open_instance() as instance:

@@ -52,7 +52,7 @@ def ask(layout: Layout, view: str, name: str, limit: int | None) -> list[dict[st
     assert view in (*ASKED, *ASKED_OF_RECIPES)
     if not layout.quality_db.exists():
         raise DataError(
-            f"{layout.quality_db} does not exist. Materialise a dataset's sample_quality first, or set "
+            f"{layout.quality_db} does not exist. Make a dataset (mllm-assets run DATASET), or set "
             "MLLM_ASSETS_ROOT to the folder that contains data/."
         )
     store = QualityStore(layout.quality_db, query_memory=MEMORY)

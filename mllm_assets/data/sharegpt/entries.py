@@ -99,7 +99,7 @@ def read_dataset_info(data_dir: Path) -> dict[str, Any]:
                 "the entries of the project's datasets again."
             ) from None
         raise DataError(
-            f"There is no {path}. Materialise a dataset's dataset_info asset, or set `dataset_dir` to the folder "
+            f"There is no {path}. Make a dataset (mllm-assets run DATASET), or set `dataset_dir` to the folder "
             "that holds it."
         ) from None
     except DataError as error:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field
 
 from mllm_assets.artifacts import write_manifest
-from mllm_assets.components.assets.step import step
+from mllm_assets.components.assets.step import TEMPORARY_HOME, step
 from mllm_assets.components.reporting import OFF
 from mllm_assets.components.resources import ProjectResource
 from mllm_assets.definitions import defs
@@ -83,6 +83,21 @@ def test_what_a_body_returns_is_sent_and_recorded_and_it_sees_its_config(project
     assert {name: recorded[name] for name in ("path", "num_photos")} == {"path": "photos", "num_photos": 7}
     assert recorded["cost_wall_s"] > 0 and recorded["cost_peak_memory_gib"] > 0, "what it took is recorded too"
     assert num_sent(project) > 0
+
+
+def test_a_run_that_dagster_forgets_says_so_once(project: ProjectResource, capfd: pytest.CaptureFixture[str]) -> None:
+    """`dagster asset materialize` without a DAGSTER_HOME made an asset that `mllm-assets run` called "never made"."""
+
+    @step
+    def body(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
+        return dg.MaterializeResult(data_version=dg.DataVersion("1"))
+
+    parts = [dg.asset(key=["pretrained", name])(body) for name in ("one", "two")]
+    for home, times in ((TEMPORARY_HOME + "x", 1), ("home", 0)):
+        (folder := project.layout.root / home).mkdir()
+        with dg.DagsterInstance.local_temp(str(folder)) as instance:
+            assert dg.materialize(parts, instance=instance, resources={"project": project}).success
+        assert capfd.readouterr().err.count("Dagster forgets this run") == times
 
 
 def test_an_error_at_the_very_end_of_a_body_is_one_line_and_nothing_is_recorded(project: ProjectResource) -> None:

@@ -125,5 +125,5 @@ def test_a_wrong_file_is_named_with_its_line_or_entry(layout: Layout, text: str,
 
 
 def test_a_missing_file_says_what_makes_it(layout: Layout) -> None:
-    with pytest.raises(DataError, match="Materialise a dataset's dataset_info asset, or set `dataset_dir`"):
+    with pytest.raises(DataError, match="Make a dataset .mllm-assets run DATASET., or set `dataset_dir`"):
         load_entries(layout.data)

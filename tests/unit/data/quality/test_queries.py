@@ -166,7 +166,7 @@ def test_an_unknown_dataset_is_answered_with_the_known_ones(root: Path, capsys, 
 def test_a_root_without_a_database_says_what_makes_one(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path))
     assert main(["quality", "worst", "--dataset", "made"]) == 2
-    assert "Materialise a dataset's sample_quality first, or set MLLM_ASSETS_ROOT" in capsys.readouterr().err
+    assert "Make a dataset (mllm-assets run DATASET), or set MLLM_ASSETS_ROOT" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
 
 
