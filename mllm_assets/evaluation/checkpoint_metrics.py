@@ -14,6 +14,7 @@ from mllm_assets.evaluation.metrics import compute_metrics
 from mllm_assets.evaluation.scores import METRICS, in_order
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
+from mllm_assets.project.read import plain_name, why_no_latest
 from mllm_assets.training.runs.models import checkpoint_digest
 from mllm_assets.training.runs.run_file import read_starting_model
 from mllm_assets.worker.launch import run_worker
@@ -52,9 +53,12 @@ def find_run(layout: Layout, name: str) -> Path:
     Raises:
         IntegrityError: Not found. Says what can be given.
     """
-    for directory in (Path(name), layout.outputs / name, layout.outputs / name / "latest"):
+    short = plain_name(layout, name)
+    for directory in (Path(name), layout.outputs / short, layout.outputs / short / "latest"):
         if directory.is_dir() and (directory / "run.json").is_file():
             return directory.resolve()
+    if (layout.outputs / short).is_dir() or (layout.root / "configs" / f"{short}.yaml").is_file():
+        raise IntegrityError(why_no_latest(layout, short))
     raise IntegrityError(
         f"{name} is neither the directory of a training run nor a recipe that was trained below {layout.outputs}. Give "
         "one such as outputs/<recipe>/latest or <recipe>/<fingerprint>; `mllm-assets run RECIPE` makes one."

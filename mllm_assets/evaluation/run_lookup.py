@@ -8,7 +8,7 @@ from typing import Any
 from mllm_assets.artifacts import UNNAMED, is_complete, made_order, read_manifest, slug
 from mllm_assets.errors import IntegrityError, MllmAssetsError, RecipeError
 from mllm_assets.layout import Layout
-from mllm_assets.project.read import materialize_command, require_known_recipe, why_no_latest
+from mllm_assets.project.read import materialize_command, plain_name, require_known_recipe, why_no_latest
 from mllm_assets.recipe.load import load_recipe, with_config_files
 from mllm_assets.training.runs.plan import overridden, semantic_values, shown_overrides
 from mllm_assets.training.runs.run_file import spec_of_run
@@ -43,6 +43,7 @@ def find_run(layout: Layout, recipe: str, overrides: Sequence[str] = ()) -> Path
         IntegrityError: There is none. Says which there are.
         RecipeError: The overrides do not fit the recipe, or no file in `configs/` has its name.
     """
+    recipe = plain_name(layout, recipe)
     run_dir = layout.outputs / recipe
     if is_complete(run_dir):
         return run_dir.resolve()

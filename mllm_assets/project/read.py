@@ -1,5 +1,6 @@
 """The project that a command runs in, from its `pyproject.toml`."""
 
+import os
 import re
 import shlex
 import tomllib
@@ -86,6 +87,18 @@ def dev_command(project: Path) -> str:
         return "make dev"
     # in its folder dg finds a project by itself; elsewhere it is given this package's definitions
     return "dg dev" if find_root_module(project) else "dg dev -m mllm_assets.definitions"
+
+
+def plain_name(layout: Layout, name: str) -> str:
+    """The name of a recipe or of a run, `<recipe>/<fingerprint>`, where its file or its folder is given."""
+    if name.endswith((".yaml", ".yml")):
+        return slug(Path(name).stem, UNNAMED)
+    outputs = Path(os.path.abspath(layout.outputs))
+    for folder in (Path.cwd(), layout.root):
+        found = Path(os.path.abspath(folder / name))  # links are not followed, so that `latest` keeps its recipe
+        if found.is_relative_to(outputs) and found != outputs:
+            return "/".join(found.relative_to(outputs).parts[:2])
+    return name
 
 
 def why_no_latest(layout: Layout, recipe: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from mllm_assets.artifacts import is_complete, read_manifest
 from mllm_assets.errors import ModelError, nearest
 from mllm_assets.layout import Layout
-from mllm_assets.project.read import why_no_latest
+from mllm_assets.project.read import plain_name, why_no_latest
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.releases.versions import current_release, is_release, list_releases, require_intact, version_folders
 from mllm_assets.training.runs.models import HOW_TO_NAME, NamedModel, find_model
@@ -31,6 +31,8 @@ def find_named_model(name: str | Path, layout: Layout) -> NamedModel:
 
 
 def _find(text: str, layout: Layout) -> Path:
+    if text.endswith((".yaml", ".yml")):
+        text = plain_name(layout, text)
     for path in (Path(text), layout.root / text):
         if path.exists():
             return find_model(path)
@@ -45,6 +47,8 @@ def _find(text: str, layout: Layout) -> Path:
         return release.directory
     latest = layout.outputs / recipe / "latest"
     if not latest.exists():
+        if (layout.outputs / recipe).is_dir():
+            raise ModelError(why_no_latest(layout, recipe))
         known = {path.name for parent in ("outputs", "releases") for path in layout.root.glob(f"{parent}/*/")}
         hint = "".join(f"Did you mean {near}? " for near in nearest(text, known))
         raise ModelError(

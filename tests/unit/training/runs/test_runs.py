@@ -203,7 +203,10 @@ def test_a_trial_with_other_values_does_not_take_latest_and_is_found_by_them(
     point_latest(plan)
     assert find_run(layout, "r") == plan.directory.resolve()
     assert find_run(layout, "r", ["max_steps=60"]) == trial.directory.resolve()
-    assert find_run(layout, f"r/{trial.fingerprint}") == trial.directory.resolve()
+    for same in (f"r/{trial.fingerprint}", f"outputs/r/{trial.fingerprint}/", str(trial.directory)):
+        assert find_run(layout, same) == trial.directory.resolve()
+    for same in ("outputs/r", "outputs/r/latest", "configs/r.yaml"):
+        assert find_run(layout, same) == plan.directory.resolve(), "RECIPE and RUN are the same in every command"
     with pytest.raises(
         IntegrityError, match=r"r was not trained with max_steps=61\. There are runs with: max_steps=60"
     ):
