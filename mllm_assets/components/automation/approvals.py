@@ -6,6 +6,7 @@ import dagster as dg
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.components.automation.retraining import run_in_progress
+from mllm_assets.components.facts import facts_of
 from mllm_assets.components.wiring import Node
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.evaluation.gates import APPROVAL
@@ -70,7 +71,7 @@ def _approved(instance: dg.DagsterInstance, recipe: str, layout: Layout) -> Deci
     if event is None or event.asset_materialization is None:
         return "it was never evaluated"
     try:
-        subject = Subject.of(layout.root / str(event.asset_materialization.metadata["path"].value))
+        subject = Subject.of(layout.root / str(facts_of(event.asset_materialization.metadata)["path"]))
         about = [decision for decision in read_decisions(layout, recipe) if decision.subject == subject]
         releases = [(one.version, read_manifest(one.directory)) for one in list_releases(layout, recipe)]
     except MllmAssetsError as error:
