@@ -38,7 +38,7 @@ def step(body: Callable[..., Results]) -> Callable[..., Results]:
     @functools.wraps(body)  # Dagster reads the parameters off the body
     def run(context: dg.AssetExecutionContext, project: ProjectResource, **arguments: Any) -> Results:
         with as_dagster_failures():
-            if notice := _forgotten(context.run_id, Path(context.instance.root_directory)):
+            if notice := _forgotten(context.run.run_id, Path(context.instance.root_directory)):
                 context.log.warning(notice)
             with progress_to(context.log.info), measured(price_per_hour=project.price_per_hour) as usage:
                 returned = body(context, project=project, **arguments)
