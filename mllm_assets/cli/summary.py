@@ -128,6 +128,10 @@ def _samples(layout: Layout, run: Mapping[str, Any]) -> list[str]:
             f"  samples     {counts['num_raw']} raw = {counts['num_train']} train + {counts['num_val']} validation + "
             f"{counts.get('num_test', 0)} test + {counts['num_unused']} unused + {counts['num_rejected']} rejected"
         )
+        source = counts.get("spec", {}).get("source", {})
+        if not counts.get("num_test") and not source.get("val_split") and not source.get("split_column"):
+            cure = f"`num_test: {max(1, counts['num_val'])}` below `split:` in its defs.yaml makes one"
+            lines.append(f"              no test split: {cure}")
     return lines
 
 

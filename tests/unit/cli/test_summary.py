@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mllm_assets.artifacts import write_manifest
-from mllm_assets.cli.summary import summarise
+from mllm_assets.cli.summary import _samples, summarise
 from mllm_assets.errors import IntegrityError, RecipeError
 from mllm_assets.layout import Layout
 from tests.unit.evaluation.made_predictions import predictions
@@ -52,3 +52,18 @@ def test_the_first_question_is_one_that_the_model_answered_rightly_and_a_wrong_a
     assert "images/0.png --prompt 'Which animal?'" in asked[0] and asked[1].endswith("it said 'cat'")
     assert asked[3].startswith("It fails on:") and "images/5.png" in asked[3]
     assert asked[4].endswith("it said 'cow', but right is 'horse'")
+
+
+@pytest.mark.parametrize(
+    ("num_test", "source", "is_said"),
+    [(0, {}, True), (2, {}, False), (0, {"val_split": "v"}, False)],
+)
+def test_figures_without_a_test_split_say_how_to_get_one(
+    layout: Layout, num_test: int, source: dict[str, str], is_said: bool
+) -> None:
+    (layout.data / "birds").mkdir(parents=True)
+    (layout.data / "dataset_info.json").write_text('{"birds_train": {"file_name": "birds/train.json"}}')
+    counts = {"num_raw": 12, "num_train": 10, "num_val": 2, "num_test": num_test, "num_unused": 0, "num_rejected": 0}
+    write_manifest(layout.data / "birds", {**counts, "spec": {"source": source}})
+    said = _samples(layout, {"recipe": {"dataset_dir": "data"}, "data_digests": {"birds_train": "d"}})
+    assert ["no test split: `num_test: 2` below `split:`" in line for line in said[1:]] == [True] * is_said
