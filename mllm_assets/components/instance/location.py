@@ -17,7 +17,7 @@ from mllm_assets.artifacts import slug
 from mllm_assets.components.assets.checkpoint import RECIPE_FILE
 from mllm_assets.components.facts import facts_of
 from mllm_assets.components.loading import forget
-from mllm_assets.components.reporting import innermost
+from mllm_assets.components.reporting import OFF, innermost
 from mllm_assets.errors import MllmAssetsError, RecipeError, did_you_mean
 from mllm_assets.project.read import definitions_module, find_root_module
 
@@ -99,7 +99,7 @@ class Location:
         """The assets that a name asks for.
 
         It is that of a recipe (also its file), a dataset or a model: the last asset of its line; or of an asset, or a
-        pattern such as `*/sample_quality`.
+        pattern such as `*/sample_quality`, which leaves out what is switched off.
 
         Raises:
             RecipeError: There is none. Names the nearest.
@@ -112,7 +112,8 @@ class Location:
         if (model := f"{MODELS}/{_slug(name)}") in self.keys:
             return [self.keys[model]]
         if matching := [key for shown, key in self.keys.items() if "*" in name and fnmatchcase(shown, name)]:
-            return sorted(matching)
+            on = [key for key in matching if OFF not in self.repository.asset_graph.get(key).tags]
+            return sorted(on or matching)
         name = name.lstrip("+").removeprefix("key:").strip("\"'/")  # what `dg launch --assets` takes
         owner, _, asset = name.partition("/")
         known = [*self.owners, *self.keys, *(shown.rpartition("/")[2] for shown in self.keys if _is_model(shown))]

@@ -139,6 +139,17 @@ def test_a_dataset_and_a_model_are_found_by_their_names(
     assert names(planned(project, instance, name).named) == [last]
 
 
+def test_a_pattern_leaves_out_what_is_switched_off(project: Path, instance: dg.DagsterInstance) -> None:
+    """`*/raw` was refused for three datasets that nobody had asked for."""
+    [definitions] = project.glob("*/definitions.py")
+    off = 'off_asset(asset("naruto/raw"), "naruto is switched off: it needs the Hub."), asset("birds/raw"),'
+    text = definitions.read_text().replace('asset("birds/raw"),', off)
+    definitions.write_text(f"from mllm_assets.components.switches import off_asset\n{text}")
+    assert names(planned(project, instance, "*/raw").named) == ["birds/raw"]
+    with pytest.raises(RecipeError, match="naruto is switched off"):
+        planned(project, instance, "nar*/raw")
+
+
 def test_a_split_is_made_with_the_other_of_its_step(project: Path, instance: dg.DagsterInstance) -> None:
     """Dagster refuses a selection of one alone."""
     assert names(planned(project, instance, "birds/train", only=True).reasons) == ["birds/train", "birds/val"]
