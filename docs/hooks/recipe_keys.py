@@ -91,6 +91,13 @@ KEY_SENTENCES: Mapping[str, str] = {
     "data_seed": "Of the order of the rows alone.",
     "full_determinism": "Only kernels that give the same bits each time; slower.",
     "use_cpu": "Train on the CPU although there is a GPU.",
+    # preferences
+    "stage": "What a sample is: `sft`, an answer to learn; `dpo`, a preferred answer and a rejected one.",
+    "pref_beta": "How much a pair counts against the distance from the model that the run starts from.",
+    "pref_loss": "The loss of a pair; `orpo` and `simpo` need no reference.",
+    "pref_ftx": "Weight of the preferred answers' own loss, which is added.",
+    "dpo_label_smoothing": "Share of pairs that are taken to be the wrong way round.",
+    "simpo_gamma": "With `simpo`: how far the preferred answer should be ahead.",
     # evaluation during training
     "eval_strategy": "When the loss on `eval_dataset` is measured: every `eval_steps`, each epoch, or at the end.",
     "eval_steps": "Steps between evaluations; below 1 a share of all steps.",

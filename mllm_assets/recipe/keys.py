@@ -68,7 +68,6 @@ ALIASES = {
 
 
 _REFUSED = {
-    "only supervised fine-tuning is done here. Set stage: sft.": "stage:str=sft",
     "the engine trains with the optimizers that optim names. Delete the line and choose one there.": """
         use_galore:bool=false use_apollo:bool=false use_badam:bool=false use_adam_mini:bool=false use_muon:bool=false
         optim_target_modules:str?=null""",
@@ -114,6 +113,10 @@ _REFUSED = {
         auto_find_batch_size:bool=false""",
     "nothing is uploaded by a training run. Delete the line; push the released model when you want it public.": """
         push_to_hub:bool=false export_hub_model_id:str?=null push_to_hub_model_id:str?=null""",
+    "the reference is the model that the run starts from, asked once before the first step. Delete the line.": """
+        ref_model:str?=null ref_model_adapters:str?=null""",
+    "a pair counts by its pref_loss alone, each token alike. Delete the line.": """
+        pref_bco_weight:float=0.0 ld_alpha:float?=null""",
     "secrets do not belong in a recipe. Delete it here and set the environment variable HF_TOKEN.": """
         hf_hub_token:str?=null ms_hub_token:str?=null om_hub_token:str?=null hub_token:str?=null
         push_to_hub_token:str?=null swanlab_api_key:str?=null swanlab_lark_secret:str?=null
@@ -181,6 +184,7 @@ _NO_EFFECT = {
     "adapters are on linear layers, none on an embedding.": "loraplus_lr_embedding:float=1e-6",
     "the pretrained asset pins the revision.": "model_revision:str=main",
     "it belongs to a switch that is off.": """
+        ref_model_quantization_bit:int?=null
         hyper_parallel_args:str?=null fp8_backend:str=auto
         fp8_enable_fsdp_float8_all_gather:bool=false
         asft_alpha:float=0.1 eaft_alpha:float=1.0 moe_aux_loss_coef:float?=null
@@ -198,12 +202,10 @@ _NO_EFFECT = {
         hub_strategy:str=every_save hub_always_push:bool=false hub_revision:str?=null
         push_to_hub_organization:str?=null""",
     "it belongs to another training stage.": """
-        pref_beta:float=0.1 pref_ftx:float=0.0 pref_bco_weight:float=0.0 pref_loss:str=sigmoid
-        dpo_label_smoothing:float=0.0 kto_chosen_weight:float=1.0 kto_rejected_weight:float=1.0 simpo_gamma:float=0.5
-        ppo_buffer_size:int=1 ppo_epochs:int=4 ppo_score_norm:bool=false ppo_target:float=6.0
-        ppo_whiten_rewards:bool=false ref_model:str?=null ref_model_adapters:str?=null
-        ref_model_quantization_bit:int?=null reward_model:str?=null reward_model_adapters:str?=null
-        reward_model_quantization_bit:int?=null reward_model_type:str=lora ld_alpha:float?=null""",
+        kto_chosen_weight:float=1.0 kto_rejected_weight:float=1.0 ppo_buffer_size:int=1
+        ppo_epochs:int=4 ppo_score_norm:bool=false ppo_target:float=6.0 ppo_whiten_rewards:bool=false
+        reward_model:str?=null reward_model_adapters:str?=null reward_model_quantization_bit:int?=null
+        reward_model_type:str=lora""",
     "rows hold images and text only.": """
         video_max_pixels:int=65536 video_min_pixels:int=256 video_fps:float=2.0 video_maxlen:int=128
         use_audio_in_video:bool=false audio_sampling_rate:int=16000""",
@@ -252,6 +254,10 @@ def value_advice(name: str, value: Any) -> str:
         return "Set optim: adamw_8bit, or paged_adamw_8bit, which moves states off a full GPU."
     if name == "optim" and isinstance(value, str):
         return "Set optim: adamw_torch_fused, LLaMA-Factory's default."
+    if name == "stage":
+        return "Set stage: sft for answers to learn, or dpo for pairs of which one is preferred."
+    if name == "pref_loss":
+        return "Set pref_loss: sigmoid, which LLaMA-Factory 0.9.5 computes for hinge, ipo and kto_pair as well."
     if name == "flash_attn" and text == "fa3":
         return "Set flash_attn: fa2, or auto."
     if name == "finetuning_type" and text == "oft":
@@ -275,7 +281,7 @@ def repeated_notes(spec: TrainSpec) -> Iterator[str]:
 
 
 def _reasons(spec: TrainSpec) -> Iterator[tuple[str, str]]:
-    yield from spec.idle_method_keys.items()
+    yield from spec.idle_keys.items()
     is_lora = spec.finetuning_type == "lora"
     if is_lora and not spec.freeze_multi_modal_projector and not spec.additional_target:
         why = "LoRA trains adapters only, and the projector gets none; additional_target names modules that train whole"

@@ -27,6 +27,9 @@ _MOST: dict[str, float] = {
     "loraplus_lr_ratio": 10**6,
     "weight_decay": 1000,
     "neftune_noise_alpha": 10**6,
+    "pref_beta": 1000,
+    "pref_ftx": 1000,
+    "simpo_gamma": 1000,
     "num_train_epochs": 10**6,
     "logging_steps": 10**15,  # never, as some write it
     "eval_steps": 10**15,

@@ -23,10 +23,10 @@ from mllm_assets.recipe.method_keys import (
     HF_SEMANTIC,
     OPERATIONAL,
     SEMANTIC,
-    MethodKeys,
     method_problems,
     split_names,
 )
+from mllm_assets.recipe.preference_keys import PreferenceKeys, preference_problems
 from mllm_assets.recipe.ranges import range_problems
 
 LrScheduler = Literal[
@@ -56,7 +56,7 @@ class InvalidValueError(RecipeError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainSpec(MethodKeys):
+class TrainSpec(PreferenceKeys):
     """A validated recipe. Comma lists stay strings, as LLaMA-Factory writes them; read them with `split_names`."""
 
     # model
@@ -170,6 +170,7 @@ class TrainSpec(MethodKeys):
         # What LLaMA-Factory, transformers or this engine would refuse
         groups = (
             method_problems,
+            preference_problems,
             range_problems,
             _output_dir_problems,
             _conflicts,

@@ -185,7 +185,7 @@ def check_directory(data_dir: Path, media_dir: Path | None = None) -> Iterator[E
 
 @doing("check rows and their images")
 def _check_entry(data_dir: Path, entry: EntryInfo, media_dir: Path | None) -> EntryReport:
-    problems = entry_problems(entry)
+    problems = entry_problems(entry, with_pairs=True)
     warnings: list[str] = []
     users: dict[str, str] = {}  # the first row of each image
     num_rows = 0

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ FORMATTINGS = ("sharegpt", "openai", "alpaca")
 UNSUPPORTED_COLUMNS = ("tools", "videos", "audios")
 # columns that may be missing in a row, and so are missing without a word in all where their name is wrong
 _QUIET_COLUMNS = ("system", "history", *UNSUPPORTED_COLUMNS)
+PAIR = ("chosen", "rejected")  # columns of a pair's answers
 IMAGE_NAMES = ("images", "image")  # columns that hold images whatever an entry says
 _OWN_TAGS = {
     "role_tag": "role", "content_tag": "content", "user_tag": USER, "assistant_tag": ASSISTANT, "system_tag": SYSTEM
@@ -40,6 +41,7 @@ class Row:
     messages: tuple[Message, ...]
     images: tuple[Path, ...]
     label: str | None = None
+    rejected: Message | None = None  # of a pair, whose last message is the preferred answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +74,13 @@ class RowProblem:
     text: str
 
 
-def rows_of_entry(data_dir: Path, entry: EntryInfo) -> Iterator[FileRow]:
-    """The rows of an entry's file.
+def rows_of_entry(data_dir: Path, entry: EntryInfo, *, with_pairs: bool = False) -> Iterator[FileRow]:
+    """The rows of an entry's file; of pairs only where the reader knows both answers.
 
     Raises:
         DataError: The entry or its file cannot be used, or, after the last row, a column that it names is in none.
     """
-    if problems := entry_problems(entry):
+    if problems := entry_problems(entry, with_pairs=with_pairs):
         raise DataError(all_of(f"{data_dir}: {problem}" for problem in problems))
     unseen = {entry.columns[column]: column for column in _QUIET_COLUMNS if column in entry.columns}
     unread = () if "images" in entry.columns else [name for name in IMAGE_NAMES if name not in entry.columns.values()]
@@ -110,12 +112,12 @@ def parse_rows(
     if media_dir is not None and not media_dir.is_dir():
         raise DataError(f"media_dir: there is no folder {media_dir}. Correct media_dir, or create the folder.")
     folder = Pictured(data_dir, media_dir, MediaFolders([media_dir] if media_dir else [], [data_dir]))
-    for index, row in enumerate(rows_of_entry(data_dir, entry)):
+    for index, row in enumerate(rows_of_entry(data_dir, entry, with_pairs=True)):
         problems = [] if row.problem is None else [row.problem]
         yield None if problems else _parse_row(row, index, entry, folder, problems), problems
 
 
-def entry_problems(entry: EntryInfo) -> list[str]:
+def entry_problems(entry: EntryInfo, *, with_pairs: bool = False) -> list[str]:
     """Why an entry cannot be trained on, whatever its rows are."""
     name = f"Entry {entry.name!r}"
     problems = []
@@ -128,12 +130,17 @@ def entry_problems(entry: EntryInfo) -> list[str]:
         problems.append(
             f"{name} has the formatting {entry.formatting!r}; expected one of {', '.join(FORMATTINGS)}. Correct it."
         )
-    if entry.ranking:
+    pair = [column for column in PAIR if column in entry.columns]
+    if entry.ranking and not with_pairs:
         problems.append(f"{name} sets `ranking`, which is for preference training. Use a dataset for `stage: sft`.")
-    if pair := [column for column in ("chosen", "rejected") if column in entry.columns]:
+    elif entry.ranking and len(pair) < 2:
+        problems.append(
+            f'{name} sets `ranking`, and `columns` does not name both answers. Add "chosen" and "rejected" to it.'
+        )
+    if pair and not entry.ranking:
         problems.append(
             f"{name} has the columns {' and '.join(pair)}, which are for preference training. Remove them from "
-            "`columns` if another column holds the one answer to learn."
+            "`columns` if another column holds the one answer to learn, or set `ranking` for a recipe of stage: dpo."
         )
     for block, found, known in (("columns", entry.columns, COLUMNS), ("tags", entry.tags, DEFAULT_TAGS)):
         problems += [
@@ -259,8 +266,12 @@ def _parse_row(row: FileRow, index: int, entry: EntryInfo, folder: Pictured, pro
         return None
     row_id = value["id"] if isinstance(value.get("id"), str) else f"{entry.name}[{index}]"
     place = f"{place} ({row_id})" if isinstance(value.get("id"), str) else place
-    messages, in_parts, found = read_messages(value, entry, place)
-    problems += [problem.text for problem in found]
+    rejected, found = None, []
+    if entry.ranking:
+        rejected = _rejected(value, entry, place, found)
+        value, entry = _with_chosen(value, entry)
+    messages, in_parts, others = read_messages(value, entry, place)
+    problems += [problem.text for problem in (*found, *others)]
     images = _parse_images(value, in_parts, entry, place, folder, problems)
     if problems:
         return None
@@ -279,7 +290,33 @@ def _parse_row(row: FileRow, index: int, entry: EntryInfo, folder: Pictured, pro
             f"{IMAGE_PLACEHOLDER} into the user message for each image."
         )
     label = value.get("label")
-    return Row(row_id, messages, images, label if isinstance(label, str) else None)
+    return Row(row_id, messages, images, label if isinstance(label, str) else None, rejected)
+
+
+def _with_chosen(value: Mapping[str, Any], entry: EntryInfo) -> tuple[Mapping[str, Any], EntryInfo]:
+    """A pair as a row of its preferred answer."""
+    if entry.formatting == "alpaca":
+        return value, replace(entry, columns={**entry.columns, "response": entry.columns["chosen"]})
+    column = entry.columns.get("messages", "conversations")
+    turns = value.get(column)
+    return {**value, column: [*turns, value.get(entry.columns["chosen"])] if isinstance(turns, list) else turns}, entry
+
+
+def _rejected(value: Mapping[str, Any], entry: EntryInfo, place: str, problems: list[RowProblem]) -> Message | None:
+    """The other answer of a pair."""
+    column = entry.columns["rejected"]
+    turn: Any = value.get(column)
+    tags, where = entry.tags, f"{place}, {column!r}"
+    if entry.formatting == "alpaca":
+        turn, tags = {"role": ASSISTANT, "content": turn}, _OWN_TAGS
+    if not _is_turn_of(ASSISTANT, turn, tags, entry, where, problems):
+        return None
+    pictures: list[Any] = []
+    text = _text(turn[tags.get("content_tag", "value")], where, problems, pictures)
+    if pictures or IMAGE_PLACEHOLDER in text:
+        problem = f"{where}: an answer cannot show a picture. Take it out, or move it into the question."
+        problems.append(RowProblem("messages_unreadable", problem))
+    return Message(ASSISTANT, text)
 
 
 def _with_placeholders(messages: tuple[Message, ...], num_images: int) -> tuple[Message, ...]:

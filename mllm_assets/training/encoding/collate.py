@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Inputs of the families' towers; the image processors return counts and layouts as well
 TOWER_INPUTS = ("pixel_values", "image_grid_thw", "image_position_ids", "pixel_attention_mask")
+REFERENCE = "reference_logps"  # of the answers of pairs: the preferred ones, then the others
 NUM_CROPS = "num_crops"  # of each image, where parts of them are shown
 
 
@@ -56,6 +57,11 @@ class Padding:
 
     side: Literal["right", "left"] = "right"
     multiple_of: int = 8
+
+
+def side_by_side(rows: Sequence[EncodedRow]) -> Sequence[EncodedRow]:
+    """What the model reads of rows: of pairs all preferred answers, and then the others."""
+    return [*rows, *(row.rejected for row in rows if row.rejected is not None)]
 
 
 class Collator:
@@ -101,7 +107,7 @@ class Collator:
         self.digests: FileDigests | None = None  # of images that are refused if they changed when they are read
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-        """Collate at least one row.
+        """Collate at least one row; of pairs B is twice their number, as in `side_by_side`.
 
         Returns:
             input_ids_BT, attention_mask_BT, labels_BT (int64, -100 where nothing is learned); for families that want
@@ -121,6 +127,7 @@ class Collator:
             Gemma 3 needs token_type_ids while training: huggingface/trl#5807. Without them no error is raised, but
             image tokens do not attend to each other.
         """
+        pairs, rows = rows, side_by_side(rows)
         has_images = any(row.images for row in rows)
         needs_no_blank = has_images or self.padding.side == "left" or self.hidden_states is not None
         num_blank = 0 if needs_no_blank else self._blank_slot.num_tokens
@@ -151,6 +158,9 @@ class Collator:
             self._require_a_feature_for_each_token(input_ids_BT, len(batch["pixel_values"]), rows)
         if self.select_logits:
             batch |= self._supervised(labels_BT, rows)
+        if any(row.reference for row in pairs):
+            known = [row.reference or () for row in pairs]
+            batch[REFERENCE] = torch.tensor([logps[side] for side in range(2) for logps in known])
         return batch
 
     def _supervised(self, labels_BT: torch.Tensor, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ Source: llamafactory 0.9.5, `data/mm_plugin.py` and `data/processor/supervised.p
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from mllm_assets.training.encoding.turns import (
     Turn,
     TurnTokenizer,
     kept_lengths,
+    shared_room,
     smallest_cutoff_len,
 )
 
@@ -45,7 +46,8 @@ class EncodedRow:
     `grids_thw` has the images' patches in time, height and width, for models that need them; `num_patches` is how many
     the tower sees of all images, None if it is the same for every image; `num_crops` are the parts of images that it
     sees beside them; `positions` restart at each row of a packed
-    sequence, and are empty if rows are not packed.
+    sequence, and are empty if rows are not packed. Of a pair the row is the preferred answer, `rejected` the same
+    question with the other, and `reference` the two answers' log-probabilities in the model that the run starts from.
     """
 
     id: str
@@ -57,6 +59,8 @@ class EncodedRow:
     num_patches: int | None = None
     num_crops: int = 0
     positions: "array[int]" = field(default_factory=no_tokens)
+    rejected: "EncodedRow | None" = None
+    reference: tuple[float, float] | None = None
 
     @classmethod
     def of_picture(cls, path: Path, row_id: str) -> "EncodedRow":
@@ -67,6 +71,11 @@ class EncodedRow:
     def num_supervised(self) -> int:
         """How many of its tokens are learnt."""
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
+
+    @property
+    def sequences(self) -> tuple["EncodedRow", ...]:
+        """What the model reads of it."""
+        return (self,) if self.rejected is None else (replace(self, rejected=None), self.rejected)
 
 
 class ImageCutError(DataError):
@@ -146,6 +155,41 @@ class Encoder:
                 f"off ({num_tokens_cut} tokens). Raise cutoff_len or drop the row."
             )
         return encoded
+
+    def encode_pair(self, row: "Row") -> EncodedRow:
+        """Encode a row's last answer, which is preferred, and its `rejected` one after the same question.
+
+        Source: llamafactory 0.9.5, `PairwiseDatasetProcessor`.
+
+        Raises:
+            DataError: As `encode`, and where `cutoff_len` cuts into an image.
+        """
+        assert row.rejected is not None, "the entry sets `ranking`"
+        slots, answers = self._image_slots(row), []
+        for answer in (row.messages[-1], row.rejected):
+            *earlier, (question, target) = self._turns(
+                replace(row, messages=(*row.messages[:-1], answer)), slots, for_last_answer=True
+            )
+            prompt = self._leading_images(slots)
+            prompt += [token for source, told in earlier for token in source + told] + question
+            answers.append((prompt, target))
+        longest = max(len(target) for _, target in answers)
+        num_prompt, num_answer = shared_room(len(answers[0][0]), longest, self.cutoff_len)
+        if self._end_of_images(answers[0][0]) > num_prompt:
+            raise DataError(f"Row {row.id} is cut inside its images: cutoff_len is {self.cutoff_len}. Raise it.")
+        chosen, rejected = (
+            self._row(
+                row,
+                slots,
+                prompt[:num_prompt] + target[:num_answer],
+                [IGNORE_INDEX] * len(prompt[:num_prompt]) + target[:num_answer],
+                len(prompt[num_prompt:]) + len(target[num_answer:]),
+            )
+            for prompt, target in answers
+        )
+        if not chosen.num_supervised or not rejected.num_supervised:
+            raise DataError(f"Row {row.id} has an empty answer. Write both answers of the pair, or drop the row.")
+        return replace(chosen, rejected=rejected)
 
     def encode_prompt(self, row: "Row") -> EncodedRow:
         """Encode what precedes a row's last answer, up to where the model answers; all labels are -100.

@@ -52,7 +52,8 @@ class Inputs:
 
     @property
     def rows(self) -> list[EncodedRow]:
-        return [*self.train_rows, *self.eval_rows]
+        """Every sequence that the model reads."""
+        return [sequence for row in (*self.train_rows, *self.eval_rows) for sequence in row.sequences]
 
 
 def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, reporter: "Reporter") -> Inputs:
@@ -185,6 +186,8 @@ def read_rows(spec: TrainSpec, dataset: Dataset) -> list[list[Row]]:
     Raises:
         DataError, RecipeError: What must change.
     """
+    for name in (*spec.train_entries, *spec.eval_entries):
+        _require_kind(name, dataset, spec)
 
     def merged(entries: Sequence[str]) -> list[Row]:
         return mixed([dataset.entry(name).rows[: spec.max_samples] for name in entries], spec)
@@ -197,6 +200,20 @@ def read_rows(spec: TrainSpec, dataset: Dataset) -> list[list[Row]]:
     return [train_rows, merged(spec.eval_entries) if spec.eval_entries else held_out]
 
 
+def _require_kind(name: str, dataset: Dataset, spec: TrainSpec) -> None:
+    if dataset.entry(name).info.ranking == spec.learns_pairs:
+        return
+    if spec.learns_pairs:
+        raise RecipeError(
+            f"stage is dpo, which learns pairs of answers, and the entry {name} has none: it does not set `ranking`. "
+            "Name an entry of pairs, or set stage: sft."
+        )
+    raise RecipeError(
+        f"The entry {name} sets `ranking`: its rows are pairs of answers, which stage: sft does not learn. Set stage: "
+        "dpo, or name an entry of answers."
+    )
+
+
 def encode_rows(encoder: Encoder, rows: Sequence[Row], spec: TrainSpec, reporter: "Reporter") -> list[EncodedRow]:
     """Encode rows.
 
@@ -206,7 +223,7 @@ def encode_rows(encoder: Encoder, rows: Sequence[Row], spec: TrainSpec, reporter
     encoded, cut = [], []
     for row in shown(rows, "encode", reporter):
         try:
-            encoded.append(encoder.encode(row))
+            encoded.append(encoder.encode_pair(row) if spec.learns_pairs else encoder.encode(row))
         except ImageCutError as error:
             cut.append(error)
     if cut:

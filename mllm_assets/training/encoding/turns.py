@@ -161,7 +161,7 @@ def kept_lengths(lengths: Sequence[Lengths], room: int, *, last_first: bool = Fa
     for index in reversed(range(len(lengths))) if last_first else range(len(lengths)):
         if room <= 0:
             break
-        kept[index] = _shared(*lengths[index], room)
+        kept[index] = shared_room(*lengths[index], room)
         room -= sum(kept[index])
     return kept
 
@@ -178,8 +178,11 @@ def smallest_cutoff_len(rows: Iterable[ImageTurns], above: int, *, last_first: b
     return candidate
 
 
-def _shared(source_len: int, target_len: int, room: int) -> Lengths:
-    """`infer_seqlen`: the shorter half is kept completely if possible."""
+def shared_room(source_len: int, target_len: int, room: int) -> Lengths:
+    """How many tokens of a question and of its answer stay: the shorter is kept completely if possible.
+
+    Source: llamafactory 0.9.5, `infer_seqlen`.
+    """
     if target_len * 2 < room:
         max_target_len = room
     elif source_len * 2 < room:

@@ -35,10 +35,11 @@ from mllm_assets.training.loop.checkpoints import (
     seed_run,
 )
 from mllm_assets.training.loop.optimizers import require_optimizer
+from mllm_assets.training.loop.pair_tuner import make_tuner
+from mllm_assets.training.loop.preferences import require_one_process
 from mllm_assets.training.loop.reporting import trainable_lines
 from mllm_assets.training.loop.trainer import (
     FineTuner,
-    make_trainer,
     require_distribution,
     run_training,
     training_facts,
@@ -147,6 +148,7 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
     require_distribution(task.recipe, reporter)
     require_kernels(task.recipe, device.kind)
     require_optimizer(task.recipe, device.kind)
+    require_one_process(task.recipe)
     for note in precision.quantization.notes(device.kind) if precision.quantization else ():
         reporter.warn(note)
     digests = FileDigests()
@@ -181,7 +183,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
     cure = "End other programs on the device, or set feature_cache: false for the recipe."
     with out_of_memory_is_an_error("while the model was loaded and its frozen parts' output was cached", cure):
         collator, model = fill_caches(plan, setup, reporter)
-        collator.selects_by_mask = setup.device.kind == "cpu"
+        collator.selects_by_mask = setup.device.kind == "cpu" and not setup.spec.learns_pairs
         set_seed(setup.spec.seed)
         trainable = freezing.apply(setup.spec, model, setup.adapters)
     del model
@@ -194,7 +196,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
     install_kernels(trainable.model, setup.spec)
 
     resumable = clean_and_find_resumable(task.run_dir, task.resume_from, setup.spec, reporter)
-    trainer = make_trainer(setup, task.run_dir, trainable, collator, resumable, reporter)
+    trainer = make_tuner(setup, task.run_dir, trainable, collator, resumable, reporter)
     if trainer.is_world_process_zero():
         start = StartingModel(task.model_dir, task.pretrained_fingerprint, setup.spec, task.adapters)
         record_starting_model(task.run_dir, start)

@@ -109,6 +109,9 @@ def inspect(recipe: Recipe, root: Path, *, row: int = 0, device: str = "auto", c
     yield from _image_lines(shown, make_collator(recipe.spec, processor), processor, image_dir)
     yield "supervised tokens in green:" if colour else "supervised tokens in [[double brackets]]:"
     yield token_text(shown, processor, colour=colour)
+    if shown.rejected is not None:
+        yield f"the rejected answer, {row_facts(shown.rejected)}:"
+        yield token_text(shown.rejected, processor, colour=colour)
     yield ""
     yield from trainable_lines(seen.setup.shape.table, seen.setup.shape.num_params)
     yield ""

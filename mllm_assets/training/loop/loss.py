@@ -21,6 +21,25 @@ BLOCK = {"cpu": 2048}  # of the vocabulary; on other devices LOSS_BLOCK
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # what accelerate sets for its workers
 
 
+def _read_blocks(
+    hidden_SH: torch.Tensor, weight_VH: torch.Tensor, *, needs_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logarithm of the sum of the logits' exponentials, and the head's rows in the mean of their softmax."""
+    highest_S1 = torch.full((len(hidden_SH), 1), float("-inf"), device=hidden_SH.device)
+    total_S1 = torch.zeros_like(highest_S1)
+    mean_SH = torch.zeros_like(hidden_SH, dtype=torch.float32)
+    for block_BH in weight_VH.split(BLOCK.get(hidden_SH.device.type, LOSS_BLOCK)):
+        logits_SB = (hidden_SH @ block_BH.T).float()
+        new_S1 = torch.maximum(highest_S1, logits_SB.amax(dim=1, keepdim=True))
+        shrink_S1 = (highest_S1 - new_S1).exp_()
+        weights_SB = logits_SB.sub_(new_S1).exp_()
+        total_S1 = total_S1 * shrink_S1 + weights_SB.sum(dim=1, keepdim=True)
+        if needs_grad:
+            mean_SH = mean_SH * shrink_S1 + (weights_SB.to(block_BH.dtype) @ block_BH).float()
+        highest_S1 = new_S1
+    return (highest_S1 + total_S1.log()).squeeze(1), mean_SH / total_S1
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     """Mean loss in nats; the gradient is made on the way, where there is one."""
 
@@ -28,35 +47,42 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_SH: torch.Tensor, weight_VH: torch.Tensor, labels_S: torch.Tensor, label_smoothing: float
     ) -> torch.Tensor:
-        needs_grad = ctx.needs_input_grad[0]
         hidden_SH = hidden_SH.to(weight_VH.dtype)
         counts_S = labels_S >= 0
         num = counts_S.sum()  # stays on the device: nothing waits for it
-        highest_S1 = torch.full((len(labels_S), 1), float("-inf"), device=hidden_SH.device)
-        total_S1 = torch.zeros_like(highest_S1)
-        mean_SH = torch.zeros_like(hidden_SH, dtype=torch.float32)
-        for block_BH in weight_VH.split(BLOCK.get(hidden_SH.device.type, LOSS_BLOCK)):
-            logits_SB = (hidden_SH @ block_BH.T).float()
-            new_S1 = torch.maximum(highest_S1, logits_SB.amax(dim=1, keepdim=True))
-            shrink_S1 = (highest_S1 - new_S1).exp_()
-            weights_SB = logits_SB.sub_(new_S1).exp_()
-            total_S1 = total_S1 * shrink_S1 + weights_SB.sum(dim=1, keepdim=True)
-            if needs_grad:
-                mean_SH = mean_SH * shrink_S1 + (weights_SB.to(block_BH.dtype) @ block_BH).float()
-            highest_S1 = new_S1
+        total_S, mean_SH = _read_blocks(hidden_SH, weight_VH, needs_grad=ctx.needs_input_grad[0])
         target_SH = weight_VH[labels_S.clamp(min=0)]
         if label_smoothing:  # the mean of all logits is the product with the mean of all rows
             mean_H = weight_VH.mean(dim=0, dtype=torch.float32).to(weight_VH.dtype)
             target_SH = torch.lerp(target_SH, mean_H, label_smoothing)
         target_logits_S = torch.linalg.vecdot(hidden_SH, target_SH).float()
-        if needs_grad:
-            ctx.save_for_backward((mean_SH / total_S1 - target_SH.float()) * counts_S[:, None] / num)
-        return (((highest_S1 + total_S1.log()).squeeze(1) - target_logits_S) * counts_S).sum() / num
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((mean_SH - target_SH.float()) * counts_S[:, None] / num)
+        return ((total_S - target_logits_S) * counts_S).sum() / num
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (grad_SH,) = ctx.saved_tensors
         return grad_SH * grads[0], None, None, None
+
+
+class _FrozenHeadLosses(torch.autograd.Function):
+    """The loss of each position in nats, 0 without a label."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_SH: torch.Tensor, weight_VH: torch.Tensor, labels_S: torch.Tensor) -> torch.Tensor:
+        hidden_SH = hidden_SH.to(weight_VH.dtype)
+        counts_S = labels_S >= 0
+        total_S, mean_SH = _read_blocks(hidden_SH, weight_VH, needs_grad=ctx.needs_input_grad[0])
+        target_SH = weight_VH[labels_S.clamp(min=0)]
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((mean_SH - target_SH.float()) * counts_S[:, None])
+        return (total_S - torch.linalg.vecdot(hidden_SH, target_SH).float()) * counts_S
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (grad_SH,) = ctx.saved_tensors
+        return grad_SH * grads[0][:, None], None, None
 
 
 class _NoHead(nn.Module):
@@ -75,6 +101,23 @@ def frozen_head_loss(
     """
     with torch.autocast(hidden_SH.device.type, enabled=False):
         return _FrozenHeadLoss.apply(hidden_SH, weight_VH, labels_S, label_smoothing)  # pyright: ignore[reportReturnType]
+
+
+def token_losses(model: Any, made_BSX: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each position in nats, 0 without a label.
+
+    Args:
+        model: Without LoRA around it.
+        made_BSX: What it returns as logits: those, or hidden states where `install` took the output layer.
+        labels_BS: -100 where nothing is learnt.
+    """
+    labels_S = labels_BS.flatten()
+    if isinstance(model.lm_head, _NoHead):
+        with torch.autocast(made_BSX.device.type, enabled=False):
+            losses_S: Any = _FrozenHeadLosses.apply(made_BSX.flatten(0, -2), model._frozen_head[0].weight, labels_S)
+    else:
+        losses_S = functional.cross_entropy(made_BSX.flatten(0, -2).float(), labels_S, reduction="none")
+    return losses_S.view_as(labels_BS)
 
 
 def install(model: Any, *, label_smoothing: float = 0.0, keeps_head: bool = False) -> bool:

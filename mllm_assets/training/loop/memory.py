@@ -114,7 +114,7 @@ def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEsti
         state.nbytes for p in trains for state in kept_states(optim, p.to("meta"), is_embedding=id(p) in embedded)
     )
     width = 4 if setup.precision.weights == torch.float32 else 2
-    batch = setup.spec.per_device_train_batch_size
+    batch = setup.spec.per_device_train_batch_size * (2 if setup.spec.learns_pairs else 1)
     text, vision = model.config.text_config, model.config.vision_config
     kept = _kept(batch * max(len(row.input_ids) for row in rows), text, text.num_hidden_layers, checkpointed) * width
     # what the tower sees of a row; families whose images all have as many patches do not count them

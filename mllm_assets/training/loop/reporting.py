@@ -109,6 +109,8 @@ class RunLog(TrainerCallback):
             "total_steps": state.max_steps,
             "loss": logs.get("loss"),
             **{key: logs[key] for key in measured_losses(logs)},
+            "accuracy": logs.get("rewards/accuracies"),
+            **{key: value for key, value in logs.items() if "rewards/" in key or "logps/" in key},
             "lr": logs.get("learning_rate"),
             "epoch": state.epoch,
             "percentage": round(state.global_step / max(state.max_steps, 1) * 100, 2),

@@ -76,7 +76,7 @@ class _BatchSize:
     def of(cls, setup: Setup) -> "_BatchSize":
         rows, image_token = setup.inputs.rows, base_model(setup.shape.model).config.image_token_id
         return cls(
-            num_rows=setup.spec.per_device_train_batch_size,
+            num_rows=setup.spec.per_device_train_batch_size * (2 if setup.spec.learns_pairs else 1),
             num_tokens=-(-max(len(row.input_ids) for row in rows) // 8) * 8,
             num_supervised=max(row.num_supervised for row in rows),
             num_images=max(len(row.images) + row.num_crops for row in rows),

@@ -1,7 +1,7 @@
 """transformers' `Trainer` with the recipe's arguments, LLaMA-Factory's loss and this project's reporting."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,7 +164,7 @@ class FineTuner(DeltaTrainer):
 
 def with_sample_ids(collator: Collator, rows: Sequence[EncodedRow]) -> dict[str, Any]:
     """Collate rows and add their ids and number of tokens, for messages and counts; they never reach the model."""
-    num_tokens = sum(len(row.input_ids) for row in rows)
+    num_tokens = sum(len(sequence.input_ids) for row in rows for sequence in row.sequences)
     return {**collator(rows), SAMPLE_IDS: [row.id for row in rows], NUM_TOKENS: num_tokens}
 
 
@@ -200,11 +200,12 @@ def make_trainer(
     collator: Collator,
     resumable: Resumable,
     reporter: "Reporter",
+    kind: Callable[..., FineTuner] = FineTuner,
 ) -> FineTuner:
     """Return a trainer with the recipe's arguments and this project's reporting."""
     args = _arguments(setup, run_dir, base_model(trainable.model))
     base_model(trainable.model).config.text_config.use_cache = False  # the top-level flag is not enough
-    trainer = FineTuner(
+    trainer = kind(
         model=trainable.model,
         args=args,
         data_collator=partial(with_sample_ids, collator),

@@ -281,7 +281,7 @@ def point_latest(plan: RunPlan) -> None:
 def semantic_values(spec: TrainSpec) -> dict[str, Any]:
     """The fields that decide which weights come out."""
     scopes = {"semantic", "selection"} if spec.evaluation_selects else {"semantic"}
-    idle = set(spec.idle_method_keys)
+    idle = set(spec.idle_keys)
     if not spec.packs:
         idle |= {"preprocessing_batch_size", "preprocessing_num_workers"}
     if len(spec.train_entries) == 1 and len(spec.eval_entries) < 2:

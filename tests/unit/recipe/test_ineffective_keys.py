@@ -40,6 +40,12 @@ BASE = "model_name_or_path: m\ndataset: d\ntemplate: gemma3\ndo_train: true\n"
             "val_size: 0.1",
             "val_size has no effect: eval_strategy is no: its rows are held out all the same, and not evaluated.",
         ),
+        ("pref_beta: 0.3", "pref_beta has no effect: stage is sft, not dpo."),
+        (
+            "stage: dpo\nlora_dropout: 0.1",
+            "lora_dropout has no effect: stage is dpo, where nothing is dropped: both answers are compared with the "
+            "reference.",
+        ),
         (
             "eval_on_each_dataset: true",
             "eval_on_each_dataset has no effect: no eval_dataset is evaluated while training.",

@@ -84,7 +84,26 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "quantization_method: hqq",
             "r.yaml:5: quantization_method is not supported with this value: only bitsandbytes quantises here. Set",
         ),
-        ("stage: dpo", "r.yaml:5: stage is not supported with this value: only supervised fine-tuning is done here."),
+        (
+            "stage: kto",
+            "r.yaml:5: stage: expected one of sft, dpo, got the text 'kto'. Set stage: sft for answers to learn, or "
+            "dpo for pairs of which one is preferred.",
+        ),
+        (
+            "stage: dpo\npref_loss: ipo",
+            "r.yaml:6: pref_loss: expected one of sigmoid, orpo, simpo, got the text 'ipo'. Set pref_loss: sigmoid, "
+            "which LLaMA-Factory 0.9.5 computes for hinge, ipo and kto_pair as well.",
+        ),
+        ("stage: dpo\npacking: true", "r.yaml:6: packing is for stage: sft, and stage is dpo. Delete the line."),
+        (
+            "stage: dpo\npissa_init: true",
+            "r.yaml:6: pissa_init changes the base, and the reference of stage: dpo is the base without its adapters.",
+        ),
+        (
+            "stage: dpo\npref_loss: orpo\ndpo_label_smoothing: 0.1",
+            "r.yaml:7: dpo_label_smoothing is of pref_loss: sigmoid, and pref_loss is orpo. Delete one of the two.",
+        ),
+        ("pref_beta: 0", "r.yaml:5: pref_beta is 0: expected a number above 0. Change it or delete the line."),
         (
             "pissa_init: true\nquantization_bit: 4",
             "r.yaml:5: pissa_init takes the adapters out of the base's weights, and quantization_bit holds those in",

@@ -118,7 +118,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, rows: Any, message: str) -> None:
     [
         ({"formatting": "chatml"}, "has the formatting 'chatml'; expected one of sharegpt, openai, alpaca"),
         ({"hf_hub_url": "a/b"}, "sets `hf_hub_url`, but datasets are read from local files here"),
-        ({"ranking": True}, "sets `ranking`, which is for preference training"),
+        ({"ranking": True}, "sets `ranking`, and `columns` does not name both answers"),
         ({"split": "train[:10]"}, "sets `split` to 'train[:10]', expected 'train'"),
         ({"num_samples": 3}, "sets `num_samples`, which draws rows at random"),
         ({"file_name": "rows.csv"}, "There is no file"),
@@ -128,6 +128,38 @@ def test_a_wrong_row_is_named(tmp_path: Path, rows: Any, message: str) -> None:
 )
 def test_a_wrong_entry_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     assert message in failing(tmp_path, [row()], {**ENTRY, **change})
+
+
+PAIR = {"chosen": TURNS[1], "rejected": {"role": "assistant", "content": "Another."}}
+COLUMNS = {"messages": "messages", "images": "images", "chosen": "chosen", "rejected": "rejected"}
+
+
+@pytest.mark.parametrize("formatting", ["sharegpt", "alpaca"])
+def test_a_pair_is_its_preferred_answer_and_the_rejected_one(tmp_path: Path, formatting: str) -> None:
+    """What LLaMA-Factory reads with `ranking`."""
+    entry = {**ENTRY, "ranking": True, "columns": COLUMNS}
+    rows: list[dict[str, Any]] = [{"messages": TURNS[:1], "images": ["images/a.png"], **PAIR}]
+    if formatting == "alpaca":
+        entry = {"file_name": "rows.json", "ranking": True, "columns": {**COLUMNS, "prompt": "asked"}}
+        rows = [{"asked": "<image>What?", "images": ["images/a.png"], "chosen": "That.", "rejected": "Another."}]
+    [read] = Dataset(write(tmp_path, rows, entry)).entry("rows").rows
+    assert [message.content for message in read.messages] == ["<image>What?", "That."]
+    assert read.rejected is not None and read.rejected.content == "Another."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": None}, "'rejected': expected an object with 'role' and 'content'"),
+        ({"rejected": TURNS[0]}, "'rejected': expected the role 'assistant', got 'user'"),
+        ({"rejected": {**TURNS[1], "content": "<image>"}}, "'rejected': an answer cannot show a picture"),
+        ({"chosen": TURNS[0]}, "message 1: expected the role 'assistant', got 'user'"),
+        ({"messages": TURNS}, "message 2: expected the role 'user', got 'assistant'"),
+    ],
+)
+def test_a_wrong_pair_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    rows = [{"messages": TURNS[:1], "images": ["images/a.png"], **PAIR, **change}]
+    assert message in failing(tmp_path, rows, {**ENTRY, "ranking": True, "columns": COLUMNS})
 
 
 def test_an_image_behind_a_link_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:

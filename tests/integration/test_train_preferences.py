@@ -1,0 +1,126 @@
+"""Learning from pairs of answers: LLaMA-Factory's rows, losses and rewards, from cached features, resumed exactly."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.errors import RecipeError
+from mllm_assets.recipe.load import load_recipe
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.inputs import read_inputs
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.training.loop.preferences import REFERENCE_FILE
+from mllm_assets.worker.protocol import Reporter
+from tests.interruption import EXACT_FILES
+from tests.worker_tasks import training
+
+pytestmark = pytest.mark.integration
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RECORDED = sorted(path.stem for path in (GOLDEN / "preferences").glob("*.json"))
+QUICK = {"lora", "evaluated", "projector"}
+MEASURED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "num_train_epochs": 2}
+
+
+def spec_of(config: dict[str, Any], folder: Path, **overrides: Any) -> TrainSpec:
+    """Read the recipe as a user's file is read."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**config, "model_name_or_path": "model", **overrides}))
+    return load_recipe(path).spec
+
+
+def trained(spec: TrainSpec, parity_dir: Path, run_dir: Path, **fields: Any) -> list[dict[str, Any]]:
+    """Train, and return the lines of the log."""
+    task = training(spec, model_dir=parity_dir / "model", data_dir=parity_dir / "data", run_dir=run_dir, **fields)
+    train_task(task, Reporter())
+    return [json.loads(line) for line in (run_dir / "trainer_log.jsonl").read_text().splitlines()]
+
+
+def require_equal(spec: TrainSpec, lines: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> None:
+    """A reward is `pref_beta` times the difference of two sums of some hundred nats, in 32 bits."""
+    for kind, prefix in (("loss", ""), ("eval_loss", "eval_")):
+        ours, theirs = ([line for line in some if kind in line] for some in (lines, recorded))
+        tolerances = {kind: 2e-5, **{f"{prefix}{name}": 2e-4 * spec.pref_beta for name in MEASURED}}
+        tolerances |= {f"{prefix}logps/chosen": 2e-4, f"{prefix}logps/rejected": 2e-4}
+        for key, tolerance in tolerances.items():
+            assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], abs=tolerance), key
+
+
+def as_recorded(row: EncodedRow) -> dict[str, list[int]]:
+    sides = zip(("chosen", "rejected"), row.sequences, strict=True)
+    names = ("input_ids", "labels")
+    return {f"{side}_{name}": list(getattr(one, name)) for side, one in sides for name in names}
+
+
+def test_rows_losses_and_rewards_equal_llamafactorys(parity_dir: Path, tmp_path: Path) -> None:
+    reference = json.loads((parity_dir / "reference" / "dpo_lora.json").read_text())
+    spec = spec_of(reference["config"], tmp_path)
+    rows = read_inputs(spec, parity_dir / "model", Dataset(parity_dir / "data"), Reporter()).train_rows
+    encoded = [as_recorded(row) for row in rows]
+    for sample in reference["samples"]:
+        assert {key: sample[key] for key in encoded[0]} in encoded
+    lines = trained(spec, parity_dir, tmp_path / "run")
+    require_equal(spec, lines, [log for log in reference["logs"] if "loss" in log])
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in RECORDED]
+)
+def test_every_loss_of_pairs_is_llamafactorys(parity_dir: Path, tmp_path: Path, case: str) -> None:
+    recorded = json.loads((GOLDEN / "preferences" / f"{case}.json").read_text())
+    spec = spec_of(recorded["config"], tmp_path)
+    rows = read_inputs(spec, parity_dir / "model", Dataset(parity_dir / "data"), Reporter()).train_rows
+    assert [as_recorded(row) for row in rows] == recorded["rows"]
+    require_equal(spec, trained(spec, parity_dir, tmp_path / "run"), recorded["logs"])
+
+
+def pairs(folder: Path, **overrides: Any) -> TrainSpec:
+    config = json.loads((GOLDEN / "preferences" / "lora.json").read_text())["config"]
+    return spec_of(config, folder, **{**SAVED, **overrides})
+
+
+def test_no_step_runs_the_tower_and_the_trajectory_stays(parity_dir: Path, tmp_path: Path) -> None:
+    """Policy and reference read the same cached features; the hidden states of both answers are cached as well."""
+    for name, method in (("features", {}), ("states", {"finetuning_type": "freeze", "freeze_trainable_layers": 1})):
+        folder = tmp_path / name
+        folder.mkdir()
+        spec = pairs(folder, **method, max_steps=-1, max_samples=6, save_strategy="no")
+        plain = trained(spec, parity_dir, folder / "plain")
+        cached = trained(spec, parity_dir, folder / "cached", cache_dir=folder / "cache")
+        facts = json.loads((folder / "cached" / "manifest.json").read_text())["caches"]
+        assert "cached" in facts["vision_features"]
+        assert facts["hidden_states"].startswith("cached") == (name == "states")
+        assert [line["loss"] for line in cached] == pytest.approx([line["loss"] for line in plain], abs=5e-6)
+
+
+@pytest.mark.parametrize("reference", ["kept", "damaged", "gone"])
+def test_a_resumed_run_ends_with_the_same_bits(parity_dir: Path, tmp_path: Path, reference: str) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    spec = pairs(tmp_path)
+    lines = trained(spec, parity_dir, whole)
+    shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
+    for name in ("run.json", REFERENCE_FILE, "trainer_log.jsonl"):
+        shutil.copy(whole / name, cut)
+    if reference == "damaged":
+        (cut / REFERENCE_FILE).write_text((cut / REFERENCE_FILE).read_text().replace("1", "2", 1))
+    elif reference == "gone":
+        (cut / REFERENCE_FILE).unlink()
+    resumed = trained(spec, parity_dir, cut)
+    for name in EXACT_FILES:
+        assert (cut / "checkpoint-4" / name).read_bytes() == (whole / "checkpoint-4" / name).read_bytes(), name
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in lines]
+    assert (cut / REFERENCE_FILE).read_bytes() == (whole / REFERENCE_FILE).read_bytes()
+
+
+def test_pairs_and_answers_are_not_taken_for_each_other(parity_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"the entry gemma3_vlm_train has none: it does not set `ranking`\. Name"):
+        trained(pairs(tmp_path, dataset="gemma3_vlm_train"), parity_dir, tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"The entry rank sets `ranking`.* Set stage: dpo"):
+        trained(pairs(tmp_path, stage="sft"), parity_dir, tmp_path / "run")
