@@ -9,6 +9,8 @@ from pathlib import Path
 import dagster as dg
 from dagster._core.definitions.definitions_load_context import DefinitionsLoadContext
 
+from mllm_assets.components.instance.step_forks import forking_executor
+
 _kept: dict[Path, dg.Definitions] = {}
 
 
@@ -21,6 +23,8 @@ def load_once(package: Path) -> dg.Definitions:
         return _kept[package]
     with DefinitionsLoadContext.scoped(context := DefinitionsLoadContext.get()):
         definitions = dg.load_from_defs_folder(path_within_project=package)
+        if definitions.executor is None:
+            definitions = dg.Definitions.merge(definitions, dg.Definitions(executor=forking_executor))
     state = context.accessed_defs_state_info
     if not (state and state.info_mapping) and not context.get_pending_reconstruction_metadata():
         _kept[package] = definitions

@@ -1,5 +1,7 @@
 """A project's definitions are built once in a process."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,3 +72,41 @@ def test_a_component_with_a_state_of_its_own_is_asked_at_each_load(root: Path) -
     package = write_project(root, imports=IMPORTS, state=STATE)
     assert load_once(package) is not load_once(package)
     assert num_built(package) == 2
+
+
+RUN = """
+import os
+import subprocess
+import sys
+from pathlib import Path
+import dagster as dg
+from mllm_assets.components.instance.location import Location
+
+with dg.instance_for_test() as instance:
+    result = dg.execute_job(Location(Path(sys.argv[1])).job("__ASSET_JOB"), instance=instance)
+    assert result.success
+    pids = {dict(event.event_specific_data.metadata)["pid"].value for event in result.all_events
+            if event.event_type_value == "STEP_WORKER_STARTED"}
+    assert len(pids) == 4, pids
+"""
+CHAIN = """import dagster as dg
+
+def made_of(number):
+    @dg.asset(name=f"asset_{number}", deps=[f"asset_{number - 1}"] if number else [])
+    def asset():
+        pass
+    return asset
+
+assets = [made_of(number) for number in range(4)]
+"""
+
+
+@pytest.mark.not_fast
+def test_the_processes_of_a_runs_steps_do_not_build_the_definitions_again(root: Path) -> None:
+    """With 500 datasets and recipes that took 24 CPU-seconds in each."""
+    package = write_project(root)
+    (package / "defs" / "chain.py").write_text(CHAIN)
+    command = [sys.executable, "-c", RUN, str(root)]
+    path = os.pathsep.join([str(root), *sys.path])
+    subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": path}, check=True)
+    assert num_built(package) == (2 if sys.platform == "linux" else 5), "in the run's process and in the forks' parent"
