@@ -78,6 +78,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "train_wall_s": "Seconds of training, without loading and caching.",
         "samples_per_s": "Training samples a second.",
         "tokens_per_s": "Training tokens a second, prompt and image included.",
+        "padding_share": "Share of the batches' places that hold no token; `group_by_length: true` lowers it.",
         "peak_memory_gib": "Most memory in use: of the GPU, or of the process on a CPU.",
         "memory_estimate_gib": "What the model was expected to need; on a CPU the libraries come on top, about 1 GiB.",
         "published_step": "The step whose model is published; `final_loss` and `eval_loss` are those of that step.",

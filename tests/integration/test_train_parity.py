@@ -50,6 +50,7 @@ def test_losses_equal_llamafactorys(parity_dir: Path, tmp_path: Path, name: str)
     if eval_losses:
         assert result["eval_loss"] == pytest.approx(eval_losses[-1], abs=TOLERANCE[name])
     assert result["num_trainable_params"] == reference["trainable_params"]
+    assert 0 < result["padding_share"] < 0.5
 
 
 def test_a_finished_run_is_a_plain_model_directory_with_its_papers(parity_dir: Path, tmp_path: Path) -> None:

@@ -226,6 +226,7 @@ def _checkpoint_result(
             "train_wall_s": rounded(result["train_wall_s"]),
             "samples_per_s": rounded(result["samples_per_s"]),
             "tokens_per_s": rounded(result["tokens_per_s"]),
+            **({"padding_share": rounded(share)} if (share := result.get("padding_share")) is not None else {}),
             "peak_memory_gib": rounded(result["peak_memory_gib"]),
             "memory_estimate_gib": rounded(result["memory_estimate_gib"]),
             "num_trainable_params": result["num_trainable_params"],

@@ -217,6 +217,8 @@ def train(prepared: Prepared, reporter: "Reporter") -> Trained:
     trainer, started_s = prepared.trainer, time.monotonic()
     train_loss = run_training(trainer, prepared.resumable, reporter)
     facts = training_facts(trainer, train_loss, time.monotonic() - started_s, prepared.resumable)
+    if notice := trainer.padding.notice(trainer.args.train_sampling_strategy):
+        reporter.notify(notice)
     precision = prepared.setup.precision
     is_rounded = publishing_dtype(prepared.setup.model_dir, precision.weights) != precision.weights
     gathers = trainer.is_sharded or precision.quantization is not None or is_rounded

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,33 @@ from mllm_assets.worker.protocol import num_ranks
 if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
 
-SAMPLE_IDS, NUM_TOKENS = "sample_ids", "num_tokens"
+SAMPLE_IDS, NUM_TOKENS, NUM_PADDING = "sample_ids", "num_tokens", "num_padding"
+NOTABLE_PADDING = 0.1  # a tenth of a step is spent on nothing
+
+
+@dataclass(slots=True)
+class PaddingCount:
+    """How much of the batches of this process was computed for nothing, since it started or resumed."""
+
+    num_tokens: int = 0
+    num_padding: int = 0
+
+    def add(self, num_tokens: int, num_padding: int) -> None:
+        self.num_tokens += num_tokens
+        self.num_padding += num_padding
+
+    @property
+    def share(self) -> float | None:
+        """Of all places of the batches; None before the first."""
+        num_places = self.num_tokens + self.num_padding
+        return self.num_padding / num_places if num_places else None
+
+    def notice(self, strategy: str) -> str | None:
+        """What the log says of it, where it is worth a change."""
+        if not self.share or self.share < NOTABLE_PADDING:
+            return None
+        cure = " group_by_length: true puts rows of about one length together." if strategy == "random" else ""
+        return f"padding: {self.share:.0%} of the places in the batches hold no token.{cure}"
 
 
 class FineTuner(DeltaTrainer):
@@ -50,6 +77,7 @@ class FineTuner(DeltaTrainer):
 
     has_other_length = False
     rates: LearningRates | None = None
+    padding: PaddingCount
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -58,10 +86,13 @@ class FineTuner(DeltaTrainer):
         self._batches: list[tuple[list[str], torch.Tensor]] = []  # of the step that is being computed
         self._num_tokens = 0  # of these batches
         self._logged_loss = torch.zeros(())  # of the steps since the last line of the log
+        self.padding = PaddingCount()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         sample_ids = inputs.pop(SAMPLE_IDS)
-        self._num_tokens += inputs.pop(NUM_TOKENS)
+        num_tokens = inputs.pop(NUM_TOKENS)
+        self._num_tokens += num_tokens
+        self.padding.add(num_tokens, inputs.pop(NUM_PADDING))
         size, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
         cure = (
             f"per_device_train_batch_size is {size}: set it to {max(1, size // 2)} and gradient_accumulation_steps to "
@@ -75,7 +106,7 @@ class FineTuner(DeltaTrainer):
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        del inputs[SAMPLE_IDS], inputs[NUM_TOKENS]
+        del inputs[SAMPLE_IDS], inputs[NUM_TOKENS], inputs[NUM_PADDING]
         cure = (
             f"per_device_eval_batch_size is {self.args.per_device_eval_batch_size}: lower it; the loss stays the same."
         )
@@ -163,9 +194,10 @@ class FineTuner(DeltaTrainer):
 
 
 def with_sample_ids(collator: Collator, rows: Sequence[EncodedRow]) -> dict[str, Any]:
-    """Collate rows and add their ids and number of tokens, for messages and counts; they never reach the model."""
-    num_tokens = sum(len(sequence.input_ids) for row in rows for sequence in row.sequences)
-    return {**collator(rows), SAMPLE_IDS: [row.id for row in rows], NUM_TOKENS: num_tokens}
+    """Collate rows and add their ids and numbers of tokens, for messages and counts; they never reach the model."""
+    num_tokens, batch = sum(len(sequence.input_ids) for row in rows for sequence in row.sequences), collator(rows)
+    num_padding = batch["labels"].numel() - num_tokens
+    return {**batch, SAMPLE_IDS: [row.id for row in rows], NUM_TOKENS: num_tokens, NUM_PADDING: num_padding}
 
 
 def _by_length(rows: Any, batch_size: int, generator: torch.Generator | None = None) -> LengthGroupedSampler:
@@ -322,6 +354,7 @@ def training_facts(
         "train_wall_s": train_wall_s,
         "samples_per_s": num_samples / train_wall_s,
         "tokens_per_s": float(state.num_input_tokens_seen) * share / train_wall_s,
+        "padding_share": trainer.padding.share,
     }
 
 

@@ -1,6 +1,21 @@
-"""The table before the first step."""
+"""The table before the first step, and what is said of padding after the last."""
 
 from mllm_assets.training.loop.reporting import trainable_lines
+from mllm_assets.training.loop.trainer import PaddingCount
+
+
+def test_padding_is_named_with_its_cure_where_a_tenth_of_the_batches_is_nothing_else() -> None:
+    padding = PaddingCount()
+    assert padding.share is None and padding.notice("random") is None
+    padding.add(88, 8)
+    assert padding.notice("random") is None
+    padding.add(72, 32)
+    assert padding.share == 0.2
+    assert padding.notice("random") == (
+        "padding: 20% of the places in the batches hold no token. group_by_length: true puts rows of about one length "
+        "together."
+    )
+    assert "group_by_length" not in str(padding.notice("group_by_length"))
 
 
 def test_equal_layers_in_a_row_share_a_line_and_others_do_not() -> None:
