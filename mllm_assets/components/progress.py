@@ -1,6 +1,5 @@
 """Relays a worker's messages to Dagster."""
 
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,9 @@ from typing import Any
 
 import dagster as dg
 
+from mllm_assets.components.instance.step_forks import run_pid
 from mllm_assets.components.reporting import rounded
+from mllm_assets.process_id import ProcessId
 from mllm_assets.training.runs.plan import describe_resume
 from mllm_assets.worker.tasks import Task, TrainTask
 
@@ -35,13 +36,14 @@ class ProgressRelay:
 
     def __init__(self, context: dg.AssetExecutionContext, key: dg.AssetKey, session: dg.PipesSession):
         self._context, self._key, self._session = context, key, session
-        self._num_seen, self._last_s, self._parent = 0, time.monotonic(), os.getppid()
+        self._num_seen, self._last_s = 0, time.monotonic()
+        self._run = ProcessId.of(run_pid())
         self._newest: Mapping[str, Any] | None = None
         self._observed: tuple[Any, Any] = (None, None)
         self.last_text = ""  # of the newest progress, logged or not
 
     def relay(self) -> None:
-        if os.getppid() != self._parent:  # kill -9 of the run worker leaves this step worker alive
+        if self._run is None or self._run.has_ended():  # kill -9 of the run worker leaves this step worker alive
             raise dg.Failure(description="The run's process is gone, so this step ends too.", allow_retries=False)
         messages = self._session.get_custom_messages()
         for message in messages[self._num_seen :]:

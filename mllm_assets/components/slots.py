@@ -11,6 +11,7 @@ import dagster as dg
 from dagster._core.events import EngineEventData
 from dagster._core.storage.tags import GRPC_INFO_TAG
 
+from mllm_assets.components.instance.step_forks import run_pid
 from mllm_assets.process_id import ProcessId, pid_is_free
 
 PROCESSES = "processes"  # of an engine event's metadata: their ids
@@ -30,12 +31,12 @@ def tag_host(instance: dg.DagsterInstance, run_id: str) -> None:
 
 
 def record_processes(instance: dg.DagsterInstance, run: dg.DagsterRun) -> None:
-    """Write the ids of this process, and of its parent if that belongs to the run too, into the run's events.
+    """Write the ids of this process, and of the run's if that is another one, into the run's events.
 
     Dagster's own events have only pids and wall-clock times, which another process may have later.
     """
     named = {pid for pid, _ in _processes(instance, run.run_id)}
-    known = [ProcessId.of(pid) for pid in (os.getpid(), os.getppid()) if pid == os.getpid() or pid in named]
+    known = [ProcessId.of(pid) for pid in (os.getpid(), run_pid()) if pid == os.getpid() or pid in named]
     metadata = {PROCESSES: dg.MetadataValue.json([asdict(process) for process in known if process])}
     instance.report_engine_event("Recorded who the run's processes are.", run, EngineEventData(metadata))
 

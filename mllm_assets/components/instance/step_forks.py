@@ -11,6 +11,7 @@ import dagster as dg
 from dagster._core.definitions.reconstruct import ReconstructableJob
 
 POINTER = "MLLM_ASSETS_STEP_DEFINITIONS"  # to a run's definitions, for the server that its process starts
+RUN_PID = "MLLM_ASSETS_RUN_PID"
 _SERVER = "mllm_assets.components.instance.step_server"
 _DAGSTERS = dg.multi_or_in_process_executor
 
@@ -26,7 +27,13 @@ def forking_executor(init: dg.InitExecutorContext) -> dg.Executor:
     settings = init.executor_config.get("multiprocess")
     if sys.platform == "linux" and isinstance(settings, dict) and "start_method" not in settings:
         if isinstance(init.job, ReconstructableJob):
+            os.environ[RUN_PID] = str(os.getpid())
             os.environ[POINTER] = dg.serialize_value(init.job.repository.pointer)
             forks = {**settings, "start_method": {"forkserver": {"preload_modules": [_SERVER]}}}
             return create(init._replace(executor_config={"multiprocess": forks}))
     return create(init)
+
+
+def run_pid() -> int:
+    """In a step's process, that of its run: its parent, or the one that started the server that it is a fork of."""
+    return int(os.environ.get(RUN_PID, os.getppid()))

@@ -76,7 +76,6 @@ def test_a_component_with_a_state_of_its_own_is_asked_at_each_load(root: Path) -
 
 RUN = """
 import os
-import subprocess
 import sys
 from pathlib import Path
 import dagster as dg
@@ -88,13 +87,17 @@ with dg.instance_for_test() as instance:
     pids = {dict(event.event_specific_data.metadata)["pid"].value for event in result.all_events
             if event.event_type_value == "STEP_WORKER_STARTED"}
     assert len(pids) == 4, pids
+print(os.getpid())
 """
-CHAIN = """import dagster as dg
+CHAIN = """from pathlib import Path
+import dagster as dg
+from mllm_assets.components.instance.step_forks import run_pid
 
 def made_of(number):
     @dg.asset(name=f"asset_{number}", deps=[f"asset_{number - 1}"] if number else [])
     def asset():
-        pass
+        with Path(__file__).with_name("runs").open("a") as file:
+            file.write(f"{run_pid()}\\n")
     return asset
 
 assets = [made_of(number) for number in range(4)]
@@ -108,5 +111,9 @@ def test_the_processes_of_a_runs_steps_do_not_build_the_definitions_again(root: 
     (package / "defs" / "chain.py").write_text(CHAIN)
     command = [sys.executable, "-c", RUN, str(root)]
     path = os.pathsep.join([str(root), *sys.path])
-    subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": path}, check=True)
+    run = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": path}, check=True, stdout=subprocess.PIPE, text=True
+    )
     assert num_built(package) == (2 if sys.platform == "linux" else 5), "in the run's process and in the forks' parent"
+    asked = (package / "defs" / "runs").read_text().split()
+    assert asked == 4 * [run.stdout.split()[-1]], "a step ends when its run's process is gone, which is not its parent"
