@@ -6,6 +6,7 @@ and 500 recipes. With a fork server a run builds them twice, whatever it makes: 
 
 import os
 import sys
+from typing import Any
 
 import dagster as dg
 from dagster._core.definitions.reconstruct import ReconstructableJob
@@ -28,7 +29,8 @@ def forking_executor(init: dg.InitExecutorContext) -> dg.Executor:
     if sys.platform == "linux" and isinstance(settings, dict) and "start_method" not in settings:
         if isinstance(init.job, ReconstructableJob):
             os.environ[RUN_PID] = str(os.getpid())
-            os.environ[POINTER] = dg.serialize_value(init.job.repository.pointer)
+            pointer: Any = init.job.repository.pointer
+            os.environ[POINTER] = dg.serialize_value(pointer)
             forks = {**settings, "start_method": {"forkserver": {"preload_modules": [_SERVER]}}}
             return create(init._replace(executor_config={"multiprocess": forks}))
     return create(init)

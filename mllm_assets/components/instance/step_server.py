@@ -10,5 +10,6 @@ from dagster._core.definitions.reconstruct import ReconstructableRepository
 from mllm_assets.components.instance.step_forks import POINTER
 
 with suppress(Exception):  # the step builds them again, and says what is wrong
-    pointer = dg.deserialize_value(os.environ[POINTER], CodePointer)
+    pointer = dg.deserialize_value(os.environ[POINTER])
+    assert isinstance(pointer, CodePointer)
     ReconstructableRepository(pointer).get_definition().get_all_jobs()
