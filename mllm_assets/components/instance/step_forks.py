@@ -14,7 +14,7 @@ from dagster._core.definitions.reconstruct import ReconstructableJob
 POINTER = "MLLM_ASSETS_STEP_DEFINITIONS"  # to a run's definitions, for the server that its process starts
 RUN_PID = "MLLM_ASSETS_RUN_PID"
 _SERVER = "mllm_assets.components.instance.step_server"
-_DAGSTERS = dg.multi_or_in_process_executor
+_DAGSTERS: Any = dg.multi_or_in_process_executor
 
 
 @dg.executor(name=_DAGSTERS.name, config_schema=_DAGSTERS.config_schema, requirements=_DAGSTERS.get_requirements)
@@ -23,8 +23,6 @@ def forking_executor(init: dg.InitExecutorContext) -> dg.Executor:
 
     Not on macOS, whose own libraries may not be used in a fork.
     """
-    create = _DAGSTERS.executor_creation_fn
-    assert create is not None
     settings = init.executor_config.get("multiprocess")
     if sys.platform == "linux" and isinstance(settings, dict) and "start_method" not in settings:
         if isinstance(init.job, ReconstructableJob):
@@ -32,8 +30,8 @@ def forking_executor(init: dg.InitExecutorContext) -> dg.Executor:
             pointer: Any = init.job.repository.pointer
             os.environ[POINTER] = dg.serialize_value(pointer)
             forks = {**settings, "start_method": {"forkserver": {"preload_modules": [_SERVER]}}}
-            return create(init._replace(executor_config={"multiprocess": forks}))
-    return create(init)
+            return _DAGSTERS.executor_creation_fn(init._replace(executor_config={"multiprocess": forks}))
+    return _DAGSTERS.executor_creation_fn(init)
 
 
 def run_pid() -> int:
