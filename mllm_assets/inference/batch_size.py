@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves
 
 from mllm_assets.inference.answerer import Answerer, token_losses
@@ -32,7 +33,10 @@ def rows_at_once(
     model = answerer.model
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     for size in ON_A_GPU:
-        taken = bytes_of(answerer, rows, min(size, len(rows)), num_new_tokens=num_new_tokens)
+        try:
+            taken = bytes_of(answerer, rows, min(size, len(rows)), num_new_tokens=num_new_tokens)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return ROWS_AT_ONCE
         needed = MemoryEstimate(
             weights_gib=held / GIB, gradients_gib=0.0, optimizer_gib=0.0, activations_gib=taken / GIB
         )

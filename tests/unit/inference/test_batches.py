@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.data.sharegpt.rows import Message, Row
 from mllm_assets.errors import OutOfMemoryError
 from mllm_assets.evaluation import predict
 from mllm_assets.evaluation.predict import evaluate_task, merge
@@ -21,6 +22,7 @@ from mllm_assets.training.loop.memory import FRAGMENTATION, WORKSPACE_GIB
 from mllm_assets.training.models.device import GIB, Device
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import EvaluationSettings, Measured, Part
+from tests import tiny_families
 from tests.fake_cuda import Peak, fake_cuda, to_fake
 from tests.worker_tasks import evaluation
 
@@ -60,6 +62,15 @@ def test_a_gpu_is_asked_about_as_many_rows_as_its_free_memory_holds(
     ]
     assert sizes == [64, 32, 16]
     assert rows_at_once(answerer, rows, CPU) == rows_at_once(answerer, rows[:16], card_for(answerer, 1e9)) == 16
+
+
+def test_a_family_that_reads_its_inputs_is_asked_as_usual_also_where_no_row_has_a_picture(tmp_path: Path) -> None:
+    """A batch without pictures carries a blank one while it is scored, whose grid of patches the model reads."""
+    tiny_families.build("qwen2_5_vl", tmp_path)
+    qwen = Answerer(tmp_path)
+    text = Row("a", (Message("user", "1 + 1?"), Message("assistant", "2")), ())
+    encoded = [qwen.encoder.encode(text)] * 20
+    assert rows_at_once(qwen, encoded, card_for(qwen, 1e9)) == 16
 
 
 def test_scoring_on_fake_cuda_takes_what_was_reckoned_and_stays_on_the_device(
