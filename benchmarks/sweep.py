@@ -1,7 +1,7 @@
-"""What twelve trials cost as one sweep, and as twelve runs one by one: `python benchmarks/sweep.py`.
+"""What twelve trials cost as one sweep, and as twelve runs one by one: `python benchmarks/sweep.py [median]`.
 
-CPU-seconds of all processes; the same values, recipe and caches for both, nothing given up early, each in a project of
-its own. Half of the single runs come before the sweep and half after it.
+CPU-seconds of all processes; the same values, recipe and caches for both, each in a project of its own. Nothing is
+given up early, unless the argument names a pruner. Half of the single runs come before the sweep and half after it.
 """
 
 import json
@@ -48,7 +48,7 @@ def prepared(folder: Path) -> Path:
     (folder / "configs" / "tried.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     [settings] = folder.glob("*/defs/recipes/defs.yaml")
     component = yaml.safe_load(settings.read_text())
-    sweep = {"parameters": {"learning_rate": RATES}, "num_trials": len(RATES), "pruner": "none"}
+    sweep = {"parameters": {"learning_rate": RATES}, "num_trials": len(RATES), "pruner": (sys.argv[1:] or ["none"])[0]}
     component["attributes"].setdefault("settings", []).append({"recipe": "tried", "sweep": sweep})
     settings.write_text(yaml.safe_dump(component))
     command(folder, "run", "tried/vision_features")
@@ -63,9 +63,12 @@ def main() -> None:
         together = command(swept, "run", "tried/sweep", "--only")
         alone += [command(single, "train", "configs/tried.yaml", f"learning_rate={rate}") for rate in RATES[half:]]
         [trials] = swept.glob("outputs/tried/sweep/*/trials.json")
-        losses = [trial["eval_loss"] for trial in json.loads(trials.read_text())]
+        losses = [trial["eval_loss"] for trial in json.loads(trials.read_text()) if trial["eval_loss"] is not None]
     print(f"one by one: {sum(alone):.1f} CPU-s ({min(alone):.1f} to {max(alone):.1f} each)")
-    print(f"one sweep:  {together:.1f} CPU-s, ratio {together / sum(alone):.2f}; best eval_loss {min(losses):.4f}")
+    print(
+        f"one sweep:  {together:.1f} CPU-s, ratio {together / sum(alone):.2f}; {len(losses)} trained "
+        f"to the end, best eval_loss {min(losses):.4f}"
+    )
 
 
 if __name__ == "__main__":
