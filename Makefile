@@ -16,7 +16,7 @@ PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-r
 TORCH_UNITS := $(addprefix training/,caches encoding loop models runs/test_model_directory.py) evaluation/test_predict_shuffling.py
 FAST := tests/unit $(TORCH_UNITS:%=--ignore=tests/unit/%) -m 'not slow and not bench and not gpu and not not_fast'
 
-.PHONY: demo test test-fast test-newest collect test-all chromium postgres faketime check docs dev bench load torture attack install constraints clean
+.PHONY: demo test test-fast test-newest collect test-all chromium postgres faketime check docs dev bench bench-quick load torture attack install constraints clean
 
 demo: $(CORE) $(SETTINGS) ## the whole line of emoji_sft, raw images to released model
 	$(BIN)/mllm-assets run emoji_sft
@@ -53,12 +53,17 @@ dev: $(CORE) $(SETTINGS) ## the Dagster UI on http://127.0.0.1:3000; another por
 
 bench: $(CORE)
 	$(BIN)/python benchmarks/load_graph.py
+	$(BIN)/python benchmarks/step_processes.py
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/ingest.py --memory
 	PYTHONPATH="$(CURDIR)" $(BIN)/python -m benchmarks.llava_rows
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/grouping.py
+
+bench-quick: $(CORE) ## loading the graph and a training step: 2 minutes where nothing else runs
+	$(BIN)/python benchmarks/load_graph.py --rounds 3
+	$(BIN)/python benchmarks/train_speed.py --quick
 
 load: $(EXTRAS) ## the server under hundreds of clients; the table is in benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/serving_load.py --keep

@@ -1,7 +1,7 @@
 """One training run of the benchmark, in a process of its own: `speed_worker.py REQUEST.json RESULT.json`.
 
-`trainer` in the request is "engine" (this project), "plain" (transformers' Trainer as a user would write it) or
-"llamafactory", which runs in LLaMA-Factory's own environment.
+`trainer` in the request is "engine" (this project), "plain" (transformers' Trainer as a user would write it), "trl"
+(its SFTTrainer on the same batches) or "llamafactory"; the last two run in environments of their own.
 """
 
 import json
@@ -67,15 +67,56 @@ def train_with_engine(request: dict[str, Any], timer: StepTimer) -> dict[str, An
 
 def train_plainly(request: dict[str, Any], timer: StepTimer) -> dict[str, Any]:
     """transformers' Trainer on decoded images, the processor in the collator."""
+    from transformers import Trainer, TrainingArguments
+
+    model, _, collate, rows = load_plainly(request)
+    args = TrainingArguments(**arguments_of(request))
+    trainer = Trainer(model=model, args=args, data_collator=collate, train_dataset=rows, callbacks=[timer])  # pyright: ignore[reportArgumentType]
+    trainer.train()
+    return facts_of(model, collate(rows))
+
+
+def train_with_trl(request: dict[str, Any], timer: StepTimer) -> dict[str, Any]:
+    """TRL's SFTTrainer on the batches of the plain baseline, which it would prepare otherwise."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
+
+    model, processor, collate, rows = load_plainly(request)
+    own = {"dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_checkpointing": False, "max_length": None}
+    trainer = SFTTrainer(
+        model=model, args=SFTConfig(**arguments_of(request), **own), data_collator=collate,
+        train_dataset=Dataset.from_list(rows), processing_class=processor, callbacks=[timer],
+    )  # fmt: skip
+    trainer.train()
+    return facts_of(model, collate(rows))
+
+
+def arguments_of(request: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `TrainingArguments` that both baselines get."""
+    recipe = request["recipe"]
+    return {
+        "output_dir": str(Path(request["work_dir"]) / "run"), "bf16": recipe["bf16"], "use_cpu": True,
+        "report_to": "none", "remove_unused_columns": False, "disable_tqdm": True, "dataloader_pin_memory": False,
+        **{key: recipe[key] for key in (
+            "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate",
+            "lr_scheduler_type", "logging_steps", "save_strategy", "seed", "optim",
+        )},
+    }  # fmt: skip
+
+
+def facts_of(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "num_tokens": batch["input_ids"].shape[1],
+        "num_supervised": round(float((batch["labels"] >= 0).sum(1).float().mean()), 1),
+    }
+
+
+def load_plainly(request: dict[str, Any]) -> tuple[Any, Any, Callable[..., Any], list[dict[str, Any]]]:
+    """Model, processor, collator and rows as a user would write them."""
     import torch
     from PIL import Image
-    from transformers import (
-        AutoProcessor,
-        Gemma3ForConditionalGeneration,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
+    from transformers import AutoProcessor, Gemma3ForConditionalGeneration, set_seed
 
     recipe, data_dir = request["recipe"], Path(request["data_dir"])
     torch.set_num_threads(1)
@@ -112,22 +153,7 @@ def train_plainly(request: dict[str, Any], timer: StepTimer) -> dict[str, Any]:
             labels[index, end:] = -100
         return {**encoded, "labels": labels}
 
-    args = TrainingArguments(
-        output_dir=str(Path(request["work_dir"]) / "run"), bf16=recipe["bf16"], use_cpu=True, report_to="none",
-        remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=False,
-        **{key: recipe[key] for key in (
-            "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate",
-            "lr_scheduler_type", "logging_steps", "save_strategy", "seed", "optim",
-        )},
-    )  # fmt: skip
-    trainer = Trainer(model=model, args=args, data_collator=collate, train_dataset=rows, callbacks=[timer])  # pyright: ignore[reportArgumentType]
-    trainer.train()
-    batch = collate(rows)
-    return {
-        "num_trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "num_tokens": batch["input_ids"].shape[1],
-        "num_supervised": round(float((batch["labels"] >= 0).sum(1).float().mean()), 1),
-    }
+    return model, processor, collate, rows
 
 
 def freeze(model: Any, case: str) -> Any:
@@ -177,6 +203,7 @@ def train_with_llamafactory(request: dict[str, Any], timer: StepTimer) -> dict[s
 TRAINERS: dict[str, Callable[[dict[str, Any], StepTimer], dict[str, Any]]] = {
     "engine": train_with_engine,
     "plain": train_plainly,
+    "trl": train_with_trl,
     "llamafactory": train_with_llamafactory,
 }
 

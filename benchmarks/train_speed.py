@@ -1,7 +1,7 @@
-"""Training speed against plain transformers, and against LLaMA-Factory where it is installed.
+"""Training speed against plain transformers, and against TRL and LLaMA-Factory where they are installed.
 
-    python benchmarks/train_speed.py [--rounds 2] [--bf16]
-    LLAMAFACTORY_PYTHON=/path/to/its/venv/bin/python python benchmarks/train_speed.py
+    python benchmarks/train_speed.py [--rounds 2] [--bf16] [--quick]
+    TRL_PYTHON=/path/to/its/venv/bin/python LLAMAFACTORY_PYTHON=... python benchmarks/train_speed.py
 
 Same model, rows, order, batch (2), one thread, sdpa and precision; the trainers take turns, each run in a process of
 its own. The plain baseline has its images decoded in memory and the processor in its collator. The engine starts each
@@ -23,13 +23,14 @@ from speed_case import CASES, make_data, make_model, recipe_keys
 
 VOCABULARIES = {"8k": 8_192, "262k": 262_208}
 NUM_ROWS, NUM_STEPS, NUM_WARMUP_STEPS = 8, 8, 2
+PYTHONS = {"trl": "TRL_PYTHON", "llamafactory": "LLAMAFACTORY_PYTHON"}  # variables: each is in a venv of its own
 WORKER = Path(__file__).with_name("speed_worker.py")
 HEADER = "| vocabulary | trains | trainer | CPU-s a step | wall s | gain | peak MiB | share | loss diff. | run, CPU-s |"
 
 
 def run_once(trainer: str, case: str, model_dir: Path, data_dir: Path, *, bf16: bool) -> dict[str, Any]:
     """Run one trainer in a process of its own and return what it measured."""
-    python = os.environ["LLAMAFACTORY_PYTHON"] if trainer == "llamafactory" else sys.executable
+    python = os.environ[PYTHONS[trainer]] if trainer in PYTHONS else sys.executable
     with tempfile.TemporaryDirectory() as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
         request.write_text(
@@ -88,10 +89,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
     parser.add_argument("--long-captions", action="store_true", help="four times as many supervised tokens")
+    parser.add_argument("--quick", action="store_true", help="one round of two cases with the large vocabulary")
     parser.add_argument("--case", choices=CASES, action="append", help="only these")
     parser.add_argument("--vocabulary", choices=VOCABULARIES, action="append", help="only these")
     arguments = parser.parse_args()
-    trainers = ["plain", "engine"] + (["llamafactory"] if "LLAMAFACTORY_PYTHON" in os.environ else [])
+    if arguments.quick:
+        arguments.rounds, arguments.vocabulary = 1, arguments.vocabulary or ["262k"]
+        arguments.case = arguments.case or ["projector only", "last 2 layers + projector"]
+    trainers = ["plain", "engine", *(name for name, variable in PYTHONS.items() if variable in os.environ)]
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder, "data")
         make_data(data_dir, num_rows=NUM_ROWS, long_captions=arguments.long_captions)
