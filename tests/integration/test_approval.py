@@ -27,6 +27,13 @@ def waiting(released: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     return released
 
 
+def run(project: Project, *names: str) -> tuple[int, str]:
+    """Make these assets alone, in a process of their own: this one keeps no project's definitions."""
+    process = project.start("mllm_assets.cli", "run", *names, "--only")
+    output, _ = process.communicate(timeout=500)
+    return process.returncode, output
+
+
 def check(instance: dg.DagsterInstance) -> tuple[bool, str]:
     key = dg.AssetCheckKey(dg.AssetKey(["mine", "eval_metrics"]), APPROVAL)
     [record] = instance.event_log_storage.get_asset_check_execution_history(key, 1)
@@ -43,8 +50,8 @@ def tick(project: Project, instance: dg.DagsterInstance) -> "dg.SensorExecutionD
 def test_a_line_stops_before_the_release_until_somebody_says_yes(
     waiting: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", "mine/eval_metrics", "mine/released_model", "--only"]) == 1
-    assert f"{APPROVAL}: It waits for a person's yes" in capsys.readouterr().err
+    code, output = run(waiting, "mine/eval_metrics", "mine/released_model")
+    assert code == 1 and f"{APPROVAL}: It waits for a person's yes" in output
     assert not waiting.layout.releases("mine").exists()
     with dg.DagsterInstance.from_config(str(waiting.home)) as instance:
         assert tick(waiting, instance).skip_message == f"mine: {APPROVAL} waits: mllm-assets approve mine"
@@ -61,7 +68,8 @@ def test_a_line_stops_before_the_release_until_somebody_says_yes(
         [request] = tick(waiting, instance).run_requests or []
         assert request.asset_selection == [RELEASE] and request.tags["mllm_assets/reason"] == "approved by Ada"
 
-        assert main(["run", "mine/released_model", "--only"]) == 0
+        code, output = run(waiting, "mine/released_model")
+        assert code == 0, output
         assert tick(waiting, instance).skip_message == "mine: its last evaluated model is released, as v1"
     card = (waiting.layout.releases("mine") / "v1" / "README.md").read_text()
     assert "Grace | refused" in card and "Ada | approved" in card
