@@ -136,6 +136,7 @@ def test_the_memory_estimate_is_said_before_anything_loads_with_what_would_fit(
 OUT_OF_MEMORY = """
 import json, resource, sys
 from pathlib import Path
+from mllm_assets.errors import OutOfMemoryError
 from mllm_assets.training.loop import engine
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import from_json
@@ -151,7 +152,7 @@ def step_with_little_room(self, *args, **kwargs):
 FineTuner.training_step = step_with_little_room
 try:
     engine.train_task(from_json(json.loads(sys.argv[1])), Reporter())
-except engine.memory.MachineError as error:
+except OutOfMemoryError as error:
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     print("refused:", error)
 """
