@@ -3,7 +3,10 @@
 import ctypes
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing import active_children
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +18,7 @@ from mllm_assets.training.encoding.collate import Collator
 K = TypeVar("K")
 T = TypeVar("T")
 NOTE_BYTES = 512
+DEATH_S = 10  # at most between a process's last words and its end
 
 
 def loaded(
@@ -58,8 +62,9 @@ def loaded(
             job, value = next(made)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if (row_id := places.row_of_dead(str(error))) is None:
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the last two where it died while handing over
+            row_id = places.row_of_dead(str(error)) if isinstance(error, RuntimeError) else places.row_of_dying()
+            if row_id is None:
                 raise
             raise MachineError(
                 f"A process that decodes pictures was killed{row_id and f' at row {row_id}'}. Where memory ran out "
@@ -100,8 +105,23 @@ class _Places:
         found = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", message)
         if found is None:
             return None
-        rows = dict(note.value.decode(errors="replace").partition(" ")[::2] for note in self._notes)
-        return rows.get(found[1], "")
+        return self._rows().get(found[1], "")
+
+    def row_of_dying(self) -> str | None:
+        """Wait for the end of the process that cannot be asked any more, and return its row."""
+        deadline_s = time.monotonic() + DEATH_S
+        while time.monotonic() < deadline_s:
+            with suppress(RuntimeError):  # by which PyTorch tells of the same end, wherever this process is
+                alive = {str(child.pid) for child in active_children()}
+                for pid, row_id in self._rows().items():
+                    if pid and pid not in alive:
+                        return row_id
+                time.sleep(0.02)
+        return None
+
+    def _rows(self) -> dict[str, str]:
+        """The row of each process by its pid; "" is that of those that have not begun with one."""
+        return dict(note.value.decode(errors="replace").partition(" ")[::2] for note in self._notes)
 
 
 def _unchanged(value: T) -> T:

@@ -65,6 +65,21 @@ def test_a_process_that_is_killed_is_an_error_that_names_its_row(rows: list[Enco
         list(loaded(range(12), Making(rows, own, dies_at=7), num_workers=2, collators=[own]))
 
 
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError()])
+def test_a_process_that_dies_while_it_hands_a_batch_over_is_named_too(
+    rows: list[EncodedRow], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """What breaks then is the connection, before PyTorch hears of the process's end."""
+
+    def broken(self: object, timeout: float = 0) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data", broken)
+    own = collator()
+    with pytest.raises(MachineError, match=r"was killed at row data\[0\]"):
+        list(loaded(range(12), Making(rows, own, dies_at=0), num_workers=1, collators=[own]))
+
+
 def test_a_damaged_picture_is_named_as_it_is_without_other_processes(rows: list[EncodedRow], tmp_path: Path) -> None:
     """PyTorch put the process's whole traceback into the message."""
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
