@@ -58,6 +58,7 @@ def sweep_asset(node: Node, spec: SweepSpec) -> dg.AssetsDefinition:
         planned = partial(
             plan_run,
             root=layout.root,
+            dataset=dataset,
             model_dir=model_dir,
             num_processes=gpu.num_processes,
             regroup=node.settings.regroup_micro_batches,
@@ -65,9 +66,7 @@ def sweep_asset(node: Node, spec: SweepSpec) -> dg.AssetsDefinition:
 
         def plan(values: Mapping[str, Any]) -> RunPlan:
             trial = load_recipe(node.recipe.path, values)
-            # other keys may name other entries
-            of_trial = Dataset.of_recipe(trial.spec, layout.root, read_part=None) if "dataset" in values else dataset
-            return find_plan(partial(planned, trial, dataset=of_trial), project.mirror(context), context.log.warning)
+            return find_plan(partial(planned, trial), project.mirror(context), context.log.warning)
 
         def train(plan: RunPlan, on_poll: OnPoll | None) -> Manifest:
             if plan.state == "finished":

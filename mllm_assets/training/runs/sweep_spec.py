@@ -13,6 +13,8 @@ from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.recipe.spec import TrainSpec
 
 MAX_TRIALS = 10_000
+# what the asset depends on: one model is loaded, and one set of entries looked at for leaks
+_INPUTS = {"model_name_or_path", "adapter_name_or_path", "dataset", "media_dir"}
 # with another value of these the loss on val is of other tokens, or of another task
 _JUDGE = {
     "eval_dataset", "dataset_dir", "template", "cutoff_len", "train_on_prompt", "mask_history",
@@ -148,6 +150,8 @@ def _problems(spec: SweepSpec, recipe: Recipe) -> Iterator[str]:
     for key, values in spec.tried().items():
         if key in _JUDGE:
             yield f"sweep: parameters.{key}: with another {key} the losses are not of the same. Leave it out."
+        elif key in _INPUTS:
+            yield f"sweep: parameters.{key}: all trials start from one model and one dataset. Write a recipe for each."
         elif scopes.get(key, "semantic") not in ("semantic", "selection"):
             yield f"sweep: parameters.{key}: it decides nothing about the weights. Leave it out."
         else:
