@@ -47,9 +47,10 @@ class Pass:
         order = sorted(range(len(self.rows)), key=lambda index: (-len(self.rows[index].input_ids), index))
         units = [order[start : start + self.unit] for start in range(0, len(order), self.unit)]
         own = list(chain.from_iterable(part.of(units)))
-        while own:
-            yield own[: self.size]
-            own = own[self.size :]
+        start = 0
+        while batch := own[start : start + self.size]:
+            yield batch  # after which the size may be smaller
+            start += len(batch)
 
     def num_rows(self, part: Part) -> int:
         """How many rows a part has."""

@@ -16,7 +16,7 @@ from mllm_assets.evaluation.predict import evaluate_task, merge
 from mllm_assets.inference import batch_size
 from mllm_assets.inference.answerer import Answerer, token_losses
 from mllm_assets.inference.batch_size import bytes_of, rows_at_once
-from mllm_assets.inference.batches import Pass
+from mllm_assets.inference.batches import Pass, in_batches
 from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.loop.memory import FRAGMENTATION, WORKSPACE_GIB
 from mllm_assets.training.models.device import GIB, Device
@@ -154,6 +154,21 @@ def test_drawn_answers_are_never_of_another_batch(tmp_path: Path, monkeypatch: p
 def test_one_row_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with memory_for(0), pytest.raises(OutOfMemoryError, match=r"^Out of memory scoring 1 rows at once: CUDA out of"):
         asked(tmp_path / "none")
+
+
+def test_rows_after_a_batch_that_was_halved_are_asked_about_once(answerer: Answerer, rows: list[EncodedRow]) -> None:
+    """The places went on by the smaller size, so that what had just been answered was asked again."""
+    asked: list[EncodedRow] = []
+
+    def run(some: Sequence[EncodedRow], batch: Any) -> list[None]:
+        if len(some) > 2:
+            raise OutOfMemoryError("as of a GPU")
+        asked.extend(some)
+        return [None] * len(some)
+
+    one = Pass(name="losses", rows=rows[:12], collator=answerer.collator, run=run, size=4, unit=4)
+    assert sum(len(positions) for _, positions, _ in in_batches([one])) == 12
+    assert len(asked) == 12
 
 
 def test_parts_share_the_rows_whatever_each_of_them_holds_at_once(answerer: Answerer, rows: list[EncodedRow]) -> None:
