@@ -146,6 +146,8 @@ def check_against(spec: SweepSpec, recipe: Recipe) -> None:
 def _problems(spec: SweepSpec, recipe: Recipe) -> Iterator[str]:
     if recipe.spec.eval_strategy == "no" or not recipe.spec.eval_entries:
         yield f"{recipe.path}: a sweep compares losses on eval_dataset. Set eval_dataset and eval_strategy: steps."
+    if recipe.spec.evaluates_each:
+        yield f"{recipe.path}: a sweep compares one loss of each trial. Delete eval_on_each_dataset."
     scopes = {item.name: item.metadata["scope"] for item in dataclasses.fields(TrainSpec)}
     for key, values in spec.tried().items():
         if key in _JUDGE:

@@ -89,6 +89,11 @@ def test_a_sweep_of_nothing_is_refused(values: dict[str, Any], expected: str) ->
         ),
         ({"model_name_or_path": ["pretrains/m", "pretrains/n"]}, {}, "all trials start from one model and one dataset"),
         ({"dataset": ["a_train", "b_train"]}, {}, "parameters.dataset: all trials start from one model"),
+        (
+            {"seed": [1, 2]},
+            {"eval_dataset": "a_val,b_val", "eval_on_each_dataset": True},
+            "Delete eval_on_each_dataset",
+        ),
         ({"seed": [1, 2]}, {"eval_strategy": "no"}, "Set eval_dataset and eval_strategy: steps"),
         ({"seed": [1, 2]}, {"eval_dataset": None, "eval_strategy": "no"}, "Set eval_dataset"),
     ],
