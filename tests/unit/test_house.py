@@ -1,6 +1,7 @@
 """The layout keeps itself: no import runs upward or in a circle, and torch stays in its rooms."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,23 @@ def test_torch_inside_a_function_is_seen(tmp_path: Path) -> None:
         tmp_path / "mllm_assets", hub__a="def late():\n    from torch.nn import Linear", hub__b="import json"
     )
     assert house.read_house(package).heavy == {Path("hub/a.py")}
+
+
+def test_no_test_of_make_test_fast_imports_torch_at_its_top() -> None:
+    """`make test-newest` runs them where torch is not installed."""
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    ((prefix, folders, files),) = re.findall(
+        r"^TORCH_UNITS := \$\(addprefix (\S+?),(.+?)\)(.+)$", makefile, re.MULTILINE
+    )
+    ignored = (*(prefix + folder for folder in folders.split()), *files.split())
+    units = REPOSITORY / "tests" / "unit"
+    importing = {
+        path.relative_to(units).as_posix()
+        for path in units.rglob("test_*.py")
+        if re.search(r"^(import|from) (torch|accelerate|peft)\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert importing
+    assert [name for name in sorted(importing) if not name.startswith(ignored)] == []
 
 
 def test_the_drawing_shows_every_room_with_its_size_and_imports(ours: Any) -> None:
