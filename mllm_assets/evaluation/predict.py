@@ -5,7 +5,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation.answered import AnsweredRows, folder_of, forget
 from mllm_assets.evaluation.gallery import write_gallery
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, predictions_digest, to_table
 from mllm_assets.file_digests import FileDigests
@@ -90,7 +91,9 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
             "wall_s": round(time.perf_counter() - started, 2),
         }
         dataset.digests.require_unchanged()  # the gallery shows the images
-        return Evaluation(manifest=write_manifest(staging, payload), measured={})
+        manifest = write_manifest(staging, payload)
+    forget(task.directory)
+    return Evaluation(manifest=manifest, measured={})
 
 
 def merge(parts: Sequence[Measured]) -> Measured:
@@ -204,8 +207,17 @@ def measure(
         use_cached_images(answerer, prompts, task.features_root, task.recipe, device, reporter, digests)
     part = task.part or WHOLE
     passes = _passes(answerer, encoded, swapped, prompts, settings, device)
-    progress = _Progress(reporter, f"evaluate {model} model", sum(one.num_rows(part) for one in passes.values()))
-    found: dict[str, dict[int, Any]] = {name: {} for name in passes}
+    kept = AnsweredRows(folder_of(task, device), model, part, {n: len(p.rows) for n, p in passes.items()})
+    found: dict[str, dict[int, tuple[Any, ...]]] = {}
+    for name, one in passes.items():
+        one.known = kept.known[name]
+        found[name] = {index: one.known[index] for index in one.positions(part) if index in one.known}
+    progress = _Progress(
+        reporter,
+        f"evaluate {model} model",
+        total=sum(len(one.positions(part)) for one in passes.values()),
+        num_known=sum(map(len, found.values())),
+    )
     batches = in_batches(
         list(passes.values()),
         part=part,
@@ -215,12 +227,13 @@ def measure(
         reporter=reporter,
     )
     for one, positions, values in batches:
+        kept.add(one.name, positions, values)
         found[one.name] |= zip(positions, values, strict=True)
         progress.add(len(positions))
     return Measured(
         losses={str(index): value for index, value in found["losses"].items()},
         shuffled_losses={str(paired[i]): value for i, value in found["shuffled_losses"].items()},
-        answers={str(i): (given.text, given.num_tokens, given.latency_s) for i, given in found["answers"].items()},
+        answers={str(index): value for index, value in found["answers"].items()},
         batch_sizes={one.name: one.size for one in passes.values() if one.rows},
     )
 
@@ -238,7 +251,7 @@ def _passes(
     def answer(rows: Sequence[EncodedRow], batch: Batch | None) -> Sequence[Any]:
         # a seed for each batch: the same answers however many workers share the batches
         seed = int(digest_json([settings.seed, [row.id for row in rows]])[:12], 16)
-        return answerer.answers(rows, settings.sampling(seed), batch=batch)
+        return [astuple(answer) for answer in answerer.answers(rows, settings.sampling(seed), batch=batch)]
 
     def score(rows: Sequence[EncodedRow], batch: Batch | None) -> Sequence[Any]:
         return answerer.losses(rows, batch=batch)
@@ -259,17 +272,19 @@ def _passes(
 
 
 class _Progress:
-    """Counts finished rows over several passes."""
+    """Counts finished rows over several passes; some are known from an earlier start."""
 
-    def __init__(self, reporter: "Reporter", stage: str, total: int) -> None:
-        self._reporter, self._stage, self._total, self._done = reporter, stage, total, 0
+    def __init__(self, reporter: "Reporter", stage: str, *, total: int, num_known: int) -> None:
+        self._reporter, self._stage, self._total, self._known, self._done = reporter, stage, total, num_known, 0
         self._started = time.perf_counter()
+        if num_known:
+            reporter.progress(stage, num_known, total)
 
     def add(self, num_rows: int) -> None:
         """Report that more rows are finished."""
         self._done += num_rows
         rows_per_s = self._done / max(time.perf_counter() - self._started, 1e-9)
-        self._reporter.progress(self._stage, self._done, self._total, rows_per_s=round(rows_per_s, 1))
+        self._reporter.progress(self._stage, self._known + self._done, self._total, rows_per_s=round(rows_per_s, 1))
 
 
 def shuffled_partners(images: Sequence[Sequence[Hashable]], *, seed: int) -> list[int | None]:

@@ -1,8 +1,8 @@
 """Rows that a model is asked about in batches: made ahead in other processes, and halved where memory ends."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ class Pass:
         size: Most rows at once. It becomes smaller where they do not fit in memory.
         unit: Rows that stay together however many parts share the work; `size` takes several or one.
         is_divisible: Whether other batches give the same values, to rounding. Drawn tokens are other ones.
+        known: The values of rows that were asked before, by position: whole units where it is not divisible.
     """
 
     name: str
@@ -41,20 +42,21 @@ class Pass:
     size: int
     unit: int = ROWS_AT_ONCE
     is_divisible: bool = True
+    known: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
 
-    def batches(self, part: Part) -> Iterator[list[int]]:
-        """Yield the positions of each batch; the longest rows come first, and equally long ones need no padding."""
+    def positions(self, part: Part) -> list[int]:
+        """A part's rows; the longest come first, and equally long ones need no padding."""
         order = sorted(range(len(self.rows)), key=lambda index: (-len(self.rows[index].input_ids), index))
         units = [order[start : start + self.unit] for start in range(0, len(order), self.unit)]
-        own = list(chain.from_iterable(part.of(units)))
+        return list(chain.from_iterable(part.of(units)))
+
+    def batches(self, part: Part) -> Iterator[list[int]]:
+        """Yield the positions of each batch of a part's rows that are not known."""
+        own = [index for index in self.positions(part) if index not in self.known]
         start = 0
         while batch := own[start : start + self.size]:
             yield batch  # after which the size may be smaller
             start += len(batch)
-
-    def num_rows(self, part: Part) -> int:
-        """How many rows a part has."""
-        return sum(map(len, replace(self).batches(part)))
 
     def ask(
         self, positions: list[int], batch: Batch | None, reporter: "Reporter | None"

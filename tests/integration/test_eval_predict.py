@@ -139,6 +139,35 @@ def test_progress_is_reported_for_both_models(blind_model: Path, tmp_path: Path)
     ]
 
 
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "drawn"])
+def test_an_evaluation_that_ended_early_goes_on_by_row(blind_model: Path, tmp_path: Path, do_sample: bool) -> None:
+    """It began again with the first row of the first model."""
+    task = task_for(blind_model, tmp_path / "p", do_sample=do_sample)
+    whole = evaluate_task(replace(task, directory=tmp_path / "whole"), Reporter()).manifest
+    said: list[dict[str, Any]] = []
+
+    def ended_after(num_batches: int) -> None:
+        def emit(message: dict[str, Any]) -> None:
+            said.append(message)
+            if len(said) == num_batches:
+                raise KeyboardInterrupt
+
+        said.clear()
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_task(task, Reporter(emit=emit, min_interval_s=0))
+
+    ended_after(2)
+    first = said[-1]["done"]
+    ended_after(4)  # what is known is said first
+    assert said[0]["done"] == first and said[-1]["done"] > first
+    last = said[-1]
+    said.clear()
+    resumed = evaluate_task(task, Reporter(emit=said.append, min_interval_s=0)).manifest
+    assert [said[0][key] for key in ("stage", "done")] == [last[key] for key in ("stage", "done")]
+    assert resumed["digest"] == whole["digest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p", "whole"]
+
+
 def test_what_cannot_be_evaluated_is_named_and_leaves_nothing(blind_model: Path, tmp_path: Path) -> None:
     target = tmp_path / "out" / "p"
     with pytest.raises(RecipeError, match="gemma3_vlm_val"):
