@@ -10,18 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm_assets.artifacts import digest_json
 from mllm_assets.disk import full_disk_is_an_error
-from mllm_assets.training.models.device import Device
 from mllm_assets.worker.tasks import EvaluateTask, Part
+
+if TYPE_CHECKING:
+    from mllm_assets.training.models.device import Device
 
 Values = dict[str, dict[int, tuple[Any, ...]]]  # by the pass, then by the row's position
 DIGEST = "digest"  # of the line without it
 
 
-def folder_of(task: EvaluateTask, device: Device) -> Path:
+def folder_of(task: EvaluateTask, device: "Device") -> Path:
     """Where the answers are kept until the predictions are complete."""
     made_by = {
         "models": task.model_digests,
