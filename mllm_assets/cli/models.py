@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_assets.cli.options import Verbs, add_device_option, at_least_one
 from mllm_assets.errors import DataError, MachineError
-from mllm_assets.inference.addresses import is_loopback, listen
+from mllm_assets.inference.addresses import BOARD_PORT, is_loopback, listen
 from mllm_assets.layout import Layout
 from mllm_assets.training.runs.models import HOW_TO_NAME
 
@@ -73,7 +73,7 @@ def add_commands(verbs: Verbs) -> None:
         "board", help="a local page of the project: samples, runs with live curves, answers, chat, and new runs"
     )
     board.add_argument("--host", default="127.0.0.1", help=f"elsewhere {KEY_VARIABLE} is the password of `user`")
-    board.add_argument("--port", type=int, default=7861)
+    board.add_argument("--port", type=int, default=BOARD_PORT)
     add_device_option(board)
     board.set_defaults(run=_board)
 

@@ -10,7 +10,7 @@ from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.entries import load_entries
 from mllm_assets.errors import MllmAssetsError
-from mllm_assets.evaluation.gallery import rights_of
+from mllm_assets.evaluation.gallery import GALLERY, rights_of
 from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.evaluation.run_lookup import EvaluatedRun, evaluated_runs, evaluation_of, find_run, how_to_evaluate
 from mllm_assets.evaluation.scores import in_order
@@ -42,11 +42,17 @@ def summarise(layout: Layout, recipe: str, overrides: Sequence[str] = ()) -> str
         *_losses(run_dir, run),
         *(_metrics(read_metrics(evaluated.metrics_dir)) if evaluated else _not_evaluated(layout, recipe, run_dir)),
         f"  run         {layout.relative(run_dir)}",
+        *(_gallery(layout, evaluated) if evaluated else []),
         f"  released    {_describe_release(layout, recipe, release, run)}",
         *_questions(layout, run_dir, run, evaluated),
         f"\nOpen the UI:  {dev_command(Path.cwd())}   (http://127.0.0.1:3000)",
     ]
     return "\n".join(parts)
+
+
+def _gallery(layout: Layout, evaluated: EvaluatedRun) -> list[str]:
+    page = evaluated.predictions_dir / GALLERY
+    return [f"  answers     {layout.relative(page)}, to open in a browser"] if page.is_file() else []
 
 
 def _not_evaluated(layout: Layout, recipe: str, run_dir: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import base64
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from mllm_assets.data.curate.checks import CheckOutcome
 from mllm_assets.data.quality.report import markdown_table
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.evaluation.gates import APPROVAL, GATES, GateResult
+from mllm_assets.inference.addresses import BOARD_PORT, PAGES, url
+from mllm_assets.layout import Layout
 from mllm_assets.project.read import root_module
 
 UNREADABLE = "mllm_assets/unreadable"
@@ -91,9 +94,17 @@ def in_window(markdown: str) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md(markdown and markdown.ljust(WINDOW_CHARS, "\n"))
 
 
-def with_page(page: Path, markdown: str) -> dg.MarkdownMetadataValue:
-    """A window whose first line says where the whole is; a browser follows no link from Dagster to a file."""
-    return in_window(f"All of them, as a page to open in a browser: `{page}`\n\n{markdown}")
+def with_page(page: Path, markdown: str, layout: Layout | None = None) -> dg.MarkdownMetadataValue:
+    """A window whose first line says where the whole is.
+
+    A browser follows no link from Dagster to a file. With a `layout` the line has a link to the board, which serves the
+    page, where the board is installed.
+    """
+    text = f"All of them, as a page to open in a browser: `{page}`"
+    if layout and find_spec("gradio"):
+        address = f"{url('127.0.0.1', BOARD_PORT)}{PAGES}{layout.relative(page)}"
+        text = f"[All of them, as a page]({address}), while `mllm-assets board` runs on this machine. Without: `{page}`"
+    return in_window(f"{text}\n\n{markdown}")
 
 
 def png_markdown(name: str, png: bytes) -> str:

@@ -55,7 +55,7 @@ class ProjectResource(dg.ConfigurableResource):
 
 
 class RayCluster(dg.Config):
-    """The Ray cluster of `launcher: ray`. Its machines must have the project's folder under the same path."""
+    """The Ray cluster of `MLLM_ASSETS_LAUNCHER=ray`. Its machines have the project's folder under the same path."""
 
     address: str = Field(
         default=DEFAULT_ADDRESS, description="The cluster's dashboard. The variable RAY_ADDRESS overrides it."
@@ -80,10 +80,6 @@ class AcceleratorResource(dg.ConfigurableResource):
     grace_s: float = Field(
         default=10.0, description="Seconds between asking a cancelled worker to stop and killing it."
     )
-    launcher: Literal["local", "ray"] = Field(
-        default="local", description="Where workers run: on this machine, or as jobs of a Ray cluster."
-    )
-    ray: RayCluster = Field(default_factory=RayCluster, description="Used by the launcher ray only.")
     max_retries: int = Field(
         default=2,
         ge=0,
@@ -107,9 +103,9 @@ class AcceleratorResource(dg.ConfigurableResource):
         task = replace(task, accelerator=self.accelerator(task))
         relay: ProgressRelay | None = None
         try:
-            if self.launcher == "ray":
+            if isinstance(self, RayAcceleratorResource):
                 with interrupts.held_back():
-                    return self._run_on_ray(context, key, task)
+                    return self.run_on_ray(context, key, task)
             ends = dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
             with open_session(context, *ends) as session:
                 relay = ProgressRelay(context, key, session)
@@ -135,7 +131,14 @@ class AcceleratorResource(dg.ConfigurableResource):
         num_processes = self.num_processes if isinstance(task, TrainTask) else 1
         return Accelerator(device=self.device, num_processes=num_processes, num_threads=self.num_threads)
 
-    def _run_on_ray(self, context: dg.AssetExecutionContext, key: dg.AssetKey, task: Task[R]) -> R:
+
+class RayAcceleratorResource(AcceleratorResource):
+    """The same as jobs of a Ray cluster; a class of its own, so that the launchpad shows Ray's settings only here."""
+
+    ray: RayCluster = Field(default_factory=RayCluster, description="The cluster, and what a job takes of it.")
+
+    def run_on_ray(self, context: dg.AssetExecutionContext, key: dg.AssetKey, task: Task[R]) -> R:
+        """Run a task as a job, or as several where it can be shared."""
         values = self.ray.model_dump(exclude={"num_workers"})
         cluster = Cluster(**{**values, "jobs_dir": Path(self.ray.jobs_dir)})
         num_workers = self.ray.num_workers if isinstance(task, SharedTask) else 1

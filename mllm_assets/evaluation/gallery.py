@@ -4,19 +4,24 @@
 metadata.
 """
 
+import base64
+import io
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image, ImageDraw
 
 from mllm_assets.artifacts import write_text_atomic
 from mllm_assets.data.quality.report import thumbnail
 from mllm_assets.evaluation.scores import find_label, token_mean
 from mllm_assets.pages import page_template
 
+GALLERY = "gallery.html"
 MAX_HTML_SAMPLES = 500  # about 5 KB each
 MAX_MARKDOWN_SAMPLES = 12
 MAX_MARKDOWN_BYTES = 190_000  # Dagster+ answers 413 above about 1 MB, and several assets share a page
@@ -24,13 +29,13 @@ HTML_THUMBNAIL_PX = 224
 MARKDOWN_THUMBNAIL_PX = 72
 MAX_CELL_CHARS = 60
 MAX_WRONG_CHARS = 28
-_MARKS: Mapping[bool | None, str] = {True: "✅", False: "❌", None: ""}
+MARK_PX = 16
 
 
 def write_gallery(directory: Path, predictions: pa.Table, *, data_dir: Path, title: str) -> None:
     """Write `gallery.html` and `gallery.md` of predictions, whose image paths are relative to `data_dir`."""
     samples = collect_samples(predictions)
-    write_text_atomic(directory / "gallery.html", render_html(samples, data_dir=data_dir, title=title))
+    write_text_atomic(directory / GALLERY, render_html(samples, data_dir=data_dir, title=title))
     write_text_atomic(directory / "gallery.md", render_markdown(samples, data_dir=data_dir))
 
 
@@ -178,7 +183,24 @@ def evenly_spaced(samples: Sequence[Mapping[str, Any]], most: int) -> list[Mappi
 def _answer_cell(row: Mapping[str, Any]) -> str:
     """An answer with its mark; of a wrong one, which may be gibberish of any length, the beginning will do."""
     most = MAX_WRONG_CHARS if row["right"] is False else MAX_CELL_CHARS
-    return f"{_MARKS[row['right']]} {_cell(row['answer'], most)}".strip()
+    return f"{_mark(row['right'])} {_cell(row['answer'], most)}".strip()
+
+
+@cache
+def _mark(right: bool | None) -> str:
+    """A green tick or a red cross, drawn: not every machine has a font of emoji."""
+    if right is None:
+        return ""
+    scale = 4
+    picture = Image.new("RGBA", (MARK_PX * scale, MARK_PX * scale))
+    draw = ImageDraw.Draw(picture)
+    lines = [[(12, 34), (26, 48), (54, 16)]] if right else [[(14, 14), (50, 50)], [(50, 14), (14, 50)]]
+    for line in lines:
+        draw.line(line, fill="#16a34a" if right else "#dc2626", width=11, joint="curve")
+    buffer = io.BytesIO()
+    picture.resize((MARK_PX, MARK_PX)).save(buffer, "PNG")
+    text = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f"![{'right' if right else 'wrong'}](data:image/png;base64,{text})"
 
 
 def _cell(text: str, most: int = MAX_CELL_CHARS) -> str:

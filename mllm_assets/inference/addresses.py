@@ -8,6 +8,8 @@ from mllm_assets.errors import MachineError
 
 # Names in a request's Host header. A foreign page, whose name was made to point to this machine, sends another.
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+BOARD_PORT = 7861
+PAGES = "/pages/"  # where the board has the pages that assets wrote, by their paths below the project's root
 
 
 def is_loopback(host: str) -> bool:

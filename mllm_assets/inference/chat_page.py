@@ -303,10 +303,13 @@ def chat(
     show(page, host=host, port=port, password=password)
 
 
-def show(page: gr.Blocks, *, host: str, port: int, password: str | None) -> None:
-    """Show a page until the process is stopped; it serves no file but pictures that it has shown."""
+def show(page: gr.Blocks, *, host: str, port: int, password: str | None, local: Sequence[Middleware] = ()) -> None:
+    """Show a page until the process is stopped; it serves no file but pictures that it has shown.
+
+    `local` is added where only this machine reaches the page, since it is before Gradio asks for a password.
+    """
     # or a foreign web page could send requests by a name that it points to this machine
-    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host))] if is_loopback(host) else []
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host)), *local] if is_loopback(host) else []
     page.launch(
         server_name=host,
         server_port=port,

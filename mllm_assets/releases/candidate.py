@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation.gallery import GALLERY
 from mllm_assets.evaluation.intervals import gain_text
 from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.evaluation.run_lookup import EvaluatedRun, evaluated_runs, evaluation_of, find_run, how_to_evaluate
@@ -15,8 +16,6 @@ from mllm_assets.project.read import materialize_command, require_known_recipe
 from mllm_assets.releases.approvals import Decision, Subject, read_decisions
 from mllm_assets.releases.versions import list_releases
 from mllm_assets.training.runs.plan import shown_overrides
-
-GALLERY = "gallery.html"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

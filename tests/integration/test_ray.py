@@ -16,7 +16,7 @@ import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 
-from mllm_assets.components.resources import AcceleratorResource, RayCluster
+from mllm_assets.components.resources import AcceleratorResource, RayAcceleratorResource, RayCluster
 from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import PREDICTIONS_FILE
@@ -153,7 +153,7 @@ def test_features_and_predictions_are_spread_over_the_cluster_and_are_the_same_b
     )  # fmt: skip
     model, data = parity_dir / "model", parity_dir / "data"
     settings = RayCluster(address=cluster.get_address(), num_workers=2, jobs_dir=str(tmp_path / "jobs"))
-    there = AcceleratorResource(device="cpu", num_threads=1, launcher="ray", ray=settings)
+    there = RayAcceleratorResource(device="cpu", num_threads=1, ray=settings)
 
     features = FeaturesTask(
         recipe=recipe, model_dir=model, data_dir=data, features_root=tmp_path / "one", accelerator=ONE_CPU_THREAD
@@ -195,4 +195,4 @@ def test_a_job_without_room_is_left_at_once_and_does_nothing_when_it_gets_some(c
 def test_without_a_cluster_the_error_says_what_to_start(tmp_path: Path) -> None:
     cluster = RayCluster(address="http://127.0.0.1:9", jobs_dir=str(tmp_path))
     with pytest.raises(MachineError, match=r"No Ray cluster answers at http://127\.0\.0\.1:9: .* `ray start --head`"):
-        run_task(AcceleratorResource(launcher="ray", ray=cluster), BuildTask(directory=tmp_path / "model"))
+        run_task(RayAcceleratorResource(ray=cluster), BuildTask(directory=tmp_path / "model"))

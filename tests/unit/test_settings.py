@@ -7,6 +7,7 @@ import pytest
 from mllm_assets.cli import main
 from mllm_assets.components.instance.doctor import check_dagster
 from mllm_assets.components.reporting import load_project
+from mllm_assets.defs.resources import resources
 from mllm_assets.errors import MachineError
 from mllm_assets.layout import Layout
 from mllm_assets.operations.machine import check_device
@@ -53,6 +54,15 @@ def test_the_project_and_doctor_say_which_setting_is_wrong(
         load_project(REPOSITORY)
     [definitions, *_], _ = check_dagster(REPOSITORY, Layout(tmp_path))
     assert definitions.status == "fail" and f"{name} is 'foo'" in definitions.detail
+
+
+def test_only_the_launcher_ray_shows_its_settings_in_the_launchpad(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {}
+    for launcher in ("local", "ray"):
+        monkeypatch.setenv("MLLM_ASSETS_LAUNCHER", launcher)
+        gpu = (resources().resources or {})["gpu"]
+        fields[launcher] = set(type(gpu).to_fields_dict())
+    assert fields["ray"] - fields["local"] == {"ray"} and "device" in fields["local"]
 
 
 def test_a_device_that_is_none_is_one_line_of_doctor(monkeypatch: pytest.MonkeyPatch) -> None:

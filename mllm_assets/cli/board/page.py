@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.middleware import Middleware
+
 from mllm_assets.artifacts import is_complete
 from mllm_assets.cli.board.approve_tab import approve_tab
 from mllm_assets.cli.board.launches import Launches
 from mllm_assets.cli.board.results_tabs import gallery_tab, runs_tab
 from mllm_assets.cli.board.samples_tab import samples_tab
 from mllm_assets.cli.board.start_tab import start_tab
+from mllm_assets.cli.board.written_pages import WrittenPages
 from mllm_assets.errors import ModelError
 from mllm_assets.inference.answerer import Answerer
 from mllm_assets.inference.chat_page import MAX_MODELS, MAX_WAITING, Reset, add_chat, gr, show
@@ -104,6 +107,7 @@ def board(layout: Layout, project: Path, *, host: str, port: int, password: str 
     """Show the board until the process is stopped; runs that it started are stopped with it."""
     launches = Launches(project, layout.root)
     try:
-        show(build_board(layout, launches, device=device), host=host, port=port, password=password)
+        page, written = build_board(layout, launches, device=device), Middleware(WrittenPages, layout=layout)
+        show(page, host=host, port=port, password=password, local=[written])
     finally:
         launches.stop_all()

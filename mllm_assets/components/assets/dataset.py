@@ -126,7 +126,7 @@ def sample_quality_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
                 "num_decoded": result.num_decoded,
                 "reject_reasons": counts_table(result.reject_reasons, "reason"),
                 "flags": counts_table(result.flags, "flag"),
-                "report": with_page(report.html, report.markdown),
+                "report": with_page(report.html, report.markdown, project.layout),
                 "report_path": link(str(report.html)),
                 "path": project.layout.relative(result.directory),
             },

@@ -31,6 +31,7 @@ from mllm_assets.components.resources import AcceleratorResource, ProjectResourc
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.register import judging_entries
 from mllm_assets.data.sharegpt.dataset import Dataset, media_dir_of
+from mllm_assets.evaluation.gallery import GALLERY
 from mllm_assets.evaluation.gates import APPROVAL, GateSpec, evaluate_gates, leakage_gate
 from mllm_assets.evaluation.metric_page import (
     confusion_png,
@@ -89,14 +90,14 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
             for model in (task.base_model_dir, task.model_dir):
                 model_fingerprint(model, FileDigests())  # a flipped bit loads without an error
             result = gpu.run(context, task).manifest
-        answers, page = read_predictions(directory), directory / "gallery.html"
+        answers, page = read_predictions(directory), directory / GALLERY
         columns = run_columns(context, node.name, weights_digest)
         rows = store_table(answers, sample_metrics(answers), **columns)
         project.quality_store.write({"predictions": rows})
         return dg.MaterializeResult(
             data_version=dg.DataVersion(result["digest"]),
             metadata={
-                "gallery": with_page(page, page.with_suffix(".md").read_text(encoding="utf-8")),
+                "gallery": with_page(page, page.with_suffix(".md").read_text(encoding="utf-8"), layout),
                 "gallery_path": link(str(page)),
                 "num_samples": sum(result["entries"].values()),
                 "num_predictions": result["num_predictions"],

@@ -86,7 +86,10 @@ def test_in_markdown_a_wrong_answer_is_cut_short_and_each_has_its_mark(data_dir:
     rows = [prediction("base", 0, answer="op " * 400), prediction("tuned", 0)]
     [line] = render_markdown(collect_samples(to_table(rows)), data_dir=data_dir).splitlines()[2:]
     *_, base, tuned, _ = line.split(" | ")
-    assert base == "❌ op op op op op op op op op …" and tuned == "✅ cat"
+    mark, _, text = base.partition(") ")
+    assert mark.startswith("![wrong](data:image/png;base64,") and text == "op op op op op op op op op …"
+    mark, _, text = tuned.partition(") ")
+    assert mark.startswith("![right](data:image/png;base64,") and text == "cat"
 
 
 def test_a_large_set_is_shown_evenly_spaced(data_dir: Path) -> None:
