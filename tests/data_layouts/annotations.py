@@ -43,6 +43,31 @@ def vqa_with_questions_in_a_file_of_their_own(folder: Path) -> list[Expected]:
 
 
 @layout
+def a_okvqa_with_numbers_of_cocos_pictures(folder: Path) -> list[Expected]:
+    for n in range(NUM_ROWS):
+        put(folder / "train2017" / f"{n:012}.png", png(n))
+    rows = [
+        {"split": "train", "image_id": n, "question_id": f"q{n}", "question": f"How many stones in {n}?",
+         "choices": ["2 stones", "a lamp"], "correct_choice_idx": n % 2, "direct_answers": [f"{n} stones"] * 3 + ["2"]}
+        for n in range(NUM_ROWS)
+    ]  # fmt: skip
+    put(folder / "aokvqa_v1p0_train.json", json.dumps(rows))
+    return [Expected(pictures=row.pictures, turns=row.turns, id=f"q{n}") for n, row in enumerate(asked())]
+
+
+@layout
+def textcaps_whose_paths_are_of_another_tree(folder: Path) -> list[Expected]:
+    pictures(folder / "train_images", "00a{n}.png")
+    rows = [
+        {"caption_str": said(n), "caption_id": n, "image_id": f"00a{n}", "image_name": f"00a{n}",
+         "reference_strs": [said(n), "A lamp"], "image_path": f"train/00a{n}.png"}
+        for n in range(NUM_ROWS)
+    ]  # fmt: skip
+    put(folder / "TextCaps_0.1_train.json", json.dumps({"dataset_type": "train", "data": rows}))
+    return [Expected(pictures=(png(n),), turns=(said(n),), id=f"00a{n}") for n in range(NUM_ROWS)]
+
+
+@layout
 def karpathys_split_with_sentences(folder: Path) -> list[Expected]:
     pictures(folder / "images")
     images = [{"filename": f"{n}.png", "imgid": n, "sentences": [{"raw": said(n)}, {"raw": "Again."}], "split": "train"}

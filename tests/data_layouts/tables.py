@@ -28,6 +28,28 @@ def flickr_with_a_bar(folder: Path) -> list[Expected]:
 
 
 @layout
+def icdars_words_in_quotes_after_a_space(folder: Path) -> list[Expected]:
+    pictures(folder, "word_{n}.png")
+    put(
+        folder / "gt.txt", "".join(f'word_{n}.png, "{said(n)}, ""2"" \n' for n in range(NUM_ROWS)).replace(" \n", '"\n')
+    )
+    return [Expected(pictures=(png(n),), turns=(f'{said(n)}, "2"',)) for n in range(NUM_ROWS)]
+
+
+@layout
+def food_101s_lists_of_names_by_class(folder: Path) -> list[Expected]:
+    classes = ("apple_pie", "soup")
+    for n in range(NUM_ROWS):
+        put(folder / "images" / classes[n % 2] / f"100{n}.png", png(n))
+    for side, numbers in (("train", range(4)), ("test", range(4, NUM_ROWS))):
+        named = {label: [f"{label}/100{n}" for n in numbers if n % 2 == k] for k, label in enumerate(classes)}
+        put(folder / "meta" / f"{side}.json", json.dumps(named))
+        put(folder / "meta" / f"{side}.txt", "\n".join(name for names in named.values() for name in names))
+    put(folder / "meta" / "classes.txt", "\n".join(classes))
+    return [Expected(pictures=(png(n),), turns=("soup" if n % 2 else "apple pie",)) for n in (0, 2, 1, 3, 4, 5)]
+
+
+@layout
 def a_table_of_semicolons_with_a_mark_and_names_of_windows(folder: Path) -> list[Expected]:
     for n in range(NUM_ROWS):
         put(folder / "fotos" / unicodedata.normalize("NFD", f"über {n}.png"), png(n))

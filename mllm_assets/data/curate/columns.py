@@ -25,6 +25,7 @@ IMAGES = (
     "image", "images", "img", "imgs", "picture", "photo", "image_path", "img_path", "image_file", "image_name",
     "filename", "file", "path", "filepath", "image_url", "url", "jpg", "png", "image_bytes", "screenshot", "page_image",
 )  # fmt: skip
+IMAGE_NUMBERS = ("image_id", "imageid", "img_id")
 CAPTIONS = ("text", "caption", "captions", "description", "sentence", "sentences", "raw", "title")
 QUESTIONS = ("question", "questions", "query", "problem", "instruction", "user_prompt", "prefix")
 ASKING = ("prompt", "user", "human", "input")  # a question only beside an answer
@@ -172,6 +173,8 @@ class _Finder:
         best = sorted(dict.fromkeys(exact or fit), key=lambda column: -shares[column])
         if best:
             equal = [column for column in best if shares[column] == shares[best[0]]]
+            if all(str(value).isdecimal() for column in equal for value in self.values(column)):  # others are counts
+                equal = [column for column in equal if column.lower() in IMAGE_NUMBERS] or equal
             if len(equal) > 1 and not exact:
                 raise self.undecided(f"{' and '.join(equal)} hold pictures", "--image COLUMN")
             return equal[0]

@@ -12,7 +12,7 @@ from mllm_assets.data.ingest.image_folder import CAPTION_SUFFIXES
 from mllm_assets.data.ingest.sides import SIDE_WORDS, side_word
 from mllm_assets.data.ingest.source_rows import FILE_COLUMNS
 from mllm_assets.data.sharegpt.formats import Format, format_of, require_format
-from mllm_assets.data.sharegpt.pictures import IMAGE_SUFFIXES, folded
+from mllm_assets.data.sharegpt.pictures import IMAGE_SUFFIXES, folded, stems_of
 
 MAX_NAMED_FOLDERS = 5
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -21,12 +21,13 @@ SIDECARS = frozenset(
     "state.json dataset_info.json dataset_dict.json dataset_infos.json _success thumbs.db desktop.ini readme.txt "
     "license.txt requirements.txt config.json".split()
 )
+UNPACK = "unpack it"
 NOT_PICTURES = {".svg": "SVG, which has no pixels", ".pdf": "PDF", ".psd": "PSD", ".eps": "EPS",
                 ".raw": "a camera's raw file", ".cr2": "a camera's raw file", ".nef": "a camera's raw file",
                 ".dng": "a camera's raw file", ".mp4": "a video", ".mov": "a video", ".webm": "a video",
-                ".avi": "a video", ".mp3": "a sound", ".wav": "a sound", ".zip": "a ZIP archive: unpack it",
-                ".7z": "an archive: unpack it", ".rar": "an archive: unpack it",
-                ".gz": "a compressed file: unpack it"}  # fmt: skip
+                ".avi": "a video", ".mp3": "a sound", ".wav": "a sound", ".zip": f"a ZIP archive: {UNPACK}",
+                ".7z": f"an archive: {UNPACK}", ".rar": f"an archive: {UNPACK}",
+                ".gz": f"a compressed file: {UNPACK}"}  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,17 +59,19 @@ class Inventory:
         beside, side = rows.parent, SIDE_WORDS.get(side_word(rows, self.folder) or "")
         wanted = [name.replace("\\", "/").removeprefix("./") for name in names]
         wanted = [name for name in wanted if not os.path.isabs(name)]
-        by_name: dict[str, list[Path]] = {folded(name.rstrip("/").rpartition("/")[2]): [] for name in wanted}
+        lasts = {name.rstrip("/").rpartition("/")[2] for name in wanted}
+        by_name: dict[str, list[Path]] = {folded(stem): [] for last in lasts for stem in stems_of(last)}
         for path in self.pictures:
             for key in {folded(path.name), folded(path.stem)} & by_name.keys():
                 by_name[key].append(path)
         folders: dict[Path, set[str]] = defaultdict(set)
         for name in wanted:
             parts = [part for part in name.split("/") if part]
-            for path in by_name.get(folded(parts[-1]), []) if parts else []:
+            stems = {folded(stem) for stem in stems_of(parts[-1])} if parts else set[str]()
+            for path in (path for stem in sorted(stems) for path in by_name.get(stem, [])):
                 root = path
                 for part, own in zip(reversed(parts), reversed(path.parts), strict=False):
-                    if folded(part) not in (folded(own), folded(Path(own).stem)):
+                    if not (stems if root is path else {folded(part)}) & {folded(own), folded(Path(own).stem)}:
                         break
                     root = root.parent
                 else:

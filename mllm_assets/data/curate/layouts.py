@@ -189,6 +189,14 @@ def _refuse_boxes(texts: Sequence[Path]) -> None:
     )
 
 
+def _with_reasons(folder: Folder, files: Mapping[Path, str]) -> str:
+    """Files in words, those of the same reason together."""
+    by_reason: dict[str, list[Path]] = {}
+    for path, why in files.items():
+        by_reason.setdefault(why, []).append(path)
+    return "; ".join(f"{folder.few(paths)} ({why})" for why, paths in by_reason.items())
+
+
 def _pictures(folder: Folder) -> Reading:
     """Pictures with text files, or in folders by class."""
     path, pictures = folder.path, folder.found.pictures
@@ -217,11 +225,11 @@ def _pictures(folder: Folder) -> Reading:
             not_read=dict.fromkeys(folder.found.rows, "text files hold the texts"),
         )
     if len(classes) < 2 or all(name.isdecimal() and len(name) > 2 for name in classes):  # numbers of parts: 000, 001
-        others = [*folder.found.not_read, *folder.found.texts]
+        others = folder.found.not_read | dict.fromkeys(folder.found.texts, "text of no image")
         raise DataError(
             f"{path}: none of its {len(pictures)} images has a caption or a class. Put a text file next to each image "
             "(a.png, a.txt), the images of each class into a folder of its own, or a metadata.jsonl with `file_name` "
-            "and `text` next to them." + (f" Not used: {folder.few(others)}." if others else "")
+            "and `text` next to them." + (f" Not used: {_with_reasons(folder, others)}." if others else "")
         )
     return Reading(
         layout=f"images in {len(classes)} folders by class",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_assets.data.curate.columns import MAX_SAMPLED, Undecided, find_roles, picture_names
+from mllm_assets.data.curate.inventory import UNPACK
 from mllm_assets.data.curate.reading import Folder, Reading
 from mllm_assets.data.ingest.coco import ANNOTATIONS, IMAGES, QUESTIONS, annotations_of
 from mllm_assets.data.ingest.image_folder import TextFiles
@@ -87,7 +88,8 @@ def read_tables_layout(folder: Folder) -> Reading | None:
         texts = TextFiles()
         pictures = found.pictures[:MAX_SAMPLED]
         if problems and not (pictures and all(texts.path_of(path, folder.path) for path in pictures)):
-            raise DataError("\n".join(list(problems.values())[:5]))
+            packed = [f"{path.name}: {why}." for path, why in found.not_read.items() if why.endswith(UNPACK)]
+            raise DataError("\n".join(list(dict.fromkeys(problems.values()))[:5] + packed[:3]))
         return None
     others = {path: problems.get(path, "another file holds the rows").split(". ")[0] for path in found.rows}
     used = {*fit[0].annotations}
@@ -159,9 +161,11 @@ def _media_dirs(folder: Folder, paths: list[Path], rows: list[dict[str, Any]]) -
     if folder.options.media_dir:
         return list(folder.options.media_dir)
     beside = MediaFolders((), [*(path.parent for path in paths), folder.path])
-    if names := picture_names(rows):
-        left = [name for name in names if beside.find(name)[0] is None]
-        return folder.found.media_dirs(left, paths[0])
+    names = picture_names(rows)
+    left = [name for name in names if beside.find(name)[0] is None]
+    dirs = folder.found.media_dirs(left, paths[0])
+    if dirs or len(left) < len(names):
+        return dirs
     texts = (value for row in rows for value in row.values() if isinstance(value, str | int))
     ids = {str(value) for value in texts if len(str(value)) < 100}  # whose files have a suffix
     return folder.found.media_dirs(sorted(ids)[:1000], paths[0], most=1)
@@ -181,7 +185,7 @@ def _coco(folder: Folder, paths: list[Path]) -> Reading:
     dirs = list(folder.options.media_dir) or (
         folder.found.media_dirs(names, used[0]) if names else sorted({path.parent for path in folder.found.pictures})
     )
-    rows = [values for _, _, values in islice(annotations_of(used, dirs), MAX_SAMPLED)]
+    rows = [values for _, _, values in islice(annotations_of(used), MAX_SAMPLED)]
     media = MediaFolders(dirs, [used[0].parent, folder.path])
     roles = find_roles(rows, media, folder.few(used), folder.options.chosen)
     words = side_words([path for path in used if path in texts], folder.path)

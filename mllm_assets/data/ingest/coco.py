@@ -16,8 +16,6 @@ from mllm_assets.data.sharegpt.row_files import location_of
 from mllm_assets.errors import DataError
 
 ANNOTATIONS, IMAGES, QUESTIONS, CATEGORIES = "annotations", "images", "questions", "categories"
-# VQA has no list of pictures: their names are made of their ids
-NAMES = ("{id}", "{id:012d}", "COCO_train2014_{id:012d}", "COCO_val2014_{id:012d}", "COCO_test2015_{id:012d}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ def read_coco(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
     index = 0
     found: dict[Path, dict[str, None]] = {}
     readers = {path: RowReader(source, MediaFolders(named_for(path, folders), (path.parent, top))) for path in files}
-    for path, number, values in annotations_of(files, folders):
+    for path, number, values in annotations_of(files):
         columns = found.setdefault(path, {})
         columns |= dict.fromkeys(values)
         at = SourceRow(row_index=index, location=location_of(path, top, f"row {number}"))
@@ -70,7 +68,7 @@ def read_coco(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
         require_named(source, columns, path.name)
 
 
-def annotations_of(files: list[Path], folders: list[Path]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+def annotations_of(files: list[Path]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """Each annotation's file, number and columns, those of what it is joined with included.
 
     Raises:
@@ -82,20 +80,18 @@ def annotations_of(files: list[Path], folders: list[Path]) -> Iterator[tuple[Pat
     if not annotated:
         names = ", ".join(path.name for path in files) or "no file"
         raise DataError(f"{names}: there is no JSON object with a list `annotations`. Name the annotation files.")
-    top = common_folder(files)
     for path in annotated:
-        media = MediaFolders(named_for(path, folders), (path.parent, top))
         items = (value for key, value, is_item in object_items(path) if key == ANNOTATIONS and is_item)
         for number, value in enumerate(items):
-            yield path, number, _values(value, joined, media) if isinstance(value, dict) else {}
+            yield path, number, _values(value, joined) if isinstance(value, dict) else {}
 
 
-def _values(value: dict[str, Any], joined: _Joined, media: MediaFolders) -> dict[str, Any]:
+def _values(value: dict[str, Any], joined: _Joined) -> dict[str, Any]:
     question, image_id = joined.questions.get(value.get("question_id"), (None, None))
     image_id = value.get("image_id", image_id)
     name = joined.images.get(image_id)
     if name is None and image_id is not None:
-        name = _name_of(image_id, media)
+        name = str(image_id)  # VQA has no list of pictures: they are found by number
     answer = value.get("multiple_choice_answer")
     values = {
         "id": value.get("id", value.get("question_id")),
@@ -106,13 +102,3 @@ def _values(value: dict[str, Any], joined: _Joined, media: MediaFolders) -> dict
         **value,
     }
     return {key: item for key, item in values.items() if item is not None}
-
-
-def _name_of(image_id: Any, media: MediaFolders) -> str:
-    """The name that the file of a picture has by its id, or the id, which is then named as missing."""
-    number = int(image_id) if str(image_id).isdecimal() else None
-    for pattern in NAMES if number is not None else NAMES[:1]:
-        name = pattern.format(id=number if ":" in pattern else image_id)
-        if media.find(name)[0] is not None:
-            return name
-    return str(image_id)

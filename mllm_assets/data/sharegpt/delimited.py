@@ -28,7 +28,7 @@ def records(path: Path, format: Format) -> Iterator[tuple[int, dict[str, str | N
     # `conversation.text_defect` reports what is not UTF-8
     with path.open(encoding=format.encoding, errors="replace", newline="") as file:
         lines = _RecordLines(file, path)
-        reader = csv.DictReader(lines, delimiter=format.delimiter)
+        reader = csv.DictReader(lines, delimiter=format.delimiter, skipinitialspace=format.is_spaced)
         if (names := headless_names(reader.fieldnames or ())) is not None:
             first = {name: text or None for name, text in zip(names, reader.fieldnames or (), strict=True)}
             reader.fieldnames = names

@@ -4,10 +4,11 @@ import csv
 import io
 import json
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mllm_assets.data.sharegpt.json_text import BOM, LIMITS
 from mllm_assets.data.sharegpt.pictures import IMAGE_SUFFIXES
@@ -25,11 +26,12 @@ ROW_LISTS = ("data", "rows", "annotations", "questions", "images", "samples", "i
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A file's format; a delimited file has a delimiter and an encoding too."""
+    """A file's format; a delimited file has a delimiter and an encoding too, and may have a space before quotes."""
 
     kind: Kind
     delimiter: str = ""
     encoding: str = "utf-8-sig"
+    is_spaced: bool = False
 
 
 def format_of(path: Path) -> Format | None:
@@ -56,7 +58,9 @@ def format_of(path: Path) -> Format | None:
     if start == "{":
         return Format(_kind_of_objects(path))
     delimiter = _delimiter(text, whole=len(head) < HEAD_BYTES)
-    return Format("delimited", delimiter, encoding) if delimiter else None
+    if delimiter is None:
+        return None
+    return Format("delimited", delimiter, encoding, _is_spaced(_records(text, delimiter, whole=len(head) < HEAD_BYTES)))
 
 
 def require_format(path: Path) -> Format:
@@ -111,18 +115,25 @@ def _kind_of_objects(path: Path) -> Kind:
     by_key = by_key or (len(value) > 0 and all(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in value))
     lengths = {len(item) if isinstance(item, list) else -1 for item in value.values()}
     by_key = by_key or (len(value) > 1 and len(lengths) == 1 and min(lengths) > 1 and not value.keys() & TALKS)
-    return "json_object" if holds_rows or by_key else "json_lines"
+    return "json_object" if holds_rows or by_key or holds_pictures_by_class(value) else "json_lines"
+
+
+def holds_pictures_by_class(value: Mapping[str, Any]) -> bool:
+    """Whether an object has a list of pictures for each of its keys, which are the folders that they are in."""
+    return len(value) > 1 and all(
+        isinstance(names, list)
+        and names
+        and all(isinstance(name, str) and name.startswith(f"{key}/") for name in names)
+        for key, names in value.items()
+    )
 
 
 def _delimiter(text: str, *, whole: bool) -> str | None:
     """The delimiter whose first records have the same number of columns, at least two, most columns first."""
-    lines = text.splitlines(keepends=True)
-    sample = "".join(lines if whole else lines[:-1])
     best: tuple[float, int, str] | None = None
     for delimiter in DELIMITERS:
         try:
-            records = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter)
-            widths = [len(record) for record, _ in zip(records, range(MAX_SNIFFED_RECORDS), strict=False) if record]
+            widths = [len(record) for record in _records(text, delimiter, whole=whole)]
         except csv.Error:
             continue
         if len(widths) < 2 or widths[0] < 2:
@@ -131,3 +142,16 @@ def _delimiter(text: str, *, whole: bool) -> str | None:
         if agree >= 0.8 and (best is None or (agree, widths[0]) > best[:2]):
             best = (agree, widths[0], delimiter)
     return best[2] if best else None
+
+
+def _records(text: str, delimiter: str, *, whole: bool) -> list[list[str]]:
+    """The first records; the last line of a text that is not whole may be cut off."""
+    lines = text.splitlines(keepends=True)
+    reader = csv.reader(io.StringIO("".join(lines if whole else lines[:-1]), newline=""), delimiter=delimiter)
+    return [record for record, _ in zip(reader, range(MAX_SNIFFED_RECORDS), strict=False) if record]
+
+
+def _is_spaced(records: list[list[str]]) -> bool:
+    """Whether each row quotes its text after a space, as ICDAR's do, so that the quotes would be of the text."""
+    rows = records[1:] or records
+    return all(any(cell.startswith(' "') for cell in record[1:]) for record in rows)

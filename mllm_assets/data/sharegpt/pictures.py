@@ -32,6 +32,9 @@ MAX_LIST_CHARS = 2**20
 MIN_BASE64_CHARS = 64  # shorter texts are names
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*|[A-Za-z0-9_\-\s]+={0,2}\s*")
 CAPTION_NUMBER = re.compile(r"#\d+$")  # Flickr8k's names of the captions of one picture
+# how COCO's pictures, which VQA, A-OKVQA and others name by number, are called
+BY_NUMBER = ("{:012d}", "COCO_train2014_{:012d}", "COCO_val2014_{:012d}", "COCO_test2015_{:012d}")
+MAX_DIGITS = 12
 REMOTE = ("http", "https", "s3", "gs", "hf", "ftp")
 
 
@@ -127,7 +130,10 @@ class MediaFolders:
             found = self._listing(path).get(folded(part), [])
             if part == parts[-1] and not found and Path(part).suffix.lower() not in IMAGE_SUFFIXES:
                 listing = self._listing(path)
-                found = [file for suffix in sorted(IMAGE_SUFFIXES) for file in listing.get(folded(part + suffix), [])]
+                for stem in stems_of(part):
+                    suffixed = [listing.get(folded(stem + suffix), []) for suffix in sorted(IMAGE_SUFFIXES)]
+                    if found := [file for files in suffixed for file in files]:
+                        break
             if len(found) != 1:  # none, or several, of which neither is the one
                 return None
             path = path / found[0]
@@ -253,6 +259,12 @@ def looks_like_picture(start: bytes) -> bool:
 
 def _fits(data: bytes | bytearray) -> bool:
     return len(data) <= MAX_SOURCE_BYTES
+
+
+def stems_of(name: str) -> list[str]:
+    """The stems that a picture may have which is named without a suffix, or by its number."""
+    is_number = name.isascii() and name.isdecimal() and len(name) <= MAX_DIGITS
+    return [name, *(pattern.format(int(name)) for pattern in BY_NUMBER)] if is_number else [name]
 
 
 def folded(name: str) -> str:

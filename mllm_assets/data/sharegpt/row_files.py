@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from mllm_assets.data.sharegpt.delimited import records
 from mllm_assets.data.sharegpt.entries import DATASET_INFO
-from mllm_assets.data.sharegpt.formats import Format, require_format
+from mllm_assets.data.sharegpt.formats import Format, holds_pictures_by_class, require_format
 from mllm_assets.data.sharegpt.json_text import json_lines, list_items, object_items
 from mllm_assets.data.sharegpt.pictures import IMAGE_SUFFIXES
 from mllm_assets.errors import DataError
@@ -114,9 +114,11 @@ def _rows_of_object(path: Path) -> Iterator[FileRow]:
 
 
 def _rows_of_texts(texts: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """The rows of an object that maps pictures' names to their texts, or columns' names to their values."""
+    """The rows of an object: pictures' names to their texts, classes to their pictures, or columns to their values."""
     if all(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in texts):
         return [{"file_name": name, "text": found if len(found) > 1 else found[0]} for name, found in texts.items()]
+    if holds_pictures_by_class(texts):
+        return [{"file_name": name, "label": label} for label, names in texts.items() for name in names]
     lengths = {len(values) for values in texts.values()}
     if len(texts) > 1 and len(lengths) == 1 and lengths != {1}:
         return [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]

@@ -138,6 +138,15 @@ def test_one_folder_of_pictures_is_no_class(tmp_path: Path) -> None:
     assert "none of its 6 images has a caption or a class" in undecided(tmp_path / "d")
 
 
+def test_what_has_to_be_unpacked_is_named(tmp_path: Path) -> None:
+    pictures(tmp_path / "d")
+    put(tmp_path / "d" / "train.jsonl.gz", b"\x1f\x8b")
+    assert "Not used: train.jsonl.gz (a compressed file: unpack it)." in undecided(tmp_path / "d")
+    put(tmp_path / "e" / "captions.csv", "file,caption\n0.png,a lamp\n1.png,a kite\n")
+    put(tmp_path / "e" / "train.zip", b"PK")
+    assert "\ntrain.zip: a ZIP archive: unpack it." in undecided(tmp_path / "e")
+
+
 def test_a_name_in_two_folders_is_ambiguous_and_not_the_first(tmp_path: Path) -> None:
     """A test picture of the same name would have got the text of a training picture."""
     for part in ("a", "b"):
