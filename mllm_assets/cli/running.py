@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,8 @@ def _ended(outcome: "Outcome", request: "Request", layout: Layout, *, dry_run: b
         return 130
     if outcome.problems:
         print("\nnot made:", *(f"  {text}" for text in outcome.problems), sep="\n", file=sys.stderr)
+        if command := _what_was_trained(request, layout):
+            _notify(f"\nWhat was trained is kept: {command}")
         return 1
     if dry_run:
         _notify("Nothing was run (--dry-run).")
@@ -87,6 +90,19 @@ def _ended(outcome: "Outcome", request: "Request", layout: Layout, *, dry_run: b
     for name in dict.fromkeys(name.partition("/")[0] for name in outcome.named):
         print(_figures(name, request.overrides, layout) or "", end="")
     return 0
+
+
+def _what_was_trained(request: "Request", layout: Layout) -> str:
+    """How to look at the run of a recipe that ended at a gate or later; "" where nothing was trained."""
+    from mllm_assets.evaluation.run_lookup import find_run
+    from mllm_assets.project.read import plain_name
+
+    for name in request.names:
+        recipe = plain_name(layout, name).partition("/")[0]
+        with suppress(MllmAssetsError):
+            find_run(layout, recipe, request.overrides)
+            return " ".join(["mllm-assets summary", *map(shlex.quote, [recipe, *request.overrides])])
+    return ""
 
 
 def _figures(owner: str, overrides: Sequence[str], layout: Layout) -> str | None:

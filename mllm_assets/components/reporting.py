@@ -21,7 +21,11 @@ from mllm_assets.project.read import root_module
 
 UNREADABLE = "mllm_assets/unreadable"
 OFF = "mllm_assets/off"
-HEADLINE_KEYS = tuple("num_ final_ eval_ loss accuracy already version model_path report_path path".split())
+HEADLINE_KEYS = tuple("num_ final_ eval_ loss accuracy already version model_path path".split())
+ABSENT_WHEN_ZERO = (
+    *(f"num_{kind}" for kind in ("unused", "rejected", "augmented", "copies_left_out", "duplicates", "test")),
+    "already_finished",
+)
 # The log lines that say what became of each asset, for terminals that show no events, begin with these
 MADE_PREFIX, CHECK_FAILED = "made ", "check failed: "
 WINDOW_CHARS = 1000  # from which Dagster shows a value in a window of its own
@@ -173,12 +177,12 @@ def shown_step(event: dg.DagsterEvent) -> str:
 
 
 def facts_text(metadata: Mapping[str, Any]) -> str:
-    """The part of an asset's metadata that a terminal shows, on one line."""
+    """The part of an asset's metadata that a terminal shows, on one line; of what seldom happens, only what did."""
     facts = {name: getattr(value, "value", value) for name, value in metadata.items() if name.startswith(HEADLINE_KEYS)}
     return ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in facts.items()
-        if isinstance(value, int | float | str)
+        if isinstance(value, int | float | str) and (value or name not in ABSENT_WHEN_ZERO)
     )
 
 

@@ -181,12 +181,16 @@ def gain_gate(
             text = f"{entry}: {chosen} was not measured on at least 2 samples, too few to judge."
             return GateResult(name=name, passed=False, description=text, observed=None, threshold=None)
         claim = f"gain in {chosen} {over.format(answer=scored['most_common_answer'])}"
+        is_unsure = measured["low"] <= threshold < measured["mean"]
+        advice = (
+            " The gain itself is above it: more samples to judge by make the interval narrower." if is_unsure else ""
+        )
         judged.append(
             GateResult(
                 name=name,
                 passed=measured["low"] > threshold,
                 description=f"{entry}: the {claim} is {_with_interval(measured)}; more than {threshold:g} is needed "
-                "of the interval's lower end.",
+                f"of the interval's lower end.{advice}",
                 observed=measured["mean"],
                 threshold=threshold,
                 low=measured["low"],

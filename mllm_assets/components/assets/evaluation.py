@@ -76,7 +76,7 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
             context.log.warning(
                 f"{', '.join(also_chose)} judges {node.name}, although eval_dataset names it, so that it may have "
                 "chosen checkpoints and settings: the figures may be too good. A dataset's test split judges instead "
-                "where there is one: put `num_test: 50` below `split:` in the dataset's defs.yaml."
+                "where there is one: `num_test:` below `split:` in the dataset's defs.yaml makes one."
             )
         weights_digest = upstream(context, node.key("checkpoint"))["data_version"]
         task = _evaluate_task(context, node, settings, project, digests)

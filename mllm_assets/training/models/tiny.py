@@ -25,6 +25,7 @@ from transformers import (
 
 from mllm_assets import sample_data
 from mllm_assets.artifacts import digest_json, is_sound, read_manifest, sha256_file, staged_directory, write_manifest
+from mllm_assets.training.models.load import quiet_libraries
 
 if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
@@ -104,6 +105,7 @@ def build(directory: Path) -> dict[str, Any]:
         tokenizer = build_tokenizer()
         tokenizer.save_pretrained(staging)
         model = build_model(tokenizer)
+        quiet_libraries()
         model.save_pretrained(staging)
         processor = json.dumps(processor_config(), indent=2) + "\n"
         (staging / "processor_config.json").write_text(processor, encoding="utf-8")

@@ -4,6 +4,7 @@ import dagster as dg
 import pytest
 
 from mllm_assets.components.facts import DETAILS, MAX_WORD_CHARS, as_texts, facts_of, fitted
+from mllm_assets.components.reporting import facts_text
 
 WIDE = {
     "path": "outputs/gemma3_trans_projector_head_sft/predictions/7f74552b3f04ddbd",
@@ -50,6 +51,15 @@ def test_what_an_older_version_recorded_is_read() -> None:
     older = dg.AssetMaterialization("photos", metadata=WIDE | {"details": "of a user's own"}).metadata
     assert facts_of(older)["path"] == WIDE["path"]
     assert facts_of(older)["details"] == "of a user's own"
+
+
+def test_a_terminal_shows_no_list_of_what_did_not_happen() -> None:
+    """Nine zeros and a path of its own stood before the path that was looked for."""
+    counts = {"num_samples": 0, "num_train": 32, "num_rejected": 0, "num_unused": 0, "already_finished": False}
+    shown = facts_text(
+        {**counts, "loss": 0.0, "report_path": "/home/birds/data/birds/report.html", "path": "data/birds"}
+    )
+    assert shown == "num_samples 0, num_train 32, loss 0, path data/birds"
 
 
 def test_the_figures_of_a_check_are_rounded_texts() -> None:

@@ -49,6 +49,7 @@ def test_a_gain_within_its_noise_does_not_pass() -> None:
     gate = evaluate_gates(compute_metrics(to_table(rows), TRAIN), GateSpec())[0]
     assert not gate.passed and "is 0.0500 (95 % interval 0.0000 to" in gate.description
     assert (gate.observed, gate.low) == (pytest.approx(0.05), 0) and gate.high is not None and gate.high > 0.05
+    assert gate.description.endswith("more samples to judge by make the interval narrower.")
 
 
 def test_the_dust_of_another_order_of_sums_is_no_gain() -> None:
