@@ -1,11 +1,12 @@
 """Annotations joined with pictures by ids, and questions with answers."""
 
+import base64
 import json
 from pathlib import Path
 
 import pyarrow as pa
 
-from tests.data_layouts.made import NUM_ROWS, Expected, asked, layout, parquet, pictures, put, said
+from tests.data_layouts.made import NUM_ROWS, Expected, asked, layout, parquet, pictures, put, said, write_csv
 from tests.unit.data.made_datasets import png
 
 
@@ -53,6 +54,36 @@ def a_okvqa_with_numbers_of_cocos_pictures(folder: Path) -> list[Expected]:
     ]  # fmt: skip
     put(folder / "aokvqa_v1p0_train.json", json.dumps(rows))
     return [Expected(pictures=row.pictures, turns=row.turns, id=f"q{n}") for n, row in enumerate(asked())]
+
+
+@layout
+def mmbench_with_a_column_for_each_choice(folder: Path) -> list[Expected]:
+    """The question was asked without them, and its letter was learnt."""
+    cells = [
+        [n, f"How many stones in {n}?", f"{n} stones", "a lamp", "a kite" if n % 2 else "", "BA"[n % 2 == 0],
+         base64.b64encode(png(n)).decode()]
+        for n in range(NUM_ROWS)
+    ]  # fmt: skip
+    names = ["index", "question", "A", "B", "C", "answer", "image"]
+    write_csv(folder / "dev.tsv", [names, *cells], delimiter="\t")
+    return [
+        Expected(
+            pictures=(png(n),),
+            turns=(f"How many stones in {n}?\nA. {n} stones\nB. a lamp" + "\nC. a kite" * (n % 2), answer),
+            id=str(n),
+        )
+        for n in range(NUM_ROWS)
+        for answer in ([f"{n} stones", "a lamp"][n % 2],)
+    ]
+
+
+@layout
+def chartqa_with_answers_in_a_list_called_label(folder: Path) -> list[Expected]:
+    cells = [{"bytes": png(n), "path": f"{n}.png"} for n in range(NUM_ROWS)]
+    parquet(folder / "data" / "train-00000-of-00001.parquet", image=cells,
+            query=[f"How many stones in {n}?" for n in range(NUM_ROWS)],
+            label=[[f"{n} stones"] for n in range(NUM_ROWS)], human_or_machine=[0] * NUM_ROWS)  # fmt: skip
+    return asked()
 
 
 @layout

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from mllm_assets.data.ingest.source_rows import FILE_COLUMNS, put_together
@@ -37,6 +38,7 @@ LABELS = ("label", "labels", "class", "class_name", "category", "group", "target
 CONVERSATIONS = ("messages", "conversations", "conversation", "texts", "dialog", "dialogue", "chat", "turns")
 IDS = ("id", "question_id", "sample_id", "uid", "key", "image_id", "idx", "index")
 CHOICES = ("choices", "options", "candidates")
+CHOICE_PREFIXES = ("", "option_", "choice_", "option ", "choice ", "option", "choice")  # of a column a choice: option_a
 MAX_SAMPLED = 200
 MAX_CLASSES = 0.5  # different labels to a row: above it a column of short texts is not a class
 CAPTION_PROMPTS = ("Describe this image.", "What do you see in this image?", "What is shown here?")
@@ -74,7 +76,7 @@ class Roles:
     prompts: tuple[str, ...] = ()
     answer: str = ""
     several: str | None = None
-    choices: str | None = None
+    choices: str | tuple[str, ...] | None = None
 
     def source(self) -> dict[str, Any]:
         """Their names in a dataset's YAML."""
@@ -85,15 +87,20 @@ class Roles:
             found |= {"question_column": self.question} if self.question else {}
             found["caption_column"] = self.caption
             found |= {"label_column": self.label} if self.label else {}
-            found |= {"choices_column": self.choices} if self.choices else {}
+            found |= (
+                {"choices_column": self.choices if isinstance(self.choices, str) else list(self.choices or ())}
+                if self.choices
+                else {}
+            )
         optional = {"system_column": self.system, "history_column": self.history}
         optional |= {"id_column": self.id if self.id != "id" else None, "several": self.several}
         return found | {name: column for name, column in optional.items() if column}
 
     def shown(self) -> str:
         """The columns in words."""
+        choices = self.choices if isinstance(self.choices, str | None) else ", ".join(self.choices)
         parts = {"images": self.image or "in the conversation", "conversation": " + ".join(self.messages),
-                 "question": self.question, "answer": self.caption, "choices": self.choices, "label": self.label,
+                 "question": self.question, "answer": self.caption, "choices": choices, "label": self.label,
                  "system": self.system, "history": self.history, "id": self.id}  # fmt: skip
         return ", ".join(f"{role} {column}" for role, column in parts.items() if column)
 
@@ -213,7 +220,7 @@ class _Finder:
             return replace(found, prompts=LABEL_PROMPTS, answer="{label}")
         if question and not answer:
             found = replace(found, question=question)
-            answer = self.scalar(self.named(LABELS)) or self.caption(found)
+            answer = self.answered(self.named(LABELS)) or self.caption(found)
         if question and answer and question != answer:
             return self.asked(found, question, answer)
         if question and self.chosen.answer is None:
@@ -222,6 +229,11 @@ class _Finder:
             )
         if (caption := self.chosen.answer or self.caption(found) or answer) is not None:
             label = None if self.chosen.answer else self.scalar(self.named(LABELS))
+            if label and {str(int(v) if isinstance(v, bool) else v) for v in self.values(label)} == {"0", "1"}:
+                raise self.undecided(
+                    f"{caption} holds texts, and {label} is 0 or 1 in each row, which may say whether the text is true",
+                    f"--answer {caption}, or --label {label} to learn the number",
+                )
             return replace(found, caption=caption, label=label, prompts=CAPTION_PROMPTS, answer="{caption}")
         label = self.scalar(self.named(LABELS)) or self.classes(found)
         if label is not None:
@@ -243,7 +255,7 @@ class _Finder:
 
     def asked(self, found: Roles, question: str, answer: str) -> Roles:
         """A row's own question and its answer; Alpaca's input is a line below the question."""
-        choices = self.named(CHOICES)
+        choices = self.named(CHOICES) or self.lettered()
         if choices and self.chosen.answer is None and all(_is_number_of_choice(v) for v in self.values(answer)):
             numbers = [int(value) for value in self.values(answer) if str(value).isdecimal()]
             if numbers and min(numbers) > 0:
@@ -262,6 +274,15 @@ class _Finder:
             found = replace(found, prompts=(f"{{question}}\n{{{column}}}",))
         return replace(found, system=self.named(("system",)), history=self.named(("history",)))
 
+    def lettered(self) -> tuple[str, ...]:
+        """The columns of the choices, where each has its own, called by its letter."""
+        by_name = {column.lower(): column for column in self.columns}
+        for prefix in CHOICE_PREFIXES:
+            found = list(takewhile(bool, (by_name.get(f"{prefix}{letter}") for letter in "abcdefghij")))
+            if len(found) > 1:
+                return tuple(filter(None, found))
+        return ()
+
     def named(self, names: Iterable[str]) -> str | None:
         """The column of the first of some names that has texts or numbers."""
         return next((c for name in names for c in self.columns if c.lower() == name and self.values(c)), None)
@@ -269,6 +290,13 @@ class _Finder:
     def scalar(self, column: str | None) -> str | None:
         """A column only where its values are texts or numbers, and no boxes."""
         return column if column and all(isinstance(value, str | int) for value in self.values(column)) else None
+
+    def answered(self, column: str | None) -> str | None:
+        """A column whose values are texts or numbers, or lists of them, as ChartQA's are."""
+        items = [
+            item for value in self.values(column or "") for item in (value if isinstance(value, list) else [value])
+        ]
+        return column if items and all(isinstance(item, str | int | float) for item in items) else None
 
     def first_unique(self, names: Iterable[str]) -> str | None:
         for name in names:

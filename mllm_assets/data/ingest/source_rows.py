@@ -68,7 +68,7 @@ def _text_columns(source: SourceSpec) -> list[str]:
     columns = (
         *texts,
         source.label_column,
-        source.choices_column,
+        *source.choices_columns,
         source.system_column,
         source.history_column,
         *source.text_columns,
@@ -153,8 +153,8 @@ class RowReader:
             captions: list[str | None] = [row.caption]
         else:
             captions = texts.several(values, source.caption_column)
-            if source.choices_column is not None:
-                captions = [texts.choice(values.get(source.choices_column), captions[0])]
+            if source.choices_columns:
+                captions = [texts.choice(values, captions[0])]
         defect = row.defect or pictures.defect or texts.defect
         detail = row.detail if row.defect else pictures.looked_for if pictures.defect else texts.detail
         row = replace(
@@ -191,7 +191,7 @@ class _Texts:
         found = {name: self.one(values, column) for name, column in columns.items()}
         if (question := found.get(QUESTION)) is not None:  # where several images are in it, as MMMU has them
             found[QUESTION] = _NUMBERED_IMAGE.sub(IMAGE_PLACEHOLDER, question)
-        if options := _options(values.get(self._source.choices_column or "")):
+        if options := self.options(values):
             found[CHOICES] = "\n".join(f"{chr(FIRST_LETTER + n)}. {option}" for n, option in enumerate(options))
         if (column := self._source.history_column) and values.get(column):
             found[HISTORY] = json.dumps(values[column], default=repr)
@@ -215,9 +215,19 @@ class _Texts:
             return [counted.most_common(1)[0][0]]
         return different if self._source.several == "rows" else different[:1]
 
-    def choice(self, choices: Any, answer: str | None) -> str | None:
+    def options(self, values: Mapping[str, Any]) -> list[str]:
+        """The texts of a row's choices; a row may have fewer than there are columns."""
+        columns = self._source.choices_columns
+        if len(columns) == 1:
+            return _options(values.get(columns[0]))
+        cells = [self.one(values, column) or "" for column in columns]
+        while cells and not cells[-1]:
+            cells.pop()
+        return cells
+
+    def choice(self, values: Mapping[str, Any], answer: str | None) -> str | None:
         """The text of the choice that an answer names by its number or letter."""
-        options = _options(choices)
+        options = self.options(values)
         name = (answer or "").strip(" ().:")
         number = int(name) if name.isdecimal() else ord(name.upper()) - FIRST_LETTER if len(name) == 1 else None
         if answer in options or (number is not None and 0 <= number < len(options)):

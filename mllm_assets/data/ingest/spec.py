@@ -85,7 +85,8 @@ class SourceSpec:
         label_column: Class label; names come from the dataset's features, of an image folder from its subfolders.
         messages_column: Column of conversations in any notation in use, instead of prompts and answer; several are put
             together in their order. Without any <image> in them, the images come before the first question.
-        choices_column: Column of choices, {choices} in prompts, whose letter, or number from 0, the caption is.
+        choices_column: Column of choices, {choices} in prompts, whose letter, or number from 0, the caption is; or a
+            column for each choice.
         system_column: Column of the row's system message.
         history_column: Column of earlier questions and answers, a list of pairs.
         id_column: Column of the rows' own ids, by default id where there is one.
@@ -109,7 +110,7 @@ class SourceSpec:
     caption_column: str | None = "text"
     label_column: str | None = None
     messages_column: str | tuple[str, ...] | None = None
-    choices_column: str | None = None
+    choices_column: str | tuple[str, ...] | None = None
     system_column: str | None = None
     history_column: str | None = None
     id_column: str | None = None
@@ -121,7 +122,7 @@ class SourceSpec:
         _require_one_of("source.several", self.several, SEVERAL)
         kept = (*self.text_columns, *([self.split_column] if self.split_column else []))
         object.__setattr__(self, "text_columns", tuple(dict.fromkeys(kept)))
-        for name in ("path", "media_dir", "messages_column"):
+        for name in ("path", "media_dir", "messages_column", "choices_column"):
             if not isinstance(value := getattr(self, name), str | None):
                 object.__setattr__(self, name, tuple(value))
         needed = "repo" if self.is_of_hub else "path"
@@ -162,6 +163,11 @@ class SourceSpec:
     @property
     def messages_columns(self) -> tuple[str, ...]:
         columns = self.messages_column or ()
+        return (columns,) if isinstance(columns, str) else columns
+
+    @property
+    def choices_columns(self) -> tuple[str, ...]:
+        columns = self.choices_column or ()
         return (columns,) if isinstance(columns, str) else columns
 
     @property

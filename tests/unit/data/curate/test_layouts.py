@@ -120,6 +120,10 @@ def test_several_files_that_differ_are_asked_for(tmp_path: Path) -> None:
             "whether they count from 1",
         ),
         ([{"image": "0.png", "chosen": "a", "rejected": "b"}], "preference training"),
+        (
+            [{"image": f"{n}.png", "caption": f"a lamp left of {n}", "label": n} for n in range(2)],
+            "Choose with --answer caption, or --label label to learn the number",
+        ),
     ],
 )
 def test_an_annotation_file_that_cannot_be_used_is_an_error_with_its_columns(
