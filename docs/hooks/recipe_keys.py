@@ -23,6 +23,7 @@ KEY_SENTENCES: Mapping[str, str] = {
     "pure_bf16": "Train bfloat16 weights without a float32 copy.",
     "additional_target": "With `lora`: modules beside the adapters that train whole, separated by commas.",
     "torch_compile": "Compile the layers of the language model.",
+    "enable_liger_kernel": "Compute norms, positions and GeGLU of Gemma 3's text layers with Liger's kernels, on CUDA.",
     "torch_compile_backend": "What compiles them, by PyTorch's name.",
     "adapter_name_or_path": "LoRA adapters to start from; all but the last are merged, and the last trains on.",
     "create_new_adapter": "Merge all of `adapter_name_or_path`, and begin a new adapter.",

@@ -63,7 +63,7 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
     started = time.perf_counter()
     dataset = Dataset(task.data_dir, media_dir=task.media_dir, read_part=None if task.parts else WHOLE)
     samples = load_samples(task, dataset)
-    device = pick_device(task.accelerator.device)
+    device = pick_device(task.accelerator.device, warn=reporter.warn)
     directories = {"base": task.base_model_dir, "tuned": task.model_dir}
     measured = {
         name: merge([part.measured[name] for part in task.parts])

@@ -94,6 +94,7 @@ class Family:
         vision_layers_key: Name of the number of the tower's layers in its configuration.
         token_types: What the model's mask depends on: the key of the batch, and its meaning ("images": 1 at image
             tokens; "answers": 0 in the prompt, which is seen in both directions, and 1 from the first answer on).
+        overflows_in_fp16: Whether its activations are too large for float16 (transformers#36822).
         sees_ahead: Whether some tokens see what comes after them, which FlashAttention's kernels cannot compute.
         loads_whole_processor: Whether its processor needs no video part, which transformers has only with torchvision.
         vision_cut: Its `vision_cuts.VisionCut`, where the frozen tower's output is kept; None computes it at each step.
@@ -117,6 +118,7 @@ class Family:
     lora_conflict_keys: tuple[str, ...] = ()
     vision_layers_key: str = "num_hidden_layers"
     token_types: tuple[str, Literal["images", "answers"]] | None = None
+    overflows_in_fp16: bool = False
     sees_ahead: bool = False
     loads_whole_processor: bool = True
     vision_cut: str | None = None
@@ -207,6 +209,7 @@ for _entry in (
         image_token="<image_soft_token>",
         crop_slots=PanAndScanSlots,
         token_types=("token_type_ids", "images"),
+        overflows_in_fp16=True,
         sees_ahead=True,
         vision_cut=f"{_CUTS}:Gemma3Cut",
         transformers_since="4.57",

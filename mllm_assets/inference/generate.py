@@ -1,5 +1,6 @@
 """Answers of a model to images and a prompt, in the turn format that it was trained in."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,8 @@ def open_model(model: NamedModel, *, device: str = "auto") -> Answerer:
         ModelError: Its directory holds no usable model.
         MachineError: The requested device is not available.
     """
-    return Answerer(model.directory, model.turns, device=pick_device(device).kind)
+    found = pick_device(device, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+    return Answerer(model.directory, model.turns, device=found.kind)
 
 
 def ask(answerer: Answerer, row: Row, sampling: Sampling, *, on_text: Callable[[str], None] | None = None) -> Answer:

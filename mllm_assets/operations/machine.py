@@ -78,14 +78,13 @@ def check_device() -> Finding:
         return Finding("device", "fail", f"PyTorch does not start: {last}", "Install mllm-assets again.")
     found = json.loads(done.stdout.splitlines()[-1])
     if "error" in found:
-        what, _, step = found["error"].rpartition(". Install ")
-        return Finding("device", "fail", f"{what}.", f"Install {step}")
+        return Finding.of_error("device", "fail", MachineError(found["error"]))
     free_gib = found["free_gib"]
     detail = f"{found['kind']}: {found['name']}, {found['driver']}, {found['memory_gib']:.1f} GiB memory"
     detail += "" if free_gib is None else f", {free_gib:.1f} GiB of it free"
-    if found["kind"] == "cpu" and wanted == "auto" and shutil.which("nvidia-smi"):
-        step = "Install a PyTorch build for CUDA (pytorch.org), then run this again."
-        return Finding("device", "warn", f"{detail}; an NVIDIA driver is installed, but PyTorch finds no GPU", step)
+    for note in found["idle"]:
+        idle = Finding.of_error("device", "warn", MachineError(note))
+        return replace(idle, detail=f"{detail}. {idle.detail}")
     if free_gib is not None and free_gib < MIN_MEMORY_GIB:
         step = "End other programs; `nvidia-smi` or `top` shows them."
         return Finding("device", "warn", detail, step)

@@ -160,9 +160,8 @@ _NO_EFFECT = {
     "the loss of a step is the mean over its batches, as in LLaMA-Factory.": """
         average_tokens_across_devices:bool=true""",
     "logits are computed where there is a label only, in 32 bits.": "upcast_lmhead_output:bool=false",
-    "Liger's kernels need a GPU and were not tried on one here; they compute the same, so the run does without. "
-    "torch_compile: true makes fewer and larger kernels of the same layers.": """
-        enable_liger_kernel:bool=false liger_kernel_config:any=null""",
+    "enable_liger_kernel takes all of Liger's kernels for the text layers, and the loss is this engine's own.": """
+        liger_kernel_config:any=null""",
     "the run reports this in its own way: bar, trainer_log.jsonl, TensorBoard, metadata of the asset.": """
         disable_tqdm:bool?=null log_level:str=passive log_level_replica:str=warning log_on_each_node:bool=true
         logging_nan_inf_filter:bool=true include_num_input_tokens_seen:any=no include_tokens_per_second:bool=false

@@ -64,6 +64,7 @@ class TrainSpec(PreferenceKeys):
     disable_gradient_checkpointing: bool = field(default=False, metadata=OPERATIONAL)
     torch_compile: bool = field(default=False, metadata=ADDED)  # of the text layers: sums in another order
     torch_compile_backend: Compiler | None = field(default=None, metadata=ADDED)
+    enable_liger_kernel: bool = field(default=False, metadata=ADDED)  # of the text layers too
     pure_bf16: bool = field(default=False, metadata=SEMANTIC)
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2"] = field(default="auto", metadata=ADDED)
     # data
@@ -307,6 +308,9 @@ def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     for key in ("fsdp", "deepspeed", "quantization_bit"):
         if spec.torch_compile and getattr(spec, key):
             yield "torch_compile", f"torch_compile together with {key} has not been tried. Delete one."
+    for key in ("torch_compile", "fsdp", "deepspeed"):
+        if spec.enable_liger_kernel and getattr(spec, key):
+            yield "enable_liger_kernel", f"enable_liger_kernel together with {key} has not been tried. Delete one."
     for key in ("fsdp", "deepspeed"):
         if spec.uses_bitsandbytes_optimizer and getattr(spec, key):
             yield "optim", f"optim: {spec.optim} together with {key} has not been tried. Set optim: adamw_torch_fused."

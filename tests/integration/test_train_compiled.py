@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mllm_assets.training.loop.engine import CHECKPOINTED, train_task
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.training.loop.fitting import CHECKPOINTED
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import TrainTask
 from tests.integration.test_train_hidden_states import losses, make_task

@@ -166,7 +166,7 @@ def features_task(task: FeaturesTask, reporter: "Reporter") -> Features:
         raise RecipeError("freeze_vision_tower is false, so the tower trains and its output cannot be cached.")
     if task.accelerator.num_threads:
         torch.set_num_threads(task.accelerator.num_threads)
-    device = pick_device(task.accelerator.device, use_cpu=spec.use_cpu)
+    device = pick_device(task.accelerator.device, use_cpu=spec.use_cpu, warn=reporter.warn)
     precision = pick_precision(spec, device)
     processor = load_processor(task.model_dir)
     dataset = Dataset(task.data_dir, media_dir=task.media_dir)

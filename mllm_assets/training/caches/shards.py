@@ -30,7 +30,7 @@ from mllm_assets.artifacts import (
     staged_directory,
     write_manifest,
 )
-from mllm_assets.errors import IntegrityError, MachineError
+from mllm_assets.errors import IntegrityError, MachineError, RecipeError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.training.models.device import Precision
 from mllm_assets.worker.tasks import WHOLE, Part
@@ -174,11 +174,18 @@ class ShardStore:
 
         Raises:
             IntegrityError: They differ by more than rounding.
+            RecipeError: What it computes is not finite, as NaN, which differs from nothing.
         """
+        if not fresh.isfinite().all():
+            dtype = str(precision.computed).removeprefix("torch.")
+            raise RecipeError(
+                f"The {self._words} of row {row_id} are not finite in {dtype}. "
+                "Set bf16: true, or fp16: false, which computes in float32; float16 holds no number above 65,504."
+            )
         difference, allowed = float("inf"), TOLERANCE[precision.computed]
         if cached.shape == fresh.shape and cached.dtype == fresh.dtype:
             difference = float((cached.float() - fresh.float()).abs().max() / fresh.float().abs().max().clamp(min=1e-6))
-        if difference > allowed:
+        if not difference <= allowed:  # NaN too
             raise IntegrityError(
                 f"The cached {self._words} of row {row_id} differ from {model} by {difference:.1e} of the largest "
                 f"value, expected at most {allowed:.0e}. Delete {self.directory} and make them again."

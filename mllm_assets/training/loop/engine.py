@@ -16,6 +16,7 @@ from transformers import set_seed
 from mllm_assets.artifacts import is_complete, read_manifest, write_manifest
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import IntegrityError
+from mllm_assets.families.family import FAMILIES
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import (
@@ -34,6 +35,7 @@ from mllm_assets.training.loop.checkpoints import (
     load_trainable,
     seed_run,
 )
+from mllm_assets.training.loop.fitting import decide_checkpointing, fit_micro_batch, what_fits
 from mllm_assets.training.loop.optimizers import require_optimizer
 from mllm_assets.training.loop.pair_tuner import make_tuner
 from mllm_assets.training.loop.preferences import require_one_process
@@ -45,8 +47,20 @@ from mllm_assets.training.loop.trainer import (
     training_facts,
 )
 from mllm_assets.training.models import freezing
-from mllm_assets.training.models.device import out_of_memory_is_an_error, peak_memory_gib, pick_device, pick_precision
-from mllm_assets.training.models.kernels import install_kernels, require_kernels, uninstall_kernels
+from mllm_assets.training.models.device import (
+    notes_on_precision,
+    out_of_memory_is_an_error,
+    peak_memory_gib,
+    pick_device,
+    pick_precision,
+)
+from mllm_assets.training.models.kernels import (
+    install_kernels,
+    require_kernels,
+    require_liger_layers,
+    uninstall_kernels,
+    uses_liger,
+)
 from mllm_assets.training.models.load import (
     base_model,
     load_config,
@@ -63,7 +77,6 @@ from mllm_assets.training.runs.run_file import (
     DATA_DIGESTS,
     StartingModel,
     pin_setting,
-    read_run_file,
     record_starting_model,
 )
 from mllm_assets.worker.protocol import is_first_rank, num_ranks, rank
@@ -73,7 +86,6 @@ if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
 
 NUM_RELOAD_ROWS = 2
-CHECKPOINTED = "activations_computed_twice"  # in run.json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +126,9 @@ def train_task(task: TrainTask, reporter: "Reporter") -> Manifest:
     if not prepared.trainer.is_world_process_zero():
         return {}
     reporter.progress("publish", 0, 1)
-    reload = publish(task, prepared, trained)
+    cure = "Run again: it goes on from its last checkpoint, with the memory of the steps free."
+    with out_of_memory_is_an_error("while the trained model was published", cure):
+        reload = publish(task, prepared, trained)
     _withdraw_if_changed(task.run_dir, setup.inputs.digests)
     own = FileDigests()  # each file of the model is read once for both, and not those that it shares with its base
     setup.inputs.digests.share(own, task.run_dir / "model", task.model_dir)
@@ -139,7 +153,7 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
     quiet_libraries()
     for note in task.notes:
         reporter.warn(note)
-    device = pick_device(task.accelerator.device, use_cpu=task.recipe.use_cpu)
+    device = pick_device(task.accelerator.device, use_cpu=task.recipe.use_cpu, warn=reporter.warn)
     precision = pick_precision(task.recipe, device)
     task.run_dir.mkdir(parents=True, exist_ok=True)
     # a run keeps its number of threads: sums in another order give other last bits
@@ -147,6 +161,8 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
     torch.set_num_threads(pin_setting(task.run_dir, "num_threads", wanted))
     require_distribution(task.recipe, reporter)
     require_kernels(task.recipe, device.kind)
+    if task.recipe.enable_liger_kernel and not uses_liger(task.recipe, device.kind):
+        reporter.warn(f"enable_liger_kernel has no effect on {device.kind}: Liger's kernels are for CUDA.")
     require_optimizer(task.recipe, device.kind)
     require_one_process(task.recipe)
     for note in precision.quantization.notes(device.kind) if precision.quantization else ():
@@ -154,7 +170,12 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
     digests = FileDigests()
     digests.take_untouched(task.model_files)
     require_same_model(task.model_dir, task.pretrained_fingerprint, digests, task.adapters)
-    shape = model_on_meta(load_config(task.model_dir), dtype=precision.weights, attention=precision.attention)
+    config = load_config(task.model_dir)
+    family = FAMILIES[config.model_type]
+    require_liger_layers(task.recipe, family)
+    for note in notes_on_precision(precision, family):
+        reporter.warn(note)
+    shape = model_on_meta(config, dtype=precision.weights, attention=precision.attention)
     return Setup(
         spec=task.recipe,
         model_dir=task.model_dir,
@@ -175,7 +196,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
     setup = decide_checkpointing(setup, plan, task.run_dir)
     setup = fit_micro_batch(setup, plan, task, reporter)
     needed = memory.estimate(setup, plan)
-    memory.require_memory(needed, setup.device)
+    memory.require_memory(needed, setup.device, lambda: what_fits(setup))
     for warning in setup.shape.warnings:
         reporter.warn(warning)
     reporter.notify("\n".join(trainable_lines(setup.shape.table, setup.shape.num_params)))
@@ -193,7 +214,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
         label_smoothing=setup.spec.label_smoothing_factor,
         keeps_head=bool(setup.spec.fsdp or setup.spec.deepspeed),  # they need it where they can spread it
     )
-    install_kernels(trainable.model, setup.spec)
+    install_kernels(trainable.model, setup.spec, setup.device.kind)
 
     resumable = clean_and_find_resumable(task.run_dir, task.resume_from, setup.spec, reporter)
     trainer = make_tuner(setup, task.run_dir, trainable, collator, resumable, reporter)
@@ -302,41 +323,6 @@ def _outcome_of(task: TrainTask, prepared: Prepared) -> dict[str, Any]:
         "resumed_from_step": resumable.step if resumable.path else None,
         "skipped_checkpoints": resumable.skipped,
     }
-
-
-def decide_checkpointing(setup: Setup, plan: CachePlan, run_dir: Path) -> Setup:
-    """Compute activations twice where the run does not fit otherwise; a run keeps its choice for life."""
-    kept = read_run_file(run_dir).get(CHECKPOINTED)
-    wanted = memory.needs_checkpointing(setup, plan) if kept is None else kept
-    return replace(setup, checkpointed=pin_setting(run_dir, CHECKPOINTED, wanted))
-
-
-def fit_micro_batch(setup: Setup, plan: CachePlan, task: TrainTask, reporter: "Reporter") -> Setup:
-    """Report the memory that the run needs and what would fit; with `regroup` take the largest that fits."""
-
-    def estimate_for(spec: TrainSpec) -> memory.MemoryEstimate:
-        return memory.estimate(replace(setup, spec=spec), plan)
-
-    spec, device = setup.spec, setup.device
-    fitting = memory.largest_micro_batch(spec, device, estimate_for)
-    if task.regroup:
-        size = pin_setting(task.run_dir, "per_device_train_batch_size", fitting.per_device_train_batch_size)
-        samples = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
-        spec = replace(spec, per_device_train_batch_size=size, gradient_accumulation_steps=samples // size)
-    text = f"memory: {estimate_for(spec).describe()} of {device.usable_gib:.1f} GiB free with {_grouping(spec)}"
-    if device.kind != "cpu":
-        text += f", activations computed {'twice (gradient checkpointing)' if setup.checkpointed else 'once'}"
-    if fitting != spec and (larger := estimate_for(fitting)).fits(device):
-        ratio = fitting.per_device_train_batch_size / spec.per_device_train_batch_size
-        text += f"; {_grouping(fitting)} would fit with {larger.total_gib:.2f} GiB"
-        text += "" if device.kind == "cpu" else f", for a step of {ratio:g} times fewer kernels"
-        text += " (regroup_micro_batches: true takes it)"
-    reporter.notify(text)
-    return replace(setup, spec=spec)
-
-
-def _grouping(spec: TrainSpec) -> str:
-    return f"micro-batches of {spec.per_device_train_batch_size} x {spec.gradient_accumulation_steps}"
 
 
 def clean_and_find_resumable(

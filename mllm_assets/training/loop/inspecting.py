@@ -75,7 +75,7 @@ def look(recipe: Recipe, root: Path, *, device: str = "auto", max_rows: int | No
     if max_rows is not None:
         spec = replace(spec, max_samples=min(max_rows, spec.max_samples or max_rows))
     inputs = read_inputs(spec, model_dir, Dataset.of_recipe(spec, root), reporter)
-    found = pick_device(device, use_cpu=spec.use_cpu)
+    found = pick_device(device, use_cpu=spec.use_cpu, warn=reporter.warn)
     precision = pick_precision(spec, found)
     on_meta = model_on_meta(load_config(model_dir), dtype=precision.weights, attention=precision.attention)
     adapters = find_adapters(recipe, root)

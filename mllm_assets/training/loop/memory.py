@@ -4,6 +4,7 @@ What counts is the memory that other processes leave free.
 """
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -170,7 +171,8 @@ def largest_micro_batch(
     if rows differ in length: it is a mean of micro-batch means. Unchanged if not even a single row would fit.
     """
     samples = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
-    sizes = [size for size in range(samples, 0, -1) if samples % size == 0]
+    small = [size for size in range(1, math.isqrt(samples) + 1) if samples % size == 0]
+    sizes = sorted({*small, *(samples // size for size in small)}, reverse=True)
     while sizes:  # half as many estimates as sizes, or fewer: each may take seconds
         size = sizes.pop(0)
         grouped = replace(spec, per_device_train_batch_size=size, gradient_accumulation_steps=samples // size)
@@ -185,11 +187,11 @@ def largest_micro_batch(
     return spec
 
 
-def require_memory(needed: MemoryEstimate, device: Device) -> None:
+def require_memory(needed: MemoryEstimate, device: Device, find_cure: Callable[[], str | None]) -> None:
     """Refuse a run that does not fit.
 
     Raises:
-        MachineError: The estimate is above the device's memory. Says which part is largest and what lowers it.
+        MachineError: The estimate is above the device's memory. Says how it is made up, and what would fit.
     """
     if needed.fits(device):
         return
@@ -198,18 +200,13 @@ def require_memory(needed: MemoryEstimate, device: Device) -> None:
         "weights": max(needed.weights_gib, needed.merge_gib),
         "gradients and optimizer": needed.gradients_gib + needed.optimizer_gib,
     }
-    cures = {
-        "activations": "Halve per_device_train_batch_size and double gradient_accumulation_steps",
-        "weights": "Set bf16: true",
-        "gradients and optimizer": "Train less of the model: finetuning_type: lora, or freeze_language_model: true",
-    }
     shown = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items())
     if device.kind == "cuda":
         shown += f", workspaces and fragmentation {needed.on(device) - needed.total_gib:.1f}"
     has = f"{device.memory_gib:.1f} GiB"
     if device.usable_gib < device.memory_gib:
         has = f"{device.usable_gib:.1f} GiB of {has} free"
-    cure = cures[max(parts, key=lambda name: parts[name])]
+    cure = find_cure() or "No change of the recipe makes it fit: take a smaller model, or a device with more memory"
     if needed.on(device) <= device.memory_gib:
         cure = f"End other programs on it (nvidia-smi or top shows them), or: {cure}"
     raise OutOfMemoryError(

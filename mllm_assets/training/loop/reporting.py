@@ -130,6 +130,23 @@ def tensorboard_callback(run_dir: Path, *, first_step: int) -> TrainerCallback:
     return TensorBoardCallback(SummaryWriter(log_dir=str(run_dir / TENSORBOARD_DIR), purge_step=purge_step))
 
 
+class SkippedSteps:
+    """Counts steps, one after another, that fp16's scaler skips because a gradient overflows; it tries a smaller scale.
+
+    It begins with 2^16 and halves: after more steps than that, gradients overflow without it, and nothing is trained.
+    """
+
+    most = 20
+
+    def __init__(self) -> None:
+        self._num = 0
+
+    def tolerates(self, grad_norm: float) -> bool:
+        """Whether training may go on after a step with this norm, which nobody applies if it is not finite."""
+        self._num = 0 if math.isfinite(grad_norm) else self._num + 1
+        return self._num < self.most
+
+
 def check_finite(step: int, batches: Sequence[tuple[Sequence[str], float]], grad_norm: float) -> None:
     """Stop before the optimizer sees a number that is not finite.
 

@@ -86,6 +86,7 @@ class FineTuner(DeltaTrainer):
         self._batches: list[tuple[list[str], torch.Tensor]] = []  # of the step that is being computed
         self._num_tokens = 0  # of these batches
         self._logged_loss = torch.zeros(())  # of the steps since the last line of the log
+        self._skipped_steps = reporting.SkippedSteps()
         self.padding = PaddingCount()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -172,8 +173,8 @@ class FineTuner(DeltaTrainer):
         # the one time in a step that the host waits for the device; numbers of tokens are exact in 64 bits
         *losses, norm, num_tokens = torch.cat([found.double(), num_tokens.double()[None]]).tolist()
         batches = [(ids, loss) for (ids, _), loss in zip(self._batches, losses, strict=True)]
-        # fp16's scaler skips a step whose gradients overflow, and tries a smaller scale; a loss has none
-        reporting.check_finite(self.state.global_step + 1, batches, 0.0 if self.args.fp16 else norm)
+        is_skipped = self.args.fp16 and self._skipped_steps.tolerates(norm)  # a loss has no scale to try
+        reporting.check_finite(self.state.global_step + 1, batches, 0.0 if is_skipped else norm)
         for loss in losses:
             self._logged_loss += loss
         self.state.num_input_tokens_seen += int(num_tokens)

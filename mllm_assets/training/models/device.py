@@ -4,7 +4,7 @@ import importlib.util
 import os
 import platform
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,19 @@ from typing import Any
 import torch
 
 from mllm_assets.errors import MachineError, OutOfMemoryError
+from mllm_assets.families.family import Family
 from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.models.cards import card_is_usable, has_nvidia_driver, try_card, why_no_cuda
 from mllm_assets.training.models.quantization import Quantization, pick_quantization
 from mllm_assets.worker.protocol import local_rank
 
 GIB = 2**30
+# "create a primitive" is oneDNN's message when it cannot allocate its scratch memory. The last three are of CUDA's
+# libraries, whose memory is not PyTorch's: the first product on a full card fails in `cublasCreate`
+NO_MEMORY = (
+    "DefaultCPUAllocator", "can't allocate memory", "out of memory", "not enough memory", "create a primitive",
+    "STATUS_ALLOC_FAILED", "calling `cublasCreate", "ALLOCATION_FAILED",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +83,13 @@ class Precision:
         return f"{str(self.weights).removeprefix('torch.')}, autocast {self.autocast}{quantized}{attention}"
 
 
-def pick_device(wanted: str = "auto", *, use_cpu: bool = False) -> Device:
+def pick_device(wanted: str = "auto", *, use_cpu: bool = False, warn: Callable[[str], object] | None = None) -> Device:
     """Choose the device: `auto` takes cuda, then mps, then cpu; the recipe's `use_cpu` wins over `auto`.
 
+    `warn` is told why a card of NVIDIA's is left idle by `auto`.
+
     Raises:
-        MachineError: The machine does not have that device. Says which it has.
+        MachineError: The machine does not have that device, or it cannot compute. Says which it has.
     """
     if wanted not in ("auto", "cuda", "mps", "cpu"):
         raise MachineError(f"device is {wanted!r}: expected auto, cuda, mps or cpu. Change it in the resource's YAML.")
@@ -89,13 +99,17 @@ def pick_device(wanted: str = "auto", *, use_cpu: bool = False) -> Device:
         kind = "cpu" if use_cpu else next(name for name, there in has.items() if there)
     if not has[kind]:
         there = ", ".join(name for name, present in has.items() if present)
-        build = f"PyTorch {torch.__version__} sees no CUDA device" if kind == "cuda" else "PyTorch sees no Metal device"
+        why, cure = "PyTorch sees no Metal device", "Use a Mac with Apple silicon"
+        if kind == "cuda":
+            why, cure = why_no_cuda()
         raise MachineError(
-            f"The device {kind} was asked for, and this machine has only {there}: {build}. "
-            f"Install its driver and a PyTorch build for it, or set device: auto."
+            f"The device {kind} was asked for, and this machine has only {there}: {why}. {cure}, or set device: auto."
         )
     if kind == "cuda":
         return _own_card()
+    if wanted == "auto" and not use_cpu and warn is not None and has_nvidia_driver():
+        why, cure = why_no_cuda()
+        warn(f"The NVIDIA card of this machine is not used, and the CPU computes: {why}. {cure}.")
     total_gib, free_gib = _main_memory_gib()
     driver = f"torch {torch.__version__}"
     return Device(kind=kind, name=_cpu_name(), driver=driver, memory_gib=total_gib, free_gib=free_gib)
@@ -105,7 +119,7 @@ def _own_card() -> Device:
     """The card of this process: each rank of torchrun has its own, and all that follows computes on it.
 
     Raises:
-        MachineError: There are fewer cards than processes.
+        MachineError: There are fewer cards than processes, or the card cannot compute.
     """
     index, count = local_rank(), torch.cuda.device_count()
     if index >= count:
@@ -113,9 +127,11 @@ def _own_card() -> Device:
             f"Process {index + 1} of this machine has no CUDA device of its own: expected {index + 1} or more, found "
             f"{count}. Set num_processes of the accelerator (MLLM_ASSETS_NUM_PROCESSES, --num-processes) to {count}."
         )
-    torch.cuda.set_device(index)
-    properties = torch.cuda.get_device_properties(index)
-    free, total = torch.cuda.mem_get_info(index)
+    with card_is_usable(index):
+        torch.cuda.set_device(index)
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        try_card(index)
     return Device(
         kind="cuda",
         name=properties.name,
@@ -154,6 +170,15 @@ def pick_precision(spec: TrainSpec, device: Device) -> Precision:
     autocast = "fp16" if spec.fp16 else "bf16" if spec.bf16 else None
     attention = pick_attention(spec, device)
     return Precision(weights=weights, autocast=autocast, quantization=quantization, attention=attention)
+
+
+def notes_on_precision(precision: Precision, family: Family) -> Iterator[str]:
+    """What a model's family makes of the precision that a recipe asks for."""
+    if precision.computed == torch.float16 and family.overflows_in_fp16:
+        yield (
+            f"fp16: true overflows in {family.name}: its activations pass 65,504, and its losses are NaN then. Set "
+            "bf16: true, or fp16: false on a card without bf16, which trains in float32."
+        )
 
 
 def pick_attention(spec: TrainSpec, device: Device) -> str | None:
@@ -195,18 +220,15 @@ def out_of_memory_is_an_error(where: str, cure: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own class for CUDA is a RuntimeError
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OutOfMemoryError(f"Out of memory {where}: {reason} {cure}") from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # The last is oneDNN's message when it cannot allocate its scratch memory
-    signs = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "not enough memory", "create a primitive")
-    return any(sign in str(error) for sign in signs)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, whatever library says so in whichever class."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in NO_MEMORY)
 
 
 def _main_memory_gib() -> tuple[float, float | None]:

@@ -18,6 +18,7 @@ from mllm_assets.disk import no_space_is_an_error
 from mllm_assets.errors import IntegrityError, ModelError
 from mllm_assets.families.family import FAMILIES, Family, find_family
 from mllm_assets.hub.snapshot import require_safe_shards
+from mllm_assets.training.models.device import is_out_of_memory
 from mllm_assets.training.models.older_transformers import add_old_spelling
 from mllm_assets.training.models.quantization import Quantization, keep_trainable
 from mllm_assets.training.models.weight_files import SharedFiles, share_with
@@ -188,17 +189,12 @@ def load_model(
             attn_implementation=attention,
             **quantized,
         )
-    except (ModelError, MemoryError, torch.OutOfMemoryError):
+    except ModelError:
         raise
     except Exception as error:  # safetensors has a class of its own, and a configuration may name anything
-        if not any(directory.glob("*.safetensors")) and (pickled := sorted(directory.glob("*.bin"))):
-            raise ModelError(
-                f"{pickled[0]} is a pickle, which can run code when it is loaded, with no safetensors next to it. "
-                "Where you trust it: AutoModelForImageTextToText.from_pretrained(DIR).save_pretrained(NEW_DIR)."
-            ) from None
-        raise ModelError(
-            f"The weights in {directory} cannot be loaded ({_reason(error)}). Make or download them again."
-        ) from error
+        if is_out_of_memory(error):
+            raise
+        raise _unloadable(directory, error) from error
     model, info = loaded
     problems = {kind: sorted(info[f"{kind}_keys"], key=str) for kind in ("missing", "unexpected", "mismatched")}
     if any(problems.values()):
@@ -211,6 +207,15 @@ def load_model(
     keep_trainable(model)
     _require_numbers(model.to(device), directory)
     return model
+
+
+def _unloadable(directory: Path, error: Exception) -> ModelError:
+    if not any(directory.glob("*.safetensors")) and (pickled := sorted(directory.glob("*.bin"))):
+        return ModelError(
+            f"{pickled[0]} is a pickle, which can run code when it is loaded, with no safetensors next to it. "
+            "Where you trust it: AutoModelForImageTextToText.from_pretrained(DIR).save_pretrained(NEW_DIR)."
+        )
+    return ModelError(f"The weights in {directory} cannot be loaded ({_reason(error)}). Make or download them again.")
 
 
 def _require_numbers(model: Any, directory: Path) -> None:

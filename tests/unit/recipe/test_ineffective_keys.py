@@ -52,10 +52,9 @@ BASE = "model_name_or_path: m\ndataset: d\ntemplate: gemma3\ndo_train: true\n"
         ),
         ("greater_is_better: true", "greater_is_better has no effect: evaluation does not choose the weights."),
         (
-            "enable_liger_kernel: true",
-            "enable_liger_kernel has no effect: Liger's kernels need a GPU and were not tried on one here; they "
-            "compute the same, so the run does without. torch_compile: true makes fewer and larger kernels of the same "
-            "layers.",
+            "liger_kernel_config: {rope: false}",
+            "liger_kernel_config has no effect: enable_liger_kernel takes all of Liger's kernels for the text layers, "
+            "and the loss is this engine's own.",
         ),
         ("pissa_iter: 4", "pissa_iter has no effect: pissa_init is not set."),
         ("vision_lr: 1e-4", "vision_lr has no effect: freeze_vision_tower is true, so nothing of the tower trains."),

@@ -1,5 +1,6 @@
 """What a run caches, and the reason where it does not; shards by content."""
 
+import math
 import os
 from array import array
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mllm_assets.errors import IntegrityError, MachineError
+from mllm_assets.errors import IntegrityError, MachineError, RecipeError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.caches.features import FeatureStore
 from mllm_assets.training.caches.prepare import CachePlan, Setup, plan_caches
 from mllm_assets.training.caches.shards import TENSORS_FILE, ShardStore
 from mllm_assets.training.encoding.encode import EncodedRow
@@ -166,3 +168,14 @@ def test_waiting_for_other_processes_ends_with_a_cure(tmp_path: Path) -> None:
     store.wait_for(["a"])
     with pytest.raises(MachineError, match=r"1 of 2 tensors .* Put cache/ on a file system that all of them see"):
         store.wait_for(["a", "b"], timeout_s=0.3)
+
+
+def test_values_that_are_not_finite_are_refused_where_they_are_compared(tmp_path: Path) -> None:
+    """NaN differs from nothing: what float16 could not hold was cached for an hour, and step 1 stopped the run."""
+    store, half = FeatureStore(tmp_path, FileDigests()), Precision(weights=torch.float16, autocast=None)
+    good_KW, bad_KW = torch.ones(2, 3, dtype=torch.float16), torch.full((2, 3), math.inf, dtype=torch.float16)
+    store.require_same("a", good_KW, good_KW, "the tower's output", half)
+    with pytest.raises(RecipeError, match=r"vision features of row a are not finite in float16\. Set bf16: true"):
+        store.require_same("a", bad_KW, bad_KW, "the tower's output", half)
+    with pytest.raises(IntegrityError, match="row a differ from the tower's output by nan"):
+        store.require_same("a", bad_KW * 0, good_KW, "the tower's output", half)

@@ -10,11 +10,11 @@ import torch
 
 from mllm_assets.errors import MachineError
 from mllm_assets.file_digests import FileDigests
-from mllm_assets.training.caches.prepare import CachePlan, Setup
+from mllm_assets.training.caches.prepare import CachePlan, Setup, plan_caches
 from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.inputs import Inputs
 from mllm_assets.training.loop import memory
-from mllm_assets.training.loop.engine import decide_checkpointing
+from mllm_assets.training.loop.fitting import decide_checkpointing, what_fits
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import Device, Precision
 from mllm_assets.worker.tasks import CacheSettings
@@ -91,7 +91,7 @@ def test_what_other_programs_hold_is_said_in_the_refusal() -> None:
     """The total was compared: a run on a card that another program filled was started, and ended out of memory."""
     setup = replace(gemma_3_4b("projector", free_gib=5.0, per_device_train_batch_size=4), checkpointed=True)
     with pytest.raises(MachineError, match=r"workspaces and fragmentation 1\.\d.*has 5\.0 GiB of 80\.0 GiB free\. End"):
-        memory.require_memory(memory.estimate(setup, PLAN), setup.device)
+        memory.require_memory(memory.estimate(setup, PLAN), setup.device, lambda: None)
 
 
 def test_a_model_that_is_loaded_again_to_be_published_is_merged_on_the_card_that_has_room_for_it(
@@ -107,3 +107,24 @@ def test_a_model_that_is_loaded_again_to_be_published_is_merged_on_the_card_that
     assert memory.publishing_device(setup, torch.bfloat16, num_rows=2) == "cpu"
     on_a_cpu = replace(setup, device=replace(setup.device, kind="cpu"))
     assert memory.publishing_device(on_a_cpu, torch.bfloat16, num_rows=2) == "cpu"
+
+
+ROWS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(("recipe", "free_gib", "values", "expected"), [
+    ("lora", 3.9, ROWS | {"disable_gradient_checkpointing": True}, "With disable_gradient_checkpointing: false it"),
+    ("projector", 3.2, ROWS, "With per_device_train_batch_size: 1, gradient_accumulation_steps: 8 it would need 3"),
+    ("full", 3.2, ROWS, "With finetuning_type: lora, per_device_train_batch_size: 1, gradient_accumulation_steps: 8"),
+    ("lora", 2.8, ROWS, "With quantization_bit: 4, per_device_train_batch_size: 1, gradient_accumulation_steps: 8 it"),
+    ("lora", 1.5, ROWS, None),
+])  # fmt: skip
+def test_a_refusal_names_the_mildest_change_of_the_recipe_that_fits(
+    recipe: str, free_gib: float, values: dict[str, Any], expected: str | None
+) -> None:
+    """`Set bf16: true` was the cure of a run in bf16, and halving that of micro-batches of 1."""
+    setup = gemma_3_4b(recipe, free_gib=free_gib, num_layers=4, **values)
+    setup = replace(setup, checkpointed=not setup.spec.disable_gradient_checkpointing)
+    assert not memory.estimate(setup, plan_caches(setup)).fits(setup.device)
+    found = what_fits(setup)
+    assert found == expected or str(found).startswith(str(expected)), found

@@ -29,6 +29,7 @@ def name_of(train: str = "t1", val: str = "v1", model: str = "m1", num_processes
         {"bf16": True},
         {"quantization_bit": 4},
         {"torch_compile": True},
+        {"enable_liger_kernel": True},
         {"cutoff_len": 64},
         {"max_samples": 9},
         {"train": "t2"},
