@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 from difflib import get_close_matches
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from mllm_assets.errors import did_you_mean
 from mllm_assets.settings import DEVICES, device_from_environment
@@ -15,7 +15,10 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors name the nearest of the words that it knows."""
+    """A parser that takes whole options only, and whose errors name the nearest of the words that it knows."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)  # `run emoji_sft --f` trained everything again
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):

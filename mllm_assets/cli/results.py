@@ -49,17 +49,20 @@ def add_commands(verbs: Verbs) -> None:
     listed.add_argument("--sizes-only", action="store_true", help="do not read the weights: compare sizes only")
     listed.add_argument("--json", action="store_true", help="print one JSON array")
     listed.set_defaults(run=_list)
+    listed.epilog = "example: mllm-assets releases list emoji_sft"
 
     show = actions.add_parser("show", help="what a release was made from, its gates and its metrics")
     show.add_argument("recipe")
     show.add_argument("version", nargs="?", help="for example v2; the current one by default")
     show.add_argument("--json", action="store_true", help="print its manifest and metrics as one JSON object")
     show.set_defaults(run=_show)
+    show.epilog = "example: mllm-assets releases show emoji_sft v1"
 
     rollback = actions.add_parser("rollback", help="make another version the current one; nothing is deleted")
     rollback.add_argument("recipe")
     rollback.add_argument("version", nargs="?", help="for example v1; by default the one before the current one")
     rollback.set_defaults(run=_roll_back)
+    rollback.epilog = "example: mllm-assets releases rollback emoji_sft"
 
 
 def _summary(arguments: argparse.Namespace) -> int:
