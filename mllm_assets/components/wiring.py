@@ -13,6 +13,7 @@ from mllm_assets.data.sharegpt.entries import read_dataset_info
 from mllm_assets.errors import DataError, MllmAssetsError, RecipeError, did_you_mean
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.recipe.load import Recipe, load_recipe
+from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.releases.hub_push import PushSpec
 from mllm_assets.training.runs.sweep_spec import SweepSpec
 from mllm_assets.worker.tasks import DEFAULT_MAX_HIDDEN_STATES_GIB, EvaluationSettings
@@ -29,6 +30,12 @@ class Gates(yaml_of(GateSpec)):
     def needs_approval(self) -> bool:
         """Whether a release waits for a person."""
         return getattr(self, "approval", None) == "required"
+
+    def spec_for(self, recipe: TrainSpec) -> GateSpec:
+        """The thresholds, and what judges a recipe of its stage where nothing is set."""
+        spec = self.to_spec()
+        is_set = "beats_base_by" in self.model_fields_set and getattr(self, "beats_base_by", None) is not None
+        return replace(spec, beats_base_by="answers") if recipe.learns_pairs and not is_set else spec
 
 
 class Sweep(yaml_of(SweepSpec)):
@@ -87,6 +94,11 @@ class Node:
     def has_features(self) -> bool:
         """Whether an asset computes the output of the frozen vision tower."""
         return self.settings.feature_cache and self.recipe.spec.freeze_vision_tower
+
+    @property
+    def gates(self) -> GateSpec:
+        """What a model of it must show before it is released."""
+        return self.settings.gates.spec_for(self.recipe.spec)
 
     def key(self, asset: str) -> dg.AssetKey:
         return dg.AssetKey([self.name, asset])

@@ -20,6 +20,9 @@ class GateSpec:
 
     Attributes:
         min_loss_gain_nats: How much lower than the base model's the loss per token must be.
+        beats_base_by: What must be better than the base model's: the loss, or the answers, whose label accuracy (or
+            ROUGE-L) must exceed it by `min_answer_gain`. By default the loss, and of `stage: dpo` the answers: the
+            loss of a preferred answer often rises while the rejected one becomes far less likely.
         min_answer_gain: How much label accuracy (or ROUGE-L, without labels), 0..1, must exceed that of always giving
             the most common training answer.
         min_image_gain_nats: How much lower the loss must be with a sample's own images than with another's.
@@ -33,6 +36,7 @@ class GateSpec:
     # 0.01 is 1 % in perplexity: another order of sums alone moves every loss the same way by some 1e-8, which a
     # threshold of 0 took for a gain with a narrow interval
     min_loss_gain_nats: float = 0.01
+    beats_base_by: Literal["loss", "answers"] = "loss"
     min_answer_gain: float = 0.0
     min_image_gain_nats: float = 0.01
     max_regression_nats: float = 0.01
@@ -205,6 +209,14 @@ def _gain_judge(name: str, gain: str, threshold: str, *, over: str, metric: str 
     return lambda metrics, spec, _: gain_gate(name, metrics, gain, getattr(spec, threshold), over=over, metric=metric)
 
 
+def _base_gate(metrics: Mapping[str, Any], spec: GateSpec, _: Mapping[str, Any] | None) -> GateResult:
+    by_answers = spec.beats_base_by == "answers"
+    threshold, metric = (spec.min_answer_gain, None) if by_answers else (spec.min_loss_gain_nats, "loss")
+    return gain_gate(
+        "beats_base_model", metrics, "tuned_over_base", threshold, over="over the base model", metric=metric
+    )
+
+
 def _regression_gate(
     metrics: Mapping[str, Any], spec: GateSpec, release_gains: Mapping[str, Any] | None
 ) -> GateResult | None:
@@ -246,10 +258,8 @@ for _entry in (
     Gate(name=APPROVAL, claim="A person saw its figures and said yes (the settings ask for it: `approval: required`)."),
     Gate(
         name="beats_base_model",
-        claim="Its loss is lower than that of the model it started from.",
-        judge=_gain_judge(
-            "beats_base_model", "tuned_over_base", "min_loss_gain_nats", over="over the base model", metric="loss"
-        ),
+        claim="Its loss is lower than that of the model it started from; of preferences, its answers are better.",
+        judge=_base_gate,
     ),
     Gate(
         name="beats_most_common_answer",

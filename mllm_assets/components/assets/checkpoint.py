@@ -80,7 +80,7 @@ def _config_of(node: Node) -> type[CheckpointConfig]:
 
 def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
     """The trained model. A finished run is returned at once, an unfinished one resumes."""
-    settings, gates = node.settings, node.settings.gates.to_spec()
+    settings, gates = node.settings, node.gates
     features = [node.key("vision_features")] if node.has_features else []
     config_class = _config_of(node)
 

@@ -32,7 +32,7 @@ from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.register import judging_entries
 from mllm_assets.data.sharegpt.dataset import Dataset, media_dir_of
 from mllm_assets.evaluation.gallery import GALLERY
-from mllm_assets.evaluation.gates import APPROVAL, GateSpec, evaluate_gates, leakage_gate
+from mllm_assets.evaluation.gates import APPROVAL, evaluate_gates, leakage_gate
 from mllm_assets.evaluation.metric_page import (
     confusion_png,
     gates_markdown,
@@ -146,7 +146,7 @@ def _evaluate_task(
 
 def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
     """The tuned model's metrics against the base model's, the most common answer's and the released model's."""
-    gates: GateSpec = node.settings.gates.to_spec()
+    gates = node.gates
     key = node.key("eval_metrics")
     judged = metric_gates(needs_approval=node.settings.gates.needs_approval)
 

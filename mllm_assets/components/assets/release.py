@@ -23,7 +23,6 @@ from mllm_assets.components.resources import AcceleratorResource, ProjectResourc
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.leaks import require_sound_versions
 from mllm_assets.data.sharegpt.dataset import Dataset, Entry
-from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.metric_page import gates_markdown
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import materialize_command
@@ -39,7 +38,7 @@ from mllm_assets.worker.usage import PREFIX
 
 def released_model_asset(node: Node) -> dg.AssetsDefinition:
     """The model that passed its gates. Gates and leaks are checked here again."""
-    gates: GateSpec = node.settings.gates.to_spec()
+    gates = node.gates
 
     @dg.asset(
         key=node.key("released_model"),

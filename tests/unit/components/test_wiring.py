@@ -6,7 +6,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from mllm_assets.components.wiring import KnownAssets, chains_of, external_entries, resolve, split_cycles
+from mllm_assets.components.wiring import KnownAssets, Settings, chains_of, external_entries, resolve, split_cycles
 from mllm_assets.errors import RecipeError
 from mllm_assets.recipe.load import Recipe, load_recipe
 
@@ -41,6 +41,16 @@ def test_an_entry_leads_to_the_dataset_that_writes_it(tmp_path: Path) -> None:
     node = resolve(write_recipe(tmp_path), KNOWN_ASSETS)
     assert node.data == [dg.AssetKey(["emoji", "dataset_info"])]
     assert node.model == dg.AssetKey(["pretrained", "gemma3_tiny"])
+
+
+def test_the_stage_decides_what_a_model_is_judged_by_unless_the_settings_do(tmp_path: Path) -> None:
+    nodes = {stage: resolve(write_recipe(tmp_path, stage, stage=stage), KNOWN_ASSETS) for stage in ("sft", "dpo")}
+    assert {stage: node.gates.beats_base_by for stage, node in nodes.items()} == {"sft": "loss", "dpo": "answers"}
+    settings = Settings.model_validate({"gates": {"beats_base_by": "loss", "min_loss_gain_nats": -0.5}})
+    chosen = replace(nodes["dpo"], settings=settings).gates
+    assert (chosen.beats_base_by, chosen.min_loss_gain_nats) == ("loss", -0.5)
+    unset = Settings.model_validate({"gates": {"beats_base_by": None}})
+    assert replace(nodes["dpo"], settings=unset).gates.beats_base_by == "answers"
 
 
 def test_an_output_of_another_recipe_leads_to_its_checkpoint(tmp_path: Path) -> None:

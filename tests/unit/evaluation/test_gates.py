@@ -52,6 +52,19 @@ def test_a_gain_within_its_noise_does_not_pass() -> None:
     assert gate.description.endswith("more samples to judge by make the interval narrower.")
 
 
+def test_preferences_are_judged_by_answers_whatever_their_loss() -> None:
+    """A model whose answers became right did not pass: its loss rose with that of the rejected ones."""
+    rows = [prediction("base", i, answer="cow", loss_nats=1.0) for i in range(6)]
+    rows += [prediction("tuned", i, loss_nats=1.5) for i in range(6)]
+    metrics = compute_metrics(to_table(rows), TRAIN)
+    by_loss, by_answers = (evaluate_gates(metrics, GateSpec(beats_base_by=by))[0] for by in ("loss", "answers"))
+    assert (by_loss.passed, by_loss.observed) == (False, pytest.approx(-0.5))
+    assert (by_answers.passed, by_answers.observed) == (True, pytest.approx(5 / 6))
+    assert by_answers.description.startswith("pets_val: the gain in label_accuracy over the base model is 0.8333")
+    worse = compute_metrics(to_table([row | {"answer": "cow"} for row in rows]), TRAIN)
+    assert not evaluate_gates(worse, GateSpec(beats_base_by="answers"))[0].passed
+
+
 def test_the_dust_of_another_order_of_sums_is_no_gain() -> None:
     """An untrained model beat its base model by 1e-8 on every sample, with a narrow interval."""
     rows = [prediction("base", i, loss_nats=1.0 + i) for i in range(6)]
