@@ -33,6 +33,7 @@ from mllm_assets.inference.answerer import Answerer, use_cached_images
 from mllm_assets.inference.batches import Pass, in_batches
 from mllm_assets.recipe.asking import Sampling
 from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.models.device import pick_device
 from mllm_assets.worker.protocol import Reporter
 
@@ -76,12 +77,12 @@ def batched(model_dir: Path, rows: Sequence[Row], features_root: Path) -> Callab
     prompts = {row.id: answerer.encoder.encode_prompt(row) for row in rows}
     spec = TrainSpec(model_name_or_path="model", dataset="bench", template="gemma3", do_train=True)
     use_cached_images(
-        answerer, list(prompts.values()), features_root, spec, pick_device("cpu"), Reporter(), FileDigests()
+        answerer, EncodedRows.of(prompts.values()), features_root, spec, pick_device("cpu"), Reporter(), FileDigests()
     )
 
     def answer(rows: Sequence[Row], num_new_tokens: int) -> list[str]:
         said: dict[int, str] = {}
-        encoded = [answerer.encoder.encode_prompt(row) for row in rows]
+        encoded = EncodedRows.of(answerer.encoder.encode_prompt(row) for row in rows)
         sampling = Sampling(max_new_tokens=num_new_tokens)
         asked = Pass(
             name="answers", rows=encoded, collator=answerer.asking_collator, size=BATCH_SIZE,

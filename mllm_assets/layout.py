@@ -62,6 +62,10 @@ class Layout:
         return self.root / "cache" / "hidden_states"
 
     @property
+    def rows(self) -> Path:
+        return self.root / "cache" / "rows"
+
+    @property
     def ray_jobs(self) -> Path:
         """Requests and results of jobs that are on a Ray cluster; each job's folder goes with it."""
         return self.root / "cache" / "ray_jobs"

@@ -33,6 +33,7 @@ def training(
         "data_digests": entry_digests(data_dir, entries),
         "pretrained_fingerprint": model_fingerprint(model_dir),
         "caches": caches,
+        "rows_root": (cache_dir or run_dir.parent) / "rows",
         "accelerator": ONE_CPU_THREAD,
     }
     return TrainTask(recipe=recipe, model_dir=model_dir, data_dir=data_dir, run_dir=run_dir, **{**known, **fields})

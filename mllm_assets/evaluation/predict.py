@@ -4,7 +4,7 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from mllm_assets.inference.answerer import Answerer, use_cached_images
 from mllm_assets.inference.batch_size import rows_at_once
 from mllm_assets.inference.batches import Batch, Pass, in_batches
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.models.device import Device, pick_device
 from mllm_assets.training.models.load import weights_digest
 from mllm_assets.training.runs.models import checkpoint_digest, find_model, is_checkpoint, model_fingerprint
@@ -195,13 +196,17 @@ def measure(
     settings = task.settings
     require_named_model(directory, task.model_digests[model], digests)
     answerer = Answerer(directory, task.recipe.turns, device=device.kind, digests=digests)
-    encoded = [answerer.encoder.encode(sample.row) for sample in samples]
+
+    def held(rows: Iterable[EncodedRow]) -> EncodedRows:
+        return EncodedRows.of(rows, answerer.encoder.image_token_id, task.data_dir.resolve())
+
+    encoded = held(answerer.encoder.encode(sample.row) for sample in samples)
     paired = [index for index, sample in enumerate(samples) if sample.partner_images is not None]
     # encoded again: an image of another size may take another number of tokens
-    swapped = [
+    swapped = held(
         answerer.encoder.encode(replace(samples[index].row, images=samples[index].partner_images)) for index in paired
-    ]
-    prompts = [answerer.encoder.encode_prompt(sample.row) for sample in samples]
+    )
+    prompts = held(answerer.encoder.encode_prompt(sample.row) for sample in samples)
 
     if task.features_root is not None:
         use_cached_images(answerer, prompts, task.features_root, task.recipe, device, reporter, digests)
@@ -240,9 +245,9 @@ def measure(
 
 def _passes(
     answerer: Answerer,
-    encoded: Sequence[EncodedRow],
-    swapped: Sequence[EncodedRow],
-    prompts: Sequence[EncodedRow],
+    encoded: EncodedRows,
+    swapped: EncodedRows,
+    prompts: EncodedRows,
     settings: EvaluationSettings,
     device: Device,
 ) -> dict[str, Pass]:
@@ -259,7 +264,7 @@ def _passes(
     unit = settings.batch_size or ROWS_AT_ONCE
     scored = answered = unit
     if settings.batch_size is None:
-        scored = rows_at_once(answerer, [*encoded, *swapped], device)
+        scored = rows_at_once(answerer, encoded + swapped, device)
         if not settings.do_sample:
             answered = rows_at_once(answerer, prompts, device, num_new_tokens=settings.max_new_tokens)
     score_how = {"collator": answerer.collator, "run": score, "size": scored, "unit": unit}

@@ -22,6 +22,7 @@ from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches import features, tower
 from mllm_assets.training.encoding.collate import Collator, ImageFeatures, Padding
 from mllm_assets.training.encoding.encode import IGNORE_INDEX, EncodedRow, Encoder
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.loop.checkpoints import load_checkpoint, starting_model
 from mllm_assets.training.models.device import Device, Precision, out_of_memory_is_an_error, pick_precision
 from mllm_assets.training.models.load import load_model, load_processor, quiet_libraries
@@ -216,7 +217,7 @@ def token_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def use_cached_images(
     answerer: Answerer,
-    rows: Sequence[EncodedRow],
+    rows: EncodedRows,
     features_root: Path,
     spec: TrainSpec,
     device: Device,
@@ -233,22 +234,21 @@ def use_cached_images(
         DataError: An image is damaged. Names row and file.
         IntegrityError: Cached features are not those of this tower.
     """
-    with_images = [row for row in rows if row.images]
-    if not with_images or processor_family(answerer.processor).vision_cut is None:
+    if not rows.counted("images").any() or processor_family(answerer.processor).vision_cut is None:
         return None
     model = answerer.model
     precision = pick_precision(spec, device)
     if model.dtype != precision.weights:  # the directory keeps another dtype than the recipe trains in
         precision = Precision(weights=model.dtype, autocast=None)
     directory = features_root / tower.tower_fingerprint(model, answerer.processor, spec, precision, device.kind)
-    images = features.images_by_digest(with_images, digests)
+    images = features.images_by_digest(rows.pictures(), digests)
     maker = features.FeatureMaker(
         model=model, collator=answerer.collator, precision=precision, num_workers=spec.dataloader_num_workers
     )
     store = features.FeatureStore(directory, digests)
     with out_of_memory_is_an_error("while the vision tower's output was cached", features.CURE):
         store.compute(maker, images, reporter)
-        store.require_match(maker, with_images)
+        store.require_match(maker, rows)
     tower.install(model)
     answerer.answer_from(store)
     return directory

@@ -1,7 +1,7 @@
 """How many rows a GPU is asked about at once: what they would take is seen on fake tensors first."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from mllm_assets.inference.answerer import Answerer, token_losses
 from mllm_assets.training.caches import tower
-from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.loop.memory import MemoryEstimate
 from mllm_assets.training.loop.simulation import LiveBytes, cuda_rules, to_fake
 from mllm_assets.training.models.device import GIB, Device
@@ -20,15 +20,13 @@ from mllm_assets.worker.tasks import ROWS_AT_ONCE
 ON_A_GPU = (64, 32)  # the first that fits is taken
 
 
-def rows_at_once(
-    answerer: Answerer, rows: Sequence[EncodedRow], device: Device, *, num_new_tokens: int | None = None
-) -> int:
+def rows_at_once(answerer: Answerer, rows: EncodedRows, device: Device, *, num_new_tokens: int | None = None) -> int:
     """Return how many rows to score at once, or with `num_new_tokens` to answer.
 
     More than usual on a GPU whose free memory holds them, each as large as the largest. Families whose `forward` reads
     values of its inputs, as Qwen's grids of patches, cannot be seen on fake tensors.
     """
-    if device.kind != "cuda" or len(rows) <= ROWS_AT_ONCE or any(row.num_patches is not None for row in rows):
+    if device.kind != "cuda" or len(rows) <= ROWS_AT_ONCE or rows.counted("num_patches").any():
         return ROWS_AT_ONCE
     model = answerer.model
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
@@ -45,9 +43,7 @@ def rows_at_once(
     return ROWS_AT_ONCE
 
 
-def bytes_of(
-    answerer: Answerer, rows: Sequence[EncodedRow], num_rows: int, *, num_new_tokens: int | None = None
-) -> int:
+def bytes_of(answerer: Answerer, rows: EncodedRows, num_rows: int, *, num_new_tokens: int | None = None) -> int:
     """Return the most bytes that `num_rows` rows take at once beside the weights."""
     core = base_model(answerer.model)
     shape = model_on_meta(copy.deepcopy(core.config), dtype=core.dtype)
@@ -80,11 +76,11 @@ def _prefilled(shape: Any, batch: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(kept))
 
 
-def _largest(answerer: Answerer, rows: Sequence[EncodedRow], *, asks: bool) -> dict[str, torch.Tensor]:
+def _largest(answerer: Answerer, rows: EncodedRows, *, asks: bool) -> dict[str, torch.Tensor]:
     """A batch of the longest row, with as many supervised tokens as any has."""
-    longest = max(rows, key=lambda row: len(row.input_ids))
+    longest = rows[int(rows.counted("num_tokens").argmax())]
     batch = (answerer.asking_collator if asks else answerer.collator)([longest])
     if "shift_labels" in batch:
-        most = max(row.num_supervised for row in rows)
+        most = int(rows.counted("num_supervised").max())
         batch |= {name: torch.zeros(1, most, dtype=torch.long) for name in ("logits_to_keep", "shift_labels")}
     return batch

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from mllm_assets.errors import OutOfMemoryError
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.loader import loaded
 from mllm_assets.worker.tasks import ROWS_AT_ONCE, WHOLE, Part
 
@@ -36,7 +38,7 @@ class Pass:
     """
 
     name: str
-    rows: Sequence[EncodedRow]
+    rows: EncodedRows
     collator: Collator
     run: Callable[[Sequence[EncodedRow], Batch | None], Sequence[Any]]
     size: int
@@ -46,7 +48,7 @@ class Pass:
 
     def positions(self, part: Part) -> list[int]:
         """A part's rows; the longest come first, and equally long ones need no padding."""
-        order = sorted(range(len(self.rows)), key=lambda index: (-len(self.rows[index].input_ids), index))
+        order = np.argsort(-self.rows.counted("num_tokens"), kind="stable").tolist()
         units = [order[start : start + self.unit] for start in range(0, len(order), self.unit)]
         return list(chain.from_iterable(part.of(units)))
 
@@ -89,7 +91,7 @@ class Pass:
 class _Make:
     """Makes a batch of one pass, in a process that does not hold the model."""
 
-    rows: Sequence[Sequence[EncodedRow]]
+    rows: Sequence[EncodedRows]
     collators: Sequence[Collator]
     pixels: torch.dtype | None
 

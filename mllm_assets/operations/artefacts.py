@@ -21,7 +21,7 @@ from mllm_assets.layout import Layout
 
 NAME = re.compile(r"\b[0-9a-f]{16}(?:-\d+)?\b")
 RUN, METRICS = "run", "metrics"
-CACHES = ("features", "hidden states")
+CACHES = ("features", "hidden states", "encoded rows")
 DATA_AND_CACHES = ("dataset version", "measurements", "source", *CACHES)
 PLACES = {
     RUN: "outputs/*/*",
@@ -33,6 +33,7 @@ PLACES = {
     "source": "data/.raw/*/*",
     "features": "cache/features/*",
     "hidden states": "cache/hidden_states/*",
+    "encoded rows": "cache/rows/*",
 }
 LINKS = ("outputs/*/*", "releases/*/*", "data/*")
 WITH_NAMES = (MANIFEST, "run.json", "checkpoint_metrics.json")

@@ -153,6 +153,7 @@ class TrainTask(RecipeTask[Manifest]):
     """Train a planned run; see `training.runs.plan.RunPlan`.
 
     Attributes:
+        rows_root: Where rows are that were encoded before.
         data_digests: Of each entry when the run was named; what has changed since is refused.
         pretrained_fingerprint: Of the model, when the run was named.
         model_files: Digest, inode and time of change of the model's files where they were read to name the run.
@@ -168,6 +169,7 @@ class TrainTask(RecipeTask[Manifest]):
     recipe_name: str
     model_dir: Path
     data_dir: Path
+    rows_root: Path
     run_dir: Path
     fingerprint: str
     data_digests: dict[str, str]

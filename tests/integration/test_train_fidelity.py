@@ -86,7 +86,7 @@ def test_rows_trainable_set_and_losses_equal_llamafactorys(
 ) -> None:
     recorded = recording(case)
     spec = spec_of(recorded["config"], tmp_path)
-    inputs = read_inputs(spec, parity_dir / "model", Dataset(fidelity_dir), Reporter())
+    inputs = read_inputs(spec, parity_dir / "model", Dataset(fidelity_dir), tmp_path / "rows", Reporter())
     for found, expected in ((inputs.train_rows, recorded["train_rows"]), (inputs.eval_rows, recorded["eval_rows"])):
         assert [list(row.input_ids) for row in found] == [without_padding(row)["input_ids"] for row in expected]
         assert [list(row.labels) for row in found] == [without_padding(row)["labels"] for row in expected]

@@ -13,6 +13,7 @@ from mllm_assets.errors import RecipeError
 from mllm_assets.recipe.load import load_recipe
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import read_inputs
 from mllm_assets.training.loop.engine import train_task
 from mllm_assets.training.loop.preferences import REFERENCE_FILE
@@ -43,6 +44,11 @@ def trained(spec: TrainSpec, parity_dir: Path, run_dir: Path, **fields: Any) -> 
     return [json.loads(line) for line in (run_dir / "trainer_log.jsonl").read_text().splitlines()]
 
 
+def rows_of(spec: TrainSpec, parity_dir: Path, folder: Path) -> EncodedRows:
+    data = Dataset(parity_dir / "data")
+    return read_inputs(spec, parity_dir / "model", data, folder / "rows", Reporter()).train_rows
+
+
 def require_equal(spec: TrainSpec, lines: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> None:
     """A reward is `pref_beta` times the difference of two sums of some hundred nats, in 32 bits."""
     for kind, prefix in (("loss", ""), ("eval_loss", "eval_")):
@@ -62,7 +68,7 @@ def as_recorded(row: EncodedRow) -> dict[str, list[int]]:
 def test_rows_losses_and_rewards_equal_llamafactorys(parity_dir: Path, tmp_path: Path) -> None:
     reference = json.loads((parity_dir / "reference" / "dpo_lora.json").read_text())
     spec = spec_of(reference["config"], tmp_path)
-    rows = read_inputs(spec, parity_dir / "model", Dataset(parity_dir / "data"), Reporter()).train_rows
+    rows = rows_of(spec, parity_dir, tmp_path)
     encoded = [as_recorded(row) for row in rows]
     for sample in reference["samples"]:
         assert {key: sample[key] for key in encoded[0]} in encoded
@@ -76,7 +82,7 @@ def test_rows_losses_and_rewards_equal_llamafactorys(parity_dir: Path, tmp_path:
 def test_every_loss_of_pairs_is_llamafactorys(parity_dir: Path, tmp_path: Path, case: str) -> None:
     recorded = json.loads((GOLDEN / "preferences" / f"{case}.json").read_text())
     spec = spec_of(recorded["config"], tmp_path)
-    rows = read_inputs(spec, parity_dir / "model", Dataset(parity_dir / "data"), Reporter()).train_rows
+    rows = rows_of(spec, parity_dir, tmp_path)
     assert [as_recorded(row) for row in rows] == recorded["rows"]
     require_equal(spec, trained(spec, parity_dir, tmp_path / "run"), recorded["logs"])
 

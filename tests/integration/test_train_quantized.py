@@ -39,7 +39,7 @@ def test_the_losses_are_those_of_transformers_and_peft_alone(bits: int, parity_d
     task = make_task(parity_dir, tmp_path / "run", quantization_bit=bits, **PLAIN)
     train_task(task, Reporter())
     spec = task.recipe
-    inputs = read_inputs(spec, parity_dir / "model", Dataset(parity_dir / "data"), Reporter())
+    inputs = read_inputs(spec, parity_dir / "model", Dataset(parity_dir / "data"), tmp_path / "rows", Reporter())
     config = BitsAndBytesConfig(
         load_in_4bit=bits == 4,
         load_in_8bit=bits == 8,

@@ -153,7 +153,7 @@ def _dataset(context: dg.AssetExecutionContext, node: Node, entry: Entry, use: s
         "entry": entry.name,
         "use": use,
         "digest": digest,
-        "num_rows": len(entry.rows),
+        "num_rows": entry.num_rows,
         "source": f"the dataset {raw.path[0]}" if known else None,
         "hub_id": facts.get("hub_id") or None,
         "revision": facts.get("revision") or None,

@@ -124,7 +124,7 @@ def _earlier(stages: Sequence[Stage], dataset: Dataset) -> tuple[list[Holder], l
         for name in stage.entries:
             try:
                 entry = dataset.at(stage.data_dir, stage.media_dir).entry(name)
-                assert entry.rows
+                assert entry.num_rows
             except MllmAssetsError:
                 gone.append(f"{name} of {stage.title}")
             else:

@@ -4,17 +4,22 @@ The version's `images.sha256` records each image's digest when the dataset was p
 record and reads no image; the worker that uses the images reads and compares them.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from mllm_assets.artifacts import digest_json, is_complete, is_digest, require_sound, resolved_path
 from mllm_assets.data.sharegpt.entries import entry_file, load_entry
-from mllm_assets.data.sharegpt.rows import Row, parse_rows
+from mllm_assets.data.sharegpt.overview import Overview, kept_overview
+from mllm_assets.data.sharegpt.pictures import MediaFolders
+from mllm_assets.data.sharegpt.rows import Row, media_folders, parse_rows
 from mllm_assets.errors import DataError, IntegrityError, all_of
 from mllm_assets.file_digests import FileDigests
+from mllm_assets.layout import Layout
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.worker.tasks import WHOLE, Part
 
@@ -30,6 +35,7 @@ class Dataset:
         read_part: Of the images whose digests are recorded, those to read; of the others, which another process reads,
             the record is taken. None takes the record of all. By default all are read.
         digests: Those of files that were read before.
+        rows_root: Where it is kept what rows were found to be.
     """
 
     def __init__(
@@ -39,8 +45,10 @@ class Dataset:
         media_dir: Path | None = None,
         read_part: Part | None = WHOLE,
         digests: FileDigests | None = None,
+        rows_root: Path | None = None,
     ) -> None:
         self.data_dir = data_dir
+        self.rows_root = rows_root
         self.media_dir = media_dir
         self.folder = resolved_path(Path(), data_dir, what="dataset_dir")
         self.digests = digests or FileDigests()
@@ -51,7 +59,8 @@ class Dataset:
     @classmethod
     def of_recipe(cls, spec: TrainSpec, root: Path, *, read_part: Part | None = WHOLE) -> "Dataset":
         """What a recipe of the project at `root` reads."""
-        return cls(root / spec.dataset_dir, media_dir=media_dir_of(spec, root), read_part=read_part)
+        media_dir, rows_root = media_dir_of(spec, root), Layout(root).rows
+        return cls(root / spec.dataset_dir, media_dir=media_dir, read_part=read_part, rows_root=rows_root)
 
     def entry(self, name: str) -> "Entry":
         """One entry of `dataset_info.json`.
@@ -70,7 +79,11 @@ class Dataset:
             return self
         if (data_dir, media_dir) not in self._others:
             self._others[data_dir, media_dir] = Dataset(
-                data_dir, media_dir=media_dir, read_part=self._read_part, digests=self.digests
+                data_dir,
+                media_dir=media_dir,
+                read_part=self._read_part,
+                digests=self.digests,
+                rows_root=self.rows_root,
             )
         return self._others[data_dir, media_dir]
 
@@ -91,36 +104,70 @@ class Entry:
         self.file = entry_file(dataset.data_dir, self.info)
 
     def read(self, max_samples: int | None = None) -> list[Row]:
-        """Read and validate all rows, or the first `max_samples`.
+        """Read and validate all rows, or the first `max_samples`; raises as `each`."""
+        return list(islice(self._parsed(), max_samples))
+
+    def each(self) -> Iterator[Row]:
+        """Every row in turn, read anew at each call, so that none stays in memory.
 
         Raises:
             DataError: The file is not JSON (names the line), or a row's roles, placeholders or images are wrong (names
                 file, row and id).
-            IntegrityError: It was published here, and changed since.
+            IntegrityError: It was published here, and changed since; or it changes while it is read.
         """
-        _ = self.version  # before a row of a damaged file is
-        rows = []
-        for row, problems in islice(parse_rows(self.dataset.data_dir, self.info, self.dataset.media_dir), max_samples):
-            if problems:
-                raise DataError(all_of(problems))
-            assert row is not None  # no problem
-            rows.append(row)
-        if not rows:
-            raise DataError(
-                f"{self.file} has no rows, but entry {self.name!r} names it. Add samples or take it out of the recipe."
-            )
-        return rows
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """All rows; raises as `read`, and IntegrityError if the file changes while it is parsed."""
         try:
             files = self.file_digests
         except OSError:
-            return self.read()  # which names what is missing
-        rows = self.read()
+            yield from self._parsed()  # which names what is missing
+            return
+        yield from self._parsed()
         self.dataset.digests.require_unchanged(files)
-        return rows
+
+    def _parsed(self) -> Iterator[Row]:
+        _ = self.version  # before a row of a damaged file is
+        row = None
+        for row, problems in parse_rows(self.dataset.data_dir, self.info, self.dataset.media_dir, self._folders):
+            if problems:
+                raise DataError(all_of(problems))
+            assert row is not None  # no problem
+            yield row
+        if row is None:
+            raise DataError(
+                f"{self.file} has no rows, but entry {self.name!r} names it. Add samples or take it out of the recipe."
+            )
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All rows, in memory from now on; raises as `each`."""
+        return list(self.each())
+
+    @cached_property
+    def _overview(self) -> Overview:
+        dataset, rows = self.dataset, self.__dict__.get("rows")
+        if rows is not None or dataset.rows_root is None or dataset.media_dir is not None:
+            return Overview.of(rows or self.each(), in_order=dataset.media_dir is not None)
+        try:
+            source = [self.name, self._block, *self.file_digests.values()]
+        except OSError:
+            return Overview.of(self.each())  # which names what is missing
+        _ = self.version  # a damaged one is refused before its file is believed
+        return kept_overview(
+            dataset.rows_root, source, dataset.folder, self.each, is_lasting=lambda: self._folders.are_plain
+        )
+
+    @cached_property
+    def _folders(self) -> MediaFolders:
+        return media_folders(self.dataset.data_dir, self.dataset.media_dir)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are; raises as `each`."""
+        return self._overview.num_rows
+
+    @property
+    def num_alike(self) -> int:
+        """How many rows, from the first on, have the same last answer; raises as `each`."""
+        return self._overview.num_alike
 
     @cached_property
     def file_digests(self) -> dict[Path, str]:
@@ -131,7 +178,7 @@ class Entry:
     @property
     def answers(self) -> list[str]:
         """What the assistant says last in each row."""
-        return [row.messages[-1].content for row in self.rows]
+        return [row.messages[-1].content for row in self.each()]
 
     @cached_property
     def version(self) -> Path | None:
@@ -154,26 +201,31 @@ class Entry:
         if self.version is None or not (self.version / IMAGE_LIST).is_file():
             return {}
         listed = {f"{self.dataset.folder}/{name}": digest for name, digest in listed_images(self.version)}
-        return {path: digest for path in self._image_paths if (digest := listed.get(str(path)))}
+        return {path: digest for path in self._overview.images if (digest := listed.get(str(path)))}
 
     @cached_property
     def images(self) -> dict[Path, str]:
         """The digest of each image that a row names, by path in order."""
-        return {path: self.dataset.digest_image(path, self.recorded.get(path)) for path in self._image_paths}
-
-    @property
-    def _image_paths(self) -> list[Path]:
-        return sorted({path for row in self.rows for path in row.images})
+        return {path: self.dataset.digest_image(path, self.recorded.get(path)) for path in self._overview.images}
 
     @cached_property
     def digest(self) -> str:
         """16 hex digits that cover the entry, its file and every image that it names."""
-        info = self.info
-        block = {"formatting": info.formatting, "columns": dict(info.columns), "tags": dict(info.tags)}
         images = list(self.images.values())  # by name, so that swapping two images changes it
         if self.dataset.media_dir:  # a name alone does not say in which of two folders it is
-            images = [self.images[path] for row in self.rows for path in row.images]
-        return digest_json([block, *self.file_digests.values(), images])[:16]
+            images = [images[place] for place in self._overview.order]
+        return digest_json([self._block, *self.file_digests.values(), images])[:16]
+
+    @property
+    def _block(self) -> dict[str, Any]:
+        info = self.info
+        return {"formatting": info.formatting, "columns": dict(info.columns), "tags": dict(info.tags)}
+
+    @property
+    def identity(self) -> list[str]:
+        """What its rows are, their ids included, and where their pictures are relative to the dataset."""
+        media_dir = self.dataset.media_dir
+        return [self.name, self.digest, *([os.path.relpath(media_dir, self.dataset.folder)] if media_dir else [])]
 
     def require_unchanged(self, expected: str | None = None) -> None:
         """Refuse images that changed since they were published, and an entry that changed since a run was named by it.

@@ -69,6 +69,7 @@ class MediaFolders:
         self._beside = list(dict.fromkeys(folder.resolve() for folder in beside))
         self._listings: dict[Path, dict[str, list[str]]] = {}
         self._resolved: dict[tuple[Path, str], Path] = {}
+        self.are_plain = True  # so far each name was that of a file, without a link or another spelling
 
     def find(self, name: str) -> tuple[Path | None, str | None]:
         """The file, or None with the reject reason."""
@@ -108,11 +109,13 @@ class MediaFolders:
             name = os.fsdecode(unquote_to_bytes(urlsplit(name).path))
         parent, last = os.path.split(name)
         if (folder, parent) not in self._resolved:  # once, not for each row
-            self._resolved[folder, parent] = self._allowed(folder, parent)
+            self._resolved[folder, parent] = found = self._allowed(folder, parent)
+            self.are_plain &= found == folder / parent
         path = self._resolved[folder, parent] / last
         with suppress(OSError):
             if last and stat.S_ISREG(os.lstat(path).st_mode):
                 return path
+        self.are_plain = False
         spellings = (name, name.replace("\\", "/"), CAPTION_NUMBER.sub("", name))
         for spelling in dict.fromkeys(spellings):  # a link, another spelling, or wrong
             path = self._allowed(folder, spelling)

@@ -102,8 +102,13 @@ def rows_of_entry(data_dir: Path, entry: EntryInfo, *, with_pairs: bool = False)
             )
 
 
+def media_folders(data_dir: Path, media_dir: Path | None) -> MediaFolders:
+    """Where an entry's pictures are looked for."""
+    return MediaFolders([media_dir] if media_dir else [], [data_dir])
+
+
 def parse_rows(
-    data_dir: Path, entry: EntryInfo, media_dir: Path | None = None
+    data_dir: Path, entry: EntryInfo, media_dir: Path | None = None, folders: MediaFolders | None = None
 ) -> Iterator[tuple[Row | None, list[str]]]:
     """Each row of an entry's file, or all that is wrong with it; raises as `rows_of_entry`.
 
@@ -111,7 +116,8 @@ def parse_rows(
     """
     if media_dir is not None and not media_dir.is_dir():
         raise DataError(f"media_dir: there is no folder {media_dir}. Correct media_dir, or create the folder.")
-    folder = Pictured(data_dir, media_dir, MediaFolders([media_dir] if media_dir else [], [data_dir]))
+    folders = folders or media_folders(data_dir, media_dir)
+    folder = Pictured(data_dir, media_dir, folders)
     for index, row in enumerate(rows_of_entry(data_dir, entry, with_pairs=True)):
         problems = [] if row.problem is None else [row.problem]
         yield None if problems else _parse_row(row, index, entry, folder, problems), problems

@@ -7,9 +7,11 @@ Shape suffixes: K tokens of one image, R tokens of several, W values kept of a t
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from mllm_assets.artifacts import digest_json
@@ -20,12 +22,12 @@ from mllm_assets.training.caches import tower
 from mllm_assets.training.caches.shards import ImageStore, probes
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.loader import loaded
 from mllm_assets.training.models.device import Precision, out_of_memory_is_an_error, pick_device, pick_precision
 from mllm_assets.worker.tasks import WHOLE, Features, FeaturesTask, Part
 
 if TYPE_CHECKING:
-    from mllm_assets.data.sharegpt.rows import Row
     from mllm_assets.worker.protocol import Reporter
 
 CURE = "End other programs on the device: only the tower and a few images are on it."
@@ -85,28 +87,27 @@ class FeatureStore(ImageStore):
 
         return self.fill(sorted(images), size, make, reporter, part=part, wait=wait)
 
-    def require_match(self, maker: "FeatureMaker", rows: Sequence[EncodedRow]) -> None:
+    def require_match(self, maker: "FeatureMaker", rows: EncodedRows) -> None:
         """Compare the shards that will be read with their digests, and some features with the tower's own output.
 
         Raises:
             IntegrityError: An image is missing, a file is damaged, or a value differs.
         """
-        self.require_undamaged([self.name(path) for row in rows for path in row.images])
-        for row in probes([row for row in rows if row.images]):
+        self.require_undamaged(self.name(path) for path, _ in rows.pictures())
+        for row in rows.take(probes(np.flatnonzero(rows.counted("images")).tolist())):
             pixels = maker.collator.tower_inputs([row])
             fresh = torch.cat(tower.image_rows(maker.model, pixels, maker.precision)).cpu()
             self.require_same(row.id, self.batch(row.images), fresh, "the tower's output", maker.precision)
 
 
-def images_by_digest(rows: Iterable["EncodedRow | Row"], digests: FileDigests) -> dict[str, EncodedRow]:
-    """Return each different image once, by the digest of its bytes, as a row with the id of the row that has it."""
+def images_by_digest(pictures: Iterable[tuple[Path, str]], digests: FileDigests) -> dict[str, EncodedRow]:
+    """Return each different image once, by the digest of its bytes, as a row with the id of a row that has it."""
     found: dict[str, EncodedRow] = {}
     seen: set[Path] = set()
-    for row in rows:
-        for path in row.images:
-            if path not in seen:
-                seen.add(path)
-                found.setdefault(digests.of(path), EncodedRow.of_picture(path, row.id))
+    for path, row_id in pictures:
+        if path not in seen:
+            seen.add(path)
+            found.setdefault(digests.of(path), EncodedRow.of_picture(path, row_id))
     return found
 
 
@@ -173,7 +174,8 @@ def features_task(task: FeaturesTask, reporter: "Reporter") -> Features:
     entries = [dataset.entry(name) for name in (*spec.train_entries, *spec.eval_entries)]
     for entry in entries:
         entry.require_unchanged()
-    images = images_by_digest((row for entry in entries for row in entry.rows[: spec.max_samples]), dataset.digests)
+    rows = (row for entry in entries for row in islice(entry.each(), spec.max_samples))
+    images = images_by_digest(((path, row.id) for row in rows for path in row.images), dataset.digests)
     with out_of_memory_is_an_error(f"loading {task.model_dir}", "End other programs."):
         dataset.digests.watch(task.model_dir.glob("*.safetensors"))
         how = {"quantization": precision.quantization, "attention": precision.attention}

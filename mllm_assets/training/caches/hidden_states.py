@@ -24,6 +24,7 @@ from mllm_assets.training.caches.shards import ImageStore, probes
 from mllm_assets.training.caches.tower import image_processing, library_versions, weight_digests
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.models.device import Precision
 from mllm_assets.worker.tasks import WHOLE, Part
 
@@ -64,11 +65,10 @@ def first_trained_layer(names: Sequence[str], num_layers: int) -> int | str:
     return lowest or "layer 0 trains, so there is no frozen layer below"
 
 
-def num_bytes(rows: Sequence[EncodedRow], hidden_size: int, precision: Precision) -> int:
+def num_bytes(rows: EncodedRows, hidden_size: int, precision: Precision) -> int:
     """Return what the hidden states of all different rows take."""
     width = 4 if precision.weights == torch.float32 else 2
-    lengths = {(bytes(row.input_ids), row.images): len(row.input_ids) for row in rows}
-    return sum(lengths.values()) * hidden_size * width
+    return rows.num_different_tokens * hidden_size * width
 
 
 def prefix_fingerprint(
@@ -131,26 +131,25 @@ class HiddenStateStore(ImageStore):
             states.append(nn.functional.pad(state_TH, (0, 0, 0, length - len(state_TH))))
         return torch.stack(states)
 
-    def compute(
-        self, prefix: "Prefix", rows: Sequence[EncodedRow], reporter: "Reporter", *, part: Part = WHOLE
-    ) -> None:
+    def compute(self, prefix: "Prefix", rows: EncodedRows, reporter: "Reporter", *, part: Part = WHOLE) -> None:
         """Compute the missing states of rows, as `fill` does; rows of similar length go together."""
-        by_name = {self.name(row): row for row in rows}
-        by_length = sorted(by_name, key=lambda name: (len(by_name[name].input_ids), name))
+        place = {self.name(row): number for number, row in enumerate(rows)}
+        lengths = rows.counted("num_tokens")
+        by_length = sorted(place, key=lambda name: (lengths[place[name]], name))
         size = NUM_ROWS_PER_PASS[prefix.model.device.type]
 
         def make(passes: Sequence[Sequence[str]]) -> Iterator[list[torch.Tensor]]:
-            return (prefix.states([by_name[name] for name in some]) for some in passes)
+            return (prefix.states([rows[place[name]] for name in some]) for some in passes)
 
         self.fill(by_length, size, make, reporter, part=part)
 
-    def require_match(self, prefix: "Prefix", rows: Sequence[EncodedRow]) -> None:
+    def require_match(self, prefix: "Prefix", rows: EncodedRows) -> None:
         """Compare the shards that will be read with their digests, and some states with the model's own.
 
         Raises:
             IntegrityError: A row's states are missing, a file is damaged, or a value differs.
         """
-        self.require_undamaged([self.name(row) for row in rows])
+        self.require_undamaged(self.name(row) for row in rows)
         for row in probes(rows):
             [fresh] = prefix.states([row])
             [cached] = self.batch([row], len(row.input_ids))

@@ -124,7 +124,7 @@ def _filled_features(model: Any, setup: Setup, reporter: "Reporter") -> features
     )
     store, rows = features.FeatureStore(directory, setup.inputs.digests), setup.inputs.rows
     if setup.caches.features_dir is None:
-        images = features.images_by_digest(rows, setup.inputs.digests)
+        images = features.images_by_digest(rows.pictures(), setup.inputs.digests)
         store.compute(maker, images, reporter, part=Part(index=rank(), count=num_ranks()))
     store.require_match(maker, rows)
     return store
@@ -143,7 +143,7 @@ def _filled_hidden_states(
     model.to(setup.device.kind)
     collator = setup.collator()
     prefix = hidden_states.Prefix(model=model, boundary=boundary, collator=collator, precision=setup.precision)
-    if store.missing([store.name(row) for row in rows]):
+    if store.missing(store.name(row) for row in rows):
         faster, own_tower = prefix, None
         if plan.tower:
             collator = setup.collator(features=_filled_features(model, setup, reporter))
@@ -209,7 +209,7 @@ def _why_no_tower(setup: Setup) -> str | None:
         return "the vision tower trains, so its output changes at every step"
     if tower.tower_has_dropout(shape.model.config):
         return "the vision tower has dropout, so its output differs from step to step"
-    if not any(row.images for row in setup.inputs.rows):
+    if not setup.inputs.rows.counted("images").any():
         return "no row has an image"
     return _visited_once(setup)
 

@@ -7,10 +7,17 @@ Source: llamafactory 0.9.5, `data/mm_plugin.py` and `data/processor/supervised.p
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+import tokenizers
+import transformers
+
+from mllm_assets import __version__
+from mllm_assets.artifacts import digest_json
 from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
 from mllm_assets.errors import DataError, ModelError, RecipeError
 from mllm_assets.families.family import find_template, processor_family
@@ -31,11 +38,20 @@ if TYPE_CHECKING:
     from mllm_assets.data.sharegpt.rows import Row
 
 IGNORE_INDEX = -100
+Tokens: TypeAlias = "array[int]"
 
 
-def no_tokens() -> "array[int]":
+def no_tokens() -> Tokens:
     """The tokens of nothing."""
     return array("i")
+
+
+def _ignored(count: int) -> Tokens:
+    return array("i", [IGNORE_INDEX]) * count
+
+
+def _numbers(tokens: Tokens) -> np.ndarray:
+    return np.frombuffer(tokens, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,14 +67,14 @@ class EncodedRow:
     """
 
     id: str
-    input_ids: "array[int]"
-    labels: "array[int]"
+    input_ids: Tokens
+    labels: Tokens
     images: tuple[Path, ...] = ()
     num_tokens_cut: int = 0
     grids_thw: tuple[tuple[int, int, int], ...] = ()
     num_patches: int | None = None
     num_crops: int = 0
-    positions: "array[int]" = field(default_factory=no_tokens)
+    positions: Tokens = field(default_factory=no_tokens)
     rejected: "EncodedRow | None" = None
     reference: tuple[float, float] | None = None
 
@@ -76,6 +92,19 @@ class EncodedRow:
     def sequences(self) -> tuple["EncodedRow", ...]:
         """What the model reads of it."""
         return (self,) if self.rejected is None else (replace(self, rejected=None), self.rejected)
+
+
+def joined(rows: Sequence[EncodedRow]) -> EncodedRow:
+    """Rows one after another in one sequence, in which the positions restart at each."""
+    return EncodedRow(
+        id=", ".join(row.id for row in rows),
+        input_ids=array("i", chain.from_iterable(row.input_ids for row in rows)),
+        labels=array("i", chain.from_iterable(row.labels for row in rows)),
+        images=tuple(chain.from_iterable(row.images for row in rows)),
+        num_tokens_cut=sum(row.num_tokens_cut for row in rows),
+        num_crops=sum(row.num_crops for row in rows),
+        positions=array("i", chain.from_iterable(range(len(row.input_ids)) for row in rows)),
+    )
 
 
 class ImageCutError(DataError):
@@ -121,9 +150,34 @@ class Encoder:
         self.train_on_prompt = train_on_prompt
         self.mask_history = mask_history
         self._drops_history_thought = mask_history and not preserve_thinking
-        self._tokenizer, self._num_embeddings = processor.tokenizer, num_embeddings
+        self._processor, self._tokenizer, self._num_embeddings = processor, processor.tokenizer, num_embeddings
         self._slots = image_slots(processor, settings)
+        self._lacks_embeddings = self._has_beyond(processor.tokenizer)
         self._image_limits = {"max_pixels": settings.image_max_pixels, "min_pixels": settings.image_min_pixels}
+
+    @property
+    def sees_sizes(self) -> bool:
+        """Whether a row's tokens depend on the sizes of its images."""
+        return self._slots.needs_size
+
+    def describe(self) -> dict[str, Any]:
+        """All that a row's tokens depend on but the row, as JSON."""
+        tokenizer, turns = self._tokenizer, self.turns
+        known = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        return {
+            "tokenizer": [type(tokenizer).__name__, digest_json([known, tokenizer.special_tokens_map])],
+            "images": [
+                self._processor.image_processor.to_dict(),
+                self._image_limits,
+                type(self._slots).__name__,
+                repr(self._slots.slot(64, 64)),
+            ],
+            "template": asdict(self.template),
+            "turns": [turns.system, turns.enable_thinking],
+            "limits": [self.cutoff_len, self._num_embeddings],
+            "labels": [self.train_on_prompt, self.mask_history, self._drops_history_thought],
+            "versions": [__version__, tokenizers.__version__, transformers.__version__],
+        }
 
     def encode(self, row: "Row") -> EncodedRow:
         """Encode all turns of a row, answers supervised.
@@ -135,7 +189,7 @@ class Encoder:
         """
         slots = self._image_slots(row)
         input_ids = self._leading_images(slots)
-        labels = [IGNORE_INDEX] * len(input_ids)
+        labels, num_learnt = _ignored(len(input_ids)), 0
         turns = self._turns(row, slots, for_last_answer=self._drops_history_thought)
         lengths = [(len(source), len(target)) for source, target in turns]
         kept = kept_lengths(lengths, self.cutoff_len - len(input_ids), last_first=self.mask_history)
@@ -146,10 +200,11 @@ class Encoder:
             is_history = self.mask_history and index < len(turns) - 1
             source, target = source[:source_len], target[:target_len]
             input_ids += source + target
-            labels += source if self.train_on_prompt else [IGNORE_INDEX] * source_len
-            labels += [IGNORE_INDEX] * target_len if is_history else target
+            labels += source if self.train_on_prompt else _ignored(source_len)
+            labels += _ignored(target_len) if is_history else target
+            num_learnt += source_len * self.train_on_prompt + target_len * (not is_history)
         encoded = self._row(row, slots, input_ids, labels, num_tokens_cut)
-        if labels.count(IGNORE_INDEX) == len(labels):
+        if not num_learnt:
             raise DataError(
                 f"Row {row.id} supervises no token: cutoff_len is {self.cutoff_len}, and its answers are empty or cut "
                 f"off ({num_tokens_cut} tokens). Raise cutoff_len or drop the row."
@@ -171,7 +226,9 @@ class Encoder:
                 replace(row, messages=(*row.messages[:-1], answer)), slots, for_last_answer=True
             )
             prompt = self._leading_images(slots)
-            prompt += [token for source, told in earlier for token in source + told] + question
+            for source, told in earlier:
+                prompt += source + told
+            prompt += question
             answers.append((prompt, target))
         longest = max(len(target) for _, target in answers)
         num_prompt, num_answer = shared_room(len(answers[0][0]), longest, self.cutoff_len)
@@ -182,7 +239,7 @@ class Encoder:
                 row,
                 slots,
                 prompt[:num_prompt] + target[:num_answer],
-                [IGNORE_INDEX] * len(prompt[:num_prompt]) + target[:num_answer],
+                _ignored(len(prompt[:num_prompt])) + target[:num_answer],
                 len(prompt[num_prompt:]) + len(target[num_answer:]),
             )
             for prompt, target in answers
@@ -202,24 +259,27 @@ class Encoder:
         slots = self._image_slots(row)
         *earlier, (question, _) = self._turns(row, slots, for_last_answer=True)
         input_ids = self._leading_images(slots)
-        input_ids += [token for source, target in earlier for token in source + target] + question
-        return self._row(row, slots, input_ids, [IGNORE_INDEX] * len(input_ids), 0)
+        for source, target in earlier:
+            input_ids += source + target
+        input_ids += question
+        return self._row(row, slots, input_ids, _ignored(len(input_ids)), 0)
 
     def _row(
-        self, row: "Row", slots: Sequence[ImageSlot], input_ids: list[int], labels: list[int], num_tokens_cut: int
+        self, row: "Row", slots: Sequence[ImageSlot], input_ids: Tokens, labels: Tokens, num_tokens_cut: int
     ) -> EncodedRow:
         patches = [slot.num_patches for slot in slots]
         encoded = EncodedRow(
             id=row.id,
-            input_ids=array("i", input_ids),
-            labels=array("i", labels),
+            input_ids=input_ids,
+            labels=labels,
             images=tuple(row.images),
             num_tokens_cut=num_tokens_cut,
             grids_thw=tuple(slot.grid_thw for slot in slots if slot.grid_thw is not None),
             num_patches=sum(n for n in patches if n is not None) if any(patches) else None,
             num_crops=sum(slot.num_crops for slot in slots),
         )
-        found, expected = input_ids.count(self.image_token_id), sum(slot.num_tokens for slot in slots)
+        found = np.count_nonzero(_numbers(input_ids) == self.image_token_id)
+        expected = sum(slot.num_tokens for slot in slots)
         if found != expected:
             raise DataError(
                 f"Row {row.id} has {found} image tokens, expected {expected} for its {len(row.images)} images. Check "
@@ -239,9 +299,9 @@ class Encoder:
         texts = ["" if self.template.images_first else slot.text for slot in slots]
         return self.turns.tokenize(row, texts, for_last_answer=for_last_answer)
 
-    def _leading_images(self, slots: Sequence[ImageSlot]) -> list[int]:
+    def _leading_images(self, slots: Sequence[ImageSlot]) -> Tokens:
         num_tokens = sum(slot.num_tokens for slot in slots) if self.template.images_first else 0
-        return [self.image_token_id] * num_tokens
+        return array("i", [self.image_token_id]) * num_tokens
 
     def _require_whole_images(
         self, row: "Row", turns: Sequence[Turn], kept: Sequence[Lengths], *, num_leading: int
@@ -277,12 +337,19 @@ class Encoder:
     def _end_of_images(self, tokens: Sequence[int]) -> int:
         return max((index + 1 for index, token in enumerate(tokens) if token == self.image_token_id), default=0)
 
+    def _has_beyond(self, tokenizer: Any) -> bool:
+        """Whether the tokenizer has ids that the model's embedding has no row for."""
+        limit = self._num_embeddings
+        return limit is not None and any(
+            i >= limit and i != self.image_token_id for i in tokenizer.get_vocab().values()
+        )
+
     def _require_embedded(self, row: EncodedRow) -> None:
         """Refuse tokens that the tokenizer has and the model has not; image tokens are replaced."""
-        pad, limit = self._tokenizer.pad_token_id or 0, self._num_embeddings
-        if limit is None or max(row.input_ids, default=0) < limit > pad:
+        limit = self._num_embeddings
+        if limit is None or not self._lacks_embeddings:
             return
-        ids = (*row.input_ids, pad)
+        ids = (*row.input_ids, self._tokenizer.pad_token_id or 0)
         beyond = next((id_ for id_ in ids if id_ >= limit and id_ != self.image_token_id), None)
         if beyond is not None:
             who, token = f"Row {row.id}" if row.id else "The prompt", self._tokenizer.convert_ids_to_tokens(beyond)

@@ -1,24 +1,26 @@
 """What a run reads: the recipe's rows, encoded once."""
 
 import bisect
-from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, groupby
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mllm_assets.data.ingest.images import departure_text
-from mllm_assets.data.sharegpt.dataset import Dataset
-from mllm_assets.data.sharegpt.rows import Row
+from mllm_assets.data.sharegpt.dataset import Dataset, Entry
 from mllm_assets.errors import DataError, RecipeError
 from mllm_assets.families.family import FAMILIES, processor_family, require_attention, require_template
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import IGNORE_INDEX, EncodedRow, Encoder, ImageCutError, image_token_id
+from mllm_assets.training.encoding.encode import IGNORE_INDEX, Encoder, ImageCutError, image_token_id
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.image_files import departures
+from mllm_assets.training.encoding.row_files import Source, rows_fingerprint, shown, stored_rows
 from mllm_assets.training.encoding.turns import smallest_cutoff_len
 from mllm_assets.training.models.freezing import TrainableSet
 from mllm_assets.training.models.load import load_config, load_processor
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 
     from mllm_assets.worker.protocol import Reporter
 
-T = TypeVar("T")
-NUM_QUIET = 10_000  # rows that are encoded, or pictures that are opened, in about a second
 STOPPING = {
     "interleave_under": "first_exhausted",
     "interleave_over": "all_exhausted",
@@ -45,19 +45,21 @@ class Inputs:
     """
 
     processor: Any
-    train_rows: list[EncodedRow]
-    eval_rows: list[EncodedRow]
+    train_rows: EncodedRows
+    eval_rows: EncodedRows
     digests: FileDigests
-    eval_parts: dict[str, list[EncodedRow]] = field(default_factory=dict)
+    eval_parts: dict[str, EncodedRows] = field(default_factory=dict)
 
     @property
-    def rows(self) -> list[EncodedRow]:
+    def rows(self) -> EncodedRows:
         """Every sequence that the model reads."""
-        return [sequence for row in (*self.train_rows, *self.eval_rows) for sequence in row.sequences]
+        return self.train_rows.sequences + self.eval_rows.sequences
 
 
-def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, reporter: "Reporter") -> Inputs:
-    """Load and encode all rows and open every image's header, so that bad data is named before the first step.
+def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, rows_root: Path, reporter: "Reporter") -> Inputs:
+    """Encode all rows and open every image's header, so that bad data is named before the first step.
+
+    Rows that are encoded below `rows_root` already are not encoded again.
 
     Raises:
         DataError, RecipeError, ModelError: What must change.
@@ -66,9 +68,14 @@ def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, reporter: "R
     encoder = make_encoder(spec, processor, model_dir)
     if spec.packs:
         _check_packing(spec, processor, reporter)
-    parts = [encode_rows(encoder, rows, spec, reporter) for rows in read_rows(spec, dataset)]
+    for name in (*spec.train_entries, *spec.eval_entries):
+        _require_kind(dataset.entry(name), spec)
+    stored: dict[str, EncodedRows] = {}
+    for name in dict.fromkeys((*spec.train_entries, *(spec.eval_entries if spec.eval_strategy != "no" else ()))):
+        stored[name] = encoded_entry(dataset.entry(name), encoder, spec, rows_root, reporter)
+    parts = chosen_rows(spec, stored)
     warn_of_first_rows(spec, dataset, reporter)
-    _warn_of_cuts([row for rows in parts for row in rows], spec, reporter)
+    _warn_of_cuts(sum(parts[1:], parts[0]), spec, reporter)
     warn_of_labels(parts[0], spec, processor, reporter)
     if spec.image_do_pan_and_scan:
         _warn_of_crops(parts[0], reporter)
@@ -79,7 +86,7 @@ def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, reporter: "R
     inputs = Inputs(
         processor=processor,
         train_rows=train_rows,
-        eval_rows=list(chain.from_iterable(evaluated)),
+        eval_rows=sum(evaluated[1:], evaluated[0]),
         digests=dataset.digests,
         eval_parts=dict(zip(spec.eval_entries, evaluated, strict=True)) if spec.evaluates_each else {},
     )
@@ -87,7 +94,7 @@ def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, reporter: "R
     return inputs
 
 
-def check_reach(shape: TrainableSet, rows: Sequence[EncodedRow], spec: TrainSpec, reporter: "Reporter") -> None:
+def check_reach(shape: TrainableSet, rows: EncodedRows, spec: TrainSpec, reporter: "Reporter") -> None:
     """Refuse to train what no row reaches: tower and projector see pictures only.
 
     Raises:
@@ -96,7 +103,7 @@ def check_reach(shape: TrainableSet, rows: Sequence[EncodedRow], spec: TrainSpec
     visual = [
         name for name in shape.names if any(k in name for k in shape.family.vision_keys + shape.family.projector_keys)
     ]
-    num_with = sum(bool(row.images) for row in rows)
+    num_with = int(np.count_nonzero(rows.counted("images")))
     is_all = len(visual) == len(shape.names)
     if not visual or num_with == len(rows) or (num_with and not is_all):
         return
@@ -131,16 +138,15 @@ def warn_of_first_rows(spec: TrainSpec, dataset: Dataset, reporter: "Reporter") 
     """Say where `max_samples` leaves one answer of several: rows are in their source's order, often class by class."""
     num_samples = spec.max_samples or 0
     for name in spec.train_entries if num_samples > 1 else ():
-        answers = [row.messages[-1].content for row in dataset.entry(name).rows]
-        if len(set(answers[:num_samples])) == 1 and len(set(answers)) > 1:
+        if num_samples <= dataset.entry(name).num_alike < dataset.entry(name).num_rows:
             reporter.warn(
                 f"max_samples {num_samples}: the first {num_samples} rows of {name} all have the same answer, the "
                 "others have not. Rows are in the order of their source: set it higher, or shuffle the source."
             )
 
 
-def _warn_of_cuts(rows: Sequence[EncodedRow], spec: TrainSpec, reporter: "Reporter") -> None:
-    num_cut = sum(row.num_tokens_cut > 0 for row in rows)
+def _warn_of_cuts(rows: EncodedRows, spec: TrainSpec, reporter: "Reporter") -> None:
+    num_cut = int(np.count_nonzero(rows.counted("num_tokens_cut")))
     limit = f"cutoff_len {spec.cutoff_len}"
     if spec.packs:
         limit = f"the {spec.row_cutoff_len} tokens that {limit} leaves a row with packing"
@@ -148,8 +154,9 @@ def _warn_of_cuts(rows: Sequence[EncodedRow], spec: TrainSpec, reporter: "Report
         reporter.warn(f"{num_cut} of {len(rows)} rows are longer than {limit} and were cut.")
 
 
-def _warn_of_crops(rows: Sequence[EncodedRow], reporter: "Reporter") -> None:
-    num_crops, num_rows = sum(row.num_crops for row in rows), sum(row.num_crops > 0 for row in rows)
+def _warn_of_crops(rows: EncodedRows, reporter: "Reporter") -> None:
+    crops = rows.counted("num_crops")
+    num_crops, num_rows = int(crops.sum()), int(np.count_nonzero(crops))
     shown = f"{num_rows:,} of {len(rows):,} rows show {num_crops:,} parts of pictures beside the whole ones"
     if not num_crops:
         shown = "no picture is long and large enough to show parts of it"
@@ -159,7 +166,7 @@ def _warn_of_crops(rows: Sequence[EncodedRow], reporter: "Reporter") -> None:
     )
 
 
-def warn_of_labels(rows: Sequence[EncodedRow], spec: TrainSpec, processor: Any, reporter: "Reporter") -> None:
+def warn_of_labels(rows: EncodedRows, spec: TrainSpec, processor: Any, reporter: "Reporter") -> None:
     """Say what is learnt, or seen, differently from what a reader of the recipe may expect."""
     if spec.train_on_prompt:
         labels = Counter(chain.from_iterable(row.labels for row in rows))
@@ -171,7 +178,7 @@ def warn_of_labels(rows: Sequence[EncodedRow], spec: TrainSpec, processor: Any, 
         )
     family = processor_family(processor)
     if family.token_types and family.token_types[1] == "answers" and not spec.train_on_prompt:
-        num_several = sum(len(list(groupby(row.labels, lambda label: label < 0))) > 2 for row in rows)
+        num_several = int(np.count_nonzero(rows.counted("stretches") > 2))
         if num_several:
             reporter.warn(
                 f"{num_several} of {len(rows)} rows have several answers. {family.name} is asked with all that is "
@@ -180,72 +187,76 @@ def warn_of_labels(rows: Sequence[EncodedRow], spec: TrainSpec, processor: Any, 
             )
 
 
-def read_rows(spec: TrainSpec, dataset: Dataset) -> list[list[Row]]:
+def chosen_rows(spec: TrainSpec, entries: Mapping[str, EncodedRows]) -> list[EncodedRows]:
     """Return the rows to train on and to evaluate, mixed and held out as in the recipe, or those of each entry.
 
     Raises:
-        DataError, RecipeError: What must change.
+        DataError: One of the two would be empty.
     """
-    for name in (*spec.train_entries, *spec.eval_entries):
-        _require_kind(name, dataset, spec)
 
-    def merged(entries: Sequence[str]) -> list[Row]:
-        return mixed([dataset.entry(name).rows[: spec.max_samples] for name in entries], spec)
+    def merged(names: Sequence[str]) -> EncodedRows:
+        rows = [entries[name] for name in names]
+        return sum(rows[1:], rows[0]).take(mixed([len(some) for some in rows], spec))
 
-    train_rows, held_out = split(merged(spec.train_entries), spec)
+    rows = merged(spec.train_entries)
+    trained, held_out = split(len(rows), spec)
     if spec.eval_strategy == "no":
-        return [train_rows, []]
+        return [rows.take(trained), rows.take(())]
     if spec.evaluates_each:
-        return [train_rows, *(merged([name]) for name in spec.eval_entries)]
-    return [train_rows, merged(spec.eval_entries) if spec.eval_entries else held_out]
+        return [rows.take(trained), *(merged([name]) for name in spec.eval_entries)]
+    return [rows.take(trained), merged(spec.eval_entries) if spec.eval_entries else rows.take(held_out)]
 
 
-def _require_kind(name: str, dataset: Dataset, spec: TrainSpec) -> None:
-    if dataset.entry(name).info.ranking == spec.learns_pairs:
+def _require_kind(entry: Entry, spec: TrainSpec) -> None:
+    if entry.info.ranking == spec.learns_pairs:
         return
     if spec.learns_pairs:
         raise RecipeError(
-            f"stage is dpo, which learns pairs of answers, and the entry {name} has none: it does not set `ranking`. "
-            "Name an entry of pairs, or set stage: sft."
+            f"stage is dpo, which learns pairs of answers, and the entry {entry.name} has none: it does not set "
+            "`ranking`. Name an entry of pairs, or set stage: sft."
         )
     raise RecipeError(
-        f"The entry {name} sets `ranking`: its rows are pairs of answers, which stage: sft does not learn. Set stage: "
-        "dpo, or name an entry of answers."
+        f"The entry {entry.name} sets `ranking`: its rows are pairs of answers, which stage: sft does not learn. Set "
+        "stage: dpo, or name an entry of answers."
     )
 
 
-def encode_rows(encoder: Encoder, rows: Sequence[Row], spec: TrainSpec, reporter: "Reporter") -> list[EncodedRow]:
-    """Encode rows.
+def encoded_entry(
+    entry: Entry, encoder: Encoder, spec: TrainSpec, rows_root: Path, reporter: "Reporter"
+) -> EncodedRows:
+    """Return the rows of an entry, or the first `max_samples`, encoded now if they were not before.
 
     Raises:
         DataError: `cutoff_len` cuts into images (names the number of rows and the least that works), or a row is wrong.
     """
-    encoded, cut = [], []
-    for row in shown(rows, "encode", reporter):
-        try:
-            encoded.append(encoder.encode_pair(row) if spec.learns_pairs else encoder.encode(row))
-        except ImageCutError as error:
-            cut.append(error)
-    if cut:
-        turns = [encoder.image_turns(row) for row in rows if row.images]
-        least = smallest_cutoff_len(turns, encoder.cutoff_len, last_first=spec.mask_history)
-        least += spec.cutoff_len - spec.row_cutoff_len
-        raise DataError(
-            f"cutoff_len {spec.cutoff_len} cuts into the images of {len(cut)} of {len(rows)} rows. The smallest that "
-            f"works for all of them is {least}: set cutoff_len: {least}. The first one: {cut[0]}"
-        )
-    return encoded
+    count = min(entry.num_rows, spec.max_samples or entry.num_rows)
+    digests = entry.dataset.digests
+    files = None if encoder.sees_sizes else list(entry.file_digests)
+    source = Source(
+        count=count,
+        rows=lambda: islice(entry.each(), count),
+        encode=encoder.encode_pair if spec.learns_pairs else encoder.encode,
+        require_unchanged=lambda: digests.require_unchanged(files),
+        folder=entry.dataset.folder,
+        image_token_id=encoder.image_token_id,
+        in_pairs=spec.learns_pairs,
+    )
+    directory = rows_root / rows_fingerprint(encoder, [entry.identity, count, spec.learns_pairs])
+    try:
+        return stored_rows(directory, source, digests, reporter)
+    except ImageCutError as error:
+        raise _too_short(entry, encoder, count, spec, error) from error
 
 
-def shown(items: Sequence[T], stage: str, reporter: "Reporter") -> Iterator[T]:
-    """Yield the items; while they are many, say how many are done."""
-    is_long = len(items) > NUM_QUIET
-    for done, item in enumerate(items):
-        if is_long and done % 1000 == 0:
-            reporter.progress(stage, done, len(items))
-        yield item
-    if is_long:
-        reporter.progress(stage, len(items), len(items))
+def _too_short(entry: Entry, encoder: Encoder, count: int, spec: TrainSpec, first: ImageCutError) -> DataError:
+    turns = [encoder.image_turns(row) for row in islice(entry.each(), count) if row.images]
+    num_cut = sum(not some.fits(encoder.cutoff_len, last_first=spec.mask_history) for some in turns)
+    least = smallest_cutoff_len(turns, encoder.cutoff_len, last_first=spec.mask_history)
+    least += spec.cutoff_len - spec.row_cutoff_len
+    return DataError(
+        f"cutoff_len {spec.cutoff_len} cuts into the images of {num_cut} of {count} rows. The smallest that works for "
+        f"all of them is {least}: set cutoff_len: {least}. The first one: {first}"
+    )
 
 
 def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
@@ -276,56 +287,55 @@ def make_collator(spec: TrainSpec, processor: Any, digests: FileDigests | None =
     return collator
 
 
-def check_pictures(rows: Iterable[EncodedRow], reporter: "Reporter") -> None:
+def check_pictures(rows: EncodedRows, reporter: "Reporter") -> None:
     """Open every picture's header, and warn of how many the model sees differently than in LLaMA-Factory.
 
     Raises:
         DataError: A file is not a picture that can be used.
     """
-    used: dict[Path, str] = {}
-    for row in rows:
-        for path in row.images:
-            used.setdefault(path, row.id)
-    for why, num_pictures in departures(shown([*used.items()], "check pictures", reporter)).items():
+    used = [*rows.pictures()]
+    for why, num_pictures in departures(shown(used, len(used), "check pictures", reporter)).items():
         reporter.warn(departure_text(why, num_pictures))
 
 
-def mixed(entries: Sequence[Sequence[T]], spec: TrainSpec) -> list[T]:
-    """Return the rows of all entries in the order of `mix_strategy`; a row may come twice with `interleave_over`."""
-    rows = list(chain.from_iterable(entries))
-    if len(entries) == 1 or spec.mix_strategy == "concat":
-        return rows
+def mixed(lengths: Sequence[int], spec: TrainSpec) -> Sequence[int]:
+    """Return the order of the rows of all entries by `mix_strategy`, of which they are numbered one after another.
+
+    With `interleave_over` a row may come twice.
+    """
+    if len(lengths) == 1 or spec.mix_strategy == "concat":
+        return range(sum(lengths))
     from datasets import interleave_datasets
 
-    first = [sum(map(len, entries[:k])) for k in range(len(entries))]
-    numbered = [_numbers(range(start, start + len(entry))) for start, entry in zip(first, entries, strict=True)]
+    first = [sum(lengths[:k]) for k in range(len(lengths))]
+    numbered = [_numbers(range(start, start + length)) for start, length in zip(first, lengths, strict=True)]
     merged = interleave_datasets(
         numbered,
         probabilities=spec.probabilities,
         seed=spec.seed,
         stopping_strategy=STOPPING[spec.mix_strategy],  # pyright: ignore[reportArgumentType]
     )
-    return [rows[number] for number in merged["number"]]
+    return list(merged["number"])
 
 
-def split(rows: Sequence[T], spec: TrainSpec) -> tuple[list[T], list[T]]:
-    """Return the rows to train on and those that `val_size` holds out.
+def split(num_rows: int, spec: TrainSpec) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the numbers of the rows to train on and of those that `val_size` holds out.
 
     Raises:
         DataError: One of the two would be empty.
     """
     if not spec.val_size:
-        return list(rows), []
+        return range(num_rows), ()
     # Above 1 a number of rows, below a share of them: scikit-learn's rule, which `datasets` follows
     size = int(spec.val_size) if spec.val_size > 1 else spec.val_size
     try:
-        parts = _numbers(range(len(rows))).train_test_split(test_size=size, seed=spec.seed)
+        parts = _numbers(range(num_rows)).train_test_split(test_size=size, seed=spec.seed)
     except ValueError:
         raise DataError(
-            f"val_size is {spec.val_size}, and the recipe has {len(rows)} rows: nothing would be left to train on or "
-            f"to evaluate. Choose a share between 0 and 1, or a number of rows below {len(rows)}."
+            f"val_size is {spec.val_size}, and the recipe has {num_rows} rows: nothing would be left to train on or "
+            f"to evaluate. Choose a share between 0 and 1, or a number of rows below {num_rows}."
         ) from None
-    return [rows[k] for k in parts["train"]["number"]], [rows[k] for k in parts["test"]["number"]]
+    return list(parts["train"]["number"]), list(parts["test"]["number"])
 
 
 def _numbers(values: range) -> "Table":
@@ -334,9 +344,7 @@ def _numbers(values: range) -> "Table":
     return Table.from_dict({"number": list(values)})
 
 
-def pack(
-    rows: Sequence[EncodedRow], cutoff_len: int, *, group_size: int = 1000, num_groups: int | None = None
-) -> list[EncodedRow]:
+def pack(rows: EncodedRows, cutoff_len: int, *, group_size: int = 1000, num_groups: int | None = None) -> EncodedRows:
     """Return packed rows; the positions restart at each row in them.
 
     Args:
@@ -347,42 +355,31 @@ def pack(
 
     Source: llamafactory 0.9.5, `PackedSupervisedDatasetProcessor` and `greedy_knapsack`.
     """
-    stretches = _stretches(rows, min(num_groups or 1, max(len(rows), 1)))
+    lengths = rows.counted("num_tokens")
+    stretches = _stretches(range(len(rows)), min(num_groups or 1, max(len(rows), 1)))
     groups = [part[at : at + group_size] for part in stretches for at in range(0, len(part), group_size)]
-    return [_joined(knapsack) for group in groups for knapsack in _knapsacks(group, cutoff_len)]
+    return rows.packed(knapsack for group in groups for knapsack in _knapsacks(group, lengths, cutoff_len))
 
 
-def _stretches(rows: Sequence[EncodedRow], count: int) -> Iterator[Sequence[EncodedRow]]:
+def _stretches(places: range, count: int) -> Iterator[range]:
     """`Dataset.shard(contiguous=True)`: the first ones are longer by one."""
-    size, rest = divmod(len(rows), count)
+    size, rest = divmod(len(places), count)
     for index in range(count):
         start = size * index + min(index, rest)
-        yield rows[start : start + size + (index < rest)]
+        yield places[start : start + size + (index < rest)]
 
 
-def _knapsacks(rows: Sequence[EncodedRow], capacity: int) -> Iterator[list[EncodedRow]]:
+def _knapsacks(places: range, lengths: np.ndarray, capacity: int) -> Iterator[list[int]]:
     """The longest row that still fits comes next; of equally long rows the last."""
-    by_length: dict[int, list[EncodedRow]] = defaultdict(list)
-    for row in rows:
-        by_length[len(row.input_ids)].append(row)
-    lengths = sorted(len(row.input_ids) for row in rows)
-    assert lengths[-1] <= capacity, "the encoder cuts rows to the capacity"
-    while lengths:
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for place in places:
+        by_length[int(lengths[place])].append(place)
+    left = sorted(int(lengths[place]) for place in places)
+    assert left[-1] <= capacity, "the encoder cuts rows to the capacity"
+    while left:
         knapsack, room = [], capacity
-        while index := bisect.bisect(lengths, room):
-            length = lengths.pop(index - 1)
+        while index := bisect.bisect(left, room):
+            length = left.pop(index - 1)
             knapsack.append(by_length[length].pop())
             room -= length
         yield knapsack
-
-
-def _joined(rows: Sequence[EncodedRow]) -> EncodedRow:
-    return EncodedRow(
-        id=", ".join(row.id for row in rows),
-        input_ids=array("i", chain.from_iterable(row.input_ids for row in rows)),
-        labels=array("i", chain.from_iterable(row.labels for row in rows)),
-        images=tuple(chain.from_iterable(row.images for row in rows)),
-        num_tokens_cut=sum(row.num_tokens_cut for row in rows),
-        num_crops=sum(row.num_crops for row in rows),
-        positions=array("i", chain.from_iterable(range(len(row.input_ids)) for row in rows)),
-    )

@@ -7,6 +7,7 @@ Source: llamafactory 0.9.5, `data/template.py`.
 """
 
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from mllm_assets.training.encoding.texts import TextTokenizer
 if TYPE_CHECKING:
     from mllm_assets.data.sharegpt.rows import Message, Row
 
-Turn = tuple[list[int], list[int]]  # token ids of a question and of its answer
+Turn = tuple["array[int]", "array[int]"]  # token ids of a question and of its answer
 Lengths = tuple[int, int]  # tokens of a question and of its answer
 
 
@@ -28,6 +29,7 @@ class TurnTokenizer:
 
     Attributes:
         system: System text for rows without one; None for the format's own.
+        enable_thinking: What becomes of reasoning, as in `TurnSettings`.
         control_token: Matches the tokens that a text must not hold.
     """
 
@@ -45,7 +47,7 @@ class TurnTokenizer:
         self._tokenizer = tokenizer
         self._tokens = TextTokenizer(tokenizer, image_token).ids
         self._template = template
-        self._enable_thinking = enable_thinking
+        self.enable_thinking = enable_thinking
 
     def tokenize(self, row: "Row", image_texts: Sequence[str], *, for_last_answer: bool = False) -> list[Turn]:
         """Return each turn's token ids; the answer of a row that ends with a question is empty.
@@ -74,13 +76,13 @@ class TurnTokenizer:
             for part in question.split(IMAGE_PLACEHOLDER):
                 self._refuse_control_tokens(row, f"message {index}", part)
             source = opening + self._tokens(fill(self._user_slot(question), joined + _expanded(question, images)))
-            opening, joined = [], ""
+            opening, joined = array("i"), ""
             if index + 1 == len(messages):
-                turns.append((source + self._answer("", is_history=False)[0], []))
+                turns.append((source + self._answer("", is_history=False)[0], array("i")))
                 break
             is_history = for_last_answer and index + 2 < len(messages)
             answer = messages[index + 1].content
-            if self._enable_thinking is False or is_history:
+            if self.enable_thinking is False or is_history:
                 answer = self._template.without_thought(answer)
             for part in self._template.without_thought(answer).split(IMAGE_PLACEHOLDER):
                 self._refuse_control_tokens(row, f"message {index + 1}", part)
@@ -88,10 +90,10 @@ class TurnTokenizer:
             turns.append((source + before, target))
         return turns
 
-    def _opening(self, system: str) -> tuple[list[int], str]:
+    def _opening(self, system: str) -> tuple["array[int]", str]:
         """Return what precedes the first question: token ids, and text that is tokenised together with it."""
         template, bos = self._template, self._tokenizer.bos_token_id
-        ids = [bos] if template.starts_with_bos and bos is not None else []
+        ids = array("i", [bos] if template.starts_with_bos and bos is not None else [])
         ids += self._tokens(template.prefix)
         text = fill(template.system, system) if system else ""
         return (ids, text) if template.system_in_user else (ids + self._tokens(text), "")
@@ -107,9 +109,9 @@ class TurnTokenizer:
         if template.ends_with_eos and self._tokenizer.eos_token_id is not None:
             target.append(self._tokenizer.eos_token_id)
         if template.thought is None or is_history or not template.lacks_thought(answer):
-            return [], target
+            return array("i"), target
         thought = self._tokens("".join(template.thought))
-        return ([], thought + target) if self._enable_thinking else (thought, target)
+        return (array("i"), thought + target) if self.enable_thinking else (thought, target)
 
     def _refuse_control_tokens(self, row: "Row", place: str, text: str) -> None:
         """A tokenizer takes `<end_of_turn>` in a text for the end of the turn, and so does LLaMA-Factory.

@@ -179,7 +179,7 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
     return Setup(
         spec=task.recipe,
         model_dir=task.model_dir,
-        inputs=read_inputs(task.recipe, task.model_dir, unchanged_data(task, digests), reporter),
+        inputs=read_inputs(task.recipe, task.model_dir, unchanged_data(task, digests), task.rows_root, reporter),
         device=device,
         precision=precision,
         shape=freezing.apply(task.recipe, shape, task.adapters),
@@ -358,7 +358,9 @@ def unchanged_data(task: TrainTask, digests: FileDigests) -> Dataset:
         IntegrityError: Names the image or the entry.
     """
     part = Part(index=rank(), count=num_ranks())
-    dataset = Dataset(task.data_dir, media_dir=task.media_dir, read_part=part, digests=digests)
+    dataset = Dataset(
+        task.data_dir, media_dir=task.media_dir, read_part=part, digests=digests, rows_root=task.rows_root
+    )
     for name in dict.fromkeys((*task.recipe.train_entries, *task.recipe.eval_entries)):
         dataset.entry(name).require_unchanged(task.data_digests.get(name))
     return dataset

@@ -12,6 +12,7 @@ from PIL import Image
 from mllm_assets.data.ingest.images import open_picture
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import RecipeError
+from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe
 from mllm_assets.training.caches.prepare import Setup, plan_caches
 from mllm_assets.training.encoding.collate import Collator
@@ -74,7 +75,7 @@ def look(recipe: Recipe, root: Path, *, device: str = "auto", max_rows: int | No
     spec, model_dir, reporter = recipe.spec, find_model_dir(recipe, root), Reporter()
     if max_rows is not None:
         spec = replace(spec, max_samples=min(max_rows, spec.max_samples or max_rows))
-    inputs = read_inputs(spec, model_dir, Dataset.of_recipe(spec, root), reporter)
+    inputs = read_inputs(spec, model_dir, Dataset.of_recipe(spec, root), Layout(root).rows, reporter)
     found = pick_device(device, use_cpu=spec.use_cpu, warn=reporter.warn)
     precision = pick_precision(spec, found)
     on_meta = model_on_meta(load_config(model_dir), dtype=precision.weights, attention=precision.attention)

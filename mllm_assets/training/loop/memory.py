@@ -83,7 +83,7 @@ def estimate(setup: Setup, plan: CachePlan) -> MemoryEstimate:
     values that a layer keeps are counted, which is right within a third.
     """
     checkpointed = may_checkpoint(setup.spec, setup.device) if setup.checkpointed is None else setup.checkpointed
-    if setup.device.kind == "cuda" and all(row.num_patches is None for row in setup.inputs.rows):
+    if setup.device.kind == "cuda" and not setup.inputs.rows.counted("num_patches").any():
         return _simulated(simulate(setup, plan, checkpointed=checkpointed), setup)
     return _counted(setup, plan, checkpointed=checkpointed)
 
@@ -117,17 +117,18 @@ def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEsti
     width = 4 if setup.precision.weights == torch.float32 else 2
     batch = setup.spec.per_device_train_batch_size * (2 if setup.spec.learns_pairs else 1)
     text, vision = model.config.text_config, model.config.vision_config
-    kept = _kept(batch * max(len(row.input_ids) for row in rows), text, text.num_hidden_layers, checkpointed) * width
+    kept = _kept(batch * int(rows.counted("num_tokens").max()), text, text.num_hidden_layers, checkpointed) * width
     # what the tower sees of a row; families whose images all have as many patches do not count them
     patches = batch * (
-        max(row.num_patches or 0 for row in rows)
-        or max(len(row.images) + row.num_crops for row in rows) * (vision.image_size // vision.patch_size) ** 2
+        int(rows.counted("num_patches").max())
+        or int((rows.counted("images") + rows.counted("num_crops")).max())
+        * (vision.image_size // vision.patch_size) ** 2
     )
     if setup.shape.tower_trains:
         kept += _kept(patches, vision, getattr(vision, family.vision_layers_key), checkpointed) * width
     elif not plan.tower:
         kept += patches * (HIDDEN_KEPT * vision.hidden_size + INTERMEDIATE_KEPT * vision.intermediate_size) * width
-    num_supervised = max(row.num_supervised for row in rows)
+    num_supervised = int(rows.counted("num_supervised").max())
     head_trains = any("embed_tokens" in name or "lm_head" in name for name in names)
     logits = batch * num_supervised * (3 * text.vocab_size if head_trains else LOSS_BLOCK) * 4
     merges_here = quantization is not None and setup.device.kind == "cpu"

@@ -10,10 +10,11 @@ Shape suffixes: P pairs, B sequences (twice as many: all preferred answers, then
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -23,7 +24,8 @@ from mllm_assets.artifacts import digest_json, write_json_atomic
 from mllm_assets.errors import MachineError
 from mllm_assets.recipe.preference_keys import PreferenceKeys
 from mllm_assets.training.encoding.collate import REFERENCE, Collator
-from mllm_assets.training.encoding.encode import IGNORE_INDEX, EncodedRow
+from mllm_assets.training.encoding.encode import IGNORE_INDEX
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.loop.loss import token_losses
 from mllm_assets.training.models.device import Precision
 from mllm_assets.training.models.load import base_model
@@ -110,7 +112,7 @@ class Reference:
     collator: Collator
     precision: Precision
 
-    def logps(self, rows: Sequence[EncodedRow], batch_size: int, reporter: "Reporter") -> list[tuple[float, float]]:
+    def logps(self, rows: EncodedRows, batch_size: int, reporter: "Reporter") -> list[tuple[float, float]]:
         """Return both answers' log-probabilities."""
         device = next(self.model.parameters()).device
         disabled = getattr(self.model, "disable_adapter", contextlib.nullcontext)
@@ -127,10 +129,10 @@ class Reference:
 
 
 def with_reference(
-    reference: Reference, parts: Sequence[list[EncodedRow]], run_dir: Path, batch_sizes: Sequence[int],
+    reference: Reference, parts: Sequence[EncodedRows], run_dir: Path, batch_sizes: Sequence[int],
     reporter: "Reporter",
 ) -> None:  # fmt: skip
-    """Put the reference's log-probabilities into the rows of each part, in place; those of an earlier start are read.
+    """Put the reference's log-probabilities into the rows of each part; those of an earlier start are read.
 
     Raises:
         DataError: An image is damaged.
@@ -141,7 +143,7 @@ def with_reference(
         known = [reference.logps(rows, size, reporter) for rows, size in zip(parts, batch_sizes, strict=True)]
         write_json_atomic(path, {"logps": known, "digest": digest_json(known)})
     for rows, logps in zip(parts, known, strict=True):
-        rows[:] = [replace(row, reference=(both[0], both[1])) for row, both in zip(rows, logps, strict=True)]
+        rows.reference = np.array(logps, np.float64).reshape(len(rows), 2)
 
 
 def _read(path: Path, lengths: Sequence[int]) -> list[list[tuple[float, float]]] | None:

@@ -74,13 +74,13 @@ class _BatchSize:
 
     @classmethod
     def of(cls, setup: Setup) -> "_BatchSize":
-        rows, image_token = setup.inputs.rows, base_model(setup.shape.model).config.image_token_id
+        rows = setup.inputs.rows
         return cls(
             num_rows=setup.spec.per_device_train_batch_size * (2 if setup.spec.learns_pairs else 1),
-            num_tokens=-(-max(len(row.input_ids) for row in rows) // 8) * 8,
-            num_supervised=max(row.num_supervised for row in rows),
-            num_images=max(len(row.images) + row.num_crops for row in rows),
-            num_image_tokens=max(row.input_ids.count(image_token) for row in rows),
+            num_tokens=-(-int(rows.counted("num_tokens").max()) // 8) * 8,
+            num_supervised=int(rows.counted("num_supervised").max()),
+            num_images=int((rows.counted("images") + rows.counted("num_crops")).max()),
+            num_image_tokens=int(rows.counted("num_image_tokens").max()),
         )
 
 

@@ -203,7 +203,7 @@ def with_sample_ids(collator: Collator, rows: Sequence[EncodedRow]) -> dict[str,
 
 def _by_length(rows: Any, batch_size: int, generator: torch.Generator | None = None) -> LengthGroupedSampler:
     """Batches of rows of about one length; transformers finds lengths in mappings only."""
-    return LengthGroupedSampler(batch_size, lengths=[len(row.input_ids) for row in rows], generator=generator)
+    return LengthGroupedSampler(batch_size, lengths=rows.counted("num_tokens").tolist(), generator=generator)
 
 
 def require_distribution(spec: TrainSpec, reporter: "Reporter") -> None:

@@ -23,6 +23,7 @@ from mllm_assets.data.curate.leaks import Stage, earlier_stages
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import RecipeError
 from mllm_assets.file_digests import FileDigests
+from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe, load_recipe, with_config_files
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.runs.models import (
@@ -93,9 +94,8 @@ def plan_run(
 ) -> RunPlan:
     """Name a recipe's run, and find what exists of it.
 
-    By default `model_dir` is what `model_name_or_path` names, and `dataset` the recipe's `dataset_dir`, with the
-    images' recorded digests. `force` trains a finished run again; an unfinished one is resumed nevertheless. `regroup`
-    allows to regroup micro-batches to the largest that fits, which changes the loss a little.
+    By default `model_dir` is what `model_name_or_path` names, and `dataset` the recipe's, with the images' recorded
+    digests. `force` trains a finished run again, not an unfinished one. `regroup` allows the largest micro-batch.
 
     Raises:
         MllmAssetsError: The model, an entry or its rows are missing or wrong.
@@ -129,6 +129,7 @@ def plan_run(
         adapters=adapters,
         data_dir=dataset.data_dir,
         media_dir=dataset.media_dir,
+        rows_root=Layout(root).rows,
         run_dir=directory,
         fingerprint=directory.name,
         data_digests=digests,

@@ -18,6 +18,7 @@ from mllm_assets.inference.answerer import Answerer, token_losses
 from mllm_assets.inference.batch_size import bytes_of, rows_at_once
 from mllm_assets.inference.batches import Pass, in_batches
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.loop.memory import FRAGMENTATION, WORKSPACE_GIB
 from mllm_assets.training.models.device import GIB, Device
 from mllm_assets.worker.protocol import Reporter
@@ -38,8 +39,9 @@ def answerer() -> Answerer:
 
 
 @pytest.fixture(scope="module")
-def rows(answerer: Answerer) -> list[EncodedRow]:
-    return [answerer.encoder.encode(row) for row in Dataset(GOLDEN / "data").entry("gemma3_vlm_train").rows]
+def rows(answerer: Answerer) -> EncodedRows:
+    rows = Dataset(GOLDEN / "data").entry("gemma3_vlm_train").rows
+    return EncodedRows.of(map(answerer.encoder.encode, rows), answerer.encoder.image_token_id)
 
 
 def card_for(answerer: Answerer, num_bytes: float) -> Device:
@@ -51,7 +53,7 @@ def card_for(answerer: Answerer, num_bytes: float) -> Device:
 
 @pytest.mark.parametrize("num_new_tokens", [None, 64], ids=["scoring", "answering"])
 def test_a_gpu_is_asked_about_as_many_rows_as_its_free_memory_holds(
-    answerer: Answerer, rows: list[EncodedRow], num_new_tokens: int | None
+    answerer: Answerer, rows: EncodedRows, num_new_tokens: int | None
 ) -> None:
     """It was 16 on every card, whatever was free."""
     taken = {size: bytes_of(answerer, rows, size, num_new_tokens=num_new_tokens) for size in (16, 32, 48)}
@@ -69,12 +71,12 @@ def test_a_family_that_reads_its_inputs_is_asked_as_usual_also_where_no_row_has_
     tiny_families.build("qwen2_5_vl", tmp_path)
     qwen = Answerer(tmp_path)
     text = Row("a", (Message("user", "1 + 1?"), Message("assistant", "2")), ())
-    encoded = [qwen.encoder.encode(text)] * 20
+    encoded = EncodedRows.of([qwen.encoder.encode(text)] * 20)
     assert rows_at_once(qwen, encoded, card_for(qwen, 1e9)) == 16
 
 
 def test_scoring_on_fake_cuda_takes_what_was_reckoned_and_stays_on_the_device(
-    answerer: Answerer, rows: list[EncodedRow], monkeypatch: pytest.MonkeyPatch
+    answerer: Answerer, rows: EncodedRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = batch_size.model_on_meta(answerer.model.config, dtype=answerer.model.dtype).eval()
     batch = answerer.collator(rows[:32])
@@ -156,7 +158,7 @@ def test_one_row_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         asked(tmp_path / "none")
 
 
-def test_rows_after_a_batch_that_was_halved_are_asked_about_once(answerer: Answerer, rows: list[EncodedRow]) -> None:
+def test_rows_after_a_batch_that_was_halved_are_asked_about_once(answerer: Answerer, rows: EncodedRows) -> None:
     """The places went on by the smaller size, so that what had just been answered was asked again."""
     asked: list[EncodedRow] = []
 
@@ -171,7 +173,7 @@ def test_rows_after_a_batch_that_was_halved_are_asked_about_once(answerer: Answe
     assert len(asked) == 12
 
 
-def test_parts_share_the_rows_whatever_each_of_them_holds_at_once(answerer: Answerer, rows: list[EncodedRow]) -> None:
+def test_parts_share_the_rows_whatever_each_of_them_holds_at_once(answerer: Answerer, rows: EncodedRows) -> None:
     """Two machines that chose different batches would have left rows out, or done them twice."""
 
     def taken(part: Part, size: int) -> list[int]:

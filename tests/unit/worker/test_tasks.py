@@ -46,7 +46,7 @@ SAMPLES: dict[str, Task[Any]] = {
         recipe=RECIPE, model_dir=HERE, data_dir=HERE, features_root=HERE, part=Part(index=1, count=2), parts=(FEATURES,)
     ),
     "train": TrainTask(
-        recipe=RECIPE, recipe_name="r", model_dir=HERE, data_dir=HERE, run_dir=HERE, fingerprint="f",
+        recipe=RECIPE, recipe_name="r", model_dir=HERE, data_dir=HERE, run_dir=HERE, rows_root=HERE, fingerprint="f",
         data_digests={"d": "1"}, pretrained_fingerprint="p", stages=({"recipe": "r"},), notes=("careful",),
         caches=CacheSettings(features_root=HERE),
     ),

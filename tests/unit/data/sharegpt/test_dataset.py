@@ -1,11 +1,16 @@
 """What a dataset's entries say of their images: read, or taken from the record of their publication."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mllm_assets.data.sharegpt import dataset
 from mllm_assets.data.sharegpt.dataset import IMAGE_LIST, Dataset
+from mllm_assets.data.sharegpt.entries import EntryInfo
+from mllm_assets.data.sharegpt.rows import parse_rows
 from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.layout import Layout
@@ -66,6 +71,40 @@ def test_a_damaged_record_is_refused(made: Layout) -> None:
     record.write_text(("0" if text[0] != "0" else "1") + text[1:])
     with pytest.raises(IntegrityError, match=r"images.sha256 does not match its digest. Materialise made/train again"):
         Dataset(made.data, read_part=None).entry("made_train").require_unchanged()
+
+
+def test_rows_are_read_once_for_all_who_ask_for_an_entrys_digest(made: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a million rows was parsed by the planner, by the trainer, and by each of its processes."""
+    parsed: list[str] = []
+
+    def noted(data_dir: Path, entry: EntryInfo, *args: Any) -> Iterator[Any]:
+        parsed.append(entry.name)
+        return parse_rows(data_dir, entry, *args)
+
+    monkeypatch.setattr(dataset, "parse_rows", noted)
+
+    def found(name: str = "made_train") -> tuple[str, int]:
+        entry = Dataset(made.data, rows_root=made.rows).entry(name)
+        return entry.digest, entry.num_rows
+
+    expected = Dataset(made.data).entry("made_train")
+    assert (expected.digest, expected.num_rows) == found() == found() and parsed == ["made_train"] * 2
+    [kept] = made.rows.glob("*/images.json")
+    kept.write_text(kept.read_text().replace("images/", "other/"))
+    assert found() == (expected.digest, expected.num_rows) and len(parsed) == 3, "damaged: read again"
+    image = next(iter(expected.images))
+    image.rename(image.with_suffix(".gone"))
+    with pytest.raises(DataError, match=f"there is no image .*{image.name}"):
+        found()
+
+
+def test_of_rows_that_name_links_nothing_is_kept(made: Layout) -> None:
+    """The same file of rows may mean another picture next time."""
+    image = next(iter(Dataset(made.data).entry("made_train").images))
+    moved = image.rename(image.with_suffix(".jpg"))
+    image.symlink_to(moved)
+    assert Dataset(made.data, rows_root=made.rows).entry("made_train").num_rows == 8
+    assert not list(made.rows.glob("*/images.json"))
 
 
 def test_an_image_behind_a_link_inside_the_folder_is_read_and_one_outside_refused(made: Layout) -> None:

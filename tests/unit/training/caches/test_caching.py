@@ -16,6 +16,7 @@ from mllm_assets.training.caches.features import FeatureStore
 from mllm_assets.training.caches.prepare import CachePlan, Setup, plan_caches
 from mllm_assets.training.caches.shards import TENSORS_FILE, ShardStore
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import Inputs
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import Device, Precision
@@ -44,7 +45,9 @@ def make_plan(
         EncodedRow(id=str(i), input_ids=array("i", [1, 2, i]), labels=array("i", [-100, 2, i]), images=images)
         for i in range(48)
     ]
-    inputs = Inputs(processor=None, train_rows=rows, eval_rows=[], digests=FileDigests())
+    inputs = Inputs(
+        processor=None, train_rows=EncodedRows.of(rows), eval_rows=EncodedRows.of([]), digests=FileDigests()
+    )
     device = Device(kind="cpu", name="a CPU", driver="", memory_gib=8)
     return plan_caches(
         Setup(

@@ -17,8 +17,9 @@ from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import Collator, Padding
 from mllm_assets.training.encoding.encode import IGNORE_INDEX, Encoder
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.image_files import load_image
-from mllm_assets.training.encoding.inputs import check_pictures, encode_rows, make_encoder
+from mllm_assets.training.encoding.inputs import check_pictures, encoded_entry, make_encoder
 from mllm_assets.training.models.load import batch_loss, load_model, load_processor
 from mllm_assets.worker.protocol import Reporter
 from tests.golden import fidelity_data
@@ -88,9 +89,14 @@ def test_the_smallest_cutoff_for_all_rows_is_named_and_works(parity_dir: Path, p
     spec = TrainSpec(
         model_name_or_path="m", dataset="conversations", template="gemma3", do_train=True, cutoff_len=40, packing=True
     )
-    rows = Dataset(tmp_path).entry("conversations").rows
+    entry = Dataset(tmp_path).entry("conversations")
+
+    def encoded(spec: TrainSpec) -> EncodedRows:
+        encoder = make_encoder(spec, processor, parity_dir / "model")
+        return encoded_entry(entry, encoder, spec, tmp_path / "rows", Reporter())
+
     with pytest.raises(DataError) as caught:
-        encode_rows(make_encoder(spec, processor, parity_dir / "model"), rows, spec, Reporter())
+        encoded(spec)
     message = re.match(
         r"cutoff_len 40 cuts into the images of (\d) of 9 rows. The smallest that works for all of them is (\d+): set "
         r"cutoff_len: (\d+). The first one: Row conversations\[\d\] is cut inside its images: cutoff_len 39 leaves",
@@ -99,9 +105,9 @@ def test_the_smallest_cutoff_for_all_rows_is_named_and_works(parity_dir: Path, p
     assert message and message[2] == message[3]
     least = int(message[2])
     enough, tighter = replace(spec, cutoff_len=least), replace(spec, cutoff_len=least - 1)
-    assert encode_rows(make_encoder(enough, processor, parity_dir / "model"), rows, enough, Reporter())
+    assert len(encoded(enough)) == 9
     with pytest.raises(DataError, match="cuts into the images of"):
-        encode_rows(make_encoder(tighter, processor, parity_dir / "model"), rows, tighter, Reporter())
+        encoded(tighter)
 
 
 def test_a_row_that_supervises_nothing_is_refused(processor: Any) -> None:
@@ -179,7 +185,7 @@ def test_a_file_that_is_no_image_is_found_before_training(processor: Any, tmp_pa
     messages = (Message("user", "<image>what"), Message("assistant", "this"))
     row = Encoder(processor).encode(Row(id="r2", messages=messages, images=(path,)))
     with pytest.raises(DataError, match=r"text\.png of row r2 cannot be used"):
-        check_pictures([row], Reporter())
+        check_pictures(EncodedRows.of([row]), Reporter())
 
 
 def test_batches_are_padded_to_eight_and_mark_image_tokens(processor: Any, rows: list[Row]) -> None:

@@ -19,6 +19,7 @@ from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import TOWER_INPUTS, Collator, Padding
 from mllm_assets.training.encoding.encode import EncodedRow, Encoder
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.image_files import load_image
 from mllm_assets.training.encoding.inputs import check_reach, make_encoder, warn_of_labels
 from mllm_assets.training.models import freezing
@@ -172,7 +173,8 @@ def test_paligemmas_rows_of_several_answers_are_said_and_no_answer_is_seen_befor
     first = next(index for index, label in enumerate(encoded.labels) if label >= 0)
     assert types == [0] * first + [1] * (len(types) - first)
     spec, reporter = method_spec("everything"), Reporter()
-    warn_of_labels([encoded, Encoder(processor).encode(make_row(root, 0))], spec, processor, reporter)
+    rows = EncodedRows.of([encoded, Encoder(processor).encode(make_row(root, 0))])
+    warn_of_labels(rows, spec, processor, reporter)
     assert reporter.warnings[0].startswith("1 of 2 rows have several answers. PaliGemma is asked with all that is")
 
 
@@ -196,7 +198,7 @@ def test_train_on_prompt_says_how_many_image_tokens_and_bos_it_learns(root: Path
     row = Encoder(processor, train_on_prompt=True).encode(make_row(root, 0))
     reporter = Reporter()
     spec = replace(method_spec("everything"), train_on_prompt=True)
-    warn_of_labels([row], spec, processor, reporter)
+    warn_of_labels(EncodedRows.of([row]), spec, processor, reporter)
     num_labels = len(row.labels)
     assert reporter.warnings == [
         f"train_on_prompt: 16 image tokens and 0 <bos> are among the {num_labels} labels, as in LLaMA-Factory: the "
@@ -334,9 +336,9 @@ def test_what_sees_pictures_alone_is_not_trained_without_any(root: Path) -> None
     """A projector came out as it went in, and was published without a word."""
     config = load_config(model_dir(root, "qwen3_vl"))
     encoder = Encoder(load_processor(model_dir(root, "qwen3_vl")))
-    rows = [encoder.encode(make_row(root, index)) for index in (0, 4, 5)]
+    rows = EncodedRows.of(encoder.encode(make_row(root, index)) for index in (0, 4, 5))
 
-    def said(method: str, rows: list[EncodedRow]) -> list[str]:
+    def said(method: str, rows: EncodedRows) -> list[str]:
         reporter = Reporter()
         check_reach(freezing.apply(method_spec(method), model_on_meta(config)), rows, method_spec(method), reporter)
         return reporter.warnings

@@ -14,6 +14,7 @@ from mllm_assets.training.caches import shards
 from mllm_assets.training.caches.features import FeatureMaker, FeatureStore, images_by_digest
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.loader import loaded
 from mllm_assets.training.models.device import Precision
 from mllm_assets.training.models.load import load_model, load_processor
@@ -98,7 +99,8 @@ def test_features_of_several_shards_are_made_by_the_same_processes_to_the_bit(
 ) -> None:
     monkeypatch.setattr(shards, "NUM_TENSORS_PER_SHARD", 4)
     model = load_model(GOLDEN / "model", dtype=dtype).eval()
-    images = images_by_digest(rows, FileDigests())
+    stored = EncodedRows.of(rows)
+    images = images_by_digest(stored.pictures(), FileDigests())
     stores = []
     for num_workers in (0, 2):
         maker = FeatureMaker(
@@ -106,6 +108,6 @@ def test_features_of_several_shards_are_made_by_the_same_processes_to_the_bit(
         )
         stores.append(FeatureStore(tmp_path / str(num_workers), FileDigests()))
         assert stores[-1].compute(maker, images, Reporter()) == 12
-        stores[-1].require_match(maker, rows)
+        stores[-1].require_match(maker, stored)
     assert len(list((tmp_path / "2").iterdir())) == 3
     assert all(torch.equal(stores[0].get(name), stores[1].get(name)) for name in images)

@@ -18,6 +18,7 @@ from mllm_assets.data.ingest.spec import DecodeLimits
 from mllm_assets.data.quality.report import thumbnail
 from mllm_assets.errors import DataError
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.image_files import image_size, load_image
 from mllm_assets.training.encoding.inputs import check_pictures
 from mllm_assets.worker.protocol import Reporter
@@ -85,7 +86,7 @@ def test_eps_is_refused_at_every_door_and_ghostscript_is_never_run(ghostscript: 
     for use in (
         lambda: load_image(path, row_id="r1"),
         lambda: image_size(path, max_pixels=100, min_pixels=1, row_id="r1"),
-        lambda: check_pictures([row_of(path)], Reporter()),
+        lambda: check_pictures(EncodedRows.of([row_of(path)]), Reporter()),
     ):
         with pytest.raises(DataError, match=r"0\.png of row r1 cannot be used: it is EPS, which is not opened"):
             use()
@@ -116,7 +117,8 @@ def test_a_run_and_check_data_say_once_how_many_pictures_differ_from_llamafactor
     plain = saved(Image.new("RGB", (20, 20), "red"), "PNG")
     folder = data_directory(tmp_path / "data", [*DEPARTING.values(), plain])
     reporter = Reporter()
-    check_pictures([row_of(folder / "images" / f"{number}.png") for number in range(4)] * 2, reporter)
+    rows = [row_of(folder / "images" / f"{number}.png") for number in range(4)] * 2
+    check_pictures(EncodedRows.of(rows), reporter)
     [report] = check_directory(folder)
     expected = [
         "2 pictures have more than 8 bits a channel, scaled to 8",

@@ -1,6 +1,7 @@
 """Rows in one sequence: grouped as LLaMA-Factory groups them, and with neat_packing as good as apart."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encode import EncodedRow, Encoder
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import mixed, pack, read_inputs, warn_of_first_rows
 from mllm_assets.training.loop.trainer import gemma3_masks
 from mllm_assets.training.models.load import batch_loss, load_config, load_model, load_processor
@@ -35,7 +37,7 @@ def num_supervised(row: EncodedRow) -> int:
     return sum(label >= 0 for label in row.labels)
 
 
-def neat_loss(model: Any, collator: Collator, rows: list[EncodedRow]) -> float:
+def neat_loss(model: Any, collator: Collator, rows: Sequence[EncodedRow]) -> float:
     batch = collator(rows)
     masks = gemma3_masks(batch, model.config.text_config)
     with torch.no_grad():
@@ -57,7 +59,7 @@ def test_neat_packing_gives_the_loss_of_the_rows_apart(
     config.text_config.layer_types = ["sliding_attention", "full_attention"] * 2
     model: Any = Gemma3ForConditionalGeneration.from_pretrained(parity_dir / "model", config=config)
     expected = loss_apart(model, Collator(processor), encoded)
-    (packed,) = pack(encoded, 2048)
+    (packed,) = pack(EncodedRows.of(encoded), 2048)
     assert len(packed.images) == sum(len(row.images) for row in encoded) >= 6
     neat = neat_loss(model, Collator(processor, separate_packed_rows=True), [packed])
     assert neat == pytest.approx(expected, abs=2e-6)
@@ -68,13 +70,13 @@ def test_sequences_of_different_length_make_a_neat_batch(
     parity_dir: Path, processor: Any, encoded: list[EncodedRow]
 ) -> None:
     model = load_model(parity_dir / "model")
-    packed = pack(encoded, max(len(row.input_ids) for row in encoded) + 20)
+    packed = pack(EncodedRows.of(encoded), max(len(row.input_ids) for row in encoded) + 20)
     assert len({len(row.input_ids) for row in packed}) > 1
     neat = neat_loss(model, Collator(processor, separate_packed_rows=True), packed)
     assert neat == pytest.approx(loss_apart(model, Collator(processor), encoded), abs=2e-6)
 
 
-def test_rows_that_are_cut_before_packing_are_counted_one_by_one(parity_dir: Path) -> None:
+def test_rows_that_are_cut_before_packing_are_counted_one_by_one(parity_dir: Path, tmp_path: Path) -> None:
     """It spoke of a cutoff_len that was not the recipe's, and counted sequences, not rows."""
     values = {
         "model_name_or_path": "m",
@@ -84,8 +86,9 @@ def test_rows_that_are_cut_before_packing_are_counted_one_by_one(parity_dir: Pat
         "cutoff_len": 90,
     }
     reporter, plain = Reporter(), Reporter()
-    read_inputs(TrainSpec(**values, packing=True), parity_dir / "model", Dataset(parity_dir / "data"), reporter)
-    read_inputs(TrainSpec(**{**values, "cutoff_len": 89}), parity_dir / "model", Dataset(parity_dir / "data"), plain)
+    packing, cut = TrainSpec(**values, packing=True), TrainSpec(**{**values, "cutoff_len": 89})
+    read_inputs(packing, parity_dir / "model", Dataset(parity_dir / "data"), tmp_path, reporter)
+    read_inputs(cut, parity_dir / "model", Dataset(parity_dir / "data"), tmp_path, plain)
     count = plain.warnings[-1].removesuffix(" of 48 rows are longer than cutoff_len 89 and were cut.")
     assert int(count) > 0 and reporter.warnings[-1] == (
         f"{count} of 48 rows are longer than the 89 tokens that cutoff_len 90 leaves a row with packing and were cut."
@@ -100,17 +103,18 @@ def test_first_rows_with_one_answer_of_several_are_named(tmp_path: Path) -> None
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "dataset_info.json").write_text('{"sorted": {"file_name": "rows.json", "formatting": "sharegpt"}}')
-    reporter = Reporter()
-    for max_samples in (None, 1, 3, 4):
+    reporter, kept = Reporter(), tmp_path / "kept"
+    for max_samples in (None, 1, 3, 4, 2):
         spec = TrainSpec(
             model_name_or_path="m", dataset="sorted", template="gemma3", do_train=True, max_samples=max_samples
         )
-        warn_of_first_rows(spec, Dataset(tmp_path), reporter)
-    assert [warning.split(" all ")[0] for warning in reporter.warnings] == ["max_samples 3: the first 3 rows of sorted"]
+        warn_of_first_rows(spec, Dataset(tmp_path, rows_root=kept), reporter)
+    first = "max_samples {0}: the first {0} rows of sorted"
+    assert [warning.split(" all ")[0] for warning in reporter.warnings] == [first.format(n) for n in (3, 2)]
 
 
 def test_no_row_is_lost_or_doubled_by_packing(encoded: list[EncodedRow]) -> None:
-    packed = pack(encoded, 2 * max(len(row.input_ids) for row in encoded), group_size=2, num_groups=2)
+    packed = pack(EncodedRows.of(encoded), 2 * max(len(row.input_ids) for row in encoded), group_size=2, num_groups=2)
     assert len(packed) == 4
     names = [name for row in packed for name in row.id.split(", ")]
     assert sorted(names) == sorted(row.id for row in encoded)
@@ -129,7 +133,7 @@ def test_interleave_once_takes_each_row_once() -> None:
         model_name_or_path="m", dataset="a,b", template="gemma3", do_train=True,
         mix_strategy="interleave_once", interleave_probs="0.5,0.5",
     )  # fmt: skip
-    rows = mixed([list(range(7)), list(range(100, 103))], spec)
-    assert sorted(rows) == [*range(7), *range(100, 103)]
+    rows = mixed([7, 3], spec)
+    assert sorted(rows) == [*range(10)]
     assert rows != sorted(rows)
-    assert mixed([list(range(7)), list(range(100, 103))], replace(spec, seed=1)) != rows
+    assert mixed([7, 3], replace(spec, seed=1)) != rows

@@ -17,6 +17,7 @@ from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import CachePlan, Setup
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import Inputs
 from mllm_assets.training.loop import memory
 from mllm_assets.training.loop.memory import MemoryEstimate
@@ -50,7 +51,9 @@ def estimate(spec: TrainSpec, shape: freezing.TrainableSet, quantization: Quanti
     setup = Setup(
         spec=spec,
         model_dir=Path("m"),
-        inputs=Inputs(processor=None, train_rows=[row], eval_rows=[], digests=FileDigests()),
+        inputs=Inputs(
+            processor=None, train_rows=EncodedRows.of([row]), eval_rows=EncodedRows.of([]), digests=FileDigests()
+        ),
         device=CPU,
         precision=Precision(weights=torch.float32, autocast=None, quantization=quantization),
         shape=shape,

@@ -12,6 +12,7 @@ from mllm_assets.errors import MachineError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.training.caches.prepare import CachePlan, Setup, plan_caches
 from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import Inputs
 from mllm_assets.training.loop import memory
 from mllm_assets.training.loop.fitting import decide_checkpointing, what_fits
@@ -42,7 +43,12 @@ def gemma_3_4b(recipe: str, *, free_gib: float = 80.0, num_layers: int = 34, **v
     return Setup(
         spec=spec,
         model_dir=Path("m"),
-        inputs=Inputs(processor=None, train_rows=[row], eval_rows=[], digests=FileDigests()),
+        inputs=Inputs(
+            processor=None,
+            train_rows=EncodedRows.of([row], IMAGE_TOKEN),
+            eval_rows=EncodedRows.of([]),
+            digests=FileDigests(),
+        ),
         device=card(free_gib),
         precision=Precision(weights=torch.bfloat16, autocast="bf16"),
         shape=freezing.apply(spec, meta_model(layers=num_layers, vision_layers=27 if num_layers == 34 else 1)),
