@@ -1,6 +1,7 @@
 """A run that waits for a pool's slot says who holds it, and can be stopped while it waits."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,15 @@ from tests.integration.conftest import REPOSITORY, wait_for
 pytestmark = pytest.mark.integration
 
 DEFINITIONS = """import dagster as dg
+import psutil
+from pathlib import Path
 from mllm_assets.components.instance.executor import one_line_per_asset
 from mllm_assets.components.instance.executor import patient_in_process_executor
 
 @dg.asset(pool="gpu")
 def trained() -> dg.MaterializeResult:
+    mirrors = [Path(f"/proc/{child.pid}/status") for child in psutil.Process().children()]
+    Path("mirrors.txt").write_text("".join(path.read_text() for path in mirrors if path.exists()))
     return dg.MaterializeResult()
 
 job = dg.define_asset_job(
@@ -72,3 +77,8 @@ def test_a_waiting_run_names_the_holder_sleeps_heeds_sigterm_and_goes_on_when_fr
         wait_for(lambda: said in (tmp_path / "stderr.txt").read_text(), "the line")
         storage.free_concurrency_slots_for_run(holder)
         assert waiting.wait(300) == 0, (tmp_path / "stderr.txt").read_text()
+
+    blocked = re.findall(r"SigBlk:\s*(\w+)", (tmp_path / "mirrors.txt").read_text())
+    heard = [mask for mask in blocked if not int(mask, 16) >> (signal.SIGINT - 1) & 1]
+    assert not heard, "Ctrl-C on a terminal ends what mirrors the output, before the last lines and with tracebacks"
+    assert len(blocked) == 4 or not Path("/proc/self/status").exists(), "two processes for each of stdout and stderr"

@@ -7,6 +7,7 @@ Not covered: the module uses names of `dagster._core` (1.13), which may move; a 
 """
 
 import logging
+import signal
 import sys
 import textwrap
 import time
@@ -91,7 +92,16 @@ class PatientInProcessExecutor(InProcessExecutor):
 
 def _steps(job_context: PlanExecutionContext, execution_plan: ExecutionPlan) -> Iterator[dg.DagsterEvent]:
     with PatientClaims(job_context) as claims:
-        yield from inner_plan_execution_iterator(job_context, execution_plan, claims)
+        steps = inner_plan_execution_iterator(job_context, execution_plan, claims)
+        # The first event starts the processes that mirror the output, and they inherit what is blocked: Ctrl-C on a
+        # terminal reaches them too, and ended them before the last lines, with two tracebacks
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            first = next(steps)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield first
+        yield from steps
 
 
 @dg.executor(name="in_process", config_schema={})
