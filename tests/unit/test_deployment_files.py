@@ -1,8 +1,11 @@
 """The files that Dagster reads, through Dagster's own loaders."""
 
+import shutil
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import dagster as dg
 import yaml
 from dagster._core.workspace.load import location_origins_from_yaml_paths
 from dagster_cloud_cli.config.models import load_dagster_cloud_yaml
@@ -31,6 +34,17 @@ def test_the_instance_limits_pools_and_sends_no_telemetry() -> None:
         "max_resume_run_attempts": 0,
     }
     assert settings["telemetry"] == {"enabled": False}
+
+
+def test_a_run_that_was_clicked_does_not_wait_for_the_queue() -> None:
+    """Dagster looks at it every five seconds."""
+    settings = yaml.safe_load((ROOT / "dagster.yaml").read_text())
+    assert settings["run_queue"] == {"dequeue_interval_seconds": 1}
+    with TemporaryDirectory() as home:
+        shutil.copy(ROOT / "dagster.yaml", home)
+        with dg.DagsterInstance.from_config(home) as instance:
+            assert instance.get_concurrency_config().pool_config.default_pool_limit == 1, "both settings hold"
+            assert getattr(instance.run_coordinator, "dequeue_interval_seconds", None) == 1
 
 
 def test_the_yaml_examples_of_the_readme_are_valid() -> None:
