@@ -45,6 +45,14 @@ class Layout:
     def version(self, dataset: str, digest: str) -> Path:
         return self.data / ".versions" / dataset / digest
 
+    def corrections(self, dataset: str) -> Path:
+        """What people decided about a dataset's samples: theirs, to be kept with the project."""
+        return self.root / "corrections" / f"{dataset}.jsonl"
+
+    def settled(self, dataset: str, name: str) -> Path:
+        """The decisions that hold for a version of a dataset's source."""
+        return self.data / ".corrections" / dataset / name
+
     @property
     def pretrains(self) -> Path:
         return self.root / "pretrains"

@@ -26,8 +26,9 @@ def add_commands(verbs: Verbs) -> None:
 def _approve(arguments: argparse.Namespace) -> int:
     from mllm_assets.components.instance.approving import gates_of, record
     from mllm_assets.components.instance.home import use_home
+    from mllm_assets.decisions import user_name
     from mllm_assets.project.read import find_root_module
-    from mllm_assets.releases.approvals import Decision, user_name
+    from mllm_assets.releases.approvals import Decision
     from mllm_assets.releases.candidate import consider
 
     layout, project = Layout.from_environment(), Path.cwd()

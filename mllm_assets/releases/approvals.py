@@ -1,25 +1,28 @@
 """A person's yes or no to a release: lines that are only ever added to `releases/<recipe>/approvals.jsonl`.
 
 A decision is about one model and the answers that it was judged by. Other weights, or other answers, wait for another.
-It is a record, not a signature: whoever may write the folder may write it.
 """
 
-import getpass
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mllm_assets.artifacts import read_manifest, write_text_atomic
-from mllm_assets.errors import IntegrityError, RecipeError
+from mllm_assets.artifacts import read_manifest
+from mllm_assets.decisions import (
+    MAX_WHO_CHARS,
+    MAX_WHY_CHARS,
+    now_text,
+    one_line,
+    read_decision_file,
+    write_decision_file,
+)
+from mllm_assets.errors import RecipeError
 from mllm_assets.evaluation.gates import APPROVAL, GateResult
 from mllm_assets.layout import Layout
 from mllm_assets.releases.versions import releases_lock
 
 APPROVALS = "approvals.jsonl"
-MAX_WHO_CHARS, MAX_WHY_CHARS = 100, 2000
 MAX_FILE_MIB = 16
 
 
@@ -55,16 +58,13 @@ class Decision:
     subject: Subject
     approved: bool
     who: str
-    when: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    when: str = field(default_factory=now_text)
     why: str = ""
     seen: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, limit in (("who", MAX_WHO_CHARS), ("why", MAX_WHY_CHARS)):
-            text = " ".join(getattr(self, name).split())
-            if len(text) > limit or not text.isprintable():
-                raise RecipeError(f"{name} must be at most {limit:,} printable characters, and has {len(text):,}.")
-            object.__setattr__(self, name, text)
+            object.__setattr__(self, name, one_line(name, getattr(self, name), limit))
         if not self.who:
             raise RecipeError("A decision needs the name of who makes it: give --who NAME.")
         if not (self.approved or self.why):
@@ -76,14 +76,6 @@ class Decision:
         )
 
 
-def user_name() -> str:
-    """That of the person at this machine; empty for a user without one, as in a container."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        return ""
-
-
 def decide(layout: Layout, recipe: str, decision: Decision) -> None:
     """Add a decision; the last one about a subject counts.
 
@@ -91,11 +83,7 @@ def decide(layout: Layout, recipe: str, decision: Decision) -> None:
         IntegrityError: The file is damaged.
     """
     with releases_lock(layout, recipe):
-        known = [*read_decisions(layout, recipe), decision]
-        path = layout.releases(recipe) / APPROVALS
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(asdict(one), ensure_ascii=False) for one in known]
-        write_text_atomic(path, "".join(f"{line}\n" for line in lines))
+        write_decision_file(layout.releases(recipe) / APPROVALS, [*read_decisions(layout, recipe), decision])
 
 
 def read_decisions(layout: Layout, recipe: str) -> list[Decision]:
@@ -104,21 +92,12 @@ def read_decisions(layout: Layout, recipe: str) -> list[Decision]:
     Raises:
         IntegrityError: A line is not one of ours, or the file is larger than any of ours gets. Names the line.
     """
-    path = layout.releases(recipe) / APPROVALS
-    if not path.is_file():
-        return []
-    if path.stat().st_size > MAX_FILE_MIB * 2**20:
-        raise IntegrityError(f"{path} is larger than {MAX_FILE_MIB} MiB, which no list of decisions is. Look at it.")
-    found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            found.append(_read(json.loads(line)))
-        except (ValueError, TypeError, KeyError, RecipeError) as error:
-            raise IntegrityError(
-                f"{path}:{number} is not a decision ({type(error).__name__}), so none of the file is used. Correct the "
-                f"line, or delete it and decide again: mllm-assets approve {recipe}"
-            ) from None
-    return found
+    return read_decision_file(
+        layout.releases(recipe) / APPROVALS,
+        _read,
+        max_mib=MAX_FILE_MIB,
+        cure=f"Correct the line, or delete it and decide again: mllm-assets approve {recipe}",
+    )
 
 
 def _read(values: dict[str, Any]) -> Decision:

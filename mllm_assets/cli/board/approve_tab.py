@@ -4,11 +4,12 @@ from typing import Any
 
 from mllm_assets.cli.board.views import considered_view, problem_view
 from mllm_assets.components.instance.approving import gates_of, record
+from mllm_assets.decisions import MAX_WHO_CHARS, MAX_WHY_CHARS, user_name
 from mllm_assets.errors import DataError, MllmAssetsError
 from mllm_assets.evaluation.run_lookup import evaluated_runs
 from mllm_assets.inference.chat_page import gr
 from mllm_assets.layout import Layout
-from mllm_assets.releases.approvals import MAX_WHO_CHARS, MAX_WHY_CHARS, Decision, user_name
+from mllm_assets.releases.approvals import Decision
 from mllm_assets.releases.candidate import consider
 
 

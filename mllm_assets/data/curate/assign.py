@@ -28,7 +28,7 @@ UNUSED = "unused"
 REJECTED = "rejected"
 # indexed by `Assignments.splits_S` and `reasons_S`
 SPLITS = (*SIDES, UNUSED, REJECTED)
-UNUSED_REASONS = ("over_quota", "sample_duplicate", "image_bridges_splits")
+UNUSED_REASONS = ("over_quota", "sample_duplicate", "image_bridges_splits", "dropped")
 NONE = -1
 # the groups among some samples, ignoring the others
 Regroup = Callable[[NDArray[np.bool_]], SampleGroups]
@@ -238,6 +238,25 @@ def assign_as_given(spec: DatasetSpec, samples: pa.Table, num_source_rows: int) 
                 "reasons of sample_quality, and loosen its limits or correct the source."
             )
     return Assignments(splits, reasons, positions, _groups(samples))
+
+
+def without(assignments: Assignments, dropped_S: NDArray[np.bool_], name: str) -> Assignments:
+    """Take samples that a person dropped out of their sides; all others keep side and position, and so their prompt.
+
+    Raises:
+        DataError: No sample is left to train, or none to validate.
+    """
+    here = dropped_S & (assignments.splits_S != SPLITS.index(REJECTED))
+    splits, reasons = assignments.splits_S.copy(), assignments.reasons_S.copy()
+    positions = assignments.positions_S.copy()
+    splits[here], reasons[here], positions[here] = SPLITS.index(UNUSED), UNUSED_REASONS.index("dropped"), NONE
+    for side in (TRAIN, VAL):
+        if not (splits == SPLITS.index(side)).any():
+            raise DataError(
+                f"Dataset {name!r}: every sample of {side} was dropped, expected at least 1 left. Take one back: "
+                f"mllm-assets review {name} undo SAMPLE"
+            )
+    return Assignments(splits, reasons, positions, assignments.groups)
 
 
 def _groups(samples: pa.Table) -> SampleGroups:

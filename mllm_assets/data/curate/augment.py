@@ -4,9 +4,8 @@ import hashlib
 import io
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from PIL import Image, ImageEnhance, ImageOps
 from mllm_assets.data.curate.described import described
 from mllm_assets.data.curate.publish import ImageWriter, build_row, image_number, row_messages
 from mllm_assets.data.ingest.images import open_picture, sha256, upright_rgb
-from mllm_assets.data.ingest.raw_files import read_raw
 from mllm_assets.data.ingest.spec import DatasetSpec, QualitySpec
 from mllm_assets.data.ingest.split_spec import TRAIN
 from mllm_assets.data.quality.grouping import differences
@@ -102,17 +100,17 @@ class Copy:
 def augmented_copies(
     spec: DatasetSpec,
     images: ImageWriter,
-    raw: Path,
+    rows: Iterable[Mapping[str, Any]],
     positions_S: NDArray[np.int64],
     forbidden: Mapping[str, Forbidden],
 ) -> Iterator[Copy]:
-    """A copy of each training sample per operation of `spec.augment`, in the order of the source.
+    """A copy of each training sample per operation of `spec.augment`, in the order of the source's `rows`.
 
     `positions_S` is each sample's position in the training split, negative where it is not in it; `forbidden` are the
     images of the other sides.
     """
     names = operation_names(spec.augment)
-    for sample, position in zip(read_raw(raw), positions_S.tolist(), strict=True):
+    for sample, position in zip(rows, positions_S.tolist(), strict=True):
         if position < 0 or not sample["images"]:
             continue
         messages = row_messages(spec, sample, position, len(sample["images"]))

@@ -36,11 +36,14 @@ from mllm_assets.data.curate.assign import (
     assign_as_given,
     membership,
     sides_before,
+    without,
 )
 from mllm_assets.data.curate.augment import LEFT_OUT, MATCHES, Forbidden, augmented_copies
+from mllm_assets.data.curate.corrected import CorrectedSource
+from mllm_assets.data.curate.corrections import DROP, RELABEL
 from mllm_assets.data.curate.publish import ImageWriter, build_row, image_number, side_files, split_file
 from mllm_assets.data.curate.sample_page import SamplePage
-from mllm_assets.data.ingest.raw_files import index_images, read_raw
+from mllm_assets.data.ingest.raw_files import index_images
 from mllm_assets.data.ingest.spec import DatasetSpec, as_json
 from mllm_assets.data.ingest.split_spec import SIDES, TEST, TRAIN, VAL
 from mllm_assets.data.quality.groups import QUALITY_FILE, SampleGroups, group_samples, read_perceptual_hashes
@@ -81,8 +84,8 @@ class RowSpool:
 class SplitResult:
     """A version of a dataset: num_raw = num_train + num_val + num_test + num_unused + num_rejected.
 
-    The training file holds num_augmented rows more, which come from training samples. Where no sample tests, there is
-    no test file, and `test_digest` is empty.
+    The training file holds num_augmented rows more, which come from training samples. In num_corrected rows a person
+    gave the answer. Where no sample tests, there is no test file, and `test_digest` is empty.
     """
 
     directory: Path
@@ -97,6 +100,7 @@ class SplitResult:
     num_unused: int
     num_rejected: int
     num_augmented: int
+    num_corrected: int
     unused_reasons: dict[str, int]
     reject_reasons: dict[str, int]
     augmentations: dict[str, int]
@@ -108,14 +112,17 @@ class SplitResult:
 
 
 @doing("split samples")
-def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: str) -> SplitResult:
+def split(
+    spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: str, corrections: Path | None = None
+) -> SplitResult:
     """Split by duplicate group and publish `data/.versions/<dataset>/<digest>/`, with `data/<dataset>` pointing to it.
 
     `quality` is the assessment of the ingested source `raw`; `split_membership` records `run_id` with every sample.
+    `corrections` is what `settle` published: it changes answers and takes samples out, and moves none across.
 
     Raises:
-        IntegrityError: `raw` or `quality` was never finished, or they do not belong together.
-        DataError: Fewer than two samples are usable.
+        IntegrityError: `raw`, `quality` or `corrections` was never finished, or they do not belong together.
+        DataError: Fewer than two samples are usable, or all of a side were dropped.
     """
     source, assessment = read_manifest(raw), read_manifest(quality)
     if source["digest"] != assessment["raw_digest"]:
@@ -124,15 +131,18 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
             f"{spec.name}/sample_quality again."
         )
     store = QualityStore(layout.quality_db)
-    samples = pq.read_table(quality / QUALITY_FILE, columns=list(COLUMNS))
+    rows = CorrectedSource(spec, raw, corrections)
+    samples = _without_made_up(pq.read_table(quality / QUALITY_FILE, columns=list(COLUMNS)), rows)
     if spec.split_is_given:
         assignments = assign_as_given(spec, samples, source["num_source_rows"])
     else:
         assignments = _assign(spec, store, samples, raw, quality)
+    decided = rows.actions(samples["sample_id"].to_pylist())
+    assignments = without(assignments, decided == DROP, spec.name)
     images = ImageWriter(spec, layout)
     with staging_directory(layout.version(spec.name, "new").parent) as staging:
         page = SamplePage(staging, assignments, samples)
-        fates = _write_sides(spec, images, raw, quality, assignments, staging, page)
+        fates = _write_sides(spec, images, rows, quality, assignments, staging, page)
         images.write_list(staging / IMAGE_LIST)
         del images  # frees its digests: DuckDB needs the memory next
         digests = {side: sha256_file(path)[:16] for side, path in side_files(staging, spec.output.format).items()}
@@ -150,6 +160,7 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
             num_unused=int(assignments.of(UNUSED).sum()),
             num_rejected=len(samples) - samples["reject_reason"].null_count,
             num_augmented=sum(fate not in MATCHES and LEFT_OUT not in fate for _, fate in fates),
+            num_corrected=int(((decided == RELABEL) & (assignments.positions_S != NONE)).sum()),
             unused_reasons=_unused_reasons(assignments),
             reject_reasons=_reject_reasons(samples),
             augmentations=dict(sorted(Counter(fate for _, fate in fates).items())),
@@ -162,6 +173,14 @@ def split(spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: s
     with doing("write the quality database"):
         store.write({"split_membership": membership(spec, digest, assignments, samples, fates, run_id)})
     return result
+
+
+def _without_made_up(samples: pa.Table, rows: CorrectedSource) -> pa.Table:
+    """The verdicts without those that a new answer makes up for, such as a missing label's."""
+    verdicts = zip(samples["sample_id"].to_pylist(), samples["reject_reason"].to_pylist(), strict=True)
+    reasons = [None if reason and rows.makes_up_for(name, reason) else reason for name, reason in verdicts]
+    number = samples.schema.get_field_index("reject_reason")
+    return samples.set_column(number, "reject_reason", pa.array(reasons, pa.string()))
 
 
 def _manifest(spec: DatasetSpec, result: SplitResult, assessment: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +231,7 @@ def _assign(spec: DatasetSpec, store: QualityStore, samples: pa.Table, raw: Path
 def _write_sides(
     spec: DatasetSpec,
     images: ImageWriter,
-    raw: Path,
+    rows: CorrectedSource,
     quality: Path,
     assignments: Assignments,
     staging: Path,
@@ -223,26 +242,26 @@ def _write_sides(
     num_copies = sizes[TRAIN] * len(spec.augment)  # after all samples
     with TemporaryFile(dir=staging) as file:
         spools = {side: RowSpool(file, size + num_copies * (side == TRAIN)) for side, size in sizes.items()}
-        _spool_rows(spec, images, raw, assignments, spools, page)
-        fates = _spool_copies(spec, images, raw, quality, assignments, spools[TRAIN], sizes[TRAIN])
-        for side, rows in spools.items():
+        _spool_rows(spec, images, rows, assignments, spools, page)
+        fates = _spool_copies(spec, images, rows, quality, assignments, spools[TRAIN], sizes[TRAIN])
+        for side, spool in spools.items():
             if side == TEST and not sizes[side]:
                 continue
-            write_rows(staging / split_file(side, spec.output.format), rows, spec.output.format)
+            write_rows(staging / split_file(side, spec.output.format), spool, spec.output.format)
     return fates
 
 
 def _spool_rows(
     spec: DatasetSpec,
     images: ImageWriter,
-    raw: Path,
+    rows: CorrectedSource,
     assignments: Assignments,
     spools: Mapping[str, RowSpool],
     page: SamplePage,
 ) -> None:
     """Publish the images of used samples and build their rows; all samples come on the page."""
     places = zip(assignments.splits_S.tolist(), assignments.positions_S.tolist(), strict=True)
-    samples = followed(zip(read_raw(raw), places, strict=True), "write rows", len(assignments.splits_S))
+    samples = followed(zip(rows, places, strict=True), "write rows", len(assignments.splits_S))
     for sample, (number, position) in samples:
         if position == NONE:
             page.add(sample, None)
@@ -260,7 +279,7 @@ def _spool_rows(
 def _spool_copies(
     spec: DatasetSpec,
     images: ImageWriter,
-    raw: Path,
+    rows: CorrectedSource,
     quality: Path,
     assignments: Assignments,
     spool: RowSpool,
@@ -273,14 +292,14 @@ def _spool_copies(
     """
     if not spec.augment:
         return []
-    index, hashes = index_images(raw), read_perceptual_hashes(quality)
+    index, hashes = index_images(rows.raw), read_perceptual_hashes(quality)
     forbidden = {}
     for side in (VAL, TEST):
         held_out = np.unique(index.uses_T[np.repeat(assignments.of(side), np.diff(index.offsets_S1))])
         forbidden[side] = Forbidden(hashes.phash_U[held_out], hashes.colors_UC[held_out], spec.quality)
     positions = np.where(assignments.of(TRAIN), assignments.positions_S, NONE)
     fates = []
-    for copy in augmented_copies(spec, images, raw, positions, forbidden):
+    for copy in augmented_copies(spec, images, rows, positions, forbidden):
         if copy.row is not None:
             spool.add(first + copy.number, copy.row)
         fates.append((copy.sample_id, copy.fate))

@@ -21,6 +21,7 @@ from mllm_assets.data.sharegpt.conversation import (
     text_defect,
 )
 
+CORRECTED = "corrected_answer"  # of a row whose whole answer a person gave
 COLUMN = "column"  # in a reason, where a column's name has no letter or digit of ASCII
 
 
@@ -92,7 +93,7 @@ def texts_of(sample: Mapping[str, Any]) -> dict[str, str | None]:
 
 def render_answer(sample: Mapping[str, Any], spec: DatasetSpec) -> str:
     """The answer to a row's question; a brace in a caption is text, not a field."""
-    return render(spec.answer, texts_of(sample))
+    return sample.get(CORRECTED) or render(spec.answer, texts_of(sample))
 
 
 def sample_reject_reason(
