@@ -5,6 +5,7 @@ from typing import Any
 import dagster as dg
 
 from mllm_assets.artifacts import UNNAMED, slug
+from mllm_assets.components.assets.corrections import corrections_asset
 from mllm_assets.components.assets.dataset import dataset_info_asset, raw_asset, sample_quality_asset, splits_asset
 from mllm_assets.components.automation.sources import Watch, automation_sensor, source_sensors, with_automation
 from mllm_assets.components.jobs import LOGGERS, line_job
@@ -52,7 +53,7 @@ class Entries(YamlModel):
 class ImageTextDataset(dg.Component, YamlModel):
     """An image-text dataset as a ShareGPT directory that LLaMA-Factory reads.
 
-    Makes `<name>/raw`, `/sample_quality`, `/train`, `/val`, `/test` and `/dataset_info`.
+    Makes `<name>/raw`, `/sample_quality`, `/corrections`, `/train`, `/val`, `/test` and `/dataset_info`.
 
     Attributes:
         name: Name of the dataset; its slug is the first part of the asset keys.
@@ -134,7 +135,7 @@ class ImageTextDataset(dg.Component, YamlModel):
         except MllmAssetsError as error:
             return dg.Definitions(assets=[failing_asset(fallback_key, error)])
         raw = raw_asset(spec, self.description, self.license)
-        derived = [sample_quality_asset(spec), splits_asset(spec), dataset_info_asset(spec)]
+        derived = [sample_quality_asset(spec), corrections_asset(spec), splits_asset(spec), dataset_info_asset(spec)]
         sensors = source_sensors(spec, self.watch, Layout.from_environment())
         if self.automatic:
             derived = [with_automation(asset) for asset in derived]

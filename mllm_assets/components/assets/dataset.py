@@ -1,4 +1,4 @@
-"""The assets of one dataset: `raw`, `sample_quality`, `train`, `val` and `test`, `dataset_info`."""
+"""The assets of one dataset: `raw`, `sample_quality`, `train`, `val` and `test`, `dataset_info`; see `corrections`."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ from mllm_assets.data.quality.preview import preview_rows, preview_source
 from mllm_assets.data.quality.report import write_report
 from mllm_assets.layout import Layout
 
-COUNTS = ("num_raw", "num_train", "num_val", "num_test", "num_unused", "num_rejected", "num_augmented")
+COUNTS = ("num_raw", "num_train", "num_val", "num_test", "num_unused", "num_rejected", "num_augmented", "num_corrected")
 CHECKS = {
     "counts_add_up": "Every sample of the source trains, validates, tests, is unused or is rejected, with a reason.",
     "every_image_has_a_placeholder": "Each row has as many <image> placeholders as images, and its files exist.",
@@ -136,7 +136,9 @@ def sample_quality_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
 
 
 def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
-    raw_key, quality_key = dg.AssetKey([spec.name, "raw"]), dg.AssetKey([spec.name, "sample_quality"])
+    raw_key, quality_key, corrections_key = (
+        dg.AssetKey([spec.name, name]) for name in ("raw", "sample_quality", "corrections")
+    )
     keys = {side: dg.AssetKey([spec.name, side]) for side in SIDES}
     leak, variety = "splits_share_no_image", "rows_say_different_things"
     checks = {TRAIN: ["counts_add_up", variety], VAL: [leak], TEST: [leak]}
@@ -146,7 +148,7 @@ def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
         specs=[
             dg.AssetSpec(
                 keys[side],
-                deps=[raw_key, quality_key],
+                deps=[raw_key, quality_key, corrections_key],
                 group_name="curate",
                 kinds={"parquet" if spec.output.format == "parquet" else "json"},
                 code_version=digest_json(as_json(spec))[:16],
@@ -168,7 +170,8 @@ def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
         quality = upstream_path(context, quality_key, project)
         if mirror := project.mirror(context):
             mirror.pull_history(spec.name)  # so that no sample changes sides when another machine splits
-        result = split(spec, project.layout, raw, quality, context.run.run_id)
+        corrections = upstream_path(context, corrections_key, project)
+        result = split(spec, project.layout, raw, quality, context.run.run_id, corrections)
         _warn_of_copies(context, result)
         if not result.num_test:
             context.log.warning(no_test_text(spec, result.num_unused))

@@ -76,7 +76,7 @@ def run_columns(context: dg.AssetExecutionContext, recipe: str, weights_digest: 
 
 def line_versions(context: dg.AssetExecutionContext, node: Node) -> dict[str, str]:
     """Asset -> data version of everything that a release is made from, as last materialised, the first stage first."""
-    of_data = "raw sample_quality train val test dataset_info".split()
+    of_data = "raw sample_quality corrections train val test dataset_info".split()
     datasets = dict.fromkeys(key.path[0] for key in (*node.ancestor_data, *node.data))
     own = "vision_features checkpoint predictions eval_metrics".split()
     keys = [dg.AssetKey([dataset, name]) for dataset in datasets for name in of_data]

@@ -91,10 +91,17 @@ def _fitted(result: dg.MaterializeResult) -> dg.MaterializeResult:
     return result._replace(metadata=fitted(result.metadata or {}), check_results=checks)
 
 
+def as_shown(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata that a step would have recorded, of an event outside of a run."""
+    return fitted(_redacted_metadata(metadata))
+
+
 def _redacted(result: dg.MaterializeResult) -> dg.MaterializeResult:
-    return result._replace(
-        metadata={name: _redacted_value(value) for name, value in _shown(result.metadata or {}).items()}
-    )
+    return result._replace(metadata=_redacted_metadata(result.metadata or {}))
+
+
+def _redacted_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _redacted_value(value) for name, value in _shown(metadata).items()}
 
 
 def _shown(metadata: Mapping[str, Any]) -> dict[str, Any]:

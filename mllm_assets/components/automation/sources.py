@@ -87,7 +87,7 @@ def _find_files(source: SourceSpec, settle_s: float, root: Path, known: dict[str
 def _sensor(
     spec: DatasetSpec, settings: Watch, name: str, what: str, find_new: Callable[[dict[str, str], dict], News]
 ) -> dg.SensorDefinition:
-    keys = [dg.AssetKey([spec.name, last]) for last in ("raw", "sample_quality", *SIDES, "dataset_info")]
+    keys = [dg.AssetKey([spec.name, last]) for last in ("raw", "sample_quality", "corrections", *SIDES, "dataset_info")]
     raw = keys[0].to_user_string()
 
     @dg.sensor(

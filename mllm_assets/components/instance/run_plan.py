@@ -11,12 +11,14 @@ from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
 from mllm_assets.artifacts import MANIFEST
 from mllm_assets.components.assets.checkpoint import RECIPE_FILE
+from mllm_assets.components.assets.corrections import DECISIONS
 from mllm_assets.components.automation.retraining import find_outdated
 from mllm_assets.components.automation.sources import LISTING, SOURCE
 from mllm_assets.components.facts import facts_of
 from mllm_assets.components.instance.location import Location
 from mllm_assets.components.reporting import OFF, UNREADABLE
 from mllm_assets.components.slots import run_tags
+from mllm_assets.data.curate.corrections import corrections_digest
 from mllm_assets.data.ingest.paths import list_source
 from mllm_assets.data.ingest.spec import SourceSpec
 from mllm_assets.errors import MllmAssetsError, RecipeError, all_of
@@ -190,6 +192,8 @@ def _changed(
         source = graph.get(key).metadata.get(SOURCE)
         if LISTING in known and source is not None and (new := _new_listing(source.value, layout, known[LISTING])):
             found[key] = new
+        if DECISIONS in known and known[DECISIONS] != corrections_digest(layout, key.path[0]):
+            found[key] = "people decided about its samples"
         if key.path[-1] == "checkpoint" and "fingerprint" in known:
             made, asked = dict(known.get("overrides") or {}), trials.get(key.path[0], {})
             if made != asked:

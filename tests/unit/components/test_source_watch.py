@@ -17,6 +17,7 @@ from mllm_assets.layout import Layout
 from tests.integration.stand_in_hub import Repo, commit_of, running_hub
 
 RAW = dg.AssetKey(["birds", "raw"])
+LINE = ("raw", "sample_quality", "corrections", "train", "val", "test", "dataset_info")
 
 
 class Ticks:
@@ -28,12 +29,7 @@ class Ticks:
         [self.sensor] = source_sensors(spec, settings, layout)
         self.instance, self.cursor = instance, None
 
-        @dg.multi_asset(
-            can_subset=True,
-            specs=[
-                dg.AssetSpec(["birds", n]) for n in ("raw", "sample_quality", "train", "val", "test", "dataset_info")
-            ],
-        )
+        @dg.multi_asset(can_subset=True, specs=[dg.AssetSpec(["birds", name]) for name in LINE])
         def made():
             yield from ()
 
@@ -87,14 +83,7 @@ def test_changed_files_are_ingested_once_after_they_rested(
     ticks.cursor = json.dumps(cursor)
     request = ticks.tick()
     assert isinstance(request, dg.RunRequest)
-    assert [key.path[-1] for key in request.asset_selection] == [
-        "raw",
-        "sample_quality",
-        "train",
-        "val",
-        "test",
-        "dataset_info",
-    ]
+    assert [key.path[-1] for key in request.asset_selection] == list(LINE)
     assert request.tags["dagster/max_runtime"] == "7200"
     assert "changed, and then did not for 36" in request.tags["mllm_assets/reason"]
     again = ticks.tick()
