@@ -22,6 +22,7 @@ LAST = {
     "pretrained/gemma3_tiny": "pretrained_model.describe_model",
     "emoji/raw": "assets.dataset.ingest",
     "emoji/sample_quality": "assets.dataset.write_report",
+    "emoji/corrections": "assets.corrections.settle",
     "emoji/train emoji/val emoji/test": "assets.dataset.splits_share_no_image",
     "emoji/dataset_info": "assets.dataset.register",
     "mine/vision_features": "resources.AcceleratorResource.run",

@@ -21,6 +21,7 @@ ASSETS = [
     'key:"pretrained/gemma3_tiny"',
     'key:"emoji/raw"',
     'key:"emoji/sample_quality"',
+    'key:"emoji/corrections"',
     'key:"emoji/train" or key:"emoji/val" or key:"emoji/test"',
     'key:"emoji/dataset_info"',
     'key:"mine/vision_features"',
@@ -29,7 +30,7 @@ ASSETS = [
     'key:"mine/eval_metrics"',
     'key:"mine/released_model"',
 ]
-WHOLE_LINE = " or ".join([*ASSETS[:6], line_of("mine")])
+WHOLE_LINE = " or ".join([*ASSETS[:7], line_of("mine")])
 
 
 def make_line(root: Path) -> Project:

@@ -25,7 +25,7 @@ WHERE_ASKED_FOR = {"source_listing", "eval_loss", "overrides", "mlflow_run", "wa
     "line_money", "anls", "character_error_rate", "json_valid", "json_field_f1", "box_iou", "training_loss",
     # what is empty in this line is not shown
     "revision", "hub_id", "license", "reject_reasons", "flags", "unused_reasons", "augmentations", "warnings",
-    "leaks", "gains_over_release"}  # fmt: skip
+    "leaks", "gains_over_release", "newest", "unmatched"}  # fmt: skip
 
 
 def config(recipe: str, **values: Any) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def test_a_recipe_dropped_into_configs_becomes_a_release_and_is_not_trained_twic
     made_keys = {
         key.path[-1] if key.path[0] != "pretrained" else "pretrained": key.path for key in project.made_assets()
     }
-    assert len(made_keys) == 11
+    assert len(made_keys) == 12
     for name, path in made_keys.items():
         shown, known = project.metadata(*path).keys(), (METADATA_KEYS[name] | COST_KEYS).keys()
         assert shown <= known and known - shown <= WHERE_ASKED_FOR, f"{name}: what the reference page says is {known}"

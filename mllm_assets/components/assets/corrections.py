@@ -10,9 +10,9 @@ from mllm_assets.components.assets.lineage import upstream_path
 from mllm_assets.components.assets.step import step
 from mllm_assets.components.reporting import in_window
 from mllm_assets.components.resources import ProjectResource
-from mllm_assets.data.curate.corrected import SettledResult, settle
+from mllm_assets.data.curate.corrected import SettledResult, answering, settle
 from mllm_assets.data.curate.corrections import read_corrections
-from mllm_assets.data.ingest.spec import DatasetSpec, as_json
+from mllm_assets.data.ingest.spec import DatasetSpec
 from mllm_assets.data.quality.report import markdown_table
 from mllm_assets.layout import Layout
 
@@ -28,7 +28,7 @@ def corrections_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
         group_name="curate",
         kinds={"json"},
         deps=[raw_key],
-        code_version=digest_json(as_json(spec))[:16],
+        code_version=digest_json(answering(spec))[:16],
         description="What people decided about samples (another answer, drop, keep), from "
         f"corrections/{spec.name}.jsonl: `mllm-assets review {spec.name}`, or the board. The splits are made with it, "
         "and no sample changes sides by it.",

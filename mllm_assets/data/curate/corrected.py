@@ -69,6 +69,11 @@ class SettledResult:
     unmatched: Sequence[tuple[Correction, str]]
 
 
+def answering(spec: DatasetSpec) -> list[Any]:
+    """What of a dataset's description decides what an answer is, and whether it can be trained on."""
+    return [spec.answer, spec.prompts, spec.quality.max_caption_chars, spec.source.label_column]
+
+
 def answer_of(sample: Mapping[str, Any], spec: DatasetSpec) -> str:
     """What a decision about an ingested row would correct; "" where the source has none."""
     if sample["messages"] is not None:
@@ -160,11 +165,12 @@ def _settled(one: Correction, sample: Mapping[str, Any], spec: DatasetSpec) -> S
 
 
 def _publish(spec: DatasetSpec, layout: Layout, raw_digest: str, rows: list[dict[str, Any]]) -> Path:
-    values = as_json(spec)
-    directory = layout.settled(spec.name, digest_json([values, raw_digest, rows])[:16])
+    directory = layout.settled(spec.name, digest_json([answering(spec), raw_digest, rows])[:16])
     with staging_directory(directory.parent) as staging:
         (staging / SETTLED_FILE).write_bytes(orjson.dumps(rows, option=orjson.OPT_INDENT_2))
-        write_manifest(staging, {"kind": "corrections", "dataset": spec.name, "raw_digest": raw_digest, "spec": values})
+        write_manifest(
+            staging, {"kind": "corrections", "dataset": spec.name, "raw_digest": raw_digest, "spec": as_json(spec)}
+        )
         publish(staging, directory)
     point_symlink(layout.settled(spec.name, LATEST), directory)
     return directory
