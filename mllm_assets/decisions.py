@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mllm_assets.artifacts import write_text_atomic
-from mllm_assets.errors import IntegrityError, MllmAssetsError, RecipeError
+from mllm_assets.errors import DataError, IntegrityError, MllmAssetsError, RecipeError
 
 MAX_WHO_CHARS, MAX_WHY_CHARS = 100, 2000
 Decision = TypeVar("Decision")
@@ -43,10 +43,17 @@ def one_line(name: str, text: str, max_chars: int) -> str:
     return text
 
 
-def write_decision_file(path: Path, decisions: Iterable[Any]) -> None:
-    """Replace a file by dataclasses, one a line; the caller holds its lock, and adds to what was read."""
+def write_decision_file(path: Path, decisions: Iterable[Any], *, max_mib: int) -> None:
+    """Replace a file by dataclasses, one a line; the caller holds its lock, and adds to what was read.
+
+    Raises:
+        DataError: It would be larger than is read again.
+    """
+    text = "".join(f"{json.dumps(asdict(one), ensure_ascii=False)}\n" for one in decisions)
+    if len(text.encode()) > max_mib * 2**20:
+        raise DataError(f"{path} would be larger than {max_mib} MiB. Nothing was added to it.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, (f"{json.dumps(asdict(one), ensure_ascii=False)}\n" for one in decisions))
+    write_text_atomic(path, text)
 
 
 def read_decision_file(path: Path, read: Callable[[Any], Decision], *, max_mib: int, cure: str) -> list[Decision]:

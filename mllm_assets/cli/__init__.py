@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from mllm_assets import __version__
-from mllm_assets.cli import approving, data, models, operations, results, running, training
+from mllm_assets.cli import approving, data, models, operations, results, reviewing, running, training
 from mllm_assets.cli.options import Parser, help_without_verb
 from mllm_assets.disk import CURE, NO_SPACE
 from mllm_assets.errors import MllmAssetsError, did_you_mean
@@ -19,7 +19,7 @@ from mllm_assets.redaction import redacted_output
 from mllm_assets.worker.launch import WorkerCrashed
 from mllm_assets.worker.run import refuse_hub_kernels
 
-GROUPS = (running, training, models, results, approving, data, operations)
+GROUPS = (running, training, models, results, approving, data, reviewing, operations)
 EXAMPLES = {
     "run": "emoji_sft max_steps=60 --dry-run",
     "enable": "gemma3_lora_sft",
@@ -35,6 +35,7 @@ EXAMPLES = {
     "releases": "list emoji_sft",
     "approve": "emoji_sft --why 'the mistakes are between alike faces'",
     "quality": "worst --dataset emoji",
+    "review": "emoji list --recipe emoji_sft --wrong",
     "add-dataset": "my/photos --name birds",
     "check-data": "data",
     "init": "birds",

@@ -83,7 +83,9 @@ def decide(layout: Layout, recipe: str, decision: Decision) -> None:
         IntegrityError: The file is damaged.
     """
     with releases_lock(layout, recipe):
-        write_decision_file(layout.releases(recipe) / APPROVALS, [*read_decisions(layout, recipe), decision])
+        write_decision_file(
+            layout.releases(recipe) / APPROVALS, [*read_decisions(layout, recipe), decision], max_mib=MAX_FILE_MIB
+        )
 
 
 def read_decisions(layout: Layout, recipe: str) -> list[Decision]:

@@ -9,7 +9,7 @@ from dagster._core.definitions.data_version import DATA_VERSION_TAG
 from mllm_assets.components.assets.corrections import corrections_metadata
 from mllm_assets.components.assets.step import as_shown
 from mllm_assets.components.instance.home import open_instance
-from mllm_assets.data.curate.corrected import find_source, settle
+from mllm_assets.data.curate.corrected import check_answers, find_source, settle
 from mllm_assets.data.curate.corrections import Correction, add_corrections
 from mllm_assets.layout import Layout
 
@@ -23,6 +23,7 @@ def record(layout: Layout, dataset: str, corrections: Sequence[Correction]) -> N
         InstanceError: Dagster's instance does not open; the decisions are kept.
     """
     spec, raw = find_source(layout, dataset)
+    check_answers(spec, raw, corrections)
     add_corrections(layout, dataset, corrections)
     if not os.environ.get("DAGSTER_HOME"):
         return

@@ -146,6 +146,18 @@ def settle(spec: DatasetSpec, layout: Layout, raw: Path) -> SettledResult:
     )
 
 
+def check_answers(spec: DatasetSpec, raw: Path, corrections: Sequence[Correction]) -> None:
+    """Refuse new answers before they are recorded.
+
+    Raises:
+        DataError: One cannot be trained on in this dataset. Names the sample.
+    """
+    left = {one.sample_id: one for one in corrections if one.action == RELABEL}
+    for sample in read_texts(raw, COLUMNS) if left else ():
+        if (one := left.pop(content_id(sample["sample_id"]), None)) is not None:
+            _settled(one, sample, spec)
+
+
 def _settled(one: Correction, sample: Mapping[str, Any], spec: DatasetSpec) -> Settled:
     if one.action == DROP:
         return Settled(sample_id=one.sample_id, action=DROP)
@@ -156,7 +168,7 @@ def _settled(one: Correction, sample: Mapping[str, Any], spec: DatasetSpec) -> S
     if defect is not None and before is None:
         raise DataError(
             f"{one.sample_id} ({sample['source_location']}): the new answer of {one.who} cannot be trained on "
-            f"({defect}). Take it back: mllm-assets review {spec.name} undo {one.sample_id}"
+            f"({defect}). Give another, or take it back: mllm-assets review {spec.name} undo {one.sample_id}"
         )
     is_made_up_for = defect is None and before is not None and sample["source_defect"] is None
     return Settled(

@@ -94,7 +94,7 @@ def add_corrections(layout: Layout, dataset: str, new: Sequence[Correction]) -> 
     """Add decisions, all of them or none.
 
     Raises:
-        DataError: There is nothing to undo.
+        DataError: There is nothing to undo, or there would be more than can be read.
         IntegrityError: The file is damaged.
     """
     path = layout.corrections(dataset)
@@ -107,7 +107,7 @@ def add_corrections(layout: Layout, dataset: str, new: Sequence[Correction]) -> 
             if one.action == UNDO and not held[one.sample_id]:
                 raise DataError(f"{one.sample_id}: nothing was decided about it, so there is nothing to undo.")
             held[one.sample_id] += -1 if one.action == UNDO else 1
-        write_decision_file(path, [*known, *new])
+        write_decision_file(path, [*known, *new], max_mib=MAX_FILE_MIB)
 
 
 def read_corrections(layout: Layout, dataset: str) -> list[Correction]:

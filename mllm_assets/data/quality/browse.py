@@ -156,7 +156,7 @@ def browse(layout: Layout, query: SampleQuery) -> SamplePage:
     ids = [row["sample_id"] for row in store.query(f"{_MATCHING.format(what='sample_id')} {ordered}", params)]
     found = store.query(f"{_MATCHING.format(what='*')} AND list_contains($ids, sample_id)", params | {"ids": ids})
     rows, images = {row["sample_id"]: row for row in found}, _images(store, query.dataset, ids)
-    samples = [_seen(rows[name], _published(layout, images.get(name))) for name in ids if name in rows]
+    samples = [_seen(rows[name], published_image(layout, images.get(name))) for name in ids if name in rows]
     return SamplePage(samples=samples, num_matching=count["number"])
 
 
@@ -170,7 +170,7 @@ def _images(store: QualityStore, dataset: str, sample_ids: Sequence[str]) -> dic
     return {row["sample_id"]: row["image_sha256"] for row in rows}
 
 
-def _published(layout: Layout, digest: str | None) -> Path | None:
+def published_image(layout: Layout, digest: str | None) -> Path | None:
     """The file of an image that was published as it is; of a rejected one there is none."""
     if not digest:
         return None
