@@ -136,9 +136,7 @@ def sample_quality_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
 
 
 def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
-    raw_key, quality_key, corrections_key = (
-        dg.AssetKey([spec.name, name]) for name in ("raw", "sample_quality", "corrections")
-    )
+    above = [dg.AssetKey([spec.name, name]) for name in ("raw", "sample_quality", "corrections")]
     keys = {side: dg.AssetKey([spec.name, side]) for side in SIDES}
     leak, variety = "splits_share_no_image", "rows_say_different_things"
     checks = {TRAIN: ["counts_add_up", variety], VAL: [leak], TEST: [leak]}
@@ -148,7 +146,7 @@ def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
         specs=[
             dg.AssetSpec(
                 keys[side],
-                deps=[raw_key, quality_key, corrections_key],
+                deps=above,
                 group_name="curate",
                 kinds={"parquet" if spec.output.format == "parquet" else "json"},
                 code_version=digest_json(as_json(spec))[:16],
@@ -166,11 +164,9 @@ def splits_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
     def splits(
         context: dg.AssetExecutionContext, project: ProjectResource
     ) -> tuple[dg.MaterializeResult, dg.MaterializeResult, dg.MaterializeResult]:
-        raw = upstream_path(context, raw_key, project)
-        quality = upstream_path(context, quality_key, project)
+        raw, quality, corrections = (upstream_path(context, key, project) for key in above)
         if mirror := project.mirror(context):
             mirror.pull_history(spec.name)  # so that no sample changes sides when another machine splits
-        corrections = upstream_path(context, corrections_key, project)
         result = split(spec, project.layout, raw, quality, context.run.run_id, corrections)
         _warn_of_copies(context, result)
         if not result.num_test:

@@ -133,12 +133,8 @@ def split(
     store = QualityStore(layout.quality_db)
     rows = CorrectedSource(spec, raw, corrections)
     samples = _without_made_up(pq.read_table(quality / QUALITY_FILE, columns=list(COLUMNS)), rows)
-    if spec.split_is_given:
-        assignments = assign_as_given(spec, samples, source["num_source_rows"])
-    else:
-        assignments = _assign(spec, store, samples, raw, quality)
     decided = rows.actions(samples["sample_id"].to_pylist())
-    assignments = without(assignments, decided == DROP, spec.name)
+    assignments = without(_assign(spec, store, samples, raw, quality), decided == DROP, spec.name)
     images = ImageWriter(spec, layout)
     with staging_directory(layout.version(spec.name, "new").parent) as staging:
         page = SamplePage(staging, assignments, samples)
@@ -214,6 +210,8 @@ def no_test_text(spec: DatasetSpec, num_unused: int) -> str:
 
 
 def _assign(spec: DatasetSpec, store: QualityStore, samples: pa.Table, raw: Path, quality: Path) -> Assignments:
+    if spec.split_is_given:
+        return assign_as_given(spec, samples, read_manifest(raw)["num_source_rows"])
     index, hashes = index_images(raw), read_perceptual_hashes(quality)
 
     def regroup(chosen_S: NDArray[np.bool_]) -> SampleGroups:
