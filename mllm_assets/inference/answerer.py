@@ -31,6 +31,7 @@ from mllm_assets.training.runs.models import is_checkpoint
 if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
 
+ASK_ELSEWHERE = "End other programs, or ask it on a larger device, or on the CPU: MLLM_ASSETS_DEVICE=cpu, --device cpu."
 ASK_FEWER = (
     "Ask fewer at once: a lower batch_size of the recipe's evaluation, or --batch-size. With one row, ask for fewer "
     "tokens, or give fewer or smaller images."
@@ -73,7 +74,7 @@ class Answerer:
         if turns.template is not None:
             require_template(turns.template, processor_family(processor), str(directory))
         self.device = torch.device(device)
-        with out_of_memory_is_an_error(f"loading {directory}", "End other programs, or ask it on another device."):
+        with out_of_memory_is_an_error(f"loading {directory}", ASK_ELSEWHERE):
             model = load_checkpoint(directory, digests=digests) if is_delta else load_model(directory, dtype=dtype)
             if digests is not None:
                 digests.require_unchanged()

@@ -21,6 +21,7 @@ from mllm_assets.training.encoding.inputs import Inputs, make_collator
 from mllm_assets.training.models.device import GIB, Device, Precision
 from mllm_assets.training.models.freezing import TrainableSet
 from mllm_assets.training.models.load import load_model
+from mllm_assets.training.models.load_parts import load_modules
 from mllm_assets.training.models.quantization import quantizing_device
 from mllm_assets.worker.protocol import num_ranks, rank
 from mllm_assets.worker.tasks import CacheSettings, Part
@@ -175,8 +176,7 @@ def restore_modules(model: Any, plan: CachePlan, model_dir: Path, dtype: torch.d
         layers = (f"{hidden_states.LAYERS}.{index}" for index in range(plan.boundary))
         replaced += ["model.multi_modal_projector", *layers]
     device = model.lm_head.weight.device
-    source = load_model(model_dir)
-    modules = {path: source.get_submodule(path).to(dtype=dtype).to(device).requires_grad_(False) for path in replaced}
+    modules = {path: module.to(device) for path, module in load_modules(model_dir, replaced, dtype).items()}
     tower.uninstall(model, {path: modules.pop(path) for path in tower.paths(model)})
     for path, module in modules.items():
         model.set_submodule(path, module)

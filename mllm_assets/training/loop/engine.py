@@ -35,7 +35,7 @@ from mllm_assets.training.loop.checkpoints import (
     load_trainable,
     seed_run,
 )
-from mllm_assets.training.loop.fitting import decide_checkpointing, fit_micro_batch, what_fits
+from mllm_assets.training.loop.fitting import decide_checkpointing, fit_micro_batch, note_on_answers, what_fits
 from mllm_assets.training.loop.optimizers import require_optimizer
 from mllm_assets.training.loop.pair_tuner import make_tuner
 from mllm_assets.training.loop.preferences import require_one_process
@@ -197,7 +197,8 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
     setup = fit_micro_batch(setup, plan, task, reporter)
     needed = memory.estimate(setup, plan)
     memory.require_memory(needed, setup.device, lambda: what_fits(setup))
-    for warning in setup.shape.warnings:
+    note = note_on_answers(setup, load_config(task.model_dir).dtype or torch.float32)
+    for warning in (*setup.shape.warnings, *([note] if note else [])):
         reporter.warn(warning)
     reporter.notify("\n".join(trainable_lines(setup.shape.table, setup.shape.num_params)))
 

@@ -13,6 +13,7 @@ from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import CachePlan, Setup, plan_caches
 from mllm_assets.training.loop import memory
 from mllm_assets.training.models import freezing
+from mllm_assets.training.models.device import GIB
 from mllm_assets.training.models.load import base_model, model_on_meta
 from mllm_assets.training.models.quantization import Quantization
 from mllm_assets.training.runs.run_file import pin_setting, read_run_file
@@ -73,6 +74,22 @@ def what_fits(setup: Setup) -> str | None:
             named = ", ".join(f"{key}: {_yaml(after[key])}" for key in after if after[key] != before[key])
             return f"With {named} it would need {needed.on(setup.device):.1f} GiB and fit"
     return None
+
+
+def note_on_answers(setup: Setup, published: torch.dtype) -> str | None:
+    """Say before a run what can be known of its end: that the model is too large to be asked on the device.
+
+    A run may hold its model in fewer bits than it publishes, and without its tower.
+    """
+    weights_gib = setup.shape.num_params * published.itemsize / GIB
+    whole = memory.MemoryEstimate(weights_gib=weights_gib, gradients_gib=0.0, optimizer_gib=0.0, activations_gib=0.0)
+    if setup.device.kind == "cpu" or whole.fits(setup.device):
+        return None
+    return (
+        f"The trained model will take {whole.on(setup.device):.1f} GiB to be asked, and {setup.device.name} has "
+        f"{setup.device.usable_gib:.1f} GiB free: predictions, and so gates and a release, need another device. "
+        "MLLM_ASSETS_DEVICE=cpu makes them on the CPU, slowly; the trained run is found there too."
+    )
 
 
 def _yaml(value: object) -> str:

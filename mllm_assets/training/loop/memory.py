@@ -209,7 +209,8 @@ def require_memory(needed: MemoryEstimate, device: Device, find_cure: Callable[[
         has = f"{device.usable_gib:.1f} GiB of {has} free"
     cure = find_cure() or "No change of the recipe makes it fit: take a smaller model, or a device with more memory"
     if needed.on(device) <= device.memory_gib:
-        cure = f"End other programs on it (nvidia-smi or top shows them), or: {cure}"
+        other = ", choose another card with CUDA_VISIBLE_DEVICES" if device.kind == "cuda" else ""
+        cure = f"End other programs on it (nvidia-smi or top shows them){other}, or: {cure}"
     raise OutOfMemoryError(
         f"The run needs about {needed.on(device):.1f} GiB ({shown}), and {device.name} ({device.kind}) has "
         f"{has}. {cure}."

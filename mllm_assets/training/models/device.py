@@ -132,6 +132,8 @@ def _own_card() -> Device:
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         try_card(index)
+    if getattr(properties, "is_integrated", False):  # its memory is the machine's, which gives back cached files
+        free = max(free, min(total, _meminfo_bytes("MemAvailable") or 0))
     return Device(
         kind="cuda",
         name=properties.name,

@@ -7,7 +7,10 @@ tower stay as they are.
 
 import importlib.util
 import shutil
+import sys
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +36,8 @@ def require_kernels(spec: TrainSpec, device_kind: str) -> None:
     Raises:
         MachineError: The device, a compiler or a package is missing. Says which.
     """
+    if uses_liger(spec, device_kind):
+        require_compiler("enable_liger_kernel")
     if uses_liger(spec, device_kind) and importlib.util.find_spec("liger_kernel") is None:
         raise MachineError(
             "enable_liger_kernel needs the package liger-kernel, which is not installed. Install it (pip install "
@@ -51,10 +56,25 @@ def require_kernels(spec: TrainSpec, device_kind: str) -> None:
             "torch_compile on CUDA needs triton, which PyTorch's CUDA build for Linux brings and this one does not. "
             "Install that build, or delete torch_compile from the recipe."
         )
+    require_compiler("torch_compile")
+
+
+def require_compiler(key: str) -> None:
+    """Refuse what makes code while it runs, where nothing can compile it.
+
+    Raises:
+        MachineError: A compiler, or Python's headers, which many systems have in a package apart, are missing.
+    """
     if not any(map(shutil.which, COMPILERS)):
         raise MachineError(
-            f"torch_compile needs a C++ compiler, and none of {', '.join(COMPILERS)} is in PATH. Install one "
-            "(apt-get install g++), or delete torch_compile from the recipe."
+            f"{key} needs a C++ compiler, and none of {', '.join(COMPILERS)} is in PATH. Install one "
+            f"(apt-get install g++), or delete {key} from the recipe."
+        )
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if not headers.is_file():
+        raise MachineError(
+            f"{key} needs Python's headers, and {headers} is missing. Install them (apt-get install "
+            f"python{sys.version_info.major}.{sys.version_info.minor}-dev), or delete {key} from the recipe."
         )
 
 

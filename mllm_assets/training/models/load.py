@@ -163,7 +163,7 @@ def load_model(
     """Load weights strictly: every key of the model is in the files and every key of the files in the model.
 
     Args:
-        directory: A Hugging Face model directory with safetensors.
+        directory: Of safetensors.
         dtype: Of all weights; None keeps the directory's own.
         device: Where the model is put.
         quantization: Of the frozen linear layers, on `device`: each layer's weight is put there and quantised there.
@@ -194,7 +194,7 @@ def load_model(
     except Exception as error:  # safetensors has a class of its own, and a configuration may name anything
         if is_out_of_memory(error):
             raise
-        raise _unloadable(directory, error) from error
+        raise (quantization.unloadable if quantization else _unloadable)(directory, error) from error
     model, info = loaded
     problems = {kind: sorted(info[f"{kind}_keys"], key=str) for kind in ("missing", "unexpected", "mismatched")}
     if any(problems.values()):
@@ -300,8 +300,7 @@ def publish_model(
                 part.rename(run_dir / part.name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    loss_saved, sums_saved = batch_loss(model, batch), bit_sums(model)
-    device = model.device
+    loss_saved, sums_saved, device = batch_loss(model, batch), bit_sums(model), model.device
     release(model)  # one of the two is in memory at a time
     reloaded = load_model(run_dir / "model", device=device).requires_grad_(False)  # raises on a missing key
     if other := sorted(name for name, bits in bit_sums(reloaded).items() if sums_saved.get(name) != bits):

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,15 @@ class Quantization:
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=self.double,
             bnb_4bit_quant_type=self.type,
+        )
+
+    def unloadable(self, directory: Path, error: Exception) -> MachineError:
+        """What failed may be bitsandbytes: its build fits a CUDA, and a card."""
+        reason = " ".join(str(error).split())[:300]
+        return MachineError(
+            f"The weights in {directory} cannot be loaded in {self.bits} bits ({type(error).__name__}: {reason}). See "
+            "what python -m bitsandbytes says of this machine, or delete quantization_bit from the recipe. If it is "
+            "the same without, make or download the weights again."
         )
 
     def weight_bytes(self, weight: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_assets.errors import MachineError, RecipeError
+from mllm_assets.errors import MachineError, OutOfMemoryError, RecipeError
 from mllm_assets.families.family import FAMILIES, require_attention
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
@@ -32,7 +32,7 @@ from mllm_assets.training.models.device import (
     pick_precision,
 )
 from mllm_assets.training.models.kernels import require_kernels
-from mllm_assets.training.models.load import load_config, model_on_meta
+from mllm_assets.training.models.load import load_config, load_model, model_on_meta
 from mllm_assets.training.models.quantization import Quantization
 from mllm_assets.training.runs.history import read_log, smoothed
 from mllm_assets.worker.tasks import CacheSettings
@@ -258,6 +258,37 @@ def test_layers_are_compiled_only_where_a_compiler_is(monkeypatch: pytest.Monkey
     spec = make_spec(torch_compile=True)
     with pytest.raises(MachineError, match="needs a CUDA device or a CPU, and this run is on mps. Delete it"):
         require_kernels(spec, "mps")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(MachineError, match=r"Python's headers.*install python3\.\d+-dev"),
+    ):
+        patch.setattr("sysconfig.get_path", lambda name: "/nowhere")
+        require_kernels(spec, "cpu")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(MachineError, match=r"needs a C\+\+ compiler, and none of g\+\+, .* is in PATH. Install one"):
         require_kernels(spec, "cpu")
+
+
+def test_a_model_that_bitsandbytes_cannot_hold_is_not_told_to_be_downloaded_again(
+    parity_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its build did not fit the machine's CUDA, and the weights were blamed."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA Setup failed despite CUDA being available")
+
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", fail)
+    with pytest.raises(MachineError, match=r"in 4 bits \(RuntimeError: CUDA Setup failed.*See what python -m bitsandb"):
+        load_model(parity_dir / "model", quantization=Quantization(bits=4, type="nf4", double=True))
+
+
+@pytest.mark.parametrize("said", ["CUDA error: out of memory", "[enforce fail] DefaultCPUAllocator: can't allocate"])
+def test_memory_that_ends_while_weights_are_read_is_not_told_as_damage(
+    parity_dir: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", fail)
+    with pytest.raises(OutOfMemoryError, match="^Out of memory here: "), out_of_memory_is_an_error("here", "x"):
+        load_model(parity_dir / "model")

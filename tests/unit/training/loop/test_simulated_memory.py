@@ -15,7 +15,7 @@ from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import Inputs
 from mllm_assets.training.loop import memory
-from mllm_assets.training.loop.fitting import decide_checkpointing, what_fits
+from mllm_assets.training.loop.fitting import decide_checkpointing, note_on_answers, what_fits
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import Device, Precision
 from mllm_assets.worker.tasks import CacheSettings
@@ -113,6 +113,13 @@ def test_a_model_that_is_loaded_again_to_be_published_is_merged_on_the_card_that
     assert memory.publishing_device(setup, torch.bfloat16, num_rows=2) == "cpu"
     on_a_cpu = replace(setup, device=replace(setup.device, kind="cpu"))
     assert memory.publishing_device(on_a_cpu, torch.bfloat16, num_rows=2) == "cpu"
+
+
+def test_a_run_says_at_its_start_that_the_card_is_too_small_to_ask_its_model() -> None:
+    """LoRA on 4 bits trains gemma-3-4b on 8 GB, and hours later its predictions ended out of memory."""
+    note = note_on_answers(gemma_3_4b("lora", free_gib=7.5), torch.bfloat16)
+    assert note and "will take 9.1 GiB to be asked, and a card has 7.5 GiB free" in note
+    assert note_on_answers(gemma_3_4b("lora", free_gib=12.0), torch.bfloat16) is None
 
 
 ROWS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}

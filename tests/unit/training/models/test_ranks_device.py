@@ -37,6 +37,15 @@ def test_a_rank_computes_on_its_own_card_and_counts_what_is_free_there(
     assert (device.name, device.memory_gib, device.usable_gib) == (f"card {rank or 0}", 80, free_gib)
 
 
+def test_memory_that_a_card_shares_with_the_machine_is_free_where_files_are_cached_in_it(
+    cards: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA does not count what the kernel would give back: after a model was read nothing seemed to fit."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="x", is_integrated=True))
+    monkeypatch.setattr("mllm_assets.training.models.device._meminfo_bytes", lambda name: 100 * GIB)
+    assert pick_device("cuda").usable_gib == 80
+
+
 def test_more_processes_than_cards_are_refused(cards: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(MachineError, match=r"expected 3 or more, found 2\. Set num_processes .* to 2\."):
