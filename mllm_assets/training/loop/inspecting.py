@@ -11,7 +11,7 @@ from PIL import Image
 
 from mllm_assets.data.ingest.images import open_picture
 from mllm_assets.data.sharegpt.dataset import Dataset
-from mllm_assets.errors import RecipeError
+from mllm_assets.errors import OutOfMemoryError, RecipeError
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe
 from mllm_assets.training.caches.prepare import Setup, plan_caches
@@ -20,6 +20,7 @@ from mllm_assets.training.encoding.encode import EncodedRow, image_token_id
 from mllm_assets.training.encoding.image_files import load_image
 from mllm_assets.training.encoding.inputs import check_reach, make_collator, read_inputs
 from mllm_assets.training.loop import memory
+from mllm_assets.training.loop.fitting import what_fits
 from mllm_assets.training.loop.memory import MemoryEstimate
 from mllm_assets.training.loop.reporting import trainable_lines
 from mllm_assets.training.models import freezing
@@ -44,7 +45,8 @@ class Look:
     def memory(self) -> str:
         """What a step needs, of what there is."""
         device = self.setup.device
-        return f"memory: {self.needed.describe()} of {device.memory_gib:.1f} GiB on {device.name} ({device.kind})"
+        free = f"{device.usable_gib:.1f} of {device.memory_gib:.1f} GiB free"
+        return f"memory: {self.needed.describe()}, {free} on {device.name} ({device.kind})"
 
     def row(self, number: int) -> EncodedRow:
         """A training row, from 0; negative ones count from the end.
@@ -90,7 +92,12 @@ def look(recipe: Recipe, root: Path, *, device: str = "auto", max_rows: int | No
     plan = plan_caches(setup)
     setup = replace(setup, checkpointed=memory.needs_checkpointing(setup, plan))
     needed = memory.estimate(setup, plan)
-    return Look(setup=setup, needed=needed, notes=(*recipe.notes, *reporter.warnings, *shape.warnings))
+    notes = [*recipe.notes, *reporter.warnings, *shape.warnings]
+    try:
+        memory.require_memory(needed, found, lambda: what_fits(setup))
+    except OutOfMemoryError as error:
+        notes.append(f"this run would be refused: {error}")
+    return Look(setup=setup, needed=needed, notes=notes)
 
 
 def inspect(recipe: Recipe, root: Path, *, row: int = 0, device: str = "auto", colour: bool = False) -> Iterator[str]:

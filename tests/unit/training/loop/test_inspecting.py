@@ -55,6 +55,18 @@ def test_a_row_is_shown_with_images_supervision_what_trains_memory_and_notes(
     assert "\033" not in out
 
 
+def test_a_run_that_would_be_refused_is_told_with_what_would_fit(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory was compared with the device's total and nothing said of it: the run itself was refused."""
+    with (root / "r.yaml").open("a") as recipe:
+        recipe.write("per_device_train_batch_size: 1000000\n")
+    out = inspect(root, capsys, "--row", "0")
+    assert re.search(r"memory: about .*, [\d.]+ of [\d.]+ GiB free on ", out)
+    told = r"note: this run would be refused: The run needs about .* With per_device_train_batch_size: \d+, "
+    assert re.search(told + r"gradient_accumulation_steps: \d+ it would need .* and fit\.", out)
+
+
 def test_the_picture_written_is_what_the_tower_gets(
     root: Path, parity_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
