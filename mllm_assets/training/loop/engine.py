@@ -47,6 +47,7 @@ from mllm_assets.training.loop.trainer import (
     training_facts,
 )
 from mllm_assets.training.models import freezing
+from mllm_assets.training.models.cards import note_on_idle_cards
 from mllm_assets.training.models.device import (
     notes_on_precision,
     out_of_memory_is_an_error,
@@ -155,6 +156,8 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
         reporter.warn(note)
     device = pick_device(task.accelerator.device, use_cpu=task.recipe.use_cpu, warn=reporter.warn)
     precision = pick_precision(task.recipe, device)
+    if device.kind == "cuda" and (note := note_on_idle_cards(task.accelerator.num_processes)):
+        reporter.notify(note)
     task.run_dir.mkdir(parents=True, exist_ok=True)
     # a run keeps its number of threads: sums in another order give other last bits
     wanted = task.accelerator.num_threads or torch.get_num_threads()

@@ -34,8 +34,22 @@ def why_no_cuda() -> tuple[str, str]:
         if "too old" in reason:
             cure = f"Update NVIDIA's driver, or install a PyTorch build for an older CUDA than {torch.version.cuda}"
             return f"{build} needs a newer driver ({reason})", cure
+        named = [f"{name} is {value!r}" for name in HIDES if (value := os.environ.get(name)) is not None]
+        if named:
+            return f"{build} sees no CUDA device ({reason}; {', '.join(named)})", "Let it name a card of nvidia-smi -L"
         return f"{build} sees no CUDA device ({reason})", "See whether nvidia-smi lists the card; restart after updates"
     return f"{build} sees no CUDA device", "See whether nvidia-smi lists the card"
+
+
+def note_on_idle_cards(num_processes: int) -> str | None:
+    """Say that there are more cards than one process computes on."""
+    count = torch.cuda.device_count()
+    if num_processes >= count:
+        return None
+    return (
+        f"{num_processes} of {count} CUDA devices compute: MLLM_ASSETS_NUM_PROCESSES={count} shares the work, "
+        "CUDA_VISIBLE_DEVICES chooses some."
+    )
 
 
 @contextmanager

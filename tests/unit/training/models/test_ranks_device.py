@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mllm_assets.errors import MachineError
-from mllm_assets.training.models.cards import HIDES
+from mllm_assets.training.models.cards import HIDES, note_on_idle_cards
 from mllm_assets.training.models.device import GIB, pick_device, pick_precision
 from tests.unit.training.loop.test_machine import make_spec
 
@@ -44,6 +44,12 @@ def test_memory_that_a_card_shares_with_the_machine_is_free_where_files_are_cach
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="x", is_integrated=True))
     monkeypatch.setattr("mllm_assets.training.models.device._meminfo_bytes", lambda name: 100 * GIB)
     assert pick_device("cuda").usable_gib == 80
+
+
+def test_cards_that_are_left_idle_are_told(cards: list[int]) -> None:
+    """Nobody who has two learnt that one of them computed."""
+    assert str(note_on_idle_cards(1)).startswith("1 of 2 CUDA devices compute: MLLM_ASSETS_NUM_PROCESSES=2 shares")
+    assert note_on_idle_cards(2) is None
 
 
 def test_more_processes_than_cards_are_refused(cards: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +97,8 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Pl
     (None, None, "", r"is built without CUDA\. Install PyTorch's build for CUDA"),
     ("13.0", "-1", "", r"CUDA_VISIBLE_DEVICES is '-1', which hides all cards\. Unset CUDA_VISIBLE_DEVICES"),
     ("13.0", None, TOO_OLD, r"needs a newer driver .*11040\)\)\. Update NVIDIA's driver, or .* older CUDA than 13\.0"),
-    ("13.0", "0", "No CUDA GPUs are available", r"sees no CUDA device \(No CUDA GPUs are available\)\. See whether nv"),
+    ("13.0", None, "No CUDA GPUs are available", r"sees no CUDA device \(No CUDA GPUs are available\)\. See whether"),
+    ("13.0", "5", "No CUDA GPUs are available", r"available; CUDA_VISIBLE_DEVICES is '5'\)\. Let it name a card of nv"),
 ])  # fmt: skip
 def test_a_card_that_is_left_idle_is_told_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, built_for: str | None, visible: str | None, said: str, told: str
