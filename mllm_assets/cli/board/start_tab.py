@@ -47,7 +47,7 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
         start_other = gr.Button("Start", scale=0, min_width=90)
         stop = gr.Button("Stop", variant="stop", scale=0, min_width=90)
     state = gr.Markdown("")
-    log = gr.Textbox(label="Log", lines=12, max_lines=12, interactive=False, autoscroll=True)
+    log = gr.Textbox(label="Log", lines=12, max_lines=12, interactive=False, autoscroll=True, elem_classes="board-log")
     timer = gr.Timer(REFRESH_S)
 
     fields = list(parts.values())

@@ -20,6 +20,7 @@ from mllm_assets.components.loading import forget
 from mllm_assets.components.reporting import OFF, innermost
 from mllm_assets.errors import MllmAssetsError, RecipeError, did_you_mean
 from mllm_assets.project.read import definitions_module, find_root_module
+from mllm_assets.recipe.keys import KEYS
 
 NOT_IMPLIED = "hub_model"  # it publishes: only a run that names it makes it
 MODELS = "pretrained"
@@ -117,7 +118,7 @@ class Location:
         name = name.lstrip("+").removeprefix("key:").strip("\"'/")  # what `dg launch --assets` takes
         owner, _, asset = name.partition("/")
         known = [*self.owners, *self.keys, *(shown.rpartition("/")[2] for shown in self.keys if _is_model(shown))]
-        nearest = did_you_mean(name, known)
+        nearest = f"A recipe's key takes a value: {name}=VALUE. " if name in KEYS else did_you_mean(name, known)
         if owner in self.owners and asset:
             there = f"{owner} has {', '.join(key.path[-1] for key in self.owners[owner])}."
         else:

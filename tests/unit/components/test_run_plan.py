@@ -101,6 +101,7 @@ def names(keys: object) -> list[str]:
         ("birds_stf", "Nothing is called 'birds_stf'. Did you mean 'birds_sft'? There are: birds, birds_sft"),
         ("birds_sft/eval_metric", "Did you mean 'birds_sft/eval_metrics'? birds_sft has checkpoint, eval_metrics"),
         ("zebras", "There are: birds, birds_sft, broken; models: tiny. Nothing was run."),
+        ("max_steps", "Nothing is called 'max_steps'. A recipe's key takes a value: max_steps=VALUE. There are:"),
         ("*/nothing", "Nothing is called"),
         ("", "Nothing is called ''"),
         ('+key:"birds_sft/eval_metric"', "Did you mean 'birds_sft/eval_metrics'? birds_sft has checkpoint"),
