@@ -6,8 +6,8 @@ record and reads no image; the worker that uses the images reads and compares th
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mllm_assets.artifacts import digest_json, is_complete, is_digest, require_s
 from mllm_assets.data.sharegpt.entries import entry_file, load_entry
 from mllm_assets.data.sharegpt.overview import Overview, kept_overview
 from mllm_assets.data.sharegpt.pictures import MediaFolders
-from mllm_assets.data.sharegpt.rows import Row, media_folders, parse_rows
+from mllm_assets.data.sharegpt.rows import Row, media_folders, unparsed_rows
 from mllm_assets.errors import DataError, IntegrityError, all_of
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.layout import Layout
@@ -104,11 +104,15 @@ class Entry:
         self.file = entry_file(dataset.data_dir, self.info)
 
     def read(self, max_samples: int | None = None) -> list[Row]:
-        """Read and validate all rows, or the first `max_samples`; raises as `each`."""
-        return list(islice(self._parsed(), max_samples))
+        """Read and validate all rows, or the first `max_samples`; raises as `unparsed`."""
+        return [row() for row in islice(self._unparsed(), max_samples)]
 
     def each(self) -> Iterator[Row]:
-        """Every row in turn, read anew at each call, so that none stays in memory.
+        """Every row in turn, read anew at each call, so that none stays in memory; raises as `unparsed`."""
+        return (row() for row in self.unparsed())
+
+    def unparsed(self) -> Iterator[Callable[[], Row]]:
+        """Every row in turn, each parsed when it is called, so that rows that nobody wants take little time.
 
         Raises:
             DataError: The file is not JSON (names the line), or a row's roles, placeholders or images are wrong (names
@@ -118,19 +122,16 @@ class Entry:
         try:
             files = self.file_digests
         except OSError:
-            yield from self._parsed()  # which names what is missing
+            yield from self._unparsed()  # which names what is missing
             return
-        yield from self._parsed()
+        yield from self._unparsed()
         self.dataset.digests.require_unchanged(files)
 
-    def _parsed(self) -> Iterator[Row]:
+    def _unparsed(self) -> Iterator[Callable[[], Row]]:
         _ = self.version  # before a row of a damaged file is
         row = None
-        for row, problems in parse_rows(self.dataset.data_dir, self.info, self.dataset.media_dir, self._folders):
-            if problems:
-                raise DataError(all_of(problems))
-            assert row is not None  # no problem
-            yield row
+        for row in unparsed_rows(self.dataset.data_dir, self.info, self.dataset.media_dir, self._folders):
+            yield partial(_right, row)
         if row is None:
             raise DataError(
                 f"{self.file} has no rows, but entry {self.name!r} names it. Add samples or take it out of the recipe."
@@ -246,6 +247,14 @@ class Entry:
                 f"expected digest {expected[:12]}, found {self.digest[:12]}. Start the run again: it gets a name of "
                 f"its own."
             )
+
+
+def _right(parse: Callable[[], tuple[Row | None, list[str]]]) -> Row:
+    row, problems = parse()
+    if problems:
+        raise DataError(all_of(problems))
+    assert row is not None  # no problem
+    return row
 
 
 def media_dir_of(spec: TrainSpec, root: Path) -> Path | None:

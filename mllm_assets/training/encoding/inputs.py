@@ -232,10 +232,11 @@ def encoded_entry(
     count = min(entry.num_rows, spec.max_samples or entry.num_rows)
     digests = entry.dataset.digests
     files = None if encoder.sees_sizes else list(entry.file_digests)
+    encode = encoder.encode_pair if spec.learns_pairs else encoder.encode
     source = Source(
         count=count,
-        rows=lambda: islice(entry.each(), count),
-        encode=encoder.encode_pair if spec.learns_pairs else encoder.encode,
+        rows=lambda: islice(entry.unparsed(), count),
+        encode=lambda row: encode(row()),
         require_unchanged=lambda: digests.require_unchanged(files),
         folder=entry.dataset.folder,
         image_token_id=encoder.image_token_id,

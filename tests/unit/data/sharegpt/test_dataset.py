@@ -10,7 +10,7 @@ import pytest
 from mllm_assets.data.sharegpt import dataset
 from mllm_assets.data.sharegpt.dataset import IMAGE_LIST, Dataset
 from mllm_assets.data.sharegpt.entries import EntryInfo
-from mllm_assets.data.sharegpt.rows import parse_rows
+from mllm_assets.data.sharegpt.rows import unparsed_rows
 from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.layout import Layout
@@ -79,9 +79,9 @@ def test_rows_are_read_once_for_all_who_ask_for_an_entrys_digest(made: Layout, m
 
     def noted(data_dir: Path, entry: EntryInfo, *args: Any) -> Iterator[Any]:
         parsed.append(entry.name)
-        return parse_rows(data_dir, entry, *args)
+        return unparsed_rows(data_dir, entry, *args)
 
-    monkeypatch.setattr(dataset, "parse_rows", noted)
+    monkeypatch.setattr(dataset, "unparsed_rows", noted)
 
     def found(name: str = "made_train") -> tuple[str, int]:
         entry = Dataset(made.data, rows_root=made.rows).entry(name)
@@ -96,6 +96,16 @@ def test_rows_are_read_once_for_all_who_ask_for_an_entrys_digest(made: Layout, m
     image.rename(image.with_suffix(".gone"))
     with pytest.raises(DataError, match=f"there is no image .*{image.name}"):
         found()
+
+
+def test_a_row_that_is_passed_over_is_not_parsed(made: Layout) -> None:
+    """Of two processes that encode a file each goes through all of it."""
+    entry = Dataset(made.data).entry("made_train")
+    waiting, rows = list(entry.unparsed()), entry.rows
+    rows[0].images[0].unlink()
+    assert [row() for row in waiting[1:]] == rows[1:]
+    with pytest.raises(DataError, match="there is no image"):
+        waiting[0]()
 
 
 def test_of_rows_that_name_links_nothing_is_kept(made: Layout) -> None:
