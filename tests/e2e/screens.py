@@ -31,7 +31,7 @@ ASSETS = (
     "pretrained/gemma3_tiny",
     *(f"{RECIPE}/{name}" for name in ("checkpoint", "predictions", "eval_metrics", "released_model")),
 )
-TABS = ("Samples", "Runs", "Gallery", "Approve", "Chat", "Start")
+TABS = ("Samples", "Review", "Runs", "Gallery", "Approve", "Chat", "Start")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from mllm_assets.data.curate.corrections import read_corrections
 from mllm_assets.releases.approvals import read_decisions
 from tests.e2e.conftest import serving
 from tests.integration.conftest import Project, copied_project, emoji_ready, line_ready, wait_for
@@ -161,6 +162,31 @@ def test_a_person_refuses_and_approves_a_model(page: Page, address: str, project
     page.get_by_role("button", name="Approve", exact=True).click()
     expect(page.get_by_text(re.compile(r"approved by Ada on "))).to_be_visible()
     assert [one.approved for one in read_decisions(project.layout, "mine")] == [False, True]
+
+
+def test_a_person_reviews_ten_samples_with_keys_and_takes_one_back(page: Page, address: str, project: Project) -> None:
+    open_tab(page, address, "Review")
+    place = page.locator(".board-place")
+    expect(place).to_have_text("1 of 800")
+    assert page.locator(".board-review img").evaluate("image => image.naturalWidth") > 0
+    page.get_by_label("Who reviews").fill("Ada")
+    page.get_by_label("Who reviews").blur()
+    for number, key in enumerate("kdkdkdkdk", start=1):
+        page.keyboard.press(key)
+        expect(place).to_have_text(f"{number + 1} of 800")
+    page.get_by_label("New answer (r)").fill("a <b>cup</b>")
+    page.get_by_label("New answer (r)").press("Enter")
+    page.get_by_role("button", name="Relabel", exact=True).click()
+    expect(place).to_have_text("11 of 800")
+    page.keyboard.press("ArrowLeft")
+    expect(page.get_by_text(re.compile(r"relabel to 'a <b>cup</b>' by Ada on "))).to_be_visible()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator(".board-review")).to_contain_text("keep by Ada on ")
+    page.keyboard.press("u")
+    expect(page.get_by_text("Nothing is decided about it.")).to_be_visible()
+    made = read_corrections(project.layout, "emoji")
+    assert [one.action for one in made] == [*["keep", "drop"] * 4, "keep", "relabel", "undo"]
+    assert made[-2].new == "a <b>cup</b>" and made[-1].sample_id == made[-3].sample_id
 
 
 @pytest.mark.attack("HTTP")

@@ -11,6 +11,7 @@ from mllm_assets.artifacts import is_complete
 from mllm_assets.cli.board.approve_tab import approve_tab
 from mllm_assets.cli.board.launches import Launches
 from mllm_assets.cli.board.results_tabs import gallery_tab, runs_tab
+from mllm_assets.cli.board.review_tab import review_tab
 from mllm_assets.cli.board.samples_tab import samples_tab
 from mllm_assets.cli.board.start_tab import start_tab
 from mllm_assets.cli.board.written_pages import WrittenPages
@@ -67,6 +68,8 @@ def build_board(layout: Layout, launches: Launches, *, device: str = "auto") -> 
         with gr.Tabs():
             with gr.Tab("Samples", id="samples"):
                 samples_tab(page, layout)
+            with gr.Tab("Review", id="review") as tab:
+                review_tab(page, tab, layout)
             with gr.Tab("Runs", id="runs"):
                 runs_tab(page, layout)
             with gr.Tab("Gallery", id="gallery") as tab:

@@ -7,6 +7,7 @@ from html import escape
 from itertools import chain
 from pathlib import Path
 
+from mllm_assets.data.curate.review import ReviewedSample
 from mllm_assets.data.ingest.images import PictureError
 from mllm_assets.data.quality.browse import SamplePage
 from mllm_assets.data.quality.report import thumbnail
@@ -102,6 +103,12 @@ def titles_of(runs: Sequence[KnownRun]) -> list[str]:
 def considered_view(considered: Considered, gates: Mapping[str, str]) -> str:
     """A model that a person decides about, and what was decided."""
     return _rendered("considered", considered=considered, gates=gates)
+
+
+def review_view(sample: ReviewedSample | None, number: int, num_matching: int) -> str:
+    """A sample that a person decides about, the `number`-th of those that match, and what was decided."""
+    shown = picture(sample.seen.image) if sample else None
+    return _rendered("review", sample=sample, picture=shown, number=number, num_matching=num_matching)
 
 
 def problem_view(text: object) -> str:
