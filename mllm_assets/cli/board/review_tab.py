@@ -76,8 +76,15 @@ def review_tab(page: Any, tab: Any, layout: Layout) -> None:
     tab.select(begin, None, [dataset, *outputs], show_progress="hidden")
     page.load(None, None, None, js=KEYS)
     dataset.change(lambda name: _choices(layout, name), dataset, [recipe, answer], show_progress="hidden")
-    for part in filters:
-        part.change(lambda *v: show(*v, 0), filters, outputs, show_progress="hidden", trigger_mode="always_last")
+    # one listener: of several, an answer to older filters could come last and stay
+    gr.on(
+        [part.change for part in filters],
+        lambda *values: show(*values, 0),
+        filters,
+        outputs,
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
     for name, step in (("previous", -1), ("next", 1)):
         buttons[name].click(
             lambda *v, step=step: show(*v[:-1], v[-1] + step), [*filters, at], outputs, show_progress="hidden"

@@ -59,10 +59,15 @@ def samples_tab(page: Any, layout: Layout) -> None:
     shown = [found, number, grid]
     page.load(begin, None, [dataset, *shown], show_progress="hidden")
     dataset.change(of_dataset, dataset, [flag, recipe], show_progress="hidden")
-    for part in filters:
-        part.change(
-            lambda *values: show(*values, 1), filters, shown, show_progress="hidden", trigger_mode="always_last"
-        )
+    # one listener: of several, an answer to older filters could come last and stay
+    gr.on(
+        [part.change for part in filters],
+        lambda *values: show(*values, 1),
+        filters,
+        shown,
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
     for button, step in ((back, -1), (on, 1)):
         button.click(
             lambda *v, step=step: show(*v[:-1], v[-1] + step), [*filters, number], shown, show_progress="hidden"

@@ -177,11 +177,12 @@ def _settled(one: Correction, sample: Mapping[str, Any], spec: DatasetSpec) -> S
 
 
 def _publish(spec: DatasetSpec, layout: Layout, raw_digest: str, rows: list[dict[str, Any]]) -> Path:
-    directory = layout.settled(spec.name, digest_json([answering(spec), raw_digest, rows])[:16])
+    described = as_json(spec)
+    directory = layout.settled(spec.name, digest_json([described, raw_digest, rows])[:16])
     with staging_directory(directory.parent) as staging:
         (staging / SETTLED_FILE).write_bytes(orjson.dumps(rows, option=orjson.OPT_INDENT_2))
         write_manifest(
-            staging, {"kind": "corrections", "dataset": spec.name, "raw_digest": raw_digest, "spec": as_json(spec)}
+            staging, {"kind": "corrections", "dataset": spec.name, "raw_digest": raw_digest, "spec": described}
         )
         publish(staging, directory)
     point_symlink(layout.settled(spec.name, LATEST), directory)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mllm_assets.artifacts import read_manifest
 from mllm_assets.data.curate.corrected import GONE, OTHER_ANSWER, answer_of, find_source, settle, spec_of, with_answer
 from mllm_assets.data.curate.corrections import (
     Correction,
@@ -63,6 +64,15 @@ def answer(row: dict[str, Any]) -> str:
 def made(layout: Layout) -> DatasetSpec:
     write_source(layout.root, [(png(n), f"picture {n}") for n in range(40)])
     return made_spec(12, 4, num_test=4)
+
+
+def test_what_is_published_is_named_by_all_that_it_says(made: DatasetSpec, layout: Layout) -> None:
+    """Another machine with another split published something else under the same name, and the store refused it."""
+    raw = ingest(made, layout).directory
+    other = replace(made, split=replace(made.split, num_train=3))
+    ours, theirs = (settle(one, layout, raw).directory for one in (made, other))
+    assert ours != theirs and ours == settle(made, layout, raw).directory
+    assert [spec_of(read_manifest(path)["spec"]) for path in (ours, theirs)] == [made, other]
 
 
 def test_a_correction_changes_its_row_and_moves_nothing_and_undo_gives_the_same_bytes_again(
