@@ -147,12 +147,14 @@ def with_config_files(recipe: Recipe, root: Path) -> Recipe:
 def _override_entries(overrides: Mapping[str, object] | Sequence[str] | None) -> dict[str, Entry]:
     if isinstance(overrides, Mapping):
         return {key: Entry(value, _shown(f"override {key}={value!s:.{MAX_SHOWN}}")) for key, value in overrides.items()}
-    entries = {}
+    entries: dict[str, Entry] = {}
     for argument in overrides or ():
         key, equals, text = argument.partition("=")
         where = _shown(f"argument {argument!r}")
         if not equals or not key:
             raise RecipeError(f"{where}: expected key=value, for example max_steps=10.")
+        if (earlier := entries.get(key.strip())) is not None:
+            raise RecipeError(f"{where}: {key.strip()} is given twice, before in {earlier.where}. Leave one out.")
         entries[key.strip()] = Entry(parse_value(text, where), where)
     return entries
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mllm_assets.errors import RecipeError
 from mllm_assets.recipe.load import load_recipe
 from mllm_assets.recipe.spec import TrainSpec, split_names
 
@@ -98,6 +99,12 @@ def test_a_spec_survives_the_trip_to_the_worker() -> None:
 
     spec = spec_of(lr_scheduler_kwargs={"num_cycles": 2}, warmup_ratio=0.1, lora_rank=4)
     assert TrainSpec(**json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_a_key_that_is_given_twice_is_refused(recipe_file) -> None:
+    """The last one was taken in silence."""
+    with pytest.raises(RecipeError, match=r"argument 'max_steps=70': max_steps is given twice, .* 'max_steps=60'"):
+        load_recipe(recipe_file(), ["max_steps=60", "seed=1", "max_steps=70"])
 
 
 def test_overrides_win_and_are_checked_alike(recipe_file) -> None:
