@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mllm_assets.cli.board.samples_tab import when_filtered
 from mllm_assets.cli.board.views import problem_view, review_view
 from mllm_assets.components.instance.reviewing import record
 from mllm_assets.data.curate.corrections import DROP, KEEP, RELABEL, UNDO, Action
@@ -76,15 +77,7 @@ def review_tab(page: Any, tab: Any, layout: Layout) -> None:
     tab.select(begin, None, [dataset, *outputs], show_progress="hidden")
     page.load(None, None, None, js=KEYS)
     dataset.change(lambda name: _choices(layout, name), dataset, [recipe, answer], show_progress="hidden")
-    # one listener: of several, an answer to older filters could come last and stay
-    gr.on(
-        [part.change for part in filters],
-        lambda *values: show(*values, 0),
-        filters,
-        outputs,
-        show_progress="hidden",
-        trigger_mode="always_last",
-    )
+    when_filtered(filters, lambda *values: show(*values, 0), outputs)
     for name, step in (("previous", -1), ("next", 1)):
         buttons[name].click(
             lambda *v, step=step: show(*v[:-1], v[-1] + step), [*filters, at], outputs, show_progress="hidden"

@@ -1,5 +1,6 @@
 """The board's tab Samples: any dataset's samples, filtered and searched, a page at a time."""
 
+from collections.abc import Callable
 from typing import Any
 
 from mllm_assets.cli.board.views import problem_view, samples_view
@@ -59,20 +60,19 @@ def samples_tab(page: Any, layout: Layout) -> None:
     shown = [found, number, grid]
     page.load(begin, None, [dataset, *shown], show_progress="hidden")
     dataset.change(of_dataset, dataset, [flag, recipe], show_progress="hidden")
-    # one listener: of several, an answer to older filters could come last and stay
-    gr.on(
-        [part.change for part in filters],
-        lambda *values: show(*values, 1),
-        filters,
-        shown,
-        show_progress="hidden",
-        trigger_mode="always_last",
-    )
+    when_filtered(filters, lambda *values: show(*values, 1), shown)
     for button, step in ((back, -1), (on, 1)):
         button.click(
             lambda *v, step=step: show(*v[:-1], v[-1] + step), [*filters, number], shown, show_progress="hidden"
         )
     number.submit(show, [*filters, number], shown, show_progress="hidden")
+
+
+def when_filtered(filters: list[Any], show: Callable[..., Any], outputs: list[Any]) -> None:
+    """Show what is found by the filters' newest values: of several listeners an older answer could come last."""
+    gr.on(
+        [part.change for part in filters], show, filters, outputs, show_progress="hidden", trigger_mode="always_last"
+    )
 
 
 def _page_of(layout: Layout, *values: Any) -> tuple[str, int, str]:
