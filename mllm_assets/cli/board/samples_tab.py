@@ -70,9 +70,7 @@ def samples_tab(page: Any, layout: Layout) -> None:
 
 def when_filtered(filters: list[Any], show: Callable[..., Any], outputs: list[Any]) -> None:
     """Show what is found by the filters' newest values: of several listeners an older answer could come last."""
-    gr.on(
-        [part.change for part in filters], show, filters, outputs, show_progress="hidden", trigger_mode="always_last"
-    )
+    gr.on([part.change for part in filters], show, filters, outputs, show_progress="hidden", trigger_mode="always_last")
 
 
 def _page_of(layout: Layout, *values: Any) -> tuple[str, int, str]:
