@@ -7,7 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mllm_assets.data.curate.columns import MAX_SAMPLED, Undecided, find_roles, picture_names
+from mllm_assets.data.curate.cells import picture_names
+from mllm_assets.data.curate.columns import MAX_SAMPLED, Undecided, find_roles
 from mllm_assets.data.curate.inventory import UNPACK
 from mllm_assets.data.curate.reading import Folder, Reading
 from mllm_assets.data.ingest.coco import ANNOTATIONS, IMAGES, QUESTIONS, annotations_of
