@@ -20,7 +20,15 @@ from mllm_assets.evaluation.scores import in_order
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
 from mllm_assets.pages import page_template
-from mllm_assets.training.runs.history import TRAINER_LOG, curve, measured_curves, read_log
+from mllm_assets.training.runs.history import (
+    TRAINER_LOG,
+    columns,
+    curve,
+    measured_curves,
+    read_log,
+    smoothed,
+    usual_weight,
+)
 
 
 def compare(layout: Layout, names: Sequence[str], output: Path, *, notify: Callable[[str], None] = print) -> Path:
@@ -167,14 +175,17 @@ def _curves(runs: Sequence[_Run]) -> str | None:
 
     figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained")
     axes = figure.add_subplot()
+    logged = False
     for run, color in zip(runs, ("#4f43dd", "#d9730d"), strict=True):
         log = read_log(run.directory / TRAINER_LOG)
-        for key, points in {"loss": curve(log, "loss"), **measured_curves(log)}.items():
-            style = "-" if key == "loss" else "o--"
-            if points:
-                steps, losses = zip(*points, strict=True)
-                axes.plot(steps, losses, style, color=color, label=f"{run.title}, {key}", markersize=3)
-    if not axes.lines:
+        losses, evaluated = curve(log, "loss"), measured_curves(log)
+        logged = logged or bool(losses or evaluated)
+        faint, drawn = {"color": color, "alpha": 0.25}, {"color": color, "markersize": 3}
+        axes.plot(*columns(losses), "-", **faint)
+        axes.plot(*columns(smoothed(losses, usual_weight(len(losses)))), "-", label=f"{run.title}, loss", **drawn)
+        for key, points in evaluated.items():
+            axes.plot(*columns(points), "o--", label=f"{run.title}, {key}", **drawn)
+    if not logged:
         return None
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.locator_params(axis="x", integer=True)

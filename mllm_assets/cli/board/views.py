@@ -61,7 +61,9 @@ def curves_view(runs: Sequence[KnownRun], titles: Sequence[str], *, smooth: floa
     series = []
     for index, (run, title) in enumerate(zip(runs, titles, strict=True)):
         log = run.log
-        lines = {"loss": smoothed(curve(log, "loss"), smooth), "eval_loss": [*chain(*measured_curves(log).values())]}
+        losses = curve(log, "loss")
+        lines = {"logged": losses if smooth else [], "loss": smoothed(losses, smooth)}
+        lines["eval_loss"] = [*chain(*measured_curves(log).values())]
         usable = {key: [p for p in points if math.isfinite(p[1]) and (p[1] > 0 or not logarithmic)]
                   for key, points in lines.items()}  # fmt: skip
         series.append((title, COLORS[index % len(COLORS)], usable))

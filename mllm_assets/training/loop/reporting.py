@@ -24,12 +24,14 @@ from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.runs.history import (
     TRAINER_LOG,
+    columns,
     curve,
     folded,
     measured_curves,
     measured_losses,
     read_log,
     smoothed,
+    usual_weight,
 )
 from mllm_assets.training.runs.run_file import pin_setting, read_run_file
 
@@ -172,7 +174,7 @@ def check_finite(step: int, batches: Sequence[tuple[Sequence[str], float]], grad
 
 
 def plot_loss(run_dir: Path) -> Path | None:
-    """Draw `training_loss.png` from the log: training loss, its running mean and evaluation losses.
+    """Draw `training_loss.png` from the log: training loss, the same smoothed, and evaluation losses.
 
     A second panel leaves out the first quarter of the steps, whose fall makes the rest look flat. None where there are
     not two points to draw a curve through.
@@ -182,6 +184,7 @@ def plot_loss(run_dir: Path) -> Path | None:
 
     log = read_log(run_dir / TRAINER_LOG)
     losses, evaluated = curve(log, "loss"), measured_curves(log)
+    smooth = smoothed(losses, usual_weight(len(losses)))
     if len(losses) < 2 and all(len(some) < 2 for some in evaluated.values()):
         return None
     first_step = max(step for some in (losses, *evaluated.values()) for step, _ in some) / 4
@@ -190,12 +193,10 @@ def plot_loss(run_dir: Path) -> Path | None:
     figure = Figure(figsize=PLOT_SIZE_IN, dpi=100, layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False).flat
     for axes, (title, first_step) in zip(all_axes, panels.items(), strict=True):
-        trained = [point for point in losses if point[0] >= first_step]
-        axes.plot(*_columns(trained), color="#1f77b4", alpha=0.35, label="loss")
-        axes.plot(*_columns(smoothed(trained, _weight(len(trained)))), color="#1f77b4", label="loss, smoothed")
+        axes.plot(*columns(losses, first_step), color="#1f77b4", alpha=0.35, label="loss")
+        axes.plot(*columns(smooth, first_step), color="#1f77b4", label="loss, smoothed")
         for (name, points), color in zip(evaluated.items(), cycle(EVAL_COLORS), strict=False):
-            shown = [point for point in points if point[0] >= first_step]
-            axes.plot(*_columns(shown), color=color, marker="o", markersize=4, label=name)
+            axes.plot(*columns(points, first_step), color=color, marker="o", markersize=4, label=name)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set(xlabel="step", ylabel="loss (nats a token)")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -204,15 +205,6 @@ def plot_loss(run_dir: Path) -> Path | None:
     path = run_dir / LOSS_PLOT
     figure.savefig(path, metadata={"Software": None})
     return path
-
-
-def _weight(num_points: int) -> float:
-    """LLaMA-Factory's weight of the past in the smoothed loss, which grows with the number of points, up to 0.9."""
-    return 1.8 * (1 / (1 + math.exp(-0.05 * num_points)) - 0.5)
-
-
-def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def trainable_lines(table: Sequence[Mapping[str, Any]], num_params: int) -> list[str]:

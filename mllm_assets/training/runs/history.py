@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from mllm_assets.artifacts import is_complete, is_locked, lock_path, read_manifest
 from mllm_assets.errors import MllmAssetsError
@@ -121,12 +124,33 @@ def measured_curves(log: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[in
 
 
 def smoothed(points: Sequence[tuple[int, float]], weight: float) -> list[tuple[int, float]]:
-    """The exponential running mean, corrected for its beginning, so that it does not lag there."""
-    mean, share, found = 0.0, 0.0, []
-    for step, value in points:
-        mean, share = weight * mean + (1 - weight) * value, weight * share + (1 - weight)
-        found.append((step, mean / share))
-    return found
+    """A local parabola (LOESS) through each point's neighbours, which count less with each place by `weight` squared.
+
+    It averages about as many points as a running mean with that weight, but from both sides, and so neither trails a
+    fall nor is pulled at the ends. Points that are not finite are left out.
+    """
+    points = [(step, value) for step, value in points if math.isfinite(value)]
+    if len(points) < 3 or weight <= 0:
+        return points
+    count, values = len(points), np.array([value for _, value in points])
+    distances = np.arange(1 - count, count)
+    kernels = [weight ** (2 * abs(distances)) * (-distances) ** power for power in range(5)]
+    sums = [np.convolve(np.ones(count), kernel)[count - 1 : 2 * count - 1] for kernel in kernels]
+    products = [np.convolve(values, kernel)[count - 1 : 2 * count - 1] for kernel in kernels[:3]]
+    normal = np.array([[sums[row + column] for column in range(3)] for row in range(3)])
+    fitted = np.linalg.solve(normal.transpose(2, 0, 1), np.array(products).T[..., None])
+    return [(step, float(value)) for (step, _), value in zip(points, fitted[:, 0, 0], strict=True)]
+
+
+def columns(points: Sequence[tuple[int, float]], first_step: float = 0) -> tuple[list[int], list[float]]:
+    """The steps and the values of a curve, from a step on."""
+    shown = [point for point in points if point[0] >= first_step]
+    return [step for step, _ in shown], [value for _, value in shown]
+
+
+def usual_weight(num_points: int) -> float:
+    """LLaMA-Factory's weight for the smoothed loss, which grows with the number of points, up to 0.9."""
+    return 1.8 * (1 / (1 + math.exp(-0.05 * num_points)) - 0.5)
 
 
 def differing_keys(runs: Sequence[KnownRun]) -> list[str]:

@@ -34,7 +34,7 @@ from mllm_assets.training.models.device import (
 from mllm_assets.training.models.kernels import require_kernels
 from mllm_assets.training.models.load import load_config, load_model, model_on_meta
 from mllm_assets.training.models.quantization import Quantization
-from mllm_assets.training.runs.history import read_log, smoothed
+from mllm_assets.training.runs.history import read_log
 from mllm_assets.worker.tasks import CacheSettings
 
 CPU = Device(kind="cpu", name="a CPU", driver="", memory_gib=8.0)
@@ -208,13 +208,6 @@ def test_the_plot_is_drawn_from_the_log_and_fits_dagsters_window(tmp_path: Path)
 def test_a_single_point_is_not_drawn(tmp_path: Path) -> None:
     (tmp_path / "trainer_log.jsonl").write_text('{"current_steps": 1, "loss": 2.0}\n')
     assert plot_loss(tmp_path) is None and not (tmp_path / "training_loss.png").exists()
-
-
-def test_the_smoothed_loss_does_not_lag_at_its_beginning() -> None:
-    """Begun at the first value, it was at 4.5 in the tenth step, when the loss had been 1 since the second."""
-    fell = [(1, 10.0), *((step, 1.0) for step in range(2, 41))]
-    found = dict(smoothed(fell, 0.9))
-    assert found[1] == pytest.approx(10.0) and found[10] < 2 and smoothed([], 0.9) == []
 
 
 def estimate_of(spec: TrainSpec) -> MemoryEstimate:
