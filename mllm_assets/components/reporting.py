@@ -98,14 +98,13 @@ def in_window(markdown: str) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md(markdown and markdown.ljust(WINDOW_CHARS, "\n"))
 
 
-def with_page(page: Path, markdown: str, layout: Layout | None = None) -> dg.MarkdownMetadataValue:
+def with_page(page: Path, markdown: str, layout: Layout) -> dg.MarkdownMetadataValue:
     """A window whose first line says where the whole is.
 
-    A browser follows no link from Dagster to a file. With a `layout` the line has a link to the board, which serves the
-    page, where the board is installed.
+    A browser follows no link from Dagster to a file; the board serves the page, where it is installed.
     """
     text = f"All of them, as a page to open in a browser: `{page}`"
-    if layout and find_spec("gradio"):
+    if find_spec("gradio"):
         address = f"{url('127.0.0.1', BOARD_PORT)}{PAGES}{layout.relative(page)}"
         text = f"[All of them, as a page]({address}), while `mllm-assets board` runs on this machine. Without: `{page}`"
     return in_window(f"{text}\n\n{markdown}")

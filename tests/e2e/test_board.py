@@ -65,6 +65,12 @@ def test_samples_are_filtered_and_searched_and_nothing_leaves_the_machine(page: 
     expect(page.locator(".board-card")).to_have_count(0)
     choose(page, "Split", "all")
     expect(page.locator(".board-card").first).to_contain_text("melon")
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name="as a page of its own").click()
+    expect(opened.value.get_by_text("800 samples, page 1 of 17")).to_be_visible()
+    picture = opened.value.locator(".card img").first
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.naturalWidth") > 0
     assert [url for url in asked if not url.startswith(address)] == []
 
 
@@ -73,7 +79,7 @@ def test_three_runs_are_compared(page: Page, address: str) -> None:
     for rate in ("0.002", "0.004"):
         expect(page.locator("thead th", has_text=f"mine learning_rate={rate}")).to_be_visible()
     expect(page.locator(".board-table thead th")).to_have_count(4)
-    expect(page.locator(".board-curves polyline")).to_have_count(3)
+    expect(page.locator(".board-curves polyline[data-run]")).to_have_count(3)
     rates = page.locator("tr", has=page.get_by_role("rowheader", name="learning_rate", exact=True)).locator("td")
     assert sorted(rates.all_inner_texts()) == ["0.001", "0.002", "0.004"]
     gate = page.locator("tr", has=page.get_by_role("rowheader", name="beats_most_common_answer")).locator("td")

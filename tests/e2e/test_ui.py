@@ -76,6 +76,7 @@ def window(page: Page, key: str) -> Locator:
 PAGES = {
     "emoji/raw": {"rows": "img"},
     "emoji/sample_quality": {"report": "img"},
+    "emoji/corrections": {},
     "emoji/train": {"rows": "img", "details": "text=report_path"},
     "emoji/val": {"rows": "img"},
     "emoji/test": {"rows": "img"},

@@ -16,6 +16,7 @@ from mllm_assets.cli.board.samples_tab import samples_tab
 from mllm_assets.cli.board.start_tab import start_tab
 from mllm_assets.cli.board.written_pages import WrittenPages
 from mllm_assets.errors import ModelError
+from mllm_assets.inference.addresses import is_loopback
 from mllm_assets.inference.answerer import Answerer
 from mllm_assets.inference.chat_page import MAX_MODELS, MAX_WAITING, Reset, add_chat, gr, show
 from mllm_assets.inference.generate import open_model
@@ -61,13 +62,13 @@ class Models:
         return self.loaded[name]
 
 
-def build_board(layout: Layout, launches: Launches, *, device: str = "auto") -> Any:
-    """Build the page."""
+def build_board(layout: Layout, launches: Launches, *, device: str = "auto", is_local: bool = True) -> Any:
+    """Build the page; `is_local` where only this machine reaches it."""
     with gr.Blocks(analytics_enabled=False, title=f"{layout.root.name}: board") as page:
         gr.HTML(page_template("mllm_assets.cli.board", "style.html.jinja").render(name=layout.root.name))
         with gr.Tabs():
             with gr.Tab("Samples", id="samples"):
-                samples_tab(page, layout)
+                samples_tab(page, layout, links_pages=is_local)
             with gr.Tab("Review", id="review") as tab:
                 review_tab(page, tab, layout)
             with gr.Tab("Runs", id="runs"):
@@ -110,7 +111,7 @@ def board(layout: Layout, project: Path, *, host: str, port: int, password: str 
     """Show the board until the process is stopped; runs that it started are stopped with it."""
     launches = Launches(project, layout.root)
     try:
-        page, written = build_board(layout, launches, device=device), Middleware(WrittenPages, layout=layout)
-        show(page, host=host, port=port, password=password, local=[written])
+        page = build_board(layout, launches, device=device, is_local=is_loopback(host))
+        show(page, host=host, port=port, password=password, local=[Middleware(WrittenPages, layout=layout)])
     finally:
         launches.stop_all()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mllm_assets.cli.board.views import problem_view, samples_view
+from mllm_assets.cli.board.written_pages import samples_address
 from mllm_assets.data.quality.browse import FLAGGED, ORDERS, SPLITS, SampleQuery, assessed_datasets, browse, choices
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.inference.chat_page import gr
@@ -13,8 +14,8 @@ ALL = "all"
 NOTHING = "No dataset was assessed yet. Make one: mllm-assets run emoji"
 
 
-def samples_tab(page: Any, layout: Layout) -> None:
-    """Add the tab's components."""
+def samples_tab(page: Any, layout: Layout, *, links_pages: bool) -> None:
+    """Add the tab's components; `links_pages` where the board serves the pages that assets wrote."""
     with gr.Row():
         dataset = gr.Dropdown(label="Dataset", min_width=140)
         text = gr.Textbox(
@@ -37,7 +38,9 @@ def samples_tab(page: Any, layout: Layout) -> None:
     filters: list[Any] = [dataset, text, split, flag, recipe, answers, order]
 
     def show(*values: Any) -> tuple[str, int, str]:
-        return _page_of(layout, *values)
+        text, number, samples = _page_of(layout, *values)
+        address = samples_address(layout, values[0]) if text and links_pages else None
+        return f"{text} · [as a page of its own]({address})" if address else text, number, samples
 
     def begin() -> list[Any]:
         try:

@@ -207,19 +207,19 @@ def _warn_of_copies(context: dg.AssetExecutionContext, result: SplitResult) -> N
 
 def _split_metadata(spec: DatasetSpec, result: SplitResult, layout: Layout) -> dict[str, dict[str, Any]]:
     """The metadata of each side."""
-    files, page = side_files(result.directory, spec.output.format), layout.data / spec.name / REPORT
+    files, page = side_files(result.directory, spec.output.format), result.directory / REPORT
     shared = {
         **{name: getattr(result, name) for name in COUNTS},
         "num_copies_left_out": sum(result.copies_left_out.values()),
         "unused_reasons": counts_table(result.unused_reasons, "reason"),
         "augmentations": counts_table(result.augmentations, "augmentation"),
-        "report_path": link(str(page)),
+        "report_path": link(str(layout.data / spec.name / REPORT)),
         "path": layout.relative(result.directory),
     }
     return {
         side: {
             "num_samples": (num_rows := getattr(result, f"num_{side}")),
-            "rows": with_page(page, preview_rows(files[side], layout.data, num_rows)) if side in files else "",
+            "rows": with_page(page, preview_rows(files[side], layout.data, num_rows), layout) if side in files else "",
             **shared,
         }
         for side in SIDES

@@ -9,11 +9,12 @@ from starlette.applications import Starlette  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from mllm_assets.artifacts import MANIFEST  # noqa: E402
-from mllm_assets.cli.board.written_pages import WrittenPages  # noqa: E402
+from mllm_assets.cli.board.written_pages import WrittenPages, samples_address  # noqa: E402
 from mllm_assets.components.reporting import with_page  # noqa: E402
 from mllm_assets.layout import Layout  # noqa: E402
 
 GALLERY = "outputs/mine_sft/predictions/12ab/gallery.html"
+VERSION = "data/.versions/mine/34cd"
 
 
 @pytest.fixture
@@ -22,6 +23,12 @@ def layout(tmp_path: Path) -> Layout:
     folder.mkdir(parents=True)
     for name in ("gallery.html", "gallery.md", MANIFEST):
         (folder / name).write_text(f"<b>{name}</b>")
+    version = [f"{VERSION}/{name}" for name in ("report.html", "report_samples.js", MANIFEST)]
+    for name in (*version, "data/images/1a.png"):
+        path = tmp_path / "project" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "project" / "data" / "mine").symlink_to(".versions/mine/34cd")
     return Layout(tmp_path / "project")
 
 
@@ -37,6 +44,22 @@ def test_the_link_of_an_asset_opens_its_gallery(client: TestClient, layout: Layo
     answer = client.get(address)
     assert (answer.status_code, answer.text) == (200, "<b>gallery.html</b>")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "'self'" not in answer.headers["content-security-policy"]
+
+
+def test_the_page_of_all_samples_opens_with_its_script_and_pictures(client: TestClient, layout: Layout) -> None:
+    """It was a path that no browser follows."""
+    address = samples_address(layout, "mine") or ""
+    assert address == f"/pages/{VERSION}/report.html"
+    assert address in (with_page((layout.data / "mine").resolve() / "report.html", "", layout).md_str or "")
+    answer = client.get(address)
+    assert answer.text == f"{VERSION}/report.html"
+    assert "img-src 'self' data:" in answer.headers["content-security-policy"]
+    for name, kind in ((f"{VERSION}/report_samples.js", "text/javascript"), ("data/images/1a.png", "image/png")):
+        found = client.get(f"/pages/{name}")
+        assert (found.text, found.headers["content-type"].partition(";")[0]) == (name, kind)
+    (layout.root / VERSION / MANIFEST).unlink()
+    assert samples_address(layout, "mine") is None and samples_address(layout, "../..") is None
 
 
 @pytest.mark.parametrize(
@@ -49,6 +72,10 @@ def test_the_link_of_an_asset_opens_its_gallery(client: TestClient, layout: Layo
         "outputs/mine_sft/predictions/../predictions/12ab/gallery.html%00",
         "outputs/mine_sft/predictions/%2e%2e/gallery.html",
         "data/quality.duckdb",
+        f"{VERSION}/manifest.json",
+        f"{VERSION}/train.json",
+        "data/mine/report.html",
+        "data/images/../quality.duckdb",
         "",
     ],
 )
