@@ -20,8 +20,9 @@ from mllm_assets.data.quality.probes import ImageMeasurement
 from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER, text_defect
 from mllm_assets.data.sharegpt.entries import EntryInfo, load_entries
+from mllm_assets.data.sharegpt.parsing import parse_rows
 from mllm_assets.data.sharegpt.row_files import read_rows
-from mllm_assets.data.sharegpt.rows import ASSISTANT, USER, Row, entry_problems, parse_rows
+from mllm_assets.data.sharegpt.rows import ASSISTANT, USER, Row, entry_problems
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.progress import doing, followed

@@ -165,6 +165,11 @@ def content_text(content: Any, pictures: list[Any] | None = None) -> Any:
     return "".join(texts)
 
 
+def names_pictures(text: str) -> bool:
+    """Whether a text names pictures in Qwen-VL's notation."""
+    return _NAMED_PICTURE.search(text) is not None
+
+
 def _is_message(turn: Any) -> bool:
     return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
 

@@ -15,8 +15,9 @@ from typing import Any
 from mllm_assets.artifacts import digest_json, is_complete, is_digest, require_sound, resolved_path
 from mllm_assets.data.sharegpt.entries import entry_file, load_entry
 from mllm_assets.data.sharegpt.overview import Overview, kept_overview
+from mllm_assets.data.sharegpt.parsing import unparsed_rows
 from mllm_assets.data.sharegpt.pictures import MediaFolders
-from mllm_assets.data.sharegpt.rows import Row, media_folders, unparsed_rows
+from mllm_assets.data.sharegpt.rows import Row, media_folders
 from mllm_assets.errors import DataError, IntegrityError, all_of
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.layout import Layout

@@ -1,9 +1,8 @@
 """Read ShareGPT files as LLaMA-Factory does, but refuse at once, by row, what it drops or fails on while training."""
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,33 +105,6 @@ def rows_of_entry(data_dir: Path, entry: EntryInfo, *, with_pairs: bool = False)
 def media_folders(data_dir: Path, media_dir: Path | None) -> MediaFolders:
     """Where an entry's pictures are looked for."""
     return MediaFolders([media_dir] if media_dir else [], [data_dir])
-
-
-def parse_rows(
-    data_dir: Path, entry: EntryInfo, media_dir: Path | None = None, folders: MediaFolders | None = None
-) -> Iterator[tuple[Row | None, list[str]]]:
-    """Each row of an entry's file, or all that is wrong with it; raises as `rows_of_entry`.
-
-    Pictures are looked for in `media_dir` first and then in `data_dir`; nothing outside of the two is read.
-    """
-    return (parse() for parse in unparsed_rows(data_dir, entry, media_dir, folders))
-
-
-def unparsed_rows(
-    data_dir: Path, entry: EntryInfo, media_dir: Path | None = None, folders: MediaFolders | None = None
-) -> Iterator[Callable[[], tuple[Row | None, list[str]]]]:
-    """The rows of `parse_rows`, each parsed when it is called: a row that is passed over takes a fifth of the time."""
-    if media_dir is not None and not media_dir.is_dir():
-        raise DataError(f"media_dir: there is no folder {media_dir}. Correct media_dir, or create the folder.")
-    folders = folders or media_folders(data_dir, media_dir)
-    folder = Pictured(data_dir, media_dir, folders)
-    for index, row in enumerate(rows_of_entry(data_dir, entry, with_pairs=True)):
-        yield partial(_parse, row, index, entry, folder)
-
-
-def _parse(row: FileRow, index: int, entry: EntryInfo, folder: Pictured) -> tuple[Row | None, list[str]]:
-    problems = [] if row.problem is None else [row.problem]
-    return None if problems else _parse_row(row, index, entry, folder, problems), problems
 
 
 def entry_problems(entry: EntryInfo, *, with_pairs: bool = False) -> list[str]:
@@ -277,7 +249,8 @@ def _is_turn_of(
     return role == tag
 
 
-def _parse_row(row: FileRow, index: int, entry: EntryInfo, folder: Pictured, problems: list[str]) -> Row | None:
+def parse_row(row: FileRow, index: int, entry: EntryInfo, folder: Pictured, problems: list[str]) -> Row | None:
+    """A row, or None and what is wrong with it in `problems`."""
     value, place = row.value, row.place
     if not isinstance(value, dict):
         problems.append(f"{place}: expected an object, got {type(value).__name__}. Correct the row.")

@@ -14,7 +14,8 @@ from mllm_assets.data.ingest.spec import SourceSpec
 from mllm_assets.data.sharegpt.conversation import conversation_defect
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.entries import load_entry
-from mllm_assets.data.sharegpt.rows import parse_rows, rows_of_entry
+from mllm_assets.data.sharegpt.parsing import parse_rows
+from mllm_assets.data.sharegpt.rows import rows_of_entry
 from mllm_assets.errors import DataError
 from tests.unit.data.made_datasets import png
 

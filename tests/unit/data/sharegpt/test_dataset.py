@@ -10,7 +10,7 @@ import pytest
 from mllm_assets.data.sharegpt import dataset
 from mllm_assets.data.sharegpt.dataset import IMAGE_LIST, Dataset
 from mllm_assets.data.sharegpt.entries import EntryInfo
-from mllm_assets.data.sharegpt.rows import unparsed_rows
+from mllm_assets.data.sharegpt.parsing import unparsed_rows
 from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.layout import Layout
