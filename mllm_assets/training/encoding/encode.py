@@ -267,17 +267,17 @@ class Encoder:
     def _row(
         self, row: "Row", slots: Sequence[ImageSlot], input_ids: Tokens, labels: Tokens, num_tokens_cut: int
     ) -> EncodedRow:
-        patches = [slot.num_patches for slot in slots]
         encoded = EncodedRow(
-            id=row.id,
-            input_ids=input_ids,
-            labels=labels,
-            images=tuple(row.images),
-            num_tokens_cut=num_tokens_cut,
-            grids_thw=tuple(slot.grid_thw for slot in slots if slot.grid_thw is not None),
-            num_patches=sum(n for n in patches if n is not None) if any(patches) else None,
-            num_crops=sum(slot.num_crops for slot in slots),
+            id=row.id, input_ids=input_ids, labels=labels, images=tuple(row.images), num_tokens_cut=num_tokens_cut
         )
+        if self._slots.needs_size:
+            patches = [slot.num_patches for slot in slots]
+            encoded = replace(
+                encoded,
+                grids_thw=tuple(slot.grid_thw for slot in slots if slot.grid_thw is not None),
+                num_patches=sum(n for n in patches if n is not None) if any(patches) else None,
+                num_crops=sum(slot.num_crops for slot in slots),
+            )
         found = np.count_nonzero(_numbers(input_ids) == self.image_token_id)
         expected = sum(slot.num_tokens for slot in slots)
         if found != expected:

@@ -10,16 +10,18 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
 from mllm_assets.errors import DataError
 from mllm_assets.families.family import Template, fill
-from mllm_assets.training.encoding.texts import TextTokenizer
+from mllm_assets.training.encoding.texts import MAX_KEPT_CHARS, NUM_KEPT, TextTokenizer
 
 if TYPE_CHECKING:
     from mllm_assets.data.sharegpt.rows import Message, Row
 
+MAX_KEPT_IMAGES = 4  # of a question whose ids are kept
 Turn = tuple["array[int]", "array[int]"]  # token ids of a question and of its answer
 Lengths = tuple[int, int]  # tokens of a question and of its answer
 
@@ -48,6 +50,8 @@ class TurnTokenizer:
         self._tokens = TextTokenizer(tokenizer, image_token).ids
         self._template = template
         self.enable_thinking = enable_thinking
+        self._openings: dict[str, tuple[array[int], str]] = {}
+        self._questions: dict[tuple[str, ...], array[int]] = {}
 
     def tokenize(self, row: "Row", image_texts: Sequence[str], *, for_last_answer: bool = False) -> list[Turn]:
         """Return each turn's token ids; the answer of a row that ends with a question is empty.
@@ -72,10 +76,7 @@ class TurnTokenizer:
         turns = []
         opening, joined = self._opening(system)
         for index in range(0, len(messages), 2):
-            question = messages[index].content
-            for part in question.split(IMAGE_PLACEHOLDER):
-                self._refuse_control_tokens(row, f"message {index}", part)
-            source = opening + self._tokens(fill(self._user_slot(question), joined + _expanded(question, images)))
+            source = opening + self._question(row, index, messages[index].content, joined, images)
             opening, joined = array("i"), ""
             if index + 1 == len(messages):
                 turns.append((source + self._answer("", is_history=False)[0], array("i")))
@@ -92,11 +93,30 @@ class TurnTokenizer:
 
     def _opening(self, system: str) -> tuple["array[int]", str]:
         """Return what precedes the first question: token ids, and text that is tokenised together with it."""
-        template, bos = self._template, self._tokenizer.bos_token_id
-        ids = array("i", [bos] if template.starts_with_bos and bos is not None else [])
-        ids += self._tokens(template.prefix)
-        text = fill(template.system, system) if system else ""
-        return (ids, text) if template.system_in_user else (ids + self._tokens(text), "")
+        if system not in self._openings:
+            template, bos = self._template, self._tokenizer.bos_token_id
+            ids = array("i", [bos] if template.starts_with_bos and bos is not None else [])
+            ids += self._tokens(template.prefix)
+            text = fill(template.system, system) if system else ""
+            if len(self._openings) >= NUM_KEPT:
+                self._openings.clear()
+            self._openings[system] = (ids, text) if template.system_in_user else (ids + self._tokens(text), "")
+        return self._openings[system]
+
+    def _question(self, row: "Row", index: int, question: str, joined: str, images: Iterator[str]) -> "array[int]":
+        """Return a question's ids, with what is tokenised together with it; the same one is made once."""
+        shown = tuple(islice(images, question.count(IMAGE_PLACEHOLDER)))
+        key = (joined, question, *shown)
+        if (known := self._questions.get(key)) is not None:
+            return known
+        for part in question.split(IMAGE_PLACEHOLDER):
+            self._refuse_control_tokens(row, f"message {index}", part)
+        ids = self._tokens(fill(self._user_slot(question), joined + _expanded(question, iter(shown))))
+        if len(question) + len(joined) <= MAX_KEPT_CHARS and len(shown) <= MAX_KEPT_IMAGES:
+            if len(self._questions) >= NUM_KEPT:
+                self._questions.clear()
+            self._questions[key] = ids
+        return ids
 
     def _user_slot(self, question: str) -> str:
         image_first = self._template.user_image_first

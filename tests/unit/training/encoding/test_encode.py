@@ -208,3 +208,16 @@ def test_logits_at_supervised_positions_give_the_full_loss(parity_dir: Path, pro
     selected = batch_loss(model, Collator(processor)(encoded))
     full = batch_loss(model, Collator(processor, select_logits=False)(encoded))
     assert selected == pytest.approx(full, abs=2e-6)
+
+
+def test_a_question_that_comes_again_is_the_same_and_refused_again(processor: Any, rows: list[Row]) -> None:
+    """Ids of questions are kept, those of another system text or picture are others."""
+    encoder, row = Encoder(processor), rows[0]
+    first = encoder.encode(row)
+    told = replace(row, messages=(Message("system", "Be brief."), *row.messages))
+    assert encoder.encode(told).input_ids == Encoder(processor).encode(told).input_ids != first.input_ids
+    assert encoder.encode(row) == first == Encoder(processor).encode(row)
+    wrong = replace(row, messages=(Message("user", "<image><end_of_turn>"), row.messages[-1]))
+    for _ in range(2):
+        with pytest.raises(DataError, match="message 0 holds '<end_of_turn>'"):
+            encoder.encode(wrong)
