@@ -13,6 +13,7 @@ from mllm_assets.artifacts import UNNAMED, slug
 from mllm_assets.components.assets.recipe import build_recipe_assets, external_asset
 from mllm_assets.components.automation.approvals import approval_sensors
 from mllm_assets.components.automation.failures import failure_alert
+from mllm_assets.components.automation.registry import registry_automation
 from mllm_assets.components.automation.releases import ReleaseWatch, released_model_regression
 from mllm_assets.components.automation.retraining import retraining_job, weekly_retraining
 from mllm_assets.components.image_text_dataset import ImageTextDataset
@@ -158,14 +159,11 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
             external_asset(entry, key, media_dirs.get(key)) for entry, key in external.items() if key in used
         ]
         datasets = {slug(dataset.name, UNNAMED) for dataset in tree.get_all_components(of_type=ImageTextDataset)}
-        jobs = [
-            line_job(node.key("released_model" if node.eval_data else "checkpoint"), _line_of(node), datasets)
-            for node in nodes
-        ]
+        jobs = [line_job(node.last, _line_of(node), datasets) for node in nodes]
         on = [node for node in nodes if node.name not in off]
         chains, retraining = chains_of(on), self.weekly_retraining
         job = retraining_job(chains, retraining.max_runtime_h)
-        return dg.Definitions(
+        own = dg.Definitions(
             assets=[*assets, *external_assets],
             jobs=jobs,
             loggers=LOGGERS,
@@ -176,6 +174,7 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
                 *approval_sensors(on, layout),
             ],
         )
+        return dg.Definitions.merge(own, registry_automation(on, layout))
 
     def _built(self, node: Node, why_off: str | None) -> list[dg.AssetsDefinition]:
         """A recipe's assets."""

@@ -48,7 +48,7 @@ class ProjectResource(dg.ConfigurableResource):
     def quality_store(self) -> QualityStore:
         return QualityStore(self.layout.quality_db)
 
-    def mirror(self, context: dg.AssetExecutionContext) -> Mirror | None:
+    def mirror(self, context: dg.AssetExecutionContext | dg.OpExecutionContext) -> Mirror | None:
         """The mirror of the artefact store, if one is set."""
         layout = self.layout
         return Mirror(Store(self.store, layout.root), layout, context.log.info) if self.store else None

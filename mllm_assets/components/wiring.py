@@ -15,6 +15,7 @@ from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.releases.hub_push import PushSpec
+from mllm_assets.releases.registry import RegistrySpec
 from mllm_assets.training.runs.sweep_spec import SweepSpec
 from mllm_assets.worker.tasks import DEFAULT_MAX_HIDDEN_STATES_GIB, EvaluationSettings
 
@@ -46,6 +47,10 @@ class PushToHub(yaml_of(PushSpec)):
     """Where the release goes on the Hugging Face Hub. HF_TOKEN of the environment is the only credential."""
 
 
+class MlflowRegistry(yaml_of(RegistrySpec)):
+    """The release as a version of a registered model of MLflow, at MLFLOW_TRACKING_URI."""
+
+
 class Settings(YamlModel):
     """Settings of one recipe that LLaMA-Factory has no key for.
 
@@ -61,6 +66,8 @@ class Settings(YamlModel):
         evaluation: How predictions are made.
         gates: Thresholds for a release.
         push_to_hub: Makes <recipe>/hub_model, which pushes the current release.
+        mlflow_registry: Makes <recipe>/mlflow_model, a version of a registered model for each release; {} takes the
+            defaults.
         sweep: Makes <recipe>/sweep, which trains the recipe with other values and chooses the best.
     """
 
@@ -71,6 +78,7 @@ class Settings(YamlModel):
     evaluation: Evaluation = Evaluation()
     gates: Gates = Gates()
     push_to_hub: PushToHub | None = None
+    mlflow_registry: MlflowRegistry | None = None
     sweep: Sweep | None = None
 
 
@@ -102,6 +110,12 @@ class Node:
 
     def key(self, asset: str) -> dg.AssetKey:
         return dg.AssetKey([self.name, asset])
+
+    @property
+    def last(self) -> dg.AssetKey:
+        """The end of its line: a release, where it goes, or without `eval_dataset` the checkpoint."""
+        released = "mlflow_model" if self.settings.mlflow_registry is not None else "released_model"
+        return self.key(released if self.eval_data else "checkpoint")
 
     @property
     def starts(self) -> list[str]:

@@ -3,6 +3,7 @@
 Each broken one fails for a reason of its own.
 """
 
+import importlib.util
 import json
 import random
 import shutil
@@ -133,6 +134,18 @@ def test_a_dry_push_lists_what_would_go_to_the_hub(shipped: Project) -> None:
     assert facts["dry_run"] and facts["private"] and (facts["repo_id"], facts["version"]) == ("me/emoji", "v1")
     names = {record.data["file"] for record in facts["files"].records}
     assert {"README.md", "config.json", "model.safetensors"} <= names and "predictions.parquet" not in names
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
+def test_a_release_goes_into_mlflows_registry_with_its_line_and_a_trial_does_not(shipped: Project) -> None:
+    set_for(shipped, "emoji_sft", mlflow_registry={})
+    code, output = run(shipped, 'key:"emoji_sft/mlflow_model"')
+    facts = shipped.metadata("emoji_sft", "mlflow_model")
+    assert code == 0, output
+    assert (facts["registered_as"], facts["alias"]) == ("models:/emoji_sft/1", "champion")
+    assert (shipped.root / facts["registry"]).is_file()
+    trial, _ = shipped.start("mllm_assets.cli", "run", "emoji_sft", "max_steps=3", "--dry-run").communicate(timeout=300)
+    assert "emoji_sft/eval_metrics" in trial and "mlflow_model" not in trial and "released_model" not in trial, trial
 
 
 def test_a_corrupted_checkpoint_is_not_released_and_is_finished_again(shipped: Project) -> None:

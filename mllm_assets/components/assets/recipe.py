@@ -5,6 +5,7 @@ import dagster as dg
 from mllm_assets.components.assets.checkpoint import checkpoint_asset
 from mllm_assets.components.assets.evaluation import eval_metrics_asset, predictions_asset
 from mllm_assets.components.assets.lineage import model_directory, pull_data
+from mllm_assets.components.assets.registry import mlflow_model_asset
 from mllm_assets.components.assets.release import hub_model_asset, released_model_asset
 from mllm_assets.components.assets.step import as_dagster_failures, step
 from mllm_assets.components.assets.sweep import sweep_asset
@@ -24,6 +25,8 @@ def build_recipe_assets(node: Node) -> list[dg.AssetsDefinition]:
         assets += [predictions_asset(node), eval_metrics_asset(node), released_model_asset(node)]
         if node.settings.push_to_hub is not None:
             assets.append(hub_model_asset(node, node.settings.push_to_hub.to_spec()))
+        if node.settings.mlflow_registry is not None:
+            assets.append(mlflow_model_asset(node, node.settings.mlflow_registry.to_spec()))
     return assets
 
 

@@ -20,8 +20,8 @@ from mllm_assets.redaction import holds_secret, redacted, redacted_value
 from mllm_assets.store.mirror import Mirror
 from mllm_assets.worker.usage import Usage, measured
 
-# Other machines read sources and models from where they came, and the Hub has what is pushed
-NOT_MIRRORED = ("raw", "hub_model")
+# Other machines read sources and models from where they came, and the Hub or a registry has what is sent there
+NOT_MIRRORED = ("raw", "hub_model", "mlflow_model")
 TEMPORARY_HOME = ".tmp_dagster_home_"  # which Dagster 1.13 makes in the working directory without a DAGSTER_HOME
 _said: set[str] = set()  # the runs of this process that were told that they are forgotten
 Results = dg.MaterializeResult | tuple[dg.MaterializeResult, ...]

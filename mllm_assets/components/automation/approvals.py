@@ -20,7 +20,11 @@ EVERY_S = 30
 def approval_sensors(nodes: Sequence[Node], layout: Layout) -> list[dg.SensorDefinition]:
     """The sensor for the recipes whose release waits for a person, if there are any."""
     waiting = {
-        node.name: [node.key(last) for last in ("released_model", *["hub_model"] * bool(node.settings.push_to_hub))]
+        node.name: [
+            node.key("released_model"),
+            *[node.key("hub_model")] * (node.settings.push_to_hub is not None),
+            *[node.key("mlflow_model")] * (node.settings.mlflow_registry is not None),
+        ]
         for node in nodes
         if node.eval_data and node.settings.gates.needs_approval
     }

@@ -28,6 +28,7 @@ from mllm_assets.store.errors import SETTING
 from mllm_assets.training.runs.plan import overridden, shown_overrides
 
 NAMED = "named"
+RELEASED = ("released_model", "mlflow_model")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +133,7 @@ def _overridden_recipes(request: Request, location: Location, owners: Collection
 
 def _end_of_trial(key: dg.AssetKey) -> dg.AssetKey:
     """A trial is judged, and released only where that is asked for by name."""
-    return dg.AssetKey([key.path[0], "eval_metrics"]) if key.path[-1] == "released_model" else key
+    return dg.AssetKey([key.path[0], "eval_metrics"]) if key.path[-1] in RELEASED else key
 
 
 def _require_ready(location: Location, keys: Collection[dg.AssetKey], owners: Collection[str]) -> None:
