@@ -24,6 +24,29 @@ from mllm_assets.worker.tasks import Accelerator, Part, SharedTask, Task, TrainT
 R = TypeVar("R")
 
 
+def as_set(resource: dg.ConfigurableResource) -> dg.ResourceDefinition:
+    """The resource as it is set: a run's configuration may change its settings, but the launchpad does not list them.
+
+    It lists every field that has a default, below the values of the recipe, which are what a run is about.
+    """
+    kind = type(resource)
+    fields = kind.to_config_schema().as_field().config_type.fields  # pyright: ignore[reportAttributeAccessIssue]
+
+    def create(context: dg.InitResourceContext) -> dg.ConfigurableResource:
+        made = kind(**{**resource.model_dump(), **context.resource_config})
+        made.setup_for_execution(context)
+        return made
+
+    return dg.ResourceDefinition(
+        create,
+        config_schema={
+            name: dg.Field(field.config_type, is_required=False, description=field.description)
+            for name, field in fields.items()
+        },
+        description=kind.__doc__,
+    )
+
+
 class ProjectResource(dg.ConfigurableResource):
     """The folders of the project and its quality database."""
 

@@ -4,7 +4,13 @@ import os
 
 import dagster as dg
 
-from mllm_assets.components.resources import AcceleratorResource, ProjectResource, RayAcceleratorResource, RayCluster
+from mllm_assets.components.resources import (
+    AcceleratorResource,
+    ProjectResource,
+    RayAcceleratorResource,
+    RayCluster,
+    as_set,
+)
 from mllm_assets.layout import Layout
 from mllm_assets.settings import LAUNCHERS, choice, device_from_environment, number
 from mllm_assets.worker.ray_jobs import DEFAULT_ADDRESS
@@ -15,12 +21,14 @@ def resources() -> dg.Definitions:
     layout = Layout.from_environment()
     return dg.Definitions(
         resources={
-            "project": ProjectResource(
-                root=str(layout.root),
-                store=os.environ.get("MLLM_ASSETS_STORE", ""),
-                price_per_hour=number("MLLM_ASSETS_PRICE_PER_HOUR", 0.0, least=0.0, kind=float),
+            "project": as_set(
+                ProjectResource(
+                    root=str(layout.root),
+                    store=os.environ.get("MLLM_ASSETS_STORE", ""),
+                    price_per_hour=number("MLLM_ASSETS_PRICE_PER_HOUR", 0.0, least=0.0, kind=float),
+                )
             ),
-            "gpu": _on_ray(layout) if choice("MLLM_ASSETS_LAUNCHER", LAUNCHERS) == "ray" else _here(),
+            "gpu": as_set(_on_ray(layout) if choice("MLLM_ASSETS_LAUNCHER", LAUNCHERS) == "ray" else _here()),
         }
     )
 

@@ -80,6 +80,7 @@ def board_screens(url: str) -> Iterator[Screen]:
 
     def estimate(page: Page) -> None:
         opens_tab("Start")(page)
+        page.get_by_text("model_name_or_path").first.wait_for()  # the draft is there
         page.get_by_role("button", name="Estimate and show rows").click()
         page.locator(".board-look").scroll_into_view_if_needed()
 
