@@ -76,10 +76,14 @@ attack: $(EXTRAS) faketime ## every test that attacks the product; the table is 
 
 install: $(CORE)
 
+define VENV
+@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v.major}.{v.minor}. Try: make PYTHON=python3.12 ...")'
+@$(PYTHON) -m venv .venv
+endef
+
 $(CORE): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v.major}.{v.minor}. Try: make PYTHON=python3.12 ...")'
 	@echo "Installing PyTorch, transformers, Dagster and their dependencies into .venv (under a minute on a fast line)"
-	@$(PYTHON) -m venv .venv
+	$(VENV)
 	@$(BIN)/python .ci/install.py -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -89,8 +93,10 @@ $(EXTRAS): $(CORE) requirements-ui.txt
 	@$(BIN)/python .ci/install.py --no-deps -r requirements-ui.txt
 	@touch $@
 
-$(DOCS): $(CORE)
-	@$(BIN)/python .ci/install.py -c constraints.txt -e '.[docs]'
+# the pages of reference are made from the code, and the graph loads without PyTorch
+$(DOCS): pyproject.toml constraints.txt
+	$(VENV)
+	@$(BIN)/python .ci/install.py --excludes .ci/without-torch.txt -c constraints.txt -e '.[docs]'
 	@touch $@
 
 chromium:
