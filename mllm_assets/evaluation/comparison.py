@@ -15,7 +15,7 @@ from mllm_assets.evaluation.checkpoint_metrics import find_run
 from mllm_assets.evaluation.gallery import HTML_THUMBNAIL_PX, MAX_HTML_SAMPLES, evenly_spaced, thumbnail
 from mllm_assets.evaluation.intervals import gain_text
 from mllm_assets.evaluation.metrics import gains_over_release, read_metrics
-from mllm_assets.evaluation.run_lookup import evaluated_runs, evaluation_of, how_to_evaluate
+from mllm_assets.evaluation.run_lookup import evaluated_runs, evaluation_of, how_to_evaluate, require_finished
 from mllm_assets.evaluation.scores import in_order
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
@@ -89,6 +89,7 @@ class _Run:
 def _read(layout: Layout, name: str, notify: Callable[[str], None]) -> _Run:
     """A run and its evaluation. A recipe's name means its newest run, or else the last that was evaluated."""
     run_dir = find_run(layout, name)
+    require_finished(layout, run_dir)
     found = evaluation_of(layout, run_dir)
     if found is None and not Path(name).is_dir() and (found := next(evaluated_runs(layout, name), None)):
         notify(

@@ -11,7 +11,7 @@ from mllm_assets.layout import Layout
 from mllm_assets.project.read import materialize_command, plain_name, require_known_recipe, why_no_latest
 from mllm_assets.recipe.load import load_recipe, with_config_files
 from mllm_assets.training.runs.plan import overridden, semantic_values, shown_overrides
-from mllm_assets.training.runs.run_file import spec_of_run
+from mllm_assets.training.runs.run_file import RUN_FILE, read_run_file, spec_of_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,13 +40,14 @@ def find_run(layout: Layout, recipe: str, overrides: Sequence[str] = ()) -> Path
     """The newest run of a recipe as written, of one with overrides, or of `<recipe>/<fingerprint>`.
 
     Raises:
-        IntegrityError: There is none. Says which there are.
+        IntegrityError: There is none, or it is not finished. Says which there are, or how it goes on.
         RecipeError: The overrides do not fit the recipe, or no file in `configs/` has its name.
     """
     recipe = plain_name(layout, recipe)
     run_dir = layout.outputs / recipe
     if is_complete(run_dir):
         return run_dir.resolve()
+    require_finished(layout, run_dir)
     wanted: dict[str, Any] = {}
     if overrides:
         require_known_recipe(layout, recipe)
@@ -70,18 +71,35 @@ def find_run(layout: Layout, recipe: str, overrides: Sequence[str] = ()) -> Path
     return max(found, key=made_order).resolve()
 
 
+def require_finished(layout: Layout, run_dir: Path) -> None:
+    """Refuse a run that has begun and is not finished.
+
+    Raises:
+        IntegrityError: It is one. Gives the command that began it, which goes on from its last checkpoint.
+    """
+    if is_complete(run_dir) or not (run_dir / RUN_FILE).is_file():
+        return
+    recipe, kept = run_dir.resolve().parent.name, read_run_file(run_dir)
+    overrides = kept.get("overrides") or _differing(layout, run_dir, kept.get("starts_from", {}).get("recipe"))
+    command = " ".join(filter(None, [materialize_command(recipe), shown_overrides(overrides)]))
+    raise IntegrityError(
+        f"{layout.relative(run_dir)} is not finished. Unless something trains it now, it goes on from its last "
+        f"checkpoint, while data and model are as they were: {command}"
+    )
+
+
 def how_to_evaluate(layout: Layout, run_dir: Path) -> str:
     """How to get a run's metrics: the asset takes this run when launched with the values that it was trained with."""
     recipe = run_dir.parent.name
     command, shown = materialize_command(f"{recipe}/eval_metrics"), layout.relative(run_dir)
-    other = shown_overrides(_other_values(layout, run_dir))
+    other = shown_overrides(_differing(layout, run_dir, read_manifest(run_dir)["recipe"]))
     note = "it takes this run while data and model are as they were"
     return f"To evaluate {shown}: {' '.join(filter(None, [command, other]))} ({note})."
 
 
-def _other_values(layout: Layout, run_dir: Path) -> dict[str, Any]:
+def _differing(layout: Layout, run_dir: Path, recipe: Any) -> dict[str, Any]:
     """The values in which a run differs from its recipe's file now: by an override, or because the file changed."""
-    trained = semantic_values(spec_of_run(read_manifest(run_dir)["recipe"], run_dir))
+    trained = semantic_values(spec_of_run(recipe, run_dir))
     for path in layout.root.glob("configs/*.yaml"):
         if slug(path.stem, UNNAMED) == run_dir.parent.name:
             try:

@@ -1,12 +1,16 @@
 """How a run that was not evaluated is evaluated."""
 
+import json
 import os
 import shlex
 from pathlib import Path
 
+import pytest
+
 from mllm_assets.artifacts import write_manifest
+from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.metrics import write_metrics
-from mllm_assets.evaluation.run_lookup import evaluated_runs, how_to_evaluate
+from mllm_assets.evaluation.run_lookup import evaluated_runs, find_run, how_to_evaluate
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import load_recipe
 
@@ -41,6 +45,20 @@ def test_a_run_by_an_override_is_evaluated_with_the_same_in_the_launch(tmp_path:
     run = words[words.index("mllm-assets") :]
     assert run[:3] == ["mllm-assets", "run", "mine/eval_metrics"]
     assert set(run[3:5]) == {"max_steps=4", "freeze_language_model=true"}
+
+
+def test_a_run_that_is_not_finished_is_told_how_it_goes_on(tmp_path: Path) -> None:
+    """`compare` and `summary` said that no recipe had its name."""
+    recipe, run_dir = tmp_path / "configs" / "mine.yaml", tmp_path / "outputs" / "mine" / "0123456789abcdef"
+    recipe.parent.mkdir()
+    recipe.write_text(RECIPE)
+    run_dir.mkdir(parents=True)
+    values = load_recipe(recipe, ["max_steps=4"]).spec.to_dict()
+    for kept in ({"overrides": {"max_steps": 4}}, {"starts_from": {"recipe": values}}):
+        (run_dir / "run.json").write_text(json.dumps(kept))
+        for name in ("mine/0123456789abcdef", str(run_dir)):
+            with pytest.raises(IntegrityError, match="cdef is not finished.*: mllm-assets run mine max_steps=4"):
+                find_run(Layout(tmp_path), name)
 
 
 def test_the_last_evaluation_is_the_last_one_also_where_the_clock_was_set_back_before_it(tmp_path: Path) -> None:
