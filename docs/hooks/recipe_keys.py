@@ -93,12 +93,15 @@ KEY_SENTENCES: Mapping[str, str] = {
     "full_determinism": "Only kernels that give the same bits each time; slower.",
     "use_cpu": "Train on the CPU although there is a GPU.",
     # preferences
-    "stage": "What a sample is: `sft`, an answer to learn; `dpo`, a preferred answer and a rejected one.",
-    "pref_beta": "How much a pair counts against the distance from the model that the run starts from.",
+    "stage": "What a sample is: `sft`, an answer to learn; `dpo`, a preferred answer and a rejected one; `kto`, an "
+    "answer that is marked good or bad.",
+    "pref_beta": "How much a preference counts against the distance from the model that the run starts from.",
     "pref_loss": "The loss of a pair; `orpo` and `simpo` need no reference.",
-    "pref_ftx": "Weight of the preferred answers' own loss, which is added.",
+    "pref_ftx": "Weight of the preferred or good answers' own loss, which is added.",
     "dpo_label_smoothing": "Share of pairs that are taken to be the wrong way round.",
     "simpo_gamma": "With `simpo`: how far the preferred answer should be ahead.",
+    "kto_chosen_weight": "Weight of an answer that is marked good; both kinds should add up to about the same.",
+    "kto_rejected_weight": "Weight of an answer that is marked bad.",
     # evaluation during training
     "eval_strategy": "When the loss on `eval_dataset` is measured: every `eval_steps`, each epoch, or at the end.",
     "eval_steps": "Steps between evaluations; below 1 a share of all steps.",

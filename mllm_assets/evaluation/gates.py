@@ -21,7 +21,7 @@ class GateSpec:
     Attributes:
         min_loss_gain_nats: How much lower than the base model's the loss per token must be.
         beats_base_by: What must be better than the base model's: the loss, or the answers, whose label accuracy (or
-            ROUGE-L) must exceed it by `min_answer_gain`. By default the loss, and of `stage: dpo` the answers: the
+            ROUGE-L) must exceed it by `min_answer_gain`. By default the loss, and of preferences the answers: the
             loss of a preferred answer often rises while the rejected one becomes far less likely.
         min_answer_gain: How much label accuracy (or ROUGE-L, without labels), 0..1, must exceed that of always giving
             the most common training answer.

@@ -24,8 +24,8 @@ from mllm_assets.file_digests import FileDigests
 from mllm_assets.inference.answerer import Answerer, use_cached_images
 from mllm_assets.inference.batch_size import rows_at_once
 from mllm_assets.inference.batches import Batch, Pass, in_batches
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.models.device import Device, pick_device
 from mllm_assets.training.models.load import weights_digest
 from mllm_assets.training.runs.models import checkpoint_digest, find_model, is_checkpoint, model_fingerprint
@@ -150,7 +150,8 @@ def load_samples(task: EvaluateTask, dataset: Dataset) -> list[Sample]:
     for entry in task.entries:
         dataset.entry(entry).require_unchanged(task.data_digests.get(entry))
         rows = dataset.entry(entry).rows
-        indices = spread(len(rows), task.settings.max_samples)
+        asked = [index for index, row in enumerate(rows) if row.mark is not False]  # a bad answer is no reference
+        indices = [asked[place] for place in spread(len(asked), task.settings.max_samples)]
         chosen = [rows[index] for index in indices]
         partners = shuffled_partners([row.images for row in chosen], seed=SHUFFLE_SEED)
         samples += [
@@ -163,7 +164,7 @@ def load_samples(task: EvaluateTask, dataset: Dataset) -> list[Sample]:
 def spread(num_rows: int, max_samples: int | None) -> list[int]:
     """Which rows are asked about: some from everywhere, for the first of a source may all be of one class."""
     num_samples = min(num_rows, max_samples or num_rows)
-    return [number * num_rows // num_samples for number in range(num_samples)]
+    return [number * num_rows // max(num_samples, 1) for number in range(num_samples)]
 
 
 def require_named_model(directory: Path, expected: str, digests: FileDigests) -> None:

@@ -21,8 +21,9 @@ from mllm_assets.recipe.asking import Sampling, TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches import features, tower
 from mllm_assets.training.encoding.collate import Collator, ImageFeatures, Padding
-from mllm_assets.training.encoding.encode import IGNORE_INDEX, EncodedRow, Encoder
+from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
+from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow
 from mllm_assets.training.loop.checkpoints import load_checkpoint, starting_model
 from mllm_assets.training.models.device import Device, Precision, out_of_memory_is_an_error, pick_precision
 from mllm_assets.training.models.load import load_model, load_processor, quiet_libraries

@@ -11,9 +11,9 @@ import torch
 
 from mllm_assets.errors import OutOfMemoryError
 from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.loader import loaded
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.worker.tasks import ROWS_AT_ONCE, WHOLE, Part
 
 if TYPE_CHECKING:

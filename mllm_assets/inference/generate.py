@@ -13,7 +13,7 @@ from mllm_assets.data.sharegpt.rows import SYSTEM, USER, Message, Row
 from mllm_assets.errors import DataError
 from mllm_assets.inference.answerer import Answer, Answerer
 from mllm_assets.recipe.asking import Sampling
-from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.models.device import pick_device
 from mllm_assets.training.runs.models import NamedModel
 

@@ -201,8 +201,8 @@ _NO_EFFECT = {
         hub_strategy:str=every_save hub_always_push:bool=false hub_revision:str?=null
         push_to_hub_organization:str?=null""",
     "it belongs to another training stage.": """
-        kto_chosen_weight:float=1.0 kto_rejected_weight:float=1.0 ppo_buffer_size:int=1
-        ppo_epochs:int=4 ppo_score_norm:bool=false ppo_target:float=6.0 ppo_whiten_rewards:bool=false
+        ppo_buffer_size:int=1 ppo_epochs:int=4 ppo_score_norm:bool=false ppo_target:float=6.0
+        ppo_whiten_rewards:bool=false
         reward_model:str?=null reward_model_adapters:str?=null reward_model_quantization_bit:int?=null
         reward_model_type:str=lora""",
     "rows hold images and text only.": """
@@ -254,7 +254,7 @@ def value_advice(name: str, value: Any) -> str:
     if name == "optim" and isinstance(value, str):
         return "Set optim: adamw_torch_fused, LLaMA-Factory's default."
     if name == "stage":
-        return "Set stage: sft for answers to learn, or dpo for pairs of which one is preferred."
+        return "Set stage: sft for answers to learn, dpo for pairs of which one is preferred, kto for marked answers."
     if name == "pref_loss":
         return "Set pref_loss: sigmoid, which LLaMA-Factory 0.9.5 computes for hinge, ipo and kto_pair as well."
     if name == "flash_attn" and text == "fa3":
@@ -289,7 +289,7 @@ def _reasons(spec: TrainSpec) -> Iterator[tuple[str, str]]:
         yield "vision_lr", "freeze_vision_tower is true, so nothing of the tower trains"
     if not (spec.additional_target if is_lora else not spec.freeze_multi_modal_projector):
         yield "projector_lr", "the projector does not train"
-    if not spec.packs:
+    if not spec.packs and not spec.learns_marks:
         for key in ("preprocessing_num_workers", "preprocessing_batch_size"):
             yield key, "rows are encoded while they are read, and nothing is cached"
     if len(spec.train_entries) == 1 and len(spec.eval_entries) < 2:

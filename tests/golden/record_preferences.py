@@ -1,6 +1,6 @@
-"""Record what LLaMA-Factory itself computes from pairs, into tests/golden/preferences/<case>.json.
+"""Record what LLaMA-Factory itself computes from pairs and marked answers, into tests/golden/preferences/<case>.json.
 
-Run it as record_llamafactory.py, in that file's environment, on the model and the pairs of tests/golden/parity.
+Run it as record_llamafactory.py, in that file's environment, on the model and the rows of tests/golden/parity.
 """
 
 import json
@@ -26,28 +26,55 @@ CASES: dict[str, dict[str, Any]] = {
     "orpo": {"pref_loss": "orpo"},
     "simpo": {"pref_loss": "simpo", "pref_beta": 2.0, "simpo_gamma": 0.7},
     "lora": {"finetuning_type": "lora", "freeze_multi_modal_projector": True, "lora_dropout": 0.3, "lora_rank": 4},
+    "kto_weights": {
+        "stage": "kto",
+        "dataset": "kto",
+        "kto_chosen_weight": 1.3,
+        "kto_rejected_weight": 0.6,
+        "pref_ftx": 0.2,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 3,
+        "pref_beta": 0.3,
+        "learning_rate": 4e-3,
+    },
+    "kto_cut": {
+        "stage": "kto",
+        "dataset": "kto",
+        "cutoff_len": 84,
+        "preprocessing_batch_size": 7,
+        "preprocessing_num_workers": 2,
+        "val_size": 0.2,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "per_device_eval_batch_size": 3,
+        "learning_rate": 4e-3,
+        "freeze_language_model": True,
+        "pref_beta": 1.0,
+    },
     "evaluated": {"val_size": 0.25, "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 3},
 }
 
 
 def record(case: str, work: Path) -> dict[str, Any]:
     """Train one case and return what was logged and how the rows were encoded."""
-    from llamafactory.train.dpo import trainer
+    from llamafactory.train.dpo import workflow as dpo
+    from llamafactory.train.kto import workflow as kto
     from llamafactory.train.tuner import run_exp
 
     found: dict[str, Any] = {}
-    original: Any = trainer.CustomDPOTrainer
+    config = {**BASE, **CASES[case]}
+    place, name = (dpo, "CustomDPOTrainer") if config["stage"] == "dpo" else (kto, "CustomKTOTrainer")
+    original: Any = getattr(place, name)
 
     class Recording(original):
         def train(self, *args: Any, **kwargs: Any) -> Any:
-            kept = ("input_ids", "labels")
+            kept = ("input_ids", "labels", "kto_tags")
             found["rows"] = [{key: row[key] for key in row if key.endswith(kept)} for row in self.train_dataset]
             result = super().train(*args, **kwargs)
             found["logs"] = [log for log in self.state.log_history if "loss" in log or "eval_loss" in log]
             return result
 
-    trainer.CustomDPOTrainer = Recording
-    config = {**BASE, **CASES[case]}
+    setattr(place, name, Recording)
     places = {
         "model_name_or_path": str(sft.HERE / "parity" / "model"),
         "dataset_dir": str(sft.HERE / "parity" / "data"),
@@ -57,7 +84,7 @@ def record(case: str, work: Path) -> dict[str, Any]:
     try:
         run_exp(args={**config, **places})
     finally:
-        trainer.CustomDPOTrainer = original
+        setattr(place, name, original)
     return {"config": config, **found}
 
 

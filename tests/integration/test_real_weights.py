@@ -14,7 +14,7 @@ import pytest
 
 from mllm_assets.inference.answerer import Answerer
 from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop.engine import train_task
 from mllm_assets.worker.protocol import Reporter
 from tests import real_weights

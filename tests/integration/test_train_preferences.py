@@ -1,7 +1,8 @@
-"""Learning from pairs of answers: LLaMA-Factory's rows, losses and rewards, from cached features, resumed exactly."""
+"""Learning from pairs and marked answers: LLaMA-Factory's rows, losses and rewards, from caches, resumed exactly."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import pytest
 import yaml
 
 from mllm_assets.data.sharegpt.dataset import Dataset
-from mllm_assets.errors import RecipeError
+from mllm_assets.errors import DataError, RecipeError
 from mllm_assets.recipe.load import load_recipe
 from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import read_inputs
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop.engine import train_task
 from mllm_assets.training.loop.preferences import REFERENCE_FILE
 from mllm_assets.worker.protocol import Reporter
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.integration
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORDED = sorted(path.stem for path in (GOLDEN / "preferences").glob("*.json"))
-QUICK = {"lora", "evaluated", "projector"}
+QUICK = {"lora", "evaluated", "projector", "kto_cut", "kto_weights"}
 MEASURED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "num_train_epochs": 2}
 
@@ -56,17 +57,22 @@ def require_equal(spec: TrainSpec, lines: list[dict[str, Any]], recorded: list[d
         tolerances = {kind: 2e-5, **{f"{prefix}{name}": 2e-4 * spec.pref_beta for name in MEASURED}}
         tolerances |= {f"{prefix}logps/chosen": 2e-4, f"{prefix}logps/rejected": 2e-4}
         for key, tolerance in tolerances.items():
-            assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], abs=tolerance), key
+            assert [line.get(key) for line in ours] == pytest.approx(
+                [line.get(key) for line in theirs], abs=tolerance
+            ), key
 
 
-def as_recorded(row: EncodedRow) -> dict[str, list[int]]:
-    sides = zip(("chosen", "rejected"), row.sequences, strict=True)
+def as_recorded(row: EncodedRow) -> dict[str, Any]:
+    kinds = ("chosen_", "rejected_") if row.mark is None else ("", "kl_")
     names = ("input_ids", "labels")
-    return {f"{side}_{name}": list(getattr(one, name)) for side, one in sides for name in names}
+    sides = zip(kinds, row.sequences, strict=True)
+    tokens = {f"{side}{name}": list(getattr(one, name)) for side, one in sides for name in names}
+    return tokens if row.mark is None else {**tokens, "kto_tags": row.mark}
 
 
-def test_rows_losses_and_rewards_equal_llamafactorys(parity_dir: Path, tmp_path: Path) -> None:
-    reference = json.loads((parity_dir / "reference" / "dpo_lora.json").read_text())
+@pytest.mark.parametrize("name", ["dpo_lora", "kto_lora"])
+def test_rows_losses_and_rewards_equal_llamafactorys(parity_dir: Path, tmp_path: Path, name: str) -> None:
+    reference = json.loads((parity_dir / "reference" / f"{name}.json").read_text())
     spec = spec_of(reference["config"], tmp_path)
     rows = rows_of(spec, parity_dir, tmp_path)
     encoded = [as_recorded(row) for row in rows]
@@ -79,12 +85,20 @@ def test_rows_losses_and_rewards_equal_llamafactorys(parity_dir: Path, tmp_path:
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in RECORDED]
 )
-def test_every_loss_of_pairs_is_llamafactorys(parity_dir: Path, tmp_path: Path, case: str) -> None:
+def test_every_loss_of_preferences_is_llamafactorys(parity_dir: Path, tmp_path: Path, case: str) -> None:
     recorded = json.loads((GOLDEN / "preferences" / f"{case}.json").read_text())
     spec = spec_of(recorded["config"], tmp_path)
     rows = rows_of(spec, parity_dir, tmp_path)
     assert [as_recorded(row) for row in rows] == recorded["rows"]
-    require_equal(spec, trained(spec, parity_dir, tmp_path / "run"), recorded["logs"])
+    lines = trained(spec, parity_dir, tmp_path / "run")
+    require_equal(spec, lines, recorded["logs"])
+    if spec.learns_marks:  # LLaMA-Factory logs the sum over the batches of a step
+        kls = [log["kl"] / spec.gradient_accumulation_steps for log in recorded["logs"] if "loss" in log]
+        assert [line["kl"] for line in lines if "loss" in line] == pytest.approx(kls, abs=2e-4)
+
+
+def marks(folder: Path, **overrides: Any) -> TrainSpec:
+    return pairs(folder, **{"stage": "kto", "dataset": "kto", **overrides})
 
 
 def pairs(folder: Path, **overrides: Any) -> TrainSpec:
@@ -92,12 +106,15 @@ def pairs(folder: Path, **overrides: Any) -> TrainSpec:
     return spec_of(config, folder, **{**SAVED, **overrides})
 
 
-def test_no_step_runs_the_tower_and_the_trajectory_stays(parity_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("of_stage", [pairs, marks])
+def test_no_step_runs_the_tower_and_the_trajectory_stays(
+    parity_dir: Path, tmp_path: Path, of_stage: Callable[..., TrainSpec]
+) -> None:
     """Policy and reference read the same cached features; the hidden states of both answers are cached as well."""
     for name, method in (("features", {}), ("states", {"finetuning_type": "freeze", "freeze_trainable_layers": 1})):
         folder = tmp_path / name
         folder.mkdir()
-        spec = pairs(folder, **method, max_steps=-1, max_samples=6, save_strategy="no")
+        spec = of_stage(folder, **method, max_steps=-1, max_samples=6, save_strategy="no")
         plain = trained(spec, parity_dir, folder / "plain")
         cached = trained(spec, parity_dir, folder / "cached", cache_dir=folder / "cache")
         facts = json.loads((folder / "cached" / "manifest.json").read_text())["caches"]
@@ -106,10 +123,14 @@ def test_no_step_runs_the_tower_and_the_trajectory_stays(parity_dir: Path, tmp_p
         assert [line["loss"] for line in cached] == pytest.approx([line["loss"] for line in plain], abs=5e-6)
 
 
-@pytest.mark.parametrize("reference", ["kept", "damaged", "gone"])
-def test_a_resumed_run_ends_with_the_same_bits(parity_dir: Path, tmp_path: Path, reference: str) -> None:
+@pytest.mark.parametrize(
+    ("of_stage", "reference"), [(pairs, "kept"), (pairs, "damaged"), (pairs, "gone"), (marks, "damaged")]
+)
+def test_a_resumed_run_ends_with_the_same_bits(
+    parity_dir: Path, tmp_path: Path, of_stage: Callable[..., TrainSpec], reference: str
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    spec = pairs(tmp_path)
+    spec = of_stage(tmp_path)
     lines = trained(spec, parity_dir, whole)
     shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
     for name in ("run.json", REFERENCE_FILE, "trainer_log.jsonl"):
@@ -125,7 +146,11 @@ def test_a_resumed_run_ends_with_the_same_bits(parity_dir: Path, tmp_path: Path,
     assert (cut / REFERENCE_FILE).read_bytes() == (whole / REFERENCE_FILE).read_bytes()
 
 
-def test_pairs_and_answers_are_not_taken_for_each_other(parity_dir: Path, tmp_path: Path) -> None:
+def test_pairs_marks_and_answers_are_not_taken_for_each_other(parity_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"the entry rank has no marks: its `columns` do not name a `kto_tag`"):
+        trained(marks(tmp_path, dataset="rank"), parity_dir, tmp_path / "run")
+    with pytest.raises(DataError, match=r"Row kto\[1\] is marked as a bad answer .* Set stage: kto"):
+        trained(pairs(tmp_path, stage="sft", dataset="kto"), parity_dir, tmp_path / "run")
     with pytest.raises(RecipeError, match=r"the entry gemma3_vlm_train has none: it does not set `ranking`\. Name"):
         trained(pairs(tmp_path, dataset="gemma3_vlm_train"), parity_dir, tmp_path / "run")
     with pytest.raises(RecipeError, match=r"The entry rank sets `ranking`.* Set stage: dpo"):

@@ -17,7 +17,8 @@ from mllm_assets.inference.chat_page import gr
 from mllm_assets.layout import Layout
 from mllm_assets.pages import page_template
 from mllm_assets.recipe.draft import METHODS, RecipeDraft, read_draft, write_draft
-from mllm_assets.training.encoding.encode import EncodedRow, image_token_id
+from mllm_assets.training.encoding.encode import image_token_id
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop.inspecting import look, row_facts
 from mllm_assets.training.loop.reporting import trainable_lines
 

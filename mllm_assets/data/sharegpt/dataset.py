@@ -179,8 +179,8 @@ class Entry:
 
     @property
     def answers(self) -> list[str]:
-        """What the assistant says last in each row."""
-        return [row.messages[-1].content for row in self.each()]
+        """What the assistant says last in each row, but for what is marked as a bad answer."""
+        return [row.messages[-1].content for row in self.each() if row.mark is not False]
 
     @cached_property
     def version(self) -> Path | None:

@@ -18,6 +18,7 @@ FORMATTINGS = ("sharegpt", "openai", "alpaca")
 UNSUPPORTED_COLUMNS = ("tools", "videos", "audios")
 # columns that may be missing in a row, and so are missing without a word in all where their name is wrong
 _QUIET_COLUMNS = ("system", "history", *UNSUPPORTED_COLUMNS)
+MARKED_BAD = "answer_marked_bad"  # what only `stage: kto` learns from
 PAIR = ("chosen", "rejected")  # columns of a pair's answers
 IMAGE_NAMES = ("images", "image")  # columns that hold images whatever an entry says
 _OWN_TAGS = {
@@ -42,6 +43,7 @@ class Row:
     images: tuple[Path, ...]
     label: str | None = None
     rejected: Message | None = None  # of a pair, whose last message is the preferred answer
+    mark: bool | None = None  # whether the last answer is a good one, where the entry says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +224,7 @@ def _column_problems(value: Mapping[str, Any], entry: EntryInfo, place: str) -> 
         return
     if (mark := value.get(column)) is False:
         text = f"{place}: {column!r} is false: the answer is marked as a bad one. Take the row out, or it is learnt."
-        yield RowProblem("answer_marked_bad", text)
+        yield RowProblem(MARKED_BAD, text)
     elif mark is not True:
         text = f"{place}: {column!r} should be true or false, got {mark!r:.40}. Mark the row, or take it out."
         yield RowProblem("answer_mark_unreadable", text)
@@ -262,7 +264,7 @@ def parse_row(row: FileRow, index: int, entry: EntryInfo, folder: Pictured, prob
         rejected = _rejected(value, entry, place, found)
         value, entry = _with_chosen(value, entry)
     messages, in_parts, others = read_messages(value, entry, place)
-    problems += [problem.text for problem in (*found, *others)]
+    problems += [problem.text for problem in (*found, *others) if problem.reason != MARKED_BAD]
     images = _parse_images(value, in_parts, entry, place, folder, problems)
     if problems:
         return None
@@ -281,7 +283,8 @@ def parse_row(row: FileRow, index: int, entry: EntryInfo, folder: Pictured, prob
             f"{IMAGE_PLACEHOLDER} into the user message for each image."
         )
     label = value.get("label")
-    return Row(row_id, messages, images, label if isinstance(label, str) else None, rejected)
+    mark = value.get(entry.columns["kto_tag"]) if "kto_tag" in entry.columns else None
+    return Row(row_id, messages, images, label if isinstance(label, str) else None, rejected, mark)
 
 
 def _with_chosen(value: Mapping[str, Any], entry: EntryInfo) -> tuple[Mapping[str, Any], EntryInfo]:

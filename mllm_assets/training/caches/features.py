@@ -21,9 +21,9 @@ from mllm_assets.file_digests import FileDigests
 from mllm_assets.training.caches import tower
 from mllm_assets.training.caches.shards import ImageStore, probes
 from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.loader import loaded
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.models.device import Precision, out_of_memory_is_an_error, pick_device, pick_precision
 from mllm_assets.worker.tasks import WHOLE, Features, FeaturesTask, Part
 

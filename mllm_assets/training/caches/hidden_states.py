@@ -23,8 +23,8 @@ from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.shards import ImageStore, probes
 from mllm_assets.training.caches.tower import image_processing, library_versions, weight_digests
 from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.models.device import Precision
 from mllm_assets.worker.tasks import WHOLE, Part
 

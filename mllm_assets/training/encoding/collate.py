@@ -6,7 +6,7 @@ S supervised positions of the row that has most.
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -18,8 +18,9 @@ from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.families.family import processor_family
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.asking import TurnSettings
-from mllm_assets.training.encoding.encode import IGNORE_INDEX, EncodedRow, image_slots, image_token_id
+from mllm_assets.training.encoding.encode import image_slots, image_token_id
 from mllm_assets.training.encoding.image_files import load_image
+from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Inputs of the families' towers; the image processors return counts and layouts as well
 TOWER_INPUTS = ("pixel_values", "image_grid_thw", "image_position_ids", "pixel_attention_mask")
 REFERENCE = "reference_logps"  # of the answers of pairs: the preferred ones, then the others
+OTHERS, MARKS = "others", "marks"  # of marked answers: a batch of others, and which are good
 NUM_CROPS = "num_crops"  # of each image, where parts of them are shown
 
 
@@ -61,7 +63,7 @@ class Padding:
 
 def side_by_side(rows: Sequence[EncodedRow]) -> Sequence[EncodedRow]:
     """What the model reads of rows: of pairs all preferred answers, and then the others."""
-    return [*rows, *(row.rejected for row in rows if row.rejected is not None)]
+    return [*rows, *(row.other for row in rows if row.other is not None)]
 
 
 class Collator:
@@ -245,3 +247,20 @@ class Collator:
             at = slice(None, len(sequence)) if self.padding.side == "right" else slice(length - len(sequence), None)
             padded_BT[index, at] = torch.frombuffer(sequence, dtype=torch.int32)
         return padded_BT
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedCollator:
+    """Batches of marked answers: with the marks, and a batch of the others beside it."""
+
+    collator: Collator
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Any]:
+        """Collate at least one row; the reference's log-probabilities are of the answers, and then of the others."""
+        own, others = zip(*(row.sequences for row in rows), strict=True)
+        marks = torch.tensor([row.mark is True for row in rows])
+        return {
+            **self.collator(own),
+            OTHERS: self.collator([replace(row, reference=None) for row in others]),
+            MARKS: marks,
+        }

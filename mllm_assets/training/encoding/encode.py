@@ -7,10 +7,8 @@ Source: llamafactory 0.9.5, `data/mm_plugin.py` and `data/processor/supervised.p
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
@@ -24,6 +22,7 @@ from mllm_assets.families.family import find_template, processor_family
 from mllm_assets.families.image_slots import ImageSlot, ImageSlots
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.training.encoding.image_files import image_size
+from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow, Tokens
 from mllm_assets.training.encoding.turns import (
     ImageTurns,
     Lengths,
@@ -37,14 +36,6 @@ from mllm_assets.training.encoding.turns import (
 if TYPE_CHECKING:
     from mllm_assets.data.sharegpt.rows import Row
 
-IGNORE_INDEX = -100
-Tokens: TypeAlias = "array[int]"
-
-
-def no_tokens() -> Tokens:
-    """The tokens of nothing."""
-    return array("i")
-
 
 def _ignored(count: int) -> Tokens:
     return array("i", [IGNORE_INDEX]) * count
@@ -52,59 +43,6 @@ def _ignored(count: int) -> Tokens:
 
 def _numbers(tokens: Tokens) -> np.ndarray:
     return np.frombuffer(tokens, np.int32)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncodedRow:
-    """One row's tokens: `input_ids` and `labels` are of one length, `images` in the order of their placeholders.
-
-    Tokens are held as C's int, 4 bytes each, where a tuple of Python's numbers takes up to ten times that.
-    `grids_thw` has the images' patches in time, height and width, for models that need them; `num_patches` is how many
-    the tower sees of all images, None if it is the same for every image; `num_crops` are the parts of images that it
-    sees beside them; `positions` restart at each row of a packed
-    sequence, and are empty if rows are not packed. Of a pair the row is the preferred answer, `rejected` the same
-    question with the other, and `reference` the two answers' log-probabilities in the model that the run starts from.
-    """
-
-    id: str
-    input_ids: Tokens
-    labels: Tokens
-    images: tuple[Path, ...] = ()
-    num_tokens_cut: int = 0
-    grids_thw: tuple[tuple[int, int, int], ...] = ()
-    num_patches: int | None = None
-    num_crops: int = 0
-    positions: Tokens = field(default_factory=no_tokens)
-    rejected: "EncodedRow | None" = None
-    reference: tuple[float, float] | None = None
-
-    @classmethod
-    def of_picture(cls, path: Path, row_id: str) -> "EncodedRow":
-        """A picture of a row alone, for the tower."""
-        return cls(id=row_id, input_ids=no_tokens(), labels=no_tokens(), images=(path,))
-
-    @property
-    def num_supervised(self) -> int:
-        """How many of its tokens are learnt."""
-        return len(self.labels) - self.labels.count(IGNORE_INDEX)
-
-    @property
-    def sequences(self) -> tuple["EncodedRow", ...]:
-        """What the model reads of it."""
-        return (self,) if self.rejected is None else (replace(self, rejected=None), self.rejected)
-
-
-def joined(rows: Sequence[EncodedRow]) -> EncodedRow:
-    """Rows one after another in one sequence, in which the positions restart at each."""
-    return EncodedRow(
-        id=", ".join(row.id for row in rows),
-        input_ids=array("i", chain.from_iterable(row.input_ids for row in rows)),
-        labels=array("i", chain.from_iterable(row.labels for row in rows)),
-        images=tuple(chain.from_iterable(row.images for row in rows)),
-        num_tokens_cut=sum(row.num_tokens_cut for row in rows),
-        num_crops=sum(row.num_crops for row in rows),
-        positions=array("i", chain.from_iterable(range(len(row.input_ids)) for row in rows)),
-    )
 
 
 class ImageCutError(DataError):
@@ -187,6 +125,11 @@ class Encoder:
             DataError: `cutoff_len` leaves no supervised token, the text itself holds control tokens, or an image is
                 damaged. Names the row.
         """
+        if row.mark is False:
+            raise DataError(
+                f"Row {row.id} is marked as a bad answer (kto_tag: false), and would be learnt. Set stage: kto, which "
+                "learns from both kinds, or take the row out."
+            )
         slots = self._image_slots(row)
         input_ids = self._leading_images(slots)
         labels, num_learnt = _ignored(len(input_ids)), 0
@@ -220,33 +163,53 @@ class Encoder:
             DataError: As `encode`, and where `cutoff_len` cuts into an image.
         """
         assert row.rejected is not None, "the entry sets `ranking`"
-        slots, answers = self._image_slots(row), []
-        for answer in (row.messages[-1], row.rejected):
-            *earlier, (question, target) = self._turns(
-                replace(row, messages=(*row.messages[:-1], answer)), slots, for_last_answer=True
-            )
-            prompt = self._leading_images(slots)
-            for source, told in earlier:
-                prompt += source + told
-            prompt += question
-            answers.append((prompt, target))
-        longest = max(len(target) for _, target in answers)
-        num_prompt, num_answer = shared_room(len(answers[0][0]), longest, self.cutoff_len)
-        if self._end_of_images(answers[0][0]) > num_prompt:
-            raise DataError(f"Row {row.id} is cut inside its images: cutoff_len is {self.cutoff_len}. Raise it.")
-        chosen, rejected = (
-            self._row(
-                row,
-                slots,
-                prompt[:num_prompt] + target[:num_answer],
-                _ignored(len(prompt[:num_prompt])) + target[:num_answer],
-                len(prompt[num_prompt:]) + len(target[num_answer:]),
-            )
-            for prompt, target in answers
-        )
+        slots = self._image_slots(row)
+        [(prompt, _), _] = turns = [
+            self._last_turn(replace(row, messages=(*row.messages[:-1], answer)), slots)
+            for answer in (row.messages[-1], row.rejected)
+        ]
+        room = shared_room(len(prompt), max(len(target) for _, target in turns), self.cutoff_len)
+        chosen, rejected = (self._row_of(row, slots, prompt, target, room) for _, target in turns)
         if not chosen.num_supervised or not rejected.num_supervised:
             raise DataError(f"Row {row.id} has an empty answer. Write both answers of the pair, or drop the row.")
-        return replace(chosen, rejected=rejected)
+        return replace(chosen, other=rejected)
+
+    def encode_marked(self, row: "Row") -> EncodedRow:
+        """Encode a row's last answer with its mark, uncut: what is left of it depends on the answer beside it.
+
+        Its `num_tokens_cut` are those that `cutoff_len` takes of it alone.
+
+        Raises:
+            DataError: As `encode`, and where the answer is empty.
+        """
+        assert row.mark is not None, "the entry names a `kto_tag`"
+        slots = self._image_slots(row)
+        prompt, target = self._last_turn(row, slots)
+        if not row.messages[-1].content:
+            raise DataError(f"Row {row.id} has an empty answer. Write it, or drop the row.")
+        room = shared_room(len(prompt), len(target), self.cutoff_len)
+        num_cut = self._row_of(row, slots, prompt, target, room).num_tokens_cut
+        whole = self._row_of(row, slots, prompt, target, (len(prompt), len(target)))
+        return replace(whole, num_tokens_cut=num_cut, mark=row.mark)
+
+    def _last_turn(self, row: "Row", slots: Sequence[ImageSlot]) -> tuple[Tokens, Tokens]:
+        """All that precedes a row's last answer, and that."""
+        *earlier, (question, target) = self._turns(row, slots, for_last_answer=True)
+        prompt = self._leading_images(slots)
+        for source, told in earlier:
+            prompt += source + told
+        return prompt + question, target
+
+    def _row_of(
+        self, row: "Row", slots: Sequence[ImageSlot], prompt: Tokens, target: Tokens, room: tuple[int, int]
+    ) -> EncodedRow:
+        """A question and its answer, which is learnt, each cut to its room."""
+        num_prompt, num_answer = room
+        if self._end_of_images(prompt) > num_prompt:
+            raise DataError(f"Row {row.id} is cut inside its images: cutoff_len is {self.cutoff_len}. Raise it.")
+        kept, told = prompt[:num_prompt], target[:num_answer]
+        num_cut = len(prompt) + len(target) - len(kept) - len(told)
+        return self._row(row, slots, kept + told, _ignored(len(kept)) + told, num_cut)
 
     def encode_prompt(self, row: "Row") -> EncodedRow:
         """Encode what precedes a row's last answer, up to where the model answers; all labels are -100.
@@ -257,12 +220,8 @@ class Encoder:
             DataError: The text itself holds control tokens, or an image is damaged. Names the row.
         """
         slots = self._image_slots(row)
-        *earlier, (question, _) = self._turns(row, slots, for_last_answer=True)
-        input_ids = self._leading_images(slots)
-        for source, target in earlier:
-            input_ids += source + target
-        input_ids += question
-        return self._row(row, slots, input_ids, _ignored(len(input_ids)), 0)
+        prompt, _ = self._last_turn(row, slots)
+        return self._row(row, slots, prompt, _ignored(len(prompt)), 0)
 
     def _row(
         self, row: "Row", slots: Sequence[ImageSlot], input_ids: Tokens, labels: Tokens, num_tokens_cut: int

@@ -19,7 +19,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from mllm_assets.training.encoding.encode import IGNORE_INDEX, EncodedRow, joined
+from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow, joined
 
 LISTS = {
     "tokens": pa.int32(),  # a run of image tokens is one of them
@@ -28,9 +28,10 @@ LISTS = {
     "images": pa.binary(),  # paths
     "grids": pa.int32(),  # three numbers an image
 }
-# num_patches is 0 where they are not counted
-COUNTS = ("num_tokens", "num_image_tokens", "num_supervised", "num_tokens_cut", "num_patches", "num_crops")
-OF_ROWS = ("num_tokens_cut", "num_patches", "num_crops")  # those that its tokens do not tell
+# num_patches is 0 where they are not counted; mark is 1 for a good answer, -1 for a bad one, 0 without one
+COUNTS = ("num_tokens", "num_image_tokens", "num_supervised", "num_tokens_cut", "num_patches", "num_crops", "mark")
+OF_ROWS = ("num_tokens_cut", "num_patches", "num_crops", "mark")  # those that its tokens do not tell
+MARKS = {None: 0, True: 1, False: -1}
 BATCH_ROWS = 2048
 IMAGE_TOKEN_ID = b"image_token_id"  # in a file's metadata
 SCHEMA = pa.schema(
@@ -66,11 +67,11 @@ class RowColumns:
         self._content = bytearray()
 
     def batches(self, rows: Iterable[EncodedRow]) -> Iterator[pa.RecordBatch]:
-        """Yield the rows in batches; behind the preferred answer of a pair comes the other."""
+        """Yield the rows in batches; behind each that has an `other` comes that."""
         for row in rows:
             self._add(row)
-            if row.rejected is not None:
-                self._add(row.rejected)
+            if row.other is not None:
+                self._add(row.other)
             if len(self._ids) >= BATCH_ROWS:
                 yield self._take()
         if self._ids:
@@ -90,6 +91,7 @@ class RowColumns:
         self._counts["num_tokens_cut"].append(row.num_tokens_cut)
         self._counts["num_patches"].append(row.num_patches or 0)
         self._counts["num_crops"].append(row.num_crops)
+        self._counts["mark"].append(MARKS[row.mark])
         content = hashlib.blake2b(row.input_ids, digest_size=8)
         content.update(b"\0".join(images))
         self._content += content.digest()
@@ -161,19 +163,19 @@ class Batch:
     def __init__(
         self, columns: pa.RecordBatch, image_token_id: int, folder: Path, place: tuple[Path, int] | None = None
     ) -> None:
-        self.columns, self._image_token_id, self.folder, self._place = columns, image_token_id, folder, place
+        self.columns, self._image_token_id, self.folder, self.place = columns, image_token_id, folder, place
 
     def __reduce__(self) -> Any:
-        if self._place is None:
+        if self.place is None:
             return Batch, (self.columns, self._image_token_id, self.folder)
-        return _mapped, (*self._place, self.folder)  # a loader process maps the file itself
+        return _mapped, (*self.place, self.folder)  # a loader process maps the file itself
 
     def __len__(self) -> int:
         return self.columns.num_rows
 
     def apart(self) -> "Batch":
         """The same rows mapped once more: what is read of them leaves the memory with it."""
-        return self if self._place is None else _mapped(*self._place, self.folder)
+        return self if self.place is None else _mapped(*self.place, self.folder)
 
     def counted(self, name: str) -> np.ndarray:
         """A column of numbers, or how many values a column of lists has in each row."""
@@ -200,6 +202,7 @@ class Batch:
             grids_thw=tuple(zip(grids[::3], grids[1::3], grids[2::3], strict=True)),
             num_patches=self._number("num_patches", number) or None,
             num_crops=self._number("num_crops", number),
+            mark={0: None, 1: True, -1: False}[self._number("mark", number)],
         )
 
     def pictures(self, numbers: np.ndarray) -> Iterator[tuple[Path, bytes, str]]:
@@ -264,7 +267,7 @@ class EncodedRows(Sequence[EncodedRow]):
         batches: What is stored.
         numbers: Of the stored rows those that are meant, in order; all by default.
         ends: Where each sequence of packed rows ends in `numbers`; without them rows are not packed.
-        in_pairs: Each row is the preferred answer of a pair, behind which the other is stored.
+        in_pairs: Behind each row its `other` is stored.
 
     Attributes:
         reference: Of pairs, the log-probabilities of both answers in the model that the run starts from, if known.
@@ -311,7 +314,7 @@ class EncodedRows(Sequence[EncodedRow]):
         if not self._in_pairs:
             return row
         known = None if self.reference is None else tuple(self.reference[place].tolist())
-        return replace(row, rejected=self._stored(members[0] + 1), reference=known)
+        return replace(row, other=self._stored(members[0] + 1), reference=known)
 
     def __iter__(self) -> Iterator[EncodedRow]:
         return (self[place] for place in range(len(self)))
@@ -324,6 +327,13 @@ class EncodedRows(Sequence[EncodedRow]):
             ends = np.concatenate([self._ends, other._ends + len(self._numbers)])
         numbers = np.concatenate([self._numbers, other._numbers + self._num_stored])
         return EncodedRows([*self._batches, *other._batches], numbers, ends, in_pairs=self._in_pairs)
+
+    @property
+    def identity(self) -> list[Any]:
+        """Which stored rows they are, by the names of their files and their order."""
+        places = [batch.place or (batch.folder, -1) for batch in self._batches]
+        files = [(file.parent.parent.name, file.parent.name, number) for file, number in places]
+        return [files, hashlib.sha256(self._numbers.astype(np.int64).tobytes()).hexdigest()]
 
     @property
     def sequences(self) -> "EncodedRows":

@@ -1,8 +1,7 @@
 """What a run reads: the recipe's rows, encoded once."""
 
-import bisect
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -17,9 +16,12 @@ from mllm_assets.families.family import FAMILIES, processor_family, require_atte
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import IGNORE_INDEX, Encoder, ImageCutError, image_token_id
+from mllm_assets.training.encoding.encode import Encoder, ImageCutError, image_token_id
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.image_files import departures
+from mllm_assets.training.encoding.marked import note_on_marks, with_others
+from mllm_assets.training.encoding.packing import pack
+from mllm_assets.training.encoding.row import IGNORE_INDEX
 from mllm_assets.training.encoding.row_files import Source, rows_fingerprint, shown, stored_rows
 from mllm_assets.training.encoding.turns import smallest_cutoff_len
 from mllm_assets.training.models.freezing import TrainableSet
@@ -79,6 +81,10 @@ def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, rows_root: P
     warn_of_labels(parts[0], spec, processor, reporter)
     if spec.image_do_pan_and_scan:
         _warn_of_crops(parts[0], reporter)
+    if spec.learns_marks:
+        note_on_marks(parts, reporter)
+        place = (rows_root, dataset.folder)
+        parts = [with_others(rows, encoder, spec, place, dataset.digests, reporter) for rows in parts]
     if spec.packs:
         how = {"group_size": spec.preprocessing_batch_size, "num_groups": spec.preprocessing_num_workers}
         parts = [pack(rows, spec.row_cutoff_len, **how) for rows in parts]
@@ -208,6 +214,11 @@ def chosen_rows(spec: TrainSpec, entries: Mapping[str, EncodedRows]) -> list[Enc
 
 
 def _require_kind(entry: Entry, spec: TrainSpec) -> None:
+    if spec.learns_marks and (entry.info.ranking or "kto_tag" not in entry.info.columns):
+        raise RecipeError(
+            f"stage is kto, which learns answers that are marked good or bad, and the entry {entry.name} has no marks: "
+            "its `columns` do not name a `kto_tag`. Name an entry that has, or set stage: sft."
+        )
     if entry.info.ranking == spec.learns_pairs:
         return
     if spec.learns_pairs:
@@ -232,7 +243,7 @@ def encoded_entry(
     count = min(entry.num_rows, spec.max_samples or entry.num_rows)
     digests = entry.dataset.digests
     files = None if encoder.sees_sizes else list(entry.file_digests)
-    encode = encoder.encode_pair if spec.learns_pairs else encoder.encode
+    encode = {"sft": encoder.encode, "dpo": encoder.encode_pair, "kto": encoder.encode_marked}[spec.stage]
     source = Source(
         count=count,
         rows=lambda: islice(entry.unparsed(), count),
@@ -242,7 +253,7 @@ def encoded_entry(
         image_token_id=encoder.image_token_id,
         in_pairs=spec.learns_pairs,
     )
-    directory = rows_root / rows_fingerprint(encoder, [entry.identity, count, spec.learns_pairs])
+    directory = rows_root / rows_fingerprint(encoder, [entry.identity, count, spec.stage])
     try:
         return stored_rows(directory, source, digests, reporter)
     except ImageCutError as error:
@@ -343,44 +354,3 @@ def _numbers(values: range) -> "Table":
     from datasets import Dataset as Table
 
     return Table.from_dict({"number": list(values)})
-
-
-def pack(rows: EncodedRows, cutoff_len: int, *, group_size: int = 1000, num_groups: int | None = None) -> EncodedRows:
-    """Return packed rows; the positions restart at each row in them.
-
-    Args:
-        rows: In the recipe's order.
-        cutoff_len: Most tokens of a sequence; no row is longer.
-        group_size: How many rows are packed together (`preprocessing_batch_size`).
-        num_groups: LLaMA-Factory's `preprocessing_num_workers`, each of which packs a separate stretch of the rows.
-
-    Source: llamafactory 0.9.5, `PackedSupervisedDatasetProcessor` and `greedy_knapsack`.
-    """
-    lengths = rows.counted("num_tokens")
-    stretches = _stretches(range(len(rows)), min(num_groups or 1, max(len(rows), 1)))
-    groups = [part[at : at + group_size] for part in stretches for at in range(0, len(part), group_size)]
-    return rows.packed(knapsack for group in groups for knapsack in _knapsacks(group, lengths, cutoff_len))
-
-
-def _stretches(places: range, count: int) -> Iterator[range]:
-    """`Dataset.shard(contiguous=True)`: the first ones are longer by one."""
-    size, rest = divmod(len(places), count)
-    for index in range(count):
-        start = size * index + min(index, rest)
-        yield places[start : start + size + (index < rest)]
-
-
-def _knapsacks(places: range, lengths: np.ndarray, capacity: int) -> Iterator[list[int]]:
-    """The longest row that still fits comes next; of equally long rows the last."""
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for place in places:
-        by_length[int(lengths[place])].append(place)
-    left = sorted(int(lengths[place]) for place in places)
-    assert left[-1] <= capacity, "the encoder cuts rows to the capacity"
-    while left:
-        knapsack, room = [], capacity
-        while index := bisect.bisect(left, room):
-            length = left.pop(index - 1)
-            knapsack.append(by_length[length].pop())
-            room -= length
-        yield knapsack

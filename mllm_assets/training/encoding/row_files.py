@@ -32,8 +32,9 @@ from mllm_assets.artifacts import (
 )
 from mllm_assets.errors import MachineError
 from mllm_assets.file_digests import FileDigests
-from mllm_assets.training.encoding.encode import EncodedRow, Encoder
+from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.encoding.encoded_rows import IMAGE_TOKEN_ID, SCHEMA, EncodedRows, RowColumns, mapped_batches
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.worker.protocol import Reporter, num_ranks, rank
 
 ROWS_FILE = "rows.arrow"
@@ -58,7 +59,7 @@ class Source(Generic[T]):
         require_unchanged: Refuses rows that are no longer those that the directory is named by.
         folder: What pictures are stored relative to.
         image_token_id: The token whose runs are stored as their length.
-        in_pairs: Each row has a `rejected` answer, too.
+        in_pairs: Each row has an `other`, too.
     """
 
     count: int

@@ -37,7 +37,7 @@ from mllm_assets.training.loop.checkpoints import (
 )
 from mllm_assets.training.loop.fitting import decide_checkpointing, fit_micro_batch, note_on_answers, what_fits
 from mllm_assets.training.loop.optimizers import require_optimizer
-from mllm_assets.training.loop.pair_tuner import make_tuner
+from mllm_assets.training.loop.preference_tuner import make_tuner
 from mllm_assets.training.loop.preferences import require_one_process
 from mllm_assets.training.loop.reporting import trainable_lines
 from mllm_assets.training.loop.trainer import (
@@ -208,7 +208,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
     cure = "End other programs on the device, or set feature_cache: false for the recipe."
     with out_of_memory_is_an_error("while the model was loaded and its frozen parts' output was cached", cure):
         collator, model = fill_caches(plan, setup, reporter)
-        collator.selects_by_mask = setup.device.kind == "cpu" and not setup.spec.learns_pairs
+        collator.selects_by_mask = setup.device.kind == "cpu" and not setup.spec.learns_preferences
         set_seed(setup.spec.seed)
         trainable = freezing.apply(setup.spec, model, setup.adapters)
     del model

@@ -16,9 +16,10 @@ from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe
 from mllm_assets.training.caches.prepare import Setup, plan_caches
 from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import EncodedRow, image_token_id
+from mllm_assets.training.encoding.encode import image_token_id
 from mllm_assets.training.encoding.image_files import load_image
 from mllm_assets.training.encoding.inputs import check_reach, make_collator, read_inputs
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop import memory
 from mllm_assets.training.loop.fitting import what_fits
 from mllm_assets.training.loop.memory import MemoryEstimate
@@ -117,9 +118,12 @@ def inspect(recipe: Recipe, root: Path, *, row: int = 0, device: str = "auto", c
     yield from _image_lines(shown, make_collator(recipe.spec, processor), processor, image_dir)
     yield "supervised tokens in green:" if colour else "supervised tokens in [[double brackets]]:"
     yield token_text(shown, processor, colour=colour)
-    if shown.rejected is not None:
-        yield f"the rejected answer, {row_facts(shown.rejected)}:"
-        yield token_text(shown.rejected, processor, colour=colour)
+    if shown.mark is not None:
+        yield f"the answer is marked as a {'good' if shown.mark else 'bad'} one"
+    if shown.other is not None:
+        what = "the rejected answer" if shown.mark is None else "another row's answer, to tell how far the model moves"
+        yield f"{what}, {row_facts(shown.other)}:"
+        yield token_text(shown.other, processor, colour=colour)
     yield ""
     yield from trainable_lines(seen.setup.shape.table, seen.setup.shape.num_params)
     yield ""

@@ -1,21 +1,24 @@
-"""Learning from pairs: the loss of a preferred answer against a rejected one, and the reference that it is measured by.
+"""Learning preferences: the loss of a preferred answer against a rejected one, or of marked answers, and the reference.
 
-The formulas and their names are LLaMA-Factory's (0.9.5, `train/dpo/trainer.py`), which takes sigmoid
-from TRL 0.24. The reference is the model that the run starts from, without adapters. Its log-probabilities of all
-answers are computed once, before the first step, and kept in the run's folder: a step runs one model, and no tower.
+The formulas and their names are LLaMA-Factory's (0.9.5, `train/dpo/trainer.py`, `train/kto/trainer.py`), which takes
+sigmoid and KTO's loss from TRL 0.24. The reference is the model that the run starts from, without adapters. Its
+log-probabilities of all answers are computed once, before the first step, and kept in the run's folder: a step runs one
+model, and no tower.
 
-Shape suffixes: P pairs, B sequences (twice as many: all preferred answers, then the others), S supervised positions.
+Shape suffixes: P pairs or marked answers, B sequences (of pairs twice as many: all preferred answers, then the others),
+S supervised positions.
 """
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -23,9 +26,9 @@ from torch.utils.data import DataLoader
 from mllm_assets.artifacts import digest_json, write_json_atomic
 from mllm_assets.errors import MachineError
 from mllm_assets.recipe.preference_keys import PreferenceKeys
-from mllm_assets.training.encoding.collate import REFERENCE, Collator
-from mllm_assets.training.encoding.encode import IGNORE_INDEX
+from mllm_assets.training.encoding.collate import MARKS, OTHERS, REFERENCE, Collator, MarkedCollator
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
+from mllm_assets.training.encoding.row import IGNORE_INDEX
 from mllm_assets.training.loop.loss import token_losses
 from mllm_assets.training.models.device import Precision
 from mllm_assets.training.models.load import base_model
@@ -35,12 +38,12 @@ if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
 
 REFERENCE_FILE = "reference_logps.json"
-BATCH_KEYS = ("labels", "shift_labels", REFERENCE)  # what `forward` does not take
+BATCH_KEYS = ("labels", "shift_labels", REFERENCE, MARKS, OTHERS)  # what `forward` does not take
 
 
 @dataclass(frozen=True, slots=True)
-class PairLoss:
-    """The loss of a batch of pairs, and what a log says of it by LLaMA-Factory's names."""
+class Found:
+    """The loss of a batch, and facts for the log by LLaMA-Factory's names."""
 
     loss: torch.Tensor
     facts: dict[str, torch.Tensor]
@@ -61,7 +64,7 @@ def sequence_logps(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, to
 
 def pair_loss(
     spec: PreferenceKeys, logps_B: torch.Tensor, num_tokens_B: torch.Tensor, reference_B: torch.Tensor | None
-) -> PairLoss:
+) -> Found:
     """Return the loss of pairs from the log-probabilities of their answers, in this model and in the reference."""
     means_B = logps_B / num_tokens_B
     scored_B = means_B if spec.averages_tokens else logps_B
@@ -88,7 +91,43 @@ def pair_loss(
         "logps/chosen": chosen_P.detach().mean(),
         "logps/rejected": rejected_P.detach().mean(),
     }
-    return PairLoss(losses_P.mean(), facts)
+    return Found(losses_P.mean(), facts)
+
+
+def mark_loss(
+    spec: PreferenceKeys,
+    logps_P: torch.Tensor,
+    num_tokens_P: torch.Tensor,
+    reference_P: torch.Tensor,
+    moved_P: torch.Tensor,
+    is_good_P: torch.Tensor,
+) -> Found:
+    """Return the loss of marked answers.
+
+    Args:
+        spec: The recipe's weights.
+        logps_P: Of the answers, in this model.
+        num_tokens_P: Of each answer.
+        reference_P: `logps_P` in the reference.
+        moved_P: By how much other rows' answers to the same questions are more likely than in the reference; their
+            mean, at least 0, estimates the KL divergence.
+        is_good_P: The marks.
+    """
+    kl = moved_P.mean().clamp(min=0)
+    gains_P = logps_P - reference_P
+    ahead_P = torch.where(is_good_P, gains_P - kl, kl - gains_P)
+    weights_P = torch.where(is_good_P, spec.kto_chosen_weight, spec.kto_rejected_weight)
+    loss = (weights_P * (1 - torch.sigmoid(spec.pref_beta * ahead_P))).mean()
+    num_good = is_good_P.sum()
+    if spec.pref_ftx > 1e-6:  # LLaMA-Factory's limit, and its scale: the mean once more over the good answers
+        means_P = torch.where(is_good_P, logps_P / num_tokens_P, 0.0)
+        loss = loss - spec.pref_ftx * means_P.sum() / num_good.clamp(min=1) ** 2 * len(logps_P)
+    facts: dict[str, torch.Tensor] = {"kl": kl}
+    for kind, is_kind_P in (("chosen", is_good_P), ("rejected", ~is_good_P)):
+        facts[f"rewards/{kind}"] = (spec.pref_beta * gains_P.detach() * is_kind_P).sum()
+        facts[f"logps/{kind}"] = (logps_P.detach() * is_kind_P).sum()
+        facts[f"count/{kind}"] = is_kind_P.sum().to(kl.dtype)
+    return Found(loss, facts)
 
 
 def drop_nothing(model: nn.Module) -> None:
@@ -106,11 +145,13 @@ class Reference:
         model: On the device that computes, before its first step, with what is cached taken out.
         collator: Of the run's batches.
         precision: That of the training step.
+        ask: Returns the log-probabilities of a batch's answers, and then of the others.
     """
 
     model: Any
-    collator: Collator
+    collator: Collator | MarkedCollator
     precision: Precision
+    ask: Callable[[Any, dict[str, Any]], torch.Tensor]
 
     def logps(self, rows: EncodedRows, batch_size: int, reporter: "Reporter") -> list[tuple[float, float]]:
         """Return both answers' log-probabilities."""
@@ -122,7 +163,8 @@ class Reference:
         with torch.no_grad(), disabled(), self.precision.context(device.type):
             for batch in batches:
                 reporter.progress("reference", len(found), len(rows))
-                logps_B, _ = sequence_logps(self.model, {name: value.to(device) for name, value in batch.items()})
+                there: Any = send_to_device(batch, device)
+                logps_B = self.ask(self.model, there)
                 found += zip(*(side.tolist() for side in logps_B.chunk(2)), strict=True)
         self.model.train()
         return found
@@ -158,10 +200,12 @@ def _read(path: Path, lengths: Sequence[int]) -> list[list[tuple[float, float]]]
 
 
 def require_one_process(spec: PreferenceKeys) -> None:
-    """Refuse to share pairs between processes, which has not been tried.
+    """Refuse to share preferences between processes, which has not been tried.
 
     Raises:
         MachineError: There are several.
     """
-    if spec.learns_pairs and num_ranks() > 1:
-        raise MachineError("stage: dpo trains in one process here. Set num_processes of the accelerator to 1.")
+    if spec.learns_preferences and num_ranks() > 1:
+        raise MachineError(
+            f"stage: {spec.stage} trains in one process here. Set num_processes of the accelerator to 1."
+        )

@@ -51,6 +51,10 @@ RUN_ID_VARIABLES = {
 }
 
 
+def _is_of_preferences(key: str) -> bool:
+    return "rewards/" in key or "logps/" in key or key in ("kl", "eval_kl")
+
+
 class RunLog(TrainerCallback):
     """Appends LLaMA-Factory's keys to `trainer_log.jsonl`, at full precision, and reports progress.
 
@@ -112,7 +116,7 @@ class RunLog(TrainerCallback):
             "loss": logs.get("loss"),
             **{key: logs[key] for key in measured_losses(logs)},
             "accuracy": logs.get("rewards/accuracies"),
-            **{key: value for key, value in logs.items() if "rewards/" in key or "logps/" in key},
+            **{key: value for key, value in logs.items() if _is_of_preferences(key)},
             "lr": logs.get("learning_rate"),
             "epoch": state.epoch,
             "percentage": round(state.global_step / max(state.max_steps, 1) * 100, 2),

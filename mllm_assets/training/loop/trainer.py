@@ -21,8 +21,8 @@ from mllm_assets.families.family import FAMILIES
 from mllm_assets.plugins import resolve
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import Setup
-from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.collate import OTHERS, Collator, MarkedCollator
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop import delta_trainer, reporting
 from mllm_assets.training.loop.checkpoints import Resumable, require_same_conditions
 from mllm_assets.training.loop.delta_trainer import DeltaTrainer
@@ -194,10 +194,12 @@ class FineTuner(DeltaTrainer):
             tr_loss.zero_()
 
 
-def with_sample_ids(collator: Collator, rows: Sequence[EncodedRow]) -> dict[str, Any]:
+def with_sample_ids(collator: Collator | MarkedCollator, rows: Sequence[EncodedRow]) -> dict[str, Any]:
     """Collate rows and add their ids and numbers of tokens, for messages and counts; they never reach the model."""
-    num_tokens, batch = sum(len(sequence.input_ids) for row in rows for sequence in row.sequences), collator(rows)
-    num_padding = batch["labels"].numel() - num_tokens
+    num_tokens = sum(len(sequence.input_ids) for row in rows for sequence in row.sequences)
+    batch: dict[str, Any] = {**collator(rows)}
+    num_places = batch["labels"].numel() + (batch[OTHERS]["labels"].numel() if OTHERS in batch else 0)
+    num_padding = num_places - num_tokens
     return {**batch, SAMPLE_IDS: [row.id for row in rows], NUM_TOKENS: num_tokens, NUM_PADDING: num_padding}
 
 
@@ -230,7 +232,7 @@ def make_trainer(
     setup: Setup,
     run_dir: Path,
     trainable: freezing.TrainableSet,
-    collator: Collator,
+    collator: Collator | MarkedCollator,
     resumable: Resumable,
     reporter: "Reporter",
     kind: Callable[..., FineTuner] = FineTuner,

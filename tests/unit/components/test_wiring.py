@@ -44,8 +44,14 @@ def test_an_entry_leads_to_the_dataset_that_writes_it(tmp_path: Path) -> None:
 
 
 def test_the_stage_decides_what_a_model_is_judged_by_unless_the_settings_do(tmp_path: Path) -> None:
-    nodes = {stage: resolve(write_recipe(tmp_path, stage, stage=stage), KNOWN_ASSETS) for stage in ("sft", "dpo")}
-    assert {stage: node.gates.beats_base_by for stage, node in nodes.items()} == {"sft": "loss", "dpo": "answers"}
+    nodes = {
+        stage: resolve(write_recipe(tmp_path, stage, stage=stage), KNOWN_ASSETS) for stage in ("sft", "dpo", "kto")
+    }
+    assert {stage: node.gates.beats_base_by for stage, node in nodes.items()} == {
+        "sft": "loss",
+        "dpo": "answers",
+        "kto": "answers",
+    }
     settings = Settings.model_validate({"gates": {"beats_base_by": "loss", "min_loss_gain_nats": -0.5}})
     chosen = replace(nodes["dpo"], settings=settings).gates
     assert (chosen.beats_base_by, chosen.min_loss_gain_nats) == ("loss", -0.5)

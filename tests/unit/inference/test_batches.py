@@ -17,8 +17,8 @@ from mllm_assets.inference import batch_size
 from mllm_assets.inference.answerer import Answerer, token_losses
 from mllm_assets.inference.batch_size import bytes_of, rows_at_once
 from mllm_assets.inference.batches import Pass, in_batches
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop.memory import FRAGMENTATION, WORKSPACE_GIB
 from mllm_assets.training.models.device import GIB, Device
 from mllm_assets.worker.protocol import Reporter

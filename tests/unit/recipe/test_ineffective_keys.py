@@ -40,10 +40,12 @@ BASE = "model_name_or_path: m\ndataset: d\ntemplate: gemma3\ndo_train: true\n"
             "val_size: 0.1",
             "val_size has no effect: eval_strategy is no: its rows are held out all the same, and not evaluated.",
         ),
-        ("pref_beta: 0.3", "pref_beta has no effect: stage is sft, not dpo."),
+        ("pref_beta: 0.3", "pref_beta has no effect: stage is sft, not dpo or kto."),
+        ("kto_chosen_weight: 2", "kto_chosen_weight has no effect: stage is sft, not kto."),
+        ("stage: kto\npref_loss: orpo", "pref_loss has no effect: stage is kto, not dpo."),
         (
             "stage: dpo\nlora_dropout: 0.1",
-            "lora_dropout has no effect: stage is dpo, where nothing is dropped: both answers are compared with the "
+            "lora_dropout has no effect: stage is dpo, where nothing is dropped: answers are compared with the "
             "reference.",
         ),
         (

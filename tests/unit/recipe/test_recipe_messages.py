@@ -85,9 +85,9 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "r.yaml:5: quantization_method is not supported with this value: only bitsandbytes quantises here. Set",
         ),
         (
-            "stage: kto",
-            "r.yaml:5: stage: expected one of sft, dpo, got the text 'kto'. Set stage: sft for answers to learn, or "
-            "dpo for pairs of which one is preferred.",
+            "stage: ppo",
+            "r.yaml:5: stage: expected one of sft, dpo, kto, got the text 'ppo'. Set stage: sft for answers to learn, "
+            "dpo for pairs of which one is preferred, kto for marked answers.",
         ),
         (
             "stage: dpo\npref_loss: ipo",

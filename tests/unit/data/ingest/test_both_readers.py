@@ -44,13 +44,14 @@ def declared(folder: Path) -> list[SourceRow]:
     return list(read_llamafactory(SourceSpec(kind="llamafactory", path=str(folder)), folder))
 
 
-def test_a_row_marked_good_is_learnt_and_one_marked_bad_is_not(tmp_path: Path) -> None:
-    """It was the other way round in hand-written directories, and the mark was not read in declared ones."""
+def test_a_mark_is_read_and_a_dataset_takes_good_answers_only(tmp_path: Path) -> None:
+    """Bad answers were learnt in hand-written directories, and the mark was not read in declared ones."""
     folder = write(tmp_path, [row(mark=True), row(mark=False), row(mark=None), row(mark="yes"), row()],
                    columns={**COLUMNS, "kto_tag": "mark"})  # fmt: skip
     good, bad, *unmarked = by_hand(folder)
-    assert good is None
-    assert bad is not None and "row 1: 'mark' is false: the answer is marked as a bad one" in bad
+    assert good is None and bad is None
+    rows = [read for read, _ in parse_rows(folder, load_entry(folder, "mine")) if read is not None]
+    assert [read.mark for read in rows] == [True, False]
     assert all("'mark' should be true or false, got " in (text or "") for text in unmarked)
     assert [r.defect for r in declared(folder)] == [None, "answer_marked_bad", *["answer_mark_unreadable"] * 3]
 

@@ -15,9 +15,9 @@ from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.features import FeatureStore
 from mllm_assets.training.caches.prepare import CachePlan, Setup, plan_caches
 from mllm_assets.training.caches.shards import TENSORS_FILE, ShardStore
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import Inputs
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import Device, Precision
 from mllm_assets.training.models.load import load_config, model_on_meta

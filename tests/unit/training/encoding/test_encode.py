@@ -16,10 +16,11 @@ from mllm_assets.errors import DataError
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import Collator, Padding
-from mllm_assets.training.encoding.encode import IGNORE_INDEX, Encoder
+from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.image_files import load_image
 from mllm_assets.training.encoding.inputs import check_pictures, encoded_entry, make_encoder
+from mllm_assets.training.encoding.row import IGNORE_INDEX
 from mllm_assets.training.models.load import batch_loss, load_model, load_processor
 from mllm_assets.worker.protocol import Reporter
 from tests.golden import fidelity_data

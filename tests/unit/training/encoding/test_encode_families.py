@@ -18,10 +18,11 @@ from mllm_assets.families.family import FAMILIES, processor_family, require_temp
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import TOWER_INPUTS, Collator, Padding
-from mllm_assets.training.encoding.encode import EncodedRow, Encoder
+from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.image_files import load_image
 from mllm_assets.training.encoding.inputs import check_reach, make_encoder, warn_of_labels
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.load import (
     batch_loss,

@@ -21,8 +21,8 @@ from mllm_assets.layout import Layout
 from mllm_assets.operations.gc import Policy, find_garbage
 from mllm_assets.operations.repair import find_damages
 from mllm_assets.training.encoding import row_files
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.encoding.row_files import ROWS_FILE, Source, stored_rows
 from mllm_assets.worker.protocol import Reporter
 from tests.damage import DAMAGES, OTHER_KINDS

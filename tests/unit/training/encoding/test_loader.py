@@ -13,9 +13,9 @@ from mllm_assets.file_digests import FileDigests
 from mllm_assets.training.caches import shards
 from mllm_assets.training.caches.features import FeatureMaker, FeatureStore, images_by_digest
 from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.loader import loaded
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.models.device import Precision
 from mllm_assets.training.models.load import load_model, load_processor
 from mllm_assets.worker.protocol import Reporter

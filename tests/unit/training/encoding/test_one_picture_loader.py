@@ -17,10 +17,10 @@ from mllm_assets.data.ingest.images import PictureError, open_picture, plain_pic
 from mllm_assets.data.ingest.spec import DecodeLimits
 from mllm_assets.data.quality.report import thumbnail
 from mllm_assets.errors import DataError
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.image_files import image_size, load_image
 from mllm_assets.training.encoding.inputs import check_pictures
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.worker.protocol import Reporter
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n0 0 moveto 64 64 lineto stroke\n%%EOF\n"

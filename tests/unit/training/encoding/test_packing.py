@@ -13,9 +13,10 @@ from transformers import Gemma3ForConditionalGeneration
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import EncodedRow, Encoder
+from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import mixed, pack, read_inputs, warn_of_first_rows
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop.trainer import gemma3_masks
 from mllm_assets.training.models.load import batch_loss, load_config, load_model, load_processor
 from mllm_assets.worker.protocol import Reporter

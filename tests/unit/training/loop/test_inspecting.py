@@ -11,7 +11,7 @@ from PIL import Image
 
 from mllm_assets import cli
 from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import EncodedRow
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.models.load import load_processor
 from tests.golden import fidelity_data
 

@@ -16,9 +16,9 @@ from mllm_assets.families.family import FAMILIES, require_attention
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import CachePlan, Setup
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import Inputs
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop import memory
 from mllm_assets.training.loop.memory import MemoryEstimate
 from mllm_assets.training.loop.reporting import SkippedSteps, check_finite, plot_loss

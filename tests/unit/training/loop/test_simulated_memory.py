@@ -11,9 +11,9 @@ import torch
 from mllm_assets.errors import MachineError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.training.caches.prepare import CachePlan, Setup, plan_caches
-from mllm_assets.training.encoding.encode import EncodedRow
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import Inputs
+from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop import memory
 from mllm_assets.training.loop.fitting import decide_checkpointing, note_on_answers, what_fits
 from mllm_assets.training.models import freezing
