@@ -29,6 +29,8 @@ _MOST: dict[str, float] = {
     "neftune_noise_alpha": 10**6,
     "pref_beta": 1000,
     "pref_ftx": 1000,
+    "kto_chosen_weight": 1000,
+    "kto_rejected_weight": 1000,
     "simpo_gamma": 1000,
     "num_train_epochs": 10**6,
     "logging_steps": 10**15,  # never, as some write it

@@ -103,7 +103,7 @@ def test_packed_rows_are_put_together_when_they_are_asked_for(tmp_path: Path, ro
 
 
 def test_a_pair_is_stored_as_two_rows_and_read_as_one(tmp_path: Path, rows: list[EncodedRow]) -> None:
-    pairs = [replace(rows[n], rejected=rows[n + 1]) for n in range(0, 10, 2)]
+    pairs = [replace(rows[n], other=rows[n + 1]) for n in range(0, 10, 2)]
     found = stored(tmp_path / "rows", source_of(pairs, tmp_path / "data", in_pairs=True))
     assert list(found) == pairs and list(found.sequences) == rows[:10]
     found.reference = np.array([[-n, -n - 0.5] for n in range(5)])

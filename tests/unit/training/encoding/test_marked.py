@@ -40,4 +40,4 @@ def test_a_batch_of_one_kind_has_a_finite_loss() -> None:
     tokens, still = torch.tensor([2, 5]), torch.zeros(2)
     found = mark_loss(spec, logps, tokens, logps.detach().clone(), still, torch.tensor([False, False]))
     found.loss.backward()
-    assert float(found.loss) == 1.0 and logps.grad is not None and bool(torch.isfinite(logps.grad).all())
+    assert found.loss.item() == 1.0 and logps.grad is not None and bool(torch.isfinite(logps.grad).all())
