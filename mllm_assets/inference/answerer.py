@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T tokens, S supervised positions of the row that has most, V vocabulary.
 """
 
+import gc
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -254,3 +255,10 @@ def use_cached_images(
     tower.install(model)
     answerer.answer_from(store)
     return directory
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing holds any more, a GPU's too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

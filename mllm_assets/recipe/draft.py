@@ -1,5 +1,6 @@
 """A new recipe from the few values that a person chooses, as the file that LLaMA-Factory and `mllm-assets run` read."""
 
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "finetuning_type": "full", "freeze_language_model": True, "freeze_multi_modal_projector": False,
     },
     "LoRA in the text model": {"finetuning_type": "lora", "lora_target": "all"},
+    "LoRA on a text model of 4 bits (QLoRA)": {
+        "finetuning_type": "lora", "lora_target": "all", "quantization_bit": 4, "quantization_method": "bnb",
+    },
     "last two text layers and projector": {
         "finetuning_type": "freeze", "freeze_trainable_layers": 2, "freeze_multi_modal_projector": False,
     },
@@ -32,7 +36,7 @@ MAX_EVALUATIONS = 10  # of a run, so that its curve has points
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeDraft:
-    """The values of a new recipe; `method` is one of `METHODS`, `eval_entry` may be empty."""
+    """The values of a new recipe; `method` is one of `METHODS`, `entry` one or several, `eval_entry` may be empty."""
 
     name: str
     model: str
@@ -87,6 +91,11 @@ class RecipeDraft:
             f"### {title}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
             for title, values in sections.items()
         )
+
+
+def renamed(text: str, name: str) -> str:
+    """A recipe's text as that of another one, which writes to a folder of its own; all else stays as it is written."""
+    return re.sub(r"^output_dir:.*$", f"output_dir: outputs/{slug(name)}", text, flags=re.MULTILINE)
 
 
 def read_draft(name: str, text: str | None) -> Recipe:

@@ -107,6 +107,10 @@ def test_a_model_is_asked_twice_in_one_conversation(page: Page, address: str) ->
         expect(answers.get_by_text(re.compile(r"\d+ tokens? in \d+\.\d\d s"))).to_have_count(number)
         expect(question).to_have_value("")
     expect(answers.get_by_text("And what is its <b>colour</b>?")).to_be_visible()
+    page.get_by_role("button", name="Unload models").click()
+    expect(page.get_by_text("1 model unloaded.")).to_be_visible()
+    page.get_by_label("Models, one to three").click()
+    expect(page.get_by_role("option", name=re.compile(r"checkpoint-\d+$")).first).to_be_visible()
 
 
 def test_a_recipe_is_estimated_and_its_rows_are_shown(page: Page, address: str) -> None:
@@ -118,6 +122,26 @@ def test_a_recipe_is_estimated_and_its_rows_are_shown(page: Page, address: str) 
     expect(page.locator(".board-look mark").first).to_contain_text("<end_of_turn>")
 
 
+def test_a_copy_of_a_recipe_is_edited_under_a_name_of_its_own(page: Page, address: str, project: Project) -> None:
+    """What was edited was lost when the name was changed after it."""
+    open_tab(page, address, "Start")
+    expect(page.get_by_text("model_name_or_path").first).to_be_visible()
+    choose(page, "Or start a recipe of configs/", "mine")
+    page.get_by_role("button", name="Edit a copy").click()
+    expect(page.get_by_label("Name", exact=True)).to_have_value("mine_2")
+    expect(page.get_by_text("outputs/mine_2")).to_be_visible()
+    page.locator(".cm-content").first.click()
+    page.keyboard.press("Control+End")
+    page.keyboard.type("\nweight_decay: 0.125\n")
+    page.get_by_label("Name", exact=True).fill("theirs")
+    expect(page.get_by_text("outputs/theirs")).to_be_visible()
+    page.get_by_role("button", name="Write the recipe").click()
+    expect(page.get_by_text("wrote configs/theirs.yaml")).to_be_visible()
+    copied, original = (project.root / "configs" / f"{name}.yaml" for name in ("theirs", "mine"))
+    assert "weight_decay: 0.125" in copied.read_text()
+    assert set(original.read_text().splitlines()) - set(copied.read_text().splitlines()) <= {"output_dir: outputs/mine"}
+
+
 def test_a_trial_with_two_other_values_is_started_and_compared(page: Page, address: str) -> None:
     open_tab(page, address, "Start")
     choose(page, "Or start a recipe of configs/", "mine")
@@ -125,6 +149,9 @@ def test_a_trial_with_two_other_values_is_started_and_compared(page: Page, addre
     page.get_by_role("button", name="Start", exact=True).click()
     expect(page.get_by_text("ended with failed gates or assets", exact=True)).to_be_visible()
     expect(page.get_by_label("Log")).to_have_value(re.compile("beats_most_common_answer failed"))
+    expect(page.get_by_label("Log")).to_have_value(
+        re.compile(r"^\$ mllm-assets run mine max_steps=1 learning_rate=3e-3")
+    )
     open_tab(page, address, "Runs")
     trial = "mine max_steps=1 learning_rate=0.003"
     expect(page.locator("thead th", has_text=trial)).to_be_visible()

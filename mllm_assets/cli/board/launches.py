@@ -1,6 +1,7 @@
 """Runs that a page starts and stops: each is a `mllm-assets run` of its own, so that Dagster keeps its history."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -109,6 +110,7 @@ class Launches:
                 start_new_session=True,  # Ctrl-C reaches the page only, which then stops its runs in order
             )
             launch = Launch(title=title, process=process)
+            launch.lines.append(f"$ mllm-assets run {shlex.join([recipe, *overrides])}")
             self._launches.append(launch)
         threading.Thread(target=_read, args=[launch], daemon=True).start()
         return launch

@@ -1,5 +1,6 @@
 """The board: samples, runs, answers, a conversation and new runs of a project, on a page of this machine."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from mllm_assets.cli.board.start_tab import start_tab
 from mllm_assets.cli.board.written_pages import WrittenPages
 from mllm_assets.errors import ModelError
 from mllm_assets.inference.addresses import is_loopback
-from mllm_assets.inference.answerer import Answerer
+from mllm_assets.inference.answerer import Answerer, free_memory
 from mllm_assets.inference.chat_page import MAX_MODELS, MAX_WAITING, Reset, add_chat, gr, show
 from mllm_assets.inference.generate import open_model
 from mllm_assets.layout import Layout
@@ -37,15 +38,22 @@ class Models:
     loaded: dict[str, Answerer]
 
     def names(self) -> list[str]:
-        """Releases, finished runs and base models."""
+        """Releases, finished runs, base models, and the checkpoints of all runs."""
         releases = sorted(
             f"{path.parent.name}@{path.name}"
             for path in self.layout.root.glob("releases/*/v*")
             if not path.is_symlink() and is_complete(path)
         )
-        runs = [f"outputs/{run.key}" for run in known_runs(self.layout) if run.state == "finished"]
+        known = known_runs(self.layout)
+        runs = [f"outputs/{run.key}" for run in known if run.state == "finished"]
+        checkpoints = [
+            f"outputs/{run.key}/{path.name}"
+            for run in known
+            for path in sorted(run.directory.glob("checkpoint-*"), key=os.path.getmtime, reverse=True)
+            if is_complete(path)
+        ]
         bases = sorted(f"pretrained/{path.parent.name}" for path in self.layout.pretrains.glob("[!.]*/config.json"))
-        return [*releases, *runs, *bases][:MAX_LISTED]
+        return [*releases, *runs, *bases, *checkpoints][:MAX_LISTED]
 
     def open(self, name: str) -> Answerer:
         """Load a model of the list.
@@ -60,6 +68,13 @@ class Models:
                 del self.loaded[next(iter(self.loaded))]
             self.loaded[name] = open_model(find_named_model(name, self.layout), device=self.device)
         return self.loaded[name]
+
+    def unload(self) -> str:
+        """Forget the loaded models, so that a training has their memory; returns what was done."""
+        count = len(self.loaded)
+        self.loaded.clear()
+        free_memory()
+        return f"{count} model{'s' * (count != 1)} unloaded. The next question loads one again."
 
 
 def build_board(layout: Layout, launches: Launches, *, device: str = "auto", is_local: bool = True) -> Any:
@@ -90,6 +105,11 @@ def _chat_tab(tab: Any, models: Models) -> None:
         label="Models, one to three; each is loaded when it is first asked",
     )  # fmt: skip
     labels = (models.names()[:1] or [""]) + [""] * (MAX_MODELS - 1)
+    with gr.Row():
+        unload = gr.Button("Unload models", size="sm", scale=0, min_width=160)
+        told = gr.Markdown("")
+    # after the question that is being answered
+    unload.click(models.unload, None, told, concurrency_limit=1, concurrency_id="model")
     _, _, reset = add_chat(chosen, labels, models.open, has_reference=False)
     tab.select(lambda: gr.update(choices=models.names()), None, chosen, show_progress="hidden")
     chosen.change(_relabelled(reset), [chosen], reset.outputs, show_progress="hidden")

@@ -2,7 +2,9 @@
 
 import base64
 import io
+import itertools
 from collections.abc import Iterator, Sequence
+from html import escape
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +18,7 @@ from mllm_assets.families.family import TEMPLATES
 from mllm_assets.inference.chat_page import gr
 from mllm_assets.layout import Layout
 from mllm_assets.pages import page_template
-from mllm_assets.recipe.draft import METHODS, RecipeDraft, read_draft, write_draft
+from mllm_assets.recipe.draft import METHODS, RecipeDraft, read_draft, renamed, write_draft
 from mllm_assets.training.encoding.encode import image_token_id
 from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop.inspecting import look, row_facts
@@ -34,7 +36,8 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
         with gr.Column(scale=3):
             parts = _choices_of(layout)
         with gr.Column(scale=4):
-            text = gr.Code(label="The recipe, as its file will be; edit it freely", language="yaml", lines=20)
+            title = "The recipe, as its file will be; edit it freely, a choice on the left writes it anew"
+            text = gr.Code(label=title, language="yaml", lines=20)
             with gr.Row():
                 check = gr.Button("Estimate and show rows", scale=3)
                 write = gr.Button("Write the recipe", scale=2)
@@ -46,15 +49,18 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
         recipe = gr.Dropdown(label="Or start a recipe of configs/", scale=2)
         overrides = gr.Textbox(label="with other values", placeholder="max_steps=60 seed=1", scale=2)
         start_other = gr.Button("Start", scale=0, min_width=90)
+        copy = gr.Button("Edit a copy", scale=0, min_width=130)
         stop = gr.Button("Stop", variant="stop", scale=0, min_width=90)
     state = gr.Markdown("")
     log = gr.Textbox(label="Log", lines=12, max_lines=12, interactive=False, autoscroll=True, elem_classes="board-log")
     timer = gr.Timer(REFRESH_S)
 
-    fields = list(parts.values())
+    fields, name = list(parts.values()), parts["name"]
     page.load(lambda *values: _draft(parts, values), fields, text, show_progress="hidden")
-    gr.on([part.change for part in fields], lambda *v: _draft(parts, v), fields, text, show_progress="hidden")
-    name = parts["name"]
+    others = [part.change for part in fields if part is not name]
+    gr.on(others, lambda *values: _draft(parts, values), fields, text, show_progress="hidden")
+    name.change(_renamed, [text, name], text, show_progress="hidden")  # which keeps what was edited
+    copy.click(_told(lambda stem: _copied(layout, stem), num_kept=2), recipe, [name, text, told])
     check.click(lambda name, text: _looked(layout, name, text), [name, text], told, concurrency_limit=1)
     write.click(lambda name, text: _written(layout, name, text), [name, text], told)
 
@@ -93,7 +99,7 @@ def _choices_of(layout: Layout) -> dict[str, Any]:
     train = next((entry for entry in entries if entry.endswith("_train")), next(iter(entries), None))
     parts: dict[str, Any] = {"name": gr.Textbox(defaults.name, label="Name")}
     with gr.Row():
-        parts["entry"] = gr.Dropdown(entries, value=train, label="Trains on")
+        parts["entry"] = gr.Dropdown(entries, value=[train] if train else [], label="Trains on", multiselect=True)
         parts["eval_entry"] = gr.Dropdown(["", *entries], value=evaluation, label="Evaluated on")
     with gr.Row():
         parts["model"] = gr.Dropdown(models, value=next(iter(models), None), label="Starts from")
@@ -127,19 +133,38 @@ def _draft(parts: dict[str, Any], values: Sequence[Any]) -> str:
     given = dict(zip(parts, values, strict=True))
     try:
         given = {key: "" if value is None else value for key, value in given.items()}
+        given["entry"] = ",".join(given["entry"])
         return RecipeDraft(**given).to_yaml()
     except (MllmAssetsError, TypeError, ValueError) as error:
         return f"# {error}\n"
 
 
-def _told(action: Any) -> Any:
-    """An action whose refusal is shown where its result would be."""
+def _renamed(text: str | None, name: str | None) -> Any:
+    try:
+        return renamed(text or "", name or "")
+    except MllmAssetsError:  # a name without a letter, which is refused when the recipe is written
+        return gr.update()
+
+
+def _copied(layout: Layout, stem: str | None) -> list[Any]:
+    """The text of a recipe of `configs/`, under a name that is free."""
+    stems = {path.stem: path for path in layout.root.glob("configs/*.yaml")}
+    if stem not in stems:
+        raise RecipeError("Choose a recipe of configs/ first.")
+    name = next(name for number in itertools.count(2) if (name := f"{stem}_{number}") not in stems)
+    text = renamed(stems[stem].read_text(encoding="utf-8"), name)
+    done = f"{name} is a copy of {stem}: edit it above, write it, start it."
+    return [name, text, f'<div class="board-done">{escape(done)}</div>']
+
+
+def _told(action: Any, num_kept: int = 1) -> Any:
+    """An action whose refusal is shown where its result would be; what is before that stays as it is."""
 
     def tell(*values: Any) -> list[Any]:
         try:
             return action(*values)
         except MllmAssetsError as error:
-            return [gr.update(), problem_view(error)]
+            return [*[gr.update()] * num_kept, problem_view(error)]
 
     return tell
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mllm_assets.errors import RecipeError
-from mllm_assets.recipe.draft import METHODS, RecipeDraft, read_draft, write_draft
+from mllm_assets.recipe.draft import METHODS, RecipeDraft, read_draft, renamed, write_draft
 
 DRAFT = RecipeDraft(
     name="My try", model="pretrains/tiny", template="gemma3", entry="emoji_train", eval_entry="emoji_val"
@@ -25,6 +25,15 @@ def test_another_recipe_is_not_overwritten(tmp_path: Path) -> None:
     assert path == tmp_path / "configs" / "my_try.yaml" == write_draft(tmp_path, DRAFT.name, DRAFT.to_yaml())
     with pytest.raises(RecipeError, match="exists and says something else"):
         write_draft(tmp_path, DRAFT.name, replace(DRAFT, seed=7).to_yaml())
+
+
+def test_a_recipe_of_several_entries_is_renamed_and_all_else_stays() -> None:
+    """Another name wrote the draft anew, and what a person had edited was lost."""
+    edited = replace(DRAFT, entry="emoji_train,birds_train").to_yaml() + "weight_decay: 0.1  # mine\n"
+    text = renamed(edited, "Their try")
+    assert text == edited.replace("outputs/my_try", "outputs/their_try")
+    recipe = read_draft("Their try", text)
+    assert recipe.spec.train_entries == ("emoji_train", "birds_train") and recipe.spec.weight_decay == 0.1
 
 
 @pytest.mark.attack("names")
