@@ -1,10 +1,11 @@
-"""Training on many rows: the time to the first step and the peak memory, before and after the rows are encoded.
+"""Many rows: the time to the first step and the peak memory, before and after the rows are encoded.
 
 `python -m benchmarks.many_rows [--rows 10000 1000000]` writes captions of 1,000 pictures as LLaMA-Factory's JSON, and
 takes one step of the parity model, its projector alone. Planning and training are a process each, as in a run. The run
 "new" has never read these rows, "encoded" is another run on the same rows. Wall-clock and CPU seconds are up to the end
 of the first step, the import of libraries included; "helpers" is what the processes took that encode beside it. The
 peak memory is that of the process, mapped files included, and "own" is what it holds at that step without them.
+"ask" are predictions about all of these rows, up to the first batch that is scored.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 import psutil
 from PIL import Image
 
-STEPS = ("plan", "train")
+STEPS = ("plan", "train", "ask")
 TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "parity" / "model"
 NUM_PICTURES = 1000
 
@@ -96,6 +97,32 @@ def train(root: Path, name: str) -> None:
     raise AssertionError("it ended before its first step")
 
 
+def ask(root: Path, name: str) -> None:
+    """Predictions about all rows, up to the first batch."""
+    from mllm_assets.evaluation.predict import evaluate_task
+    from mllm_assets.training.runs.models import model_fingerprint
+    from mllm_assets.worker.protocol import Reporter
+    from mllm_assets.worker.tasks import EvaluateTask, EvaluationSettings
+
+    class UntilFirstBatch(Reporter):
+        def progress(self, stage: str, done: int, total: int, **facts: Any) -> None:
+            if stage.startswith("evaluate") and done >= 1:
+                raise FirstStep
+
+    model_dir, data_dir = root / "pretrains" / "tiny", root / "data"
+    task = EvaluateTask(
+        recipe=recipe_of(root, name).spec, recipe_name=name, entries=("rows",), model_dir=model_dir,
+        base_model_dir=model_dir, data_dir=data_dir, data_digests={}, directory=root / "predictions" / name,
+        model_digests=dict.fromkeys(("base", "tuned"), model_fingerprint(model_dir)), settings=EvaluationSettings(),
+        features_root=root / "cache" / "features", rows_root=root / "cache" / "rows",
+    )  # fmt: skip
+    try:
+        evaluate_task(task, UntilFirstBatch())
+    except FirstStep:
+        return
+    raise AssertionError("it ended before its first batch")
+
+
 def measured(root: Path, step: str, name: str) -> dict[str, float]:
     """Do a step in a process of its own; its wall-clock and CPU seconds and its peak in MiB."""
     command = [sys.executable, "-m", "benchmarks.many_rows", "--step", step, "--name", name, "--root", str(root)]
@@ -115,7 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.step:
         began_s = time.monotonic()
-        {"plan": plan, "train": train}[arguments.step](Path(arguments.root), arguments.name)
+        {"plan": plan, "train": train, "ask": ask}[arguments.step](Path(arguments.root), arguments.name)
         used, of_others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         cpu_s, peak_mib = used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
         held = psutil.Process().memory_info()
@@ -123,21 +150,21 @@ def main() -> None:
         found = {"wall_s": time.monotonic() - began_s, "cpu_s": cpu_s, "peak_mib": peak_mib, "own_mib": own_mib}
         print(json.dumps({**found, "others_cpu_s": of_others.ru_utime + of_others.ru_stime}))
         return
-    print("| rows | run | plan: CPU s | peak MiB | train: wall s | CPU s | helpers | peak MiB | own MiB | disk MiB |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    each = "wall s | CPU s | helpers | peak MiB | own MiB"
+    print(f"| rows | run | plan: CPU s | peak MiB | train: {each} | ask: {each} | disk MiB |")
+    print(f"|{'---|' * 15}")
     for num_rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder).resolve()
             write_project(root, num_rows)
             for name in ("new", "encoded"):
-                planned, trained = (measured(root, step, name) for step in STEPS)
+                planned, *others = (measured(root, step, name) for step in STEPS)
                 size = sum(path.stat().st_size for path in root.glob("cache/rows/*/*/rows.arrow")) / 2**20
-                print(
-                    f"| {num_rows:,} | {name} | {planned['cpu_s']:.1f} | {planned['peak_mib']:.0f} "
-                    f"| {trained['wall_s']:.1f} | {trained['cpu_s']:.1f} | {trained['others_cpu_s']:.1f} "
-                    f"| {trained['peak_mib']:.0f} | {trained['own_mib']:.0f} | {size:.0f} |",
-                    flush=True,
-                )
+                cells = [f"{num_rows:,}", name, f"{planned['cpu_s']:.1f}", f"{planned['peak_mib']:.0f}"]
+                for one in others:
+                    cells += [f"{one[key]:.1f}" for key in ("wall_s", "cpu_s", "others_cpu_s")]
+                    cells += [f"{one[key]:.0f}" for key in ("peak_mib", "own_mib")]
+                print(f"| {' | '.join(cells)} | {size:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def evaluate_checkpoints(
             settings=settings,
             models=("tuned",),
             features_root=layout.features if spec.freeze_vision_tower else None,
+            rows_root=layout.rows,
             accelerator=accelerator,
         )
         if not is_sound(task.directory):

@@ -1,11 +1,9 @@
 """The table of predictions: what the base and the tuned model give for each evaluation sample, and its gallery."""
 
 import os
-import random
 import time
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +17,12 @@ from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.answered import AnsweredRows, folder_of, forget
 from mllm_assets.evaluation.gallery import write_gallery
+from mllm_assets.evaluation.samples import EncodedSamples, Samples, load_samples
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, predictions_digest, to_table
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.inference.answerer import Answerer, use_cached_images
 from mllm_assets.inference.batch_size import rows_at_once
 from mllm_assets.inference.batches import Batch, Pass, in_batches
-from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.models.device import Device, pick_device
 from mllm_assets.training.models.load import weights_digest
@@ -33,19 +31,6 @@ from mllm_assets.worker.tasks import ROWS_AT_ONCE, WHOLE, EvaluateTask, Evaluati
 
 if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
-
-SHUFFLE_SEED = 42
-_MOST_SHIFTS = 100  # a pair that still shares a file after so many tries goes without a partner
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One row of an entry, and the images of another sample that replace its own; None where none can."""
-
-    entry: str
-    index: int
-    row: Row
-    partner_images: tuple[Path, ...] | None
 
 
 def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
@@ -62,7 +47,8 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
     if task.accelerator.num_threads:
         torch.set_num_threads(task.accelerator.num_threads)
     started = time.perf_counter()
-    dataset = Dataset(task.data_dir, media_dir=task.media_dir, read_part=None if task.parts else WHOLE)
+    read_part = None if task.parts else WHOLE
+    dataset = Dataset(task.data_dir, media_dir=task.media_dir, read_part=read_part, rows_root=task.rows_root)
     samples = load_samples(task, dataset)
     device = pick_device(task.accelerator.device, warn=reporter.warn)
     directories = {"base": task.base_model_dir, "tuned": task.model_dir}
@@ -83,7 +69,7 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
         payload = {
             "recipe": task.recipe_name,
             "digest": predictions_digest(table),
-            "entries": {entry: sum(s.entry == entry for s in samples) for entry in task.entries},
+            "entries": {some.entry.name: len(some) for some in samples.entries},
             "num_predictions": len(table),
             "max_new_tokens": task.settings.max_new_tokens,
             "batch_sizes": {name: some.batch_sizes for name, some in measured.items()},
@@ -108,23 +94,23 @@ def merge(parts: Sequence[Measured]) -> Measured:
     return Measured(**joined, batch_sizes=smallest)
 
 
-def rows_of(model: str, measured: Measured, samples: Sequence[Sample], data_dir: Path) -> list[dict[str, Any]]:
+def rows_of(model: str, measured: Measured, samples: Samples, data_dir: Path) -> list[dict[str, Any]]:
     """Return the table's rows of one model, in the samples' order."""
     data_dir, rows = data_dir.resolve(), []
-    for index, sample in enumerate(samples):
-        loss_nats, num_supervised_tokens = measured.losses[str(index)]
-        text, num_answer_tokens, latency_s = measured.answers[str(index)]
-        shuffled = measured.shuffled_losses.get(str(index))
+    for number, (entry, index, row) in enumerate(samples):
+        loss_nats, num_supervised_tokens = measured.losses[str(number)]
+        text, num_answer_tokens, latency_s = measured.answers[str(number)]
+        shuffled = measured.shuffled_losses.get(str(number))
         rows.append(
             {
                 "model": model,
-                "entry": sample.entry,
-                "sample_id": sample.row.id,
-                "row_index": sample.index,
-                "images": [os.path.relpath(path.resolve(), data_dir) for path in sample.row.images],
-                "prompt": _last(sample.row, "user").replace(IMAGE_PLACEHOLDER, "").strip(),
-                "reference": _last(sample.row, "assistant"),
-                "label": sample.row.label,
+                "entry": entry,
+                "sample_id": row.id,
+                "row_index": index,
+                "images": [os.path.relpath(path.resolve(), data_dir) for path in row.images],
+                "prompt": _last(row, "user").replace(IMAGE_PLACEHOLDER, "").strip(),
+                "reference": _last(row, "assistant"),
+                "label": row.label,
                 "answer": text,
                 "loss_nats": loss_nats,
                 "loss_shuffled_nats": shuffled[0] if shuffled else None,
@@ -138,33 +124,6 @@ def rows_of(model: str, measured: Measured, samples: Sequence[Sample], data_dir:
 
 def _last(row: Row, role: str) -> str:
     return next(message.content for message in reversed(row.messages) if message.role == role)
-
-
-def load_samples(task: EvaluateTask, dataset: Dataset) -> list[Sample]:
-    """Read the entries' rows, and find for each row with images another one whose images replace its own.
-
-    Raises:
-        IntegrityError: An image or an entry changed. Names it.
-    """
-    samples = []
-    for entry in task.entries:
-        dataset.entry(entry).require_unchanged(task.data_digests.get(entry))
-        rows = dataset.entry(entry).rows
-        asked = [index for index, row in enumerate(rows) if row.mark is not False]  # a bad answer is no reference
-        indices = [asked[place] for place in spread(len(asked), task.settings.max_samples)]
-        chosen = [rows[index] for index in indices]
-        partners = shuffled_partners([row.images for row in chosen], seed=SHUFFLE_SEED)
-        samples += [
-            Sample(entry=entry, index=index, row=row, partner_images=None if p is None else tuple(chosen[p].images))
-            for index, row, p in zip(indices, chosen, partners, strict=True)
-        ]
-    return samples
-
-
-def spread(num_rows: int, max_samples: int | None) -> list[int]:
-    """Which rows are asked about: some from everywhere, for the first of a source may all be of one class."""
-    num_samples = min(num_rows, max_samples or num_rows)
-    return [number * num_rows // max(num_samples, 1) for number in range(num_samples)]
 
 
 def require_named_model(directory: Path, expected: str, digests: FileDigests) -> None:
@@ -187,7 +146,7 @@ def require_named_model(directory: Path, expected: str, digests: FileDigests) ->
 def measure(
     model: str,
     directory: Path,
-    samples: Sequence[Sample],
+    samples: Samples,
     task: EvaluateTask,
     device: Device,
     reporter: "Reporter",
@@ -198,26 +157,16 @@ def measure(
     require_named_model(directory, task.model_digests[model], digests)
     answerer = Answerer(directory, task.recipe.turns, device=device.kind, digests=digests)
 
-    def held(rows: Iterable[EncodedRow]) -> EncodedRows:
-        return EncodedRows.of(rows, answerer.encoder.image_token_id, task.data_dir.resolve())
-
-    encoded = held(answerer.encoder.encode(sample.row) for sample in samples)
-    paired = [index for index, sample in enumerate(samples) if sample.partner_images is not None]
-    # encoded again: an image of another size may take another number of tokens
-    swapped = held(
-        answerer.encoder.encode(replace(samples[index].row, images=samples[index].partner_images)) for index in paired
-    )
-    prompts = held(answerer.encoder.encode_prompt(sample.row) for sample in samples)
-
+    asked = samples.encoded(answerer.encoder, task.rows_root, reporter)
     if task.features_root is not None:
-        use_cached_images(answerer, prompts, task.features_root, task.recipe, device, reporter, digests)
+        use_cached_images(answerer, asked.prompts, task.features_root, task.recipe, device, reporter, digests)
     part = task.part or WHOLE
-    passes = _passes(answerer, encoded, swapped, prompts, settings, device)
+    passes = _passes(answerer, asked, settings, device)
     kept = AnsweredRows(folder_of(task, device), model, part, {n: len(p.rows) for n, p in passes.items()})
     found: dict[str, dict[int, tuple[Any, ...]]] = {}
     for name, one in passes.items():
         one.known = kept.known[name]
-        found[name] = {index: one.known[index] for index in one.positions(part) if index in one.known}
+        found[name] = one.known_of(part)
     progress = _Progress(
         reporter,
         f"evaluate {model} model",
@@ -238,7 +187,7 @@ def measure(
         progress.add(len(positions))
     return Measured(
         losses={str(index): value for index, value in found["losses"].items()},
-        shuffled_losses={str(paired[i]): value for i, value in found["shuffled_losses"].items()},
+        shuffled_losses={str(asked.paired[i]): value for i, value in found["shuffled_losses"].items()},
         answers={str(index): value for index, value in found["answers"].items()},
         batch_sizes={one.name: one.size for one in passes.values() if one.rows},
     )
@@ -246,9 +195,7 @@ def measure(
 
 def _passes(
     answerer: Answerer,
-    encoded: EncodedRows,
-    swapped: EncodedRows,
-    prompts: EncodedRows,
+    asked: EncodedSamples,
     settings: EvaluationSettings,
     device: Device,
 ) -> dict[str, Pass]:
@@ -265,15 +212,15 @@ def _passes(
     unit = settings.batch_size or ROWS_AT_ONCE
     scored = answered = unit
     if settings.batch_size is None:
-        scored = rows_at_once(answerer, encoded + swapped, device)
+        scored = rows_at_once(answerer, asked.own + asked.swapped, device)
         if not settings.do_sample:
-            answered = rows_at_once(answerer, prompts, device, num_new_tokens=settings.max_new_tokens)
+            answered = rows_at_once(answerer, asked.prompts, device, num_new_tokens=settings.max_new_tokens)
     score_how = {"collator": answerer.collator, "run": score, "size": scored, "unit": unit}
     ask_how = {"collator": answerer.asking_collator, "run": answer, "size": answered, "unit": unit}
     return {
-        "losses": Pass(name="losses", rows=encoded, **score_how),
-        "shuffled_losses": Pass(name="shuffled_losses", rows=swapped, **score_how),
-        "answers": Pass(name="answers", rows=prompts, is_divisible=not settings.do_sample, **ask_how),
+        "losses": Pass(name="losses", rows=asked.own, **score_how),
+        "shuffled_losses": Pass(name="shuffled_losses", rows=asked.swapped, **score_how),
+        "answers": Pass(name="answers", rows=asked.prompts, is_divisible=not settings.do_sample, **ask_how),
     }
 
 
@@ -291,42 +238,3 @@ class _Progress:
         self._done += num_rows
         rows_per_s = self._done / max(time.perf_counter() - self._started, 1e-9)
         self._reporter.progress(self._stage, self._known + self._done, self._total, rows_per_s=round(rows_per_s, 1))
-
-
-def shuffled_partners(images: Sequence[Sequence[Hashable]], *, seed: int) -> list[int | None]:
-    """Pair each sample with another one that has as many images, all of them different files.
-
-    The pairing is a permutation within the samples of one image count: every sample's images are used once, none by
-    its own sample. It depends on the samples and the seed only.
-
-    Returns:
-        For each sample the index of its partner; None for a sample without images or without a partner.
-    """
-    groups: dict[int, list[int]] = defaultdict(list)
-    for index, own in enumerate(images):
-        if own:
-            groups[len(own)].append(index)
-    partners: list[int | None] = [None] * len(images)
-    generator = random.Random(seed)
-    for _, members in sorted(groups.items()):
-        order = members[:]
-        generator.shuffle(order)
-        shift = _best_shift(images, order)
-        for position, index in enumerate(order):
-            partner = order[(position + shift) % len(order)]
-            if set(images[index]).isdisjoint(images[partner]):
-                partners[index] = partner
-    return partners
-
-
-def _best_shift(images: Sequence[Sequence[Hashable]], order: Sequence[int]) -> int:
-    """The rotation with the fewest pairs that share a file; the first one without any, in almost every dataset."""
-    best, best_num_shared = 0, len(order)
-    for shift in range(1, min(len(order), _MOST_SHIFTS)):
-        rotated = [*order[shift:], *order[:shift]]
-        num_shared = sum(not set(images[a]).isdisjoint(images[b]) for a, b in zip(order, rotated, strict=True))
-        if num_shared < best_num_shared:
-            best, best_num_shared = shift, num_shared
-        if not num_shared:
-            break
-    return best

@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,17 +45,22 @@ class Pass:
     is_divisible: bool = True
     known: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
 
-    def positions(self, part: Part) -> list[int]:
+    def positions(self, part: Part) -> np.ndarray:
         """A part's rows; the longest come first, and equally long ones need no padding."""
-        order = np.argsort(-self.rows.counted("num_tokens"), kind="stable").tolist()
-        units = [order[start : start + self.unit] for start in range(0, len(order), self.unit)]
-        return list(chain.from_iterable(part.of(units)))
+        order = np.argsort(-self.rows.counted("num_tokens"), kind="stable").astype(np.int32)
+        return order[np.arange(len(order)) // self.unit % part.count == part.index]
+
+    def known_of(self, part: Part) -> dict[int, tuple[Any, ...]]:
+        """The values of a part's rows that are known."""
+        own = set(self.positions(part).tolist()) if self.known else ()
+        return {index: values for index, values in self.known.items() if index in own}
 
     def batches(self, part: Part) -> Iterator[list[int]]:
         """Yield the positions of each batch of a part's rows that are not known."""
-        own = [index for index in self.positions(part) if index not in self.known]
+        own = self.positions(part)
+        own = own[~np.isin(own, list(self.known))] if self.known else own
         start = 0
-        while batch := own[start : start + self.size]:
+        while batch := own[start : start + self.size].tolist():
             yield batch  # after which the size may be smaller
             start += len(batch)
 

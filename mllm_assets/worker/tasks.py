@@ -271,6 +271,7 @@ class EvaluateTask(SharedTask[Evaluation]):
             checkpoint's files.
         directory: Where the predictions go; a complete one is returned unchanged.
         features_root: Answer from the vision tower's cached output, which training shares; None to run the tower.
+        rows_root: Where many rows are kept encoded, and what is known of an entry; without it they are in memory.
     """
 
     entry = "mllm_assets.evaluation.predict:evaluate_task"
@@ -286,6 +287,7 @@ class EvaluateTask(SharedTask[Evaluation]):
     media_dir: Path | None = None
     models: tuple[Literal["base", "tuned"], ...] = ("base", "tuned")
     features_root: Path | None = None
+    rows_root: Path | None = None
     parts: tuple[Evaluation, ...] = ()
 
 

@@ -141,6 +141,7 @@ def _evaluate_task(
         directory=layout.predictions(node.name, digest_json(identity)[:16]),
         settings=settings,
         features_root=layout.features if node.has_features else None,
+        rows_root=layout.rows,
     )
 
 

@@ -33,8 +33,9 @@ from mllm_assets.artifacts import (
 from mllm_assets.errors import MachineError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.training.encoding.encode import Encoder
-from mllm_assets.training.encoding.encoded_rows import IMAGE_TOKEN_ID, SCHEMA, EncodedRows, RowColumns, mapped_batches
+from mllm_assets.training.encoding.encoded_rows import EncodedRows, mapped_batches
 from mllm_assets.training.encoding.row import EncodedRow
+from mllm_assets.training.encoding.row_columns import IMAGE_TOKEN_ID, SCHEMA, RowColumns
 from mllm_assets.worker.protocol import Reporter, num_ranks, rank
 
 ROWS_FILE = "rows.arrow"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,6 @@ def test_predictions_have_the_name_of_those_that_were_made_16_at_once() -> None:
 def test_pictures_decoded_in_other_processes_give_the_same_predictions_to_the_bit(tmp_path: Path) -> None:
     alone, _ = asked(tmp_path / "alone", batch_size=3)
     task = evaluation(model_dir=GOLDEN / "model", data_dir=GOLDEN / "data", directory=tmp_path / "p")
-    recipe = predict.replace(task.recipe, dataloader_num_workers=2)
+    recipe = replace(task.recipe, dataloader_num_workers=2)
     shared, _ = asked(tmp_path / "shared", batch_size=3, recipe=recipe)
     assert shared["digest"] == alone["digest"]
