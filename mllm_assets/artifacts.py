@@ -127,14 +127,6 @@ def _sweep(parent: Path) -> None:
             continue  # its owner lives
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file that nothing writes into a second name, or copy it where the file system cannot."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
-
-
 def lock_path(directory: Path) -> Path:
     """The file by which a process locks a directory."""
     return directory.with_name(f".{directory.name}.lock")

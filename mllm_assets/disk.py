@@ -1,8 +1,10 @@
-"""A full disk: what is said wherever a write may fill one."""
+"""The disk: what is said wherever a write may fill it, and files that take no space of their own."""
 
 import errno
+import fcntl
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from pathlib import Path
 
 from mllm_assets.errors import MachineError
 
+FICLONE = 0x40049409  # of linux/fs.h
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 CURE = (
     "Free some space (`mllm-assets gc` lists what can go), or set MLLM_ASSETS_ROOT to a folder on a larger disk; then "
@@ -120,3 +123,30 @@ def size_text(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes / 2**10:.0f} KiB"
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that nothing writes into a second place that takes no space, or copy it where that cannot be.
+
+    A clone where the file system has them (btrfs, XFS): what is written into one is not in the other. Else a second
+    name of the same file.
+    """
+    source = source.resolve()
+    if _clone(source, target):
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def _clone(source: Path, target: Path) -> bool:
+    if sys.platform != "linux":
+        return False
+    with source.open("rb") as old, target.open("xb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
+            return True
+        except OSError:  # other file systems have none, and none goes from one to another
+            target.unlink()
+            return False

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mllm_assets.artifacts import sha256_file
+from mllm_assets.disk import link_or_copy
 from mllm_assets.errors import IntegrityError
 
 MAX_NAMED = 3
@@ -25,7 +26,7 @@ class FileDigests:
 
     def __init__(self) -> None:
         self._known: dict[Path, _Known] = {}
-        self._watched: dict[Path, tuple[int, int]] = {}
+        self._watched: dict[Path, os.stat_result] = {}
 
     def of(self, path: Path) -> str:
         """The digest of a file's present content; raises OSError if it is missing."""
@@ -43,14 +44,18 @@ class FileDigests:
 
     def watch(self, paths: Iterable[Path]) -> None:
         """Files that nobody may touch from now on, of which no digest is needed, such as weights that are mapped."""
-        self._watched |= {path: state_of(path.stat()) for path in paths}
+        self._watched |= {path: path.stat() for path in paths}
 
-    def share(self, other: "FileDigests", directory: Path, twins: Path) -> None:
-        """Hand on what was read in `twins` to `directory`, where files of the same name are links to the same file."""
-        for path in directory.iterdir():
-            twin = twins / path.name
-            if twin in self._known and twin.samefile(path):
-                other.take(path, self.of(twin))
+    def link(self, source: Path, target: Path) -> str:
+        """Put a file into a second place, see `link_or_copy`, and return its digest: it is not read again for that.
+
+        A second name alters the file's time of change, and nothing else of it.
+        """
+        digest, before = self.of(source), source.stat()
+        link_or_copy(source, target)
+        if state_of(before) == self._known[source].state and not _was_written(before, source.stat()):
+            self._known[source] = replace(self._known[source], state=state_of(source.stat()))
+        return digest
 
     def states(self) -> dict[str, tuple[str, int, int]]:
         """What was read, by path, for another process of this machine: digest, inode and time of change."""
@@ -74,7 +79,7 @@ class FileDigests:
         changed = [
             f"{path} (written since)"
             for path, state in (self._watched.items() if paths is None else ())
-            if not path.is_file() or state_of(path.stat()) != state
+            if not path.is_file() or _was_written(state, path.stat())
         ]
         for path in list(self._known) if paths is None else paths:
             try:
@@ -95,3 +100,14 @@ class FileDigests:
 def state_of(found: os.stat_result) -> tuple[int, int]:
     """Differs after every write and replacement of a file, whatever its size and time of modification are set to."""
     return found.st_ino, found.st_ctime_ns
+
+
+def _was_written(before: os.stat_result, now: os.stat_result) -> bool:
+    """Whether a file is another one or was written into, and has not just got a name, or lost one.
+
+    Other runs link the weights of a model that is being read, and `gc` deletes such names.
+    """
+    if state_of(before) == state_of(now):
+        return False
+    same = all(getattr(before, what) == getattr(now, what) for what in ("st_ino", "st_size", "st_mtime_ns"))
+    return not same or before.st_nlink == now.st_nlink

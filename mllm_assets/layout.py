@@ -70,6 +70,10 @@ class Layout:
         return self.root / "cache" / "hidden_states"
 
     @property
+    def frozen_weights(self) -> Path:
+        return self.root / "cache" / "frozen_weights"
+
+    @property
     def rows(self) -> Path:
         return self.root / "cache" / "rows"
 

@@ -21,7 +21,7 @@ from mllm_assets.layout import Layout
 
 NAME = re.compile(r"\b[0-9a-f]{16}(?:-\d+)?\b")
 RUN, METRICS = "run", "metrics"
-CACHES = ("features", "hidden states", "encoded rows")
+CACHES = ("features", "hidden states", "encoded rows", "frozen weights")
 DATA_AND_CACHES = ("dataset version", "measurements", "source", *CACHES)
 PLACES = {
     RUN: "outputs/*/*",
@@ -34,6 +34,7 @@ PLACES = {
     "features": "cache/features/*",
     "hidden states": "cache/hidden_states/*",
     "encoded rows": "cache/rows/*",
+    "frozen weights": "cache/frozen_weights/*",
 }
 LINKS = ("outputs/*/*", "releases/*/*", "data/*")
 WITH_NAMES = (MANIFEST, "run.json", "checkpoint_metrics.json")

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from mllm_assets.artifacts import MANIFEST, link_or_copy, write_json_atomic, write_text_atomic
+from mllm_assets.artifacts import MANIFEST, write_json_atomic, write_text_atomic
+from mllm_assets.disk import link_or_copy
 from mllm_assets.errors import IntegrityError
 from mllm_assets.families.family import TEMPLATES
 

@@ -139,12 +139,14 @@ class CacheSettings:
             means that the data changed.
         features_root: Where features may be computed, where no step did it before.
         hidden_states_root: Where hidden states may be computed.
+        weights_root: Where what does not train of a base's large weight files is kept for the models of all runs.
         max_hidden_states_gib: Most that one run's hidden states may take on disk.
     """
 
     features_dir: Path | None = None
     features_root: Path | None = None
     hidden_states_root: Path | None = None
+    weights_root: Path | None = None
     max_hidden_states_gib: float = DEFAULT_MAX_HIDDEN_STATES_GIB
 
 

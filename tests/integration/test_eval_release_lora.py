@@ -14,7 +14,8 @@ from mllm_assets.artifacts import read_manifest, write_manifest
 from mllm_assets.errors import IntegrityError
 from mllm_assets.releases import reload_check
 from mllm_assets.releases.check import verify
-from mllm_assets.training.models.load import load_model, load_processor, publish_model
+from mllm_assets.training.models.load import load_model, load_processor
+from mllm_assets.training.models.publishing import publish_model
 from mllm_assets.worker.protocol import Reporter
 from tests.integration.test_eval_release import RUN, released, task_for
 

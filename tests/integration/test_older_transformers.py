@@ -15,7 +15,8 @@ from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.training.encoding.collate import Collator, Padding
 from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.models import tiny
-from mllm_assets.training.models.load import load_config, load_model, load_processor, save_model
+from mllm_assets.training.models.load import load_config, load_model, load_processor
+from mllm_assets.training.models.publishing import save_model
 from tests import older_transformers, tiny_families
 from tests.google_layout import google_names
 from tests.unit.training.encoding.test_encode_families import make_row, write_images

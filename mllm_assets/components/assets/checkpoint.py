@@ -138,6 +138,7 @@ def caches_of(context: dg.AssetExecutionContext, node: Node, project: ProjectRes
     return CacheSettings(
         features_dir=upstream_path(context, node.key("vision_features"), project) if node.has_features else None,
         hidden_states_root=project.layout.hidden_states if settings.feature_cache else None,
+        weights_root=project.layout.frozen_weights,
         max_hidden_states_gib=settings.max_hidden_states_gib,
     )
 

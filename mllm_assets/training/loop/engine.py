@@ -67,12 +67,13 @@ from mllm_assets.training.models.load import (
     load_config,
     load_model,
     model_on_meta,
-    publish_model,
     publishing_dtype,
     quiet_libraries,
     release,
     weights_digest,
 )
+from mllm_assets.training.models.publishing import publish_model
+from mllm_assets.training.models.weight_files import Sharing
 from mllm_assets.training.runs.models import PUBLISHED, starting_fingerprint
 from mllm_assets.training.runs.run_file import (
     DATA_DIGESTS,
@@ -131,14 +132,17 @@ def train_task(task: TrainTask, reporter: "Reporter") -> Manifest:
     with out_of_memory_is_an_error("while the trained model was published", cure):
         reload = publish(task, prepared, trained)
     _withdraw_if_changed(task.run_dir, setup.inputs.digests)
-    own = FileDigests()  # each file of the model is read once for both, and not those that it shares with its base
-    setup.inputs.digests.share(own, task.run_dir / "model", task.model_dir)
+    own = FileDigests()  # each file of the model is read once for both, and not those that were linked
+    linked = reload.pop("linked_files")
+    for name, digest in linked.items():
+        own.take(task.run_dir / "model" / name, digest)
     result = {
         **_inputs_of(task, setup),
         **_outcome_of(task, prepared),
         "weights_digest": weights_digest(task.run_dir / "model", own.of),
         **trained.facts,
         "reload": reload,
+        "base_weights": {"digest": weights_digest(task.model_dir, setup.inputs.digests.of), "linked": sorted(linked)},
         "warnings": reporter.warnings,
         "wall_s": time.monotonic() - started_s,
         "peak_memory_gib": peak_memory_gib(setup.device),
@@ -274,11 +278,17 @@ def publish(task: TrainTask, prepared: Prepared, trained: Trained) -> dict[str, 
         base_model(trainable.model).set_attn_implementation(usual)
     reload = publish_model(
         trainable.model, setup.inputs.processor, task.run_dir, task.model_dir, batch,
-        with_adapter=trainable.adapter_stands_alone,
-        trained=() if setup.spec.finetuning_type == "lora" else trainable.names,  # adapters are merged into the rest
+        with_adapter=trainable.adapter_stands_alone, sharing=_sharing(setup, trainable),
     )  # fmt: skip
     reporting.plot_loss(task.run_dir)
     return reload
+
+
+def _sharing(setup: Setup, trainable: freezing.TrainableSet) -> Sharing | None:
+    """What is published may share files with the model in `model_dir`; not where adapters were merged into it first."""
+    if len(setup.adapters) > setup.spec.continues_adapter:
+        return None
+    return Sharing(trained=trainable.names, kept=setup.caches.weights_root, digests=setup.inputs.digests)
 
 
 def _withdraw_if_changed(run_dir: Path, digests: FileDigests) -> None:

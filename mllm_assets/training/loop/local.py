@@ -83,8 +83,10 @@ def train(
     del dataset  # frees its rows while the worker trains
     plan = reopen_if_damaged(plan, warn)
     if plan.state != "finished":
-        caches = CacheSettings(features_root=layout.features, hidden_states_root=layout.hidden_states)
-        run_worker(replace(plan.task, caches=caches if feature_cache else CacheSettings(), accelerator=accelerator))
+        caches = CacheSettings(weights_root=layout.frozen_weights)
+        if feature_cache:
+            caches = replace(caches, features_root=layout.features, hidden_states_root=layout.hidden_states)
+        run_worker(replace(plan.task, caches=caches, accelerator=accelerator))
     point_latest(plan)
     return LocalRun(
         directory=plan.directory,

@@ -91,6 +91,15 @@ def resume(model: Any, directory: Path) -> Any:
     return _loaded(model, directory, config)
 
 
+def adapted_modules(model: Any) -> tuple[str, ...]:
+    """The paths, in the model below PEFT's, of modules that merging changes: with adapters, or trained as copies."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    modules = model.get_base_model().named_modules()
+    return tuple(path for path, module in modules if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper))
+
+
 def _loaded(model: Any, directory: Path, config: Any) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 

@@ -1,10 +1,10 @@
-"""Loading a model of a known family, its processor, and its shape on the `meta` device; publishing it strictly."""
+"""Loading a model of a known family, its processor, and its shape on the `meta` device."""
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,15 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers.utils import logging as transformers_logging
 
 from mllm_assets.artifacts import digest_json, sha256_file
-from mllm_assets.disk import no_space_is_an_error
-from mllm_assets.errors import IntegrityError, ModelError
+from mllm_assets.errors import ModelError
 from mllm_assets.families.family import FAMILIES, Family, find_family
 from mllm_assets.hub.snapshot import require_safe_shards
 from mllm_assets.training.models.device import is_out_of_memory
-from mllm_assets.training.models.older_transformers import add_old_spelling
 from mllm_assets.training.models.quantization import Quantization, keep_trainable
-from mllm_assets.training.models.weight_files import SharedFiles, share_with
 
 PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
                    "merges.txt", "chat_template.*", "spiece.model")  # fmt: skip
 
-# Of a loss that the same bits of weights give twice. A kernel may be another one for memory that begins elsewhere, and
-# adds up in another order.
-RELOAD_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 MAX_LAYERS, MAX_NUMBER = 1000, 2**40  # in a configuration
 MAX_PARAMS_A_BYTE = 4  # two where they have 4 bits
 CHECKS_OFF = "TRANSFORMERS_DISABLE_TORCH_CHECK"
@@ -241,89 +235,6 @@ def model_on_meta(config: Any, *, dtype: torch.dtype = torch.float32, attention:
     with torch.device("meta"):
         model: Any = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
     return model.to(dtype)
-
-
-def save_model(model: Any, processor: Any, directory: Path, *, source: Path, shared: SharedFiles | None = None) -> None:
-    """Write a complete Hugging Face directory: weights, configuration, tokenizer, chat template, processor.
-
-    The generation settings of `source` are kept; `use_cache` is on again. Weight files that are `shared` with `source`
-    are linked.
-    """
-    model.config.text_config.use_cache = True
-    model.config.use_cache = True
-    if shared is None:
-        model.save_pretrained(directory)
-    else:
-        shared.write(model, source, directory)
-    processor.save_pretrained(directory)
-    add_old_spelling(directory, processor.tokenizer)
-    for name in ("generation_config.json", "chat_template.jinja"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-
-
-def publish_model(
-    model: Any,
-    processor: Any,
-    run_dir: Path,
-    source: Path,
-    batch: dict[str, torch.Tensor],
-    *,
-    with_adapter: bool = True,
-    trained: Collection[str] = (),
-) -> dict[str, Any]:
-    """Write `model/` (and `adapter/` for LoRA, `with_adapter`), reload it strictly and compare one batch's loss.
-
-    `trained` names all parameters that differ from `source`, where that is known: files without them are linked.
-
-    Raises:
-        IntegrityError: The loss differs, or the weights do not fit what was saved.
-        MachineError: The disk is full.
-    """
-    config_dtype = load_config(source).dtype or torch.float32
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    staging = run_dir / ".model.tmp"
-    shutil.rmtree(run_dir / "model", ignore_errors=True)
-    shutil.rmtree(run_dir / "adapter", ignore_errors=True)
-    with no_space_is_an_error(staging, "the trained model", num_bytes):
-        staging.mkdir()
-        try:
-            if hasattr(model, "merge_and_unload"):
-                if with_adapter:
-                    model.save_pretrained(staging / "adapter")
-                model = model.merge_and_unload()
-            cast_weights(model, config_dtype)
-            model.requires_grad_(False)
-            shared = share_with(source, model, trained)
-            save_model(model, processor, staging / "model", source=source, shared=shared)
-            for part in sorted(staging.iterdir()):
-                part.rename(run_dir / part.name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    loss_saved, sums_saved, device = batch_loss(model, batch), bit_sums(model), model.device
-    release(model)  # one of the two is in memory at a time
-    reloaded = load_model(run_dir / "model", device=device).requires_grad_(False)  # raises on a missing key
-    if other := sorted(name for name, bits in bit_sums(reloaded).items() if sums_saved.get(name) != bits):
-        raise IntegrityError(
-            f"{len(other)} of {len(sums_saved)} tensors have other bits after reloading than before, such as "
-            f"{other[0]}. Run again: it resumes from the last checkpoint and saves once more."
-        )
-    loss_reloaded = batch_loss(reloaded, batch)
-    if not math.isclose(loss_saved, loss_reloaded, rel_tol=RELOAD_TOLERANCE[config_dtype], abs_tol=0.0):
-        raise IntegrityError(
-            f"The saved model gives another loss than the trained one: {loss_reloaded!r} after reloading, "
-            f"{loss_saved!r} before. Run again: it resumes from the last checkpoint and saves once more."
-        )
-    return {"num_missing": 0, "num_unexpected": 0, "loss_saved": loss_saved, "loss_reloaded": loss_reloaded}
-
-
-def bit_sums(model: Any) -> dict[str, int]:
-    """Return the sum of each tensor's bits, read as whole numbers: it differs where one bit does."""
-    sums: dict[str, int] = {}
-    for name, tensor in model.state_dict().items():
-        as_numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        sums[name] = int(tensor.contiguous().view(as_numbers).sum(dtype=torch.int64))
-    return sums
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:

@@ -1,6 +1,5 @@
 """Some modules of a model, read without the rest of it: the tower of gemma-3-4b is a tenth of its 8.6 GB."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mllm_assets.training.models.load import load_config, load_model, model_on_meta
-from mllm_assets.training.models.weight_files import INDEX, ONE_FILE
+from mllm_assets.training.models.weight_files import weight_map
 
 
 def load_modules(directory: Path, paths: Sequence[str], dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -47,7 +46,7 @@ def _places(model: Any, paths: Sequence[str], directory: Path) -> dict[str, dict
     converters = [some for some in transforms if isinstance(some, WeightConverter)]
     missing = {name for name in state if any(name.startswith(f"{path}.") for path in paths)}
     found: dict[str, dict[str, str]] = {}
-    for in_file, file in _weight_map(directory).items():  # renamed as the library does when it loads
+    for in_file, file in weight_map(directory).items():  # renamed as the library does when it loads
         name, converter = rename_source_key(in_file, renamings, converters, prefix, state)
         if name not in state and in_file in state:
             name, converter = in_file, None
@@ -55,15 +54,6 @@ def _places(model: Any, paths: Sequence[str], directory: Path) -> dict[str, dict
             missing.remove(name)
             found.setdefault(file, {})[in_file] = name
     return None if missing else found
-
-
-def _weight_map(directory: Path) -> Mapping[str, str]:
-    if (directory / INDEX).is_file():
-        return json.loads((directory / INDEX).read_bytes())["weight_map"]
-    if not (directory / ONE_FILE).is_file():
-        return {}
-    with safe_open(directory / ONE_FILE, framework="pt") as file:
-        return dict.fromkeys(file.keys(), ONE_FILE)
 
 
 def _fill_buffers(model: Any) -> None:

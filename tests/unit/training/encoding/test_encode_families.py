@@ -30,8 +30,8 @@ from mllm_assets.training.models.load import (
     load_model,
     load_processor,
     model_on_meta,
-    save_model,
 )
+from mllm_assets.training.models.publishing import save_model
 from mllm_assets.worker.protocol import Reporter
 from tests import tiny_families
 from tests.golden.record_families import GOLDEN, METHODS, ROWS, TEMPLATES, turns_of, write_images

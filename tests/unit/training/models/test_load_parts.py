@@ -56,7 +56,7 @@ def test_the_whole_model_is_read_where_a_tensor_is_not_under_a_known_name(
     parity_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(parity_dir / "model")
-    monkeypatch.setattr(load_parts, "_weight_map", lambda directory: {})
+    monkeypatch.setattr(load_parts, "weight_map", lambda directory: {})
     paths = tower.paths(model)
     found = load_parts.load_modules(parity_dir / "model", paths, torch.float32)
     for path in paths:

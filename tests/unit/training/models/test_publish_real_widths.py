@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from mllm_assets.errors import IntegrityError
 from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.training.models import freezing, load
-from mllm_assets.training.models.load import load_model, load_processor, publish_model
+from mllm_assets.training.models import freezing, load, publishing
+from mllm_assets.training.models.load import load_model, load_processor
+from mllm_assets.training.models.publishing import publish_model
 from tests import real_widths
 
 PROJECTOR = {"finetuning_type": "full", "freeze_language_model": True, "freeze_multi_modal_projector": False}
@@ -59,16 +60,17 @@ def test_one_bit_that_the_loss_does_not_show_is_found(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tolerance is of the loss, not of the weights."""
-    save = load.save_model
+    save = publishing.save_model
 
-    def save_with_a_flipped_bit(model: Any, *args: Any, **options: Any) -> None:
-        save(model, *args, **options)
+    def save_with_a_flipped_bit(model: Any, *args: Any, **options: Any) -> dict[str, str]:
+        linked = save(model, *args, **options)
         [path] = args[1].glob("*.safetensors")
         tensors = load_file(path)
         name = next(name for name in tensors if name.endswith("fc1.bias"))
         tensors[name].view(torch.int16)[7] ^= 1
         save_file(tensors, path, metadata={"format": "pt"})
+        return linked
 
-    monkeypatch.setattr(load, "save_model", save_with_a_flipped_bit)
+    monkeypatch.setattr(publishing, "save_model", save_with_a_flipped_bit)
     with pytest.raises(IntegrityError, match=r"^1 of \d+ tensors have other bits after reloading .*fc1\.bias\. Run"):
         publish_model(trained(source, **PROJECTOR), load_processor(source), tmp_path, source, batch_of(source))
