@@ -17,6 +17,7 @@ from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.answered import AnsweredRows, folder_of, forget
 from mllm_assets.evaluation.gallery import write_gallery
+from mllm_assets.evaluation.in_turn import InTurn
 from mllm_assets.evaluation.samples import EncodedSamples, Samples, load_samples
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, predictions_digest, to_table
 from mllm_assets.file_digests import FileDigests
@@ -52,10 +53,11 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
     samples = load_samples(task, dataset)
     device = pick_device(task.accelerator.device, warn=reporter.warn)
     directories = {"base": task.base_model_dir, "tuned": task.model_dir}
+    models = InTurn(task.recipe.turns, device, dataset.digests)
     measured = {
         name: merge([part.measured[name] for part in task.parts])
         if task.parts
-        else measure(name, find_model(directories[name]), samples, task, device, reporter, dataset.digests)
+        else measure(models, name, find_model(directories[name]), samples, task, device, reporter)
         for name in task.models
     }
     dataset.digests.require_unchanged()
@@ -144,21 +146,22 @@ def require_named_model(directory: Path, expected: str, digests: FileDigests) ->
 
 
 def measure(
+    models: InTurn,
     model: str,
     directory: Path,
     samples: Samples,
     task: EvaluateTask,
     device: Device,
     reporter: "Reporter",
-    digests: FileDigests,
 ) -> Measured:
     """Score and answer every sample with one model, or those in the batches of `task.part`."""
-    settings = task.settings
+    settings, digests = task.settings, models.digests
+    models.announce(directory)
     require_named_model(directory, task.model_digests[model], digests)
-    answerer = Answerer(directory, task.recipe.turns, device=device.kind, digests=digests)
+    answerer = models.load(directory)
 
     asked = samples.encoded(answerer.encoder, task.rows_root, reporter)
-    if task.features_root is not None:
+    if task.features_root is not None and answerer.collator.features is None:
         use_cached_images(answerer, asked.prompts, task.features_root, task.recipe, device, reporter, digests)
     part = task.part or WHOLE
     passes = _passes(answerer, asked, settings, device)

@@ -53,7 +53,7 @@ class Answerer:
     """Answers and scores rows with one model: of a Hugging Face directory, or of a run's `checkpoint-<step>`.
 
     `turns` are those of the training; reasoning is not part of an answer's text. `dtype` None keeps the directory's.
-    With `digests` what changed since its digest was taken is refused.
+    With `digests` what changed since its digest was taken is refused. A `model` is one that was loaded already.
 
     Raises:
         ModelError: The directory holds no usable model.
@@ -69,6 +69,7 @@ class Answerer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         digests: FileDigests | None = None,
+        model: Any = None,
     ) -> None:
         quiet_libraries()
         is_delta = is_checkpoint(directory)
@@ -77,7 +78,8 @@ class Answerer:
             require_template(turns.template, processor_family(processor), str(directory))
         self.device = torch.device(device)
         with out_of_memory_is_an_error(f"loading {directory}", ASK_ELSEWHERE):
-            model = load_checkpoint(directory, digests=digests) if is_delta else load_model(directory, dtype=dtype)
+            if model is None:
+                model = load_checkpoint(directory, digests=digests) if is_delta else load_model(directory, dtype=dtype)
             if digests is not None:
                 digests.require_unchanged()
             self.model: Any = model.to(device=self.device, dtype=dtype if is_delta else None).eval()

@@ -11,14 +11,16 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 from mllm_assets import artifacts, file_digests
-from mllm_assets.artifacts import sha256_file
+from mllm_assets.artifacts import read_manifest, sha256_file
 from mllm_assets.data.sharegpt.dataset import Dataset, listed_images
 from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation.in_turn import InTurn
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import load_recipe
 from mllm_assets.training.caches.features import features_task
 from mllm_assets.training.loop.engine import train_task
+from mllm_assets.training.models import weight_files
 from mllm_assets.training.runs.plan import plan_run
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import CacheSettings, TrainTask
@@ -151,6 +153,50 @@ def test_a_run_loads_its_base_once_and_hashes_each_file_of_base_and_model_once(
     assert loads == {task.model_dir: 1, task.run_dir / "model": 1}, "what was cached is read from the files alone"
     weights = [directory / "model.safetensors" for directory in (task.model_dir, task.run_dir / "model")]
     assert [hashed[path] for path in weights] == [1, 1]
+
+
+def test_a_line_loads_its_base_once_to_train_and_once_to_ask_base_and_tuned_model(
+    published: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tuned model shares all but its projector with the base that is in memory; both were loaded and hashed."""
+    monkeypatch.setattr(weight_files, "KEPT_FROM_BYTES", 1)
+    keys = {"finetuning_type": "full", "freeze_language_model": True, "freeze_multi_modal_projector": False}
+    values = {"max_steps": 3, **keys}
+    task = plan_run(load_recipe(published.root / "configs" / "r.yaml", values), root=published.root).task
+    caches = CacheSettings(features_root=published.features, weights_root=published.frozen_weights)
+    train_task(replace(task, caches=caches), Reporter())
+    linked = read_manifest(task.run_dir)["base_weights"]["linked"]
+    assert linked == ["model-00001-of-00002.safetensors"]
+
+    ask = evaluation(
+        model_dir=task.run_dir / "model", base_model_dir=task.model_dir, data_dir=task.data_dir,
+        entries=["made_val"], directory=tmp_path / "once", features_root=published.features, max_new_tokens=2,
+    )  # fmt: skip
+    loads, hashed = Counter[Path](), Counter[Path]()
+    load, sha256 = AutoModelForImageTextToText.from_pretrained, sha256_file
+    with monkeypatch.context() as patched:
+
+        def counted_load(directory: Path, **options: object) -> object:
+            loads[Path(directory)] += 1
+            return load(directory, **options)
+
+        def counted_sha256(path: Path) -> str:
+            hashed[path] += 1
+            return sha256(path)
+
+        patched.setattr(AutoModelForImageTextToText, "from_pretrained", counted_load)
+        patched.setattr(file_digests, "sha256_file", counted_sha256)
+        once = evaluate_task(ask, Reporter()).manifest
+    assert loads == {task.model_dir: 1}
+    models = (task.model_dir, task.run_dir / "model")
+    weights = {
+        path: number for path, number in hashed.items() if path.suffix == ".safetensors" and path.parent in models
+    }
+    assert set(weights.values()) == {1} and not any(path.name in linked for path in weights)
+
+    monkeypatch.setattr(InTurn, "announce", lambda *_: None)
+    alone = evaluate_task(replace(ask, directory=tmp_path / "alone"), Reporter()).manifest
+    assert alone["digest"] == once["digest"], "each model loaded from its own files gives the same"
 
 
 @pytest.mark.parametrize("entry", ["made_train", "made_val"])

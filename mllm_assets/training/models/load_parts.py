@@ -1,6 +1,6 @@
 """Some modules of a model, read without the rest of it: the tower of gemma-3-4b is a tenth of its 8.6 GB."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -38,22 +38,44 @@ def load_modules(directory: Path, paths: Sequence[str], dtype: torch.dtype) -> d
     return {path: model.get_submodule(path).to(dtype=dtype).requires_grad_(False) for path in paths}
 
 
+def places_in(model: Any, directory: Path, files: Collection[str]) -> dict[str, dict[str, str]] | None:
+    """Where each tensor of these weight files belongs in a loaded model, by file. None where one has no place in it."""
+    named = {file: names for file, names in _named(model, directory).items() if file in files}
+    if not all(name is not None for names in named.values() for name in names.values()):
+        return None
+    return {file: {in_file: str(name) for in_file, name in names.items()} for file, names in named.items()}
+
+
+def put_in(model: Any, places: Mapping[str, Mapping[str, str]], directory: Path) -> None:
+    """Read the tensors of `places_in` in place of those that a loaded model has."""
+    _read(model, places, directory, model.dtype)
+
+
 def _places(model: Any, paths: Sequence[str], directory: Path) -> dict[str, dict[str, str]] | None:
     """Return by file what of it is wanted: its names of tensors, and those of the model. None where one is missing."""
+    missing = {name for name in model.state_dict() if any(name.startswith(f"{path}.") for path in paths)}
+    found: dict[str, dict[str, str]] = {}
+    for file, names in _named(model, directory).items():
+        for in_file, name in names.items():
+            if name in missing:
+                missing.remove(name)
+                found.setdefault(file, {})[in_file] = name
+    return None if missing else found
+
+
+def _named(model: Any, directory: Path) -> dict[str, dict[str, str | None]]:
+    """The model's names of the tensors in each file; None where it holds them in pieces, together, or not at all."""
     state, prefix = model.state_dict(), model.base_model_prefix
     transforms = get_model_conversion_mapping(model)
     renamings = [some for some in transforms if isinstance(some, WeightRenaming)]
     converters = [some for some in transforms if isinstance(some, WeightConverter)]
-    missing = {name for name in state if any(name.startswith(f"{path}.") for path in paths)}
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, str | None]] = {}
     for in_file, file in weight_map(directory).items():  # renamed as the library does when it loads
         name, converter = rename_source_key(in_file, renamings, converters, prefix, state)
         if name not in state and in_file in state:
             name, converter = in_file, None
-        if name in missing and converter is None:  # else the file holds it in pieces, or together with others
-            missing.remove(name)
-            found.setdefault(file, {})[in_file] = name
-    return None if missing else found
+        found.setdefault(file, {})[in_file] = name if name in state and converter is None else None
+    return found
 
 
 def _fill_buffers(model: Any) -> None:
