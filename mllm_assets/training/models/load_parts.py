@@ -57,7 +57,7 @@ def _places(model: Any, paths: Sequence[str], directory: Path) -> dict[str, dict
     found: dict[str, dict[str, str]] = {}
     for file, names in _named(model, directory).items():
         for in_file, name in names.items():
-            if name in missing:
+            if name is not None and name in missing:
                 missing.remove(name)
                 found.setdefault(file, {})[in_file] = name
     return None if missing else found
