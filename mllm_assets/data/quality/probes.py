@@ -97,7 +97,7 @@ def _draft(image: Image.Image) -> None:
 def _probe(image: Image.Image) -> dict[str, Any]:
     # Box means of box means are box means; only the entropy needs every pixel.
     factor = max(image.size) // NEAR_EDGE_PX
-    near = image.reduce(factor) if factor > 1 else image.copy()
+    near = image.reduce(factor) if factor > 1 else image
     small = near.copy()
     small.thumbnail((SMALL_EDGE_PX, SMALL_EDGE_PX), Image.Resampling.BOX, reducing_gap=1.0)
     pixels = np.asarray(small, dtype=np.float64).reshape(-1, 3)
@@ -145,7 +145,8 @@ def _perceptual_hash(image: Image.Image) -> int:
     edge = (HASH_EDGE_PX, HASH_EDGE_PX)
     gray = image.convert("L").resize(edge, Image.Resampling.LANCZOS, reducing_gap=3.0)
     low_88 = COSINES_8H @ np.asarray(gray, np.float64) @ COSINES_8H.T
-    return int.from_bytes(np.packbits(low_88 > np.median(low_88)).tobytes(), "big")
+    below, above = np.sort(low_88, axis=None)[31:33]  # numpy's median of 64 values takes twice as long
+    return int.from_bytes(np.packbits(low_88 > (below + above) / 2).tobytes(), "big")
 
 
 def measure_caption(caption: str | None) -> dict[str, Any]:
