@@ -14,7 +14,7 @@ from dagster._core.events import RunFailureReason
 from mllm_assets.data.curate.checks import CheckOutcome
 from mllm_assets.data.quality.report import markdown_table
 from mllm_assets.errors import MllmAssetsError
-from mllm_assets.evaluation.gates import APPROVAL, GATES, GateResult
+from mllm_assets.evaluation.gates import APPROVAL, FORGETS, GATES, GateResult, GateSpec
 from mllm_assets.inference.addresses import BOARD_PORT, PAGES, url
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import root_module
@@ -191,9 +191,11 @@ def link(address: str) -> dg.MetadataValue:
     return dg.MetadataValue.url(address) if is_page else dg.MetadataValue.path(address)
 
 
-def metric_gates(*, needs_approval: bool = True) -> list[str]:
-    """What `eval_metrics` can judge."""
-    return [name for name in GATES if name != RELOADS and (needs_approval or name != APPROVAL)]
+def metric_gates(spec: GateSpec | None = None) -> list[str]:
+    """What `eval_metrics` can judge, or does with these thresholds."""
+    asked = {APPROVAL: spec is None or spec.approval == "required"}
+    asked |= {RELOADS: False, FORGETS: spec is None or spec.max_forgetting_nats is not None}
+    return [name for name in GATES if asked.get(name, True)]
 
 
 def gate_specs(key: dg.AssetKey, names: Iterable[str]) -> list[dg.AssetCheckSpec]:

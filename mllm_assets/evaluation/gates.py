@@ -28,6 +28,8 @@ class GateSpec:
         min_image_gain_nats: How much lower the loss must be with a sample's own images than with another's.
         max_regression_nats: How much higher than the released model's the loss may be. Only a rise whose
             complete interval is above it is a regression.
+        max_forgetting_nats: How much higher than the base model's the loss on `evaluation.unrelated` may be. Only a
+            rise whose complete interval is above it counts. Without it forgetting is measured, and not judged.
         max_reload_difference: By how much, relatively, the loss of the saved and reloaded checkpoint may differ from
             that of the trained model. On a GPU sums differ from call to call; training demands equality on the CPU.
         approval: `required`: a release waits until a person approves the model (`mllm-assets approve RECIPE`).
@@ -40,6 +42,7 @@ class GateSpec:
     min_answer_gain: float = 0.0
     min_image_gain_nats: float = 0.01
     max_regression_nats: float = 0.01
+    max_forgetting_nats: float | None = None
     max_reload_difference: float = 1e-3
     approval: Literal["required", "not_required"] = "not_required"
 
@@ -95,6 +98,7 @@ class Gate:
 
 GATES: dict[str, Gate] = {}  # every gate of a release
 APPROVAL = "a_person_approved"
+FORGETS = "it_forgot_little"
 NOTHING_LEAKED = "Nothing that it is evaluated on, nor a near-duplicate, was trained on."
 
 
@@ -230,7 +234,7 @@ def _regression_gate(
         return GateResult(name=name, passed=True, description=text, observed=None, threshold=None)
     entry = min(losses, key=lambda entry: losses[entry]["high"])
     gain = losses[entry]
-    rise = gain | {"mean": -gain["mean"], "low": -gain["high"], "high": -gain["low"]}
+    rise = _as_rise(gain)
     return GateResult(
         name=name,
         passed=rise["low"] <= spec.max_regression_nats,
@@ -241,6 +245,33 @@ def _regression_gate(
         low=rise["low"],
         high=rise["high"],
     )
+
+
+def _forgetting_gate(metrics: Mapping[str, Any], spec: GateSpec, _: Mapping[str, Any] | None) -> GateResult | None:
+    """Look for a rise of the loss on unrelated questions that is more than noise and more than is allowed."""
+    allowed, measured = spec.max_forgetting_nats, metrics.get("forgetting")
+    if allowed is None:
+        return None
+    if not measured:
+        text = "It was not measured: name entries in evaluation.unrelated, for example plain_questions."
+        return GateResult(name=FORGETS, passed=False, description=text, observed=None, threshold=allowed)
+    rises = {entry: _as_rise(one["gains"]["loss"]) for entry, one in measured.items()}
+    entry = max(rises, key=lambda entry: rises[entry]["low"])
+    rise = rises[entry]
+    return GateResult(
+        name=FORGETS,
+        passed=rise["low"] <= allowed,
+        description=f"{entry}: the rise in loss over the base model is {_with_interval(rise)}; too much is forgotten "
+        f"where all of the interval is above {allowed:g}.",
+        observed=rise["mean"],
+        threshold=allowed,
+        low=rise["low"],
+        high=rise["high"],
+    )
+
+
+def _as_rise(gain: Mapping[str, Any]) -> dict[str, Any]:
+    return {**gain, "mean": -gain["mean"], "low": -gain["high"], "high": -gain["low"]}
 
 
 def _with_interval(found: Mapping[str, Any]) -> str:
@@ -286,6 +317,12 @@ for _entry in (
         name="no_regression_against_release",
         claim="Its loss is not above that of the current release.",
         judge=_regression_gate,
+    ),
+    Gate(
+        name=FORGETS,
+        claim="Its loss on questions that have nothing to do with the training did not rise by more than is allowed "
+        "(the settings ask for it: `max_forgetting_nats`).",
+        judge=_forgetting_gate,
     ),
 ):
     register(_entry)

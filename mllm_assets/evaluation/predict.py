@@ -16,6 +16,7 @@ from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.answered import AnsweredRows, folder_of, forget
+from mllm_assets.evaluation.forgetting import UNRELATED_FILE
 from mllm_assets.evaluation.gallery import write_gallery
 from mllm_assets.evaluation.in_turn import InTurn
 from mllm_assets.evaluation.samples import EncodedSamples, Samples, load_samples
@@ -64,14 +65,18 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
     if task.part:
         return Evaluation(manifest={}, measured=measured)
     num_answers = [sum(len(some.answers) for some in part.measured.values()) for part in task.parts]
-    table = to_table([row for name, some in measured.items() for row in rows_of(name, some, samples, task.data_dir)])
+    rows = [row for name, some in measured.items() for row in rows_of(name, some, samples, task.data_dir)]
+    table = to_table([row for row in rows if row["entry"] in task.entries])
+    unrelated = to_table([row for row in rows if row["entry"] not in task.entries])
     with staged_directory(task.directory) as staging:
         pq.write_table(table, staging / PREDICTIONS_FILE)
+        if len(unrelated):
+            pq.write_table(unrelated, staging / UNRELATED_FILE)
         write_gallery(staging, table, data_dir=task.data_dir, title=task.recipe_name)
         payload = {
             "recipe": task.recipe_name,
-            "digest": predictions_digest(table),
-            "entries": {some.entry.name: len(some) for some in samples.entries},
+            "digest": predictions_digest(table, unrelated),
+            "entries": {some.entry.name: len(some) for some in samples.entries if some.entry.name in task.entries},
             "num_predictions": len(table),
             "max_new_tokens": task.settings.max_new_tokens,
             "batch_sizes": {name: some.batch_sizes for name, some in measured.items()},

@@ -16,6 +16,7 @@ import numpy as np
 
 from mllm_assets.data.sharegpt.dataset import Dataset, Entry
 from mllm_assets.data.sharegpt.rows import Row
+from mllm_assets.evaluation.forgetting import unrelated_entries
 from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.row import EncodedRow
@@ -157,9 +158,11 @@ def load_samples(task: EvaluateTask, dataset: Dataset) -> Samples:
         IntegrityError: An image or an entry changed. Names it.
     """
     samples = []
-    for name in task.entries:
-        entry = dataset.entry(name)
-        entry.require_unchanged(task.data_digests.get(name))
+    entries = {name: dataset.entry(name) for name in task.entries}
+    entries |= unrelated_entries(dataset, task.settings.unrelated, task.recipe.train_entries)
+    expected = task.data_digests | task.unrelated_digests
+    for name, entry in entries.items():
+        entry.require_unchanged(expected.get(name))
         asked = _good_rows(entry)
         places = spread(len(asked), task.settings.max_samples)
         samples.append(EntrySamples(entry, asked if len(places) == len(asked) else [asked[place] for place in places]))

@@ -49,9 +49,9 @@ def read_predictions(directory: Path, *, columns: Sequence[str] | None = None, m
     return pq.read_table(directory / PREDICTIONS_FILE, columns=columns and list(columns), filters=rows)
 
 
-def predictions_digest(predictions: pa.Table) -> str:
-    """sha256 over all columns but the latency."""
-    return digest_json(predictions.drop_columns(["latency_s"]).to_pylist())
+def predictions_digest(*predictions: pa.Table) -> str:
+    """sha256 over all columns but the latency, of one table or of several after one another."""
+    return digest_json([row for table in predictions for row in table.drop_columns(["latency_s"]).to_pylist()])
 
 
 def store_table(

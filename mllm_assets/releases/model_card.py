@@ -9,6 +9,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mllm_assets.artifacts import write_text_atomic
+from mllm_assets.evaluation.forgetting import forgetting_markdown
 from mllm_assets.evaluation.gates import GateResult
 from mllm_assets.evaluation.intervals import gain_text
 from mllm_assets.evaluation.scores import in_order
@@ -88,6 +89,7 @@ class ModelCard:
             front_matter=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=120),
             total_cost=total(self.lineage.get("costs", {})),
             tables={entry: _metric_table(scored) for entry, scored in self.metrics["entries"].items()},
+            forgetting=forgetting_markdown(self.metrics.get("forgetting") or {}),
             recipe_yaml=yaml.safe_dump(dict(self.lineage["recipe"]), sort_keys=False, allow_unicode=True),
         )
         write_text_atomic(directory / "README.md", redacted(text))

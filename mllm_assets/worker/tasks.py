@@ -204,6 +204,8 @@ class EvaluationSettings:
         batch_size: Samples that are asked at once; 16 by default, and 64 where a GPU's memory holds them and no token
             is drawn. Halved where they do not fit.
         max_samples: Samples of each entry to use, spread evenly over it; all by default.
+        unrelated: Entries that have nothing to do with the training, on which it is measured what the model forgot;
+            `plain_questions` ships with the package.
     """
 
     max_new_tokens: int = 64
@@ -213,6 +215,7 @@ class EvaluationSettings:
     seed: int = 42
     batch_size: int | None = None
     max_samples: int | None = None
+    unrelated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -239,7 +242,11 @@ class EvaluationSettings:
         if self.max_samples is not None:
             asked["chosen"] = "spread"  # those made before were of an entry's first rows
         # the same names whatever a GPU holds: its answers are those of other batches to rounding
-        return {**asked, **asdict(self), "batch_size": self.batch_size or ROWS_AT_ONCE}
+        return {**asked, **self.identity(), "batch_size": self.batch_size or ROWS_AT_ONCE}
+
+    def identity(self) -> dict[str, Any]:
+        """The values by which predictions are named; without `unrelated` where there are none, as they once were."""
+        return {name: value for name, value in asdict(self).items() if name != "unrelated" or value}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,6 +276,7 @@ class EvaluateTask(SharedTask[Evaluation]):
         model_dir: The tuned model.
         base_model_dir: The one that it was trained from.
         data_digests: Of each entry when the predictions were named; what has changed since is refused.
+        unrelated_digests: Of each of `settings.unrelated`, in the same way.
         model_digests: Of each model that is asked, in the same way: its fingerprint, that of its weights, or that of a
             checkpoint's files.
         directory: Where the predictions go; a complete one is returned unchanged.
@@ -287,6 +295,7 @@ class EvaluateTask(SharedTask[Evaluation]):
     directory: Path
     settings: EvaluationSettings
     media_dir: Path | None = None
+    unrelated_digests: dict[str, str] = field(default_factory=dict)
     models: tuple[Literal["base", "tuned"], ...] = ("base", "tuned")
     features_root: Path | None = None
     rows_root: Path | None = None

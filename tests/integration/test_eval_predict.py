@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mllm_assets import sample_data
-from mllm_assets.artifacts import find_damage
+from mllm_assets.artifacts import find_damage, read_manifest
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import DataError, MachineError, ModelError, RecipeError
+from mllm_assets.evaluation.forgetting import PLAIN_QUESTIONS, measure_forgetting, unrelated_entries
 from mllm_assets.evaluation.gates import GateSpec, evaluate_gates
 from mllm_assets.evaluation.metrics import compute_metrics
 from mllm_assets.evaluation.predict import evaluate_task
@@ -24,7 +25,7 @@ from mllm_assets.recipe.asking import Sampling
 from mllm_assets.training.models import tiny as tiny_gemma
 from mllm_assets.worker.launch import run_worker
 from mllm_assets.worker.protocol import Reporter
-from mllm_assets.worker.tasks import Accelerator, EvaluateTask
+from mllm_assets.worker.tasks import Accelerator, EvaluateTask, EvaluationSettings
 from tests.worker_tasks import evaluation
 
 pytestmark = pytest.mark.integration
@@ -70,6 +71,26 @@ def test_predictions_hold_a_row_per_model_and_sample(evaluated: Path) -> None:
     manifest = json.loads((evaluated / "manifest.json").read_text())
     assert manifest["entries"] == {"gemma3_vlm_val": 8} and manifest["digest"] == predictions_digest(table)
     assert find_damage(evaluated) is None and (evaluated / "gallery.html").stat().st_size > 10_000
+
+
+def test_unrelated_questions_are_asked_too_and_change_nothing_that_judges(
+    evaluated: Path, blind_model: Path, tmp_path: Path
+) -> None:
+    entry = unrelated_entries(Dataset(GOLDEN / "data"), [PLAIN_QUESTIONS], [])[PLAIN_QUESTIONS]
+    settings = EvaluationSettings(max_new_tokens=8, batch_size=3, max_samples=8, unrelated=(PLAIN_QUESTIONS,))
+    task = task_for(blind_model, tmp_path / "digest")
+    evaluate_task(replace(task, settings=settings, unrelated_digests={PLAIN_QUESTIONS: entry.digest}), Reporter())
+    judging = pq.read_table(tmp_path / "digest" / "predictions.parquet")
+    alone = pq.read_table(evaluated / "predictions.parquet")
+    floats = ["loss_nats", "loss_shuffled_nats", "latency_s"]
+    assert judging.drop_columns(floats).equals(alone.drop_columns(floats))
+    assert judging["loss_nats"].to_pylist() == pytest.approx(alone["loss_nats"].to_pylist(), rel=1e-5), "other batches"
+    manifest = read_manifest(tmp_path / "digest")
+    assert manifest["entries"] == {"gemma3_vlm_val": 8} and manifest["digest"] != predictions_digest(judging)
+    measured = measure_forgetting(tmp_path / "digest")[PLAIN_QUESTIONS]
+    assert measured["num_samples"] == 8
+    assert measured["gains"]["loss"]["mean"] == 0.0, "without a picture the projector, by which they differ, is unused"
+    assert measure_forgetting(evaluated) == {}
 
 
 def test_the_loss_is_that_of_the_reference_trajectory() -> None:

@@ -31,6 +31,7 @@ from mllm_assets.components.resources import AcceleratorResource, ProjectResourc
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.register import judging_entries
 from mllm_assets.data.sharegpt.dataset import Dataset, media_dir_of
+from mllm_assets.evaluation.forgetting import forgetting_markdown, measure_forgetting, unrelated_entries
 from mllm_assets.evaluation.gallery import GALLERY
 from mllm_assets.evaluation.gates import APPROVAL, evaluate_gates, leakage_gate
 from mllm_assets.evaluation.metric_page import (
@@ -59,7 +60,7 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
         kinds={"duckdb"},
         deps=[node.key("checkpoint"), node.model, *sorted(set(node.eval_data.values()))],
         pool="gpu",
-        code_version=digest_json(asdict(settings))[:16],
+        code_version=digest_json(settings.identity())[:16],
         description=f"{node.name}: answers and losses of the base and the tuned model, by sample, in DuckDB, with a "
         "gallery.",
     )
@@ -122,10 +123,13 @@ def _evaluate_task(
     spec, layout = node.recipe.spec, project.layout
     tuned = upstream(context, node.key("checkpoint"))
     models = {"tuned": tuned["data_version"], "base": upstream(context, node.model)["data_version"]}
+    dataset = Dataset.of_recipe(spec, layout.root, read_part=None)
+    unrelated = unrelated_entries(dataset, settings.unrelated, spec.train_entries)
+    unrelated_digests = {name: entry.digest for name, entry in unrelated.items()}
     identity = {
         "engine_version": __version__,
         **models,
-        "data": data_digests,
+        "data": data_digests | unrelated_digests,
         **settings.conditions(spec),
     }
     return EvaluateTask(
@@ -137,6 +141,7 @@ def _evaluate_task(
         data_dir=layout.root / spec.dataset_dir,
         media_dir=media_dir_of(spec, layout.root),
         data_digests=data_digests,
+        unrelated_digests=unrelated_digests,
         model_digests=models,
         directory=layout.predictions(node.name, digest_json(identity)[:16]),
         settings=settings,
@@ -149,7 +154,7 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
     """The tuned model's metrics against the base model's, the most common answer's and the released model's."""
     gates = node.gates
     key = node.key("eval_metrics")
-    judged = metric_gates(needs_approval=node.settings.gates.needs_approval)
+    judged = metric_gates(gates)
 
     @dg.asset(
         key=key,
@@ -180,6 +185,7 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
             predictions_dir,
             predicted,
             released=ReleasedPredictions(version=released[0].version, rows=released[1]) if released else None,
+            forgetting=measure_forgetting(predictions_dir),
         )
         columns = run_columns(context, node.name, predicted["weights_digest"])
         project.quality_store.write({"eval_metrics": metric_rows(scored.metrics, **columns)})
@@ -229,4 +235,6 @@ def _tables(metrics: Mapping[str, Any]) -> dict[str, dg.MetadataValue]:
             png = confusion_png(confusion)
             picture = f"{png_markdown('confusion', png)}\n\n" if png else ""
             found[f"confusion{of_entry}"] = in_window(picture + mistakes_markdown(confusion))
+    if forgetting := metrics.get("forgetting"):
+        found["forgetting"] = in_window(forgetting_markdown(forgetting))
     return found
