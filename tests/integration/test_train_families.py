@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from mllm_assets.errors import RecipeError
+from mllm_assets.evaluation.forgetting import PLAIN_QUESTIONS, measure_forgetting
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import PREDICTIONS_FILE
 from mllm_assets.families.family import FAMILIES
@@ -237,6 +238,7 @@ def test_predictions_with_pictures_of_other_sizes_in_the_place_of_a_rows_own(
     task = evaluation(
         model_dir=model_of(model_type), data_dir=data_dir, entries=["few"], directory=tmp_path / "predictions",
         max_new_tokens=2, batch_size=4, template=next(iter(FAMILIES[model_type].templates)),
+        unrelated=(PLAIN_QUESTIONS,),
     )  # fmt: skip
     manifest = evaluate_task(task, Reporter()).manifest
     table = pq.read_table(tmp_path / "predictions" / PREDICTIONS_FILE).to_pylist()
@@ -244,3 +246,6 @@ def test_predictions_with_pictures_of_other_sizes_in_the_place_of_a_rows_own(
     with_images = [row for row in table if row["images"]]
     assert all(row["loss_nats"] > 0 for row in table) and len(with_images) == 22
     assert any(row["loss_shuffled_nats"] != row["loss_nats"] for row in with_images)
+    assert measure_forgetting(tmp_path / "predictions")[PLAIN_QUESTIONS]["num_samples"] == 32, (
+        "batches without pictures"
+    )
