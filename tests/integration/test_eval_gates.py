@@ -15,7 +15,8 @@ import dagster as dg
 import pytest
 import yaml
 
-from mllm_assets.evaluation.gates import APPROVAL, GATES
+from mllm_assets.evaluation.gates import APPROVAL, FORGETS, GATES
+from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.releases.versions import current_release, list_releases, require_intact
 from tests.damage import publish_changed
 from tests.integration.conftest import REPOSITORY, Project, copied_project, line_of
@@ -55,7 +56,7 @@ def judged(project: Project, recipe: str) -> dict[str, tuple[bool, str]]:
     """Whether each gate passed when it was last checked, and why."""
     found: dict[str, tuple[bool, str]] = {}
     with dg.DagsterInstance.from_config(str(project.home)) as instance:
-        for name in GATES.keys() - {APPROVAL}:  # which no recipe here asks for
+        for name in GATES.keys() - {APPROVAL, FORGETS}:  # which no recipe here asks for
             asset = "checkpoint" if name == "checkpoint_reloads_strictly" else "eval_metrics"
             key = dg.AssetCheckKey(dg.AssetKey([recipe, asset]), name)
             [record] = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)
@@ -124,6 +125,8 @@ def test_the_shipped_recipe_passes_every_gate_and_is_released(shipped: Project) 
     release = current_release(shipped.layout, "emoji_sft")
     assert release is not None and release.version == "v1"
     require_intact(release.directory)
+    measured = read_metrics(release.directory)["forgetting"]["plain_questions"]
+    assert measured["num_samples"] == 32 and "### What it forgot" in (release.directory / "README.md").read_text()
 
 
 def test_a_dry_push_lists_what_would_go_to_the_hub(shipped: Project) -> None:
