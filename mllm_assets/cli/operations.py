@@ -152,7 +152,8 @@ def _check_graph(arguments: argparse.Namespace) -> int:
         print(*mistakes, sep="\n", file=sys.stderr)
         return 2
     try:
-        unreadable = unreadable_assets(load_project(Path.cwd()))
+        definitions = load_project(Path.cwd())
+        unreadable = unreadable_assets(definitions)
     except MllmAssetsError:
         raise
     except Exception as error:  # the project's own files can raise anything
@@ -163,4 +164,8 @@ def _check_graph(arguments: argparse.Namespace) -> int:
         ) from None
     for key, message in unreadable.items():
         print(f"{key}: {message}", file=sys.stderr)
-    return 2 if unreadable else 0
+    if unreadable:
+        return 2
+    groups = {spec.group_name for spec in definitions.resolve_all_asset_specs()}
+    print(f"No mistake found: {', '.join(sorted(filter(None, groups)))}.")
+    return 0

@@ -41,8 +41,18 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_sound_files_have_no_mistakes(project: Path) -> None:
+def test_sound_files_have_no_mistakes(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`check-graph` ended in silence, which could have meant that it looked at nothing."""
     assert find_mistakes(project) == []
+    monkeypatch.chdir(project)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "shop"]:  # another test's project
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(project))
+    shutil.copy(Path(resources.__file__), project / "shop" / "defs")
+    assert main(["check-graph"]) == 0
+    assert capsys.readouterr().out == "No mistake found: ants, bees, cats.\n"
 
 
 @pytest.mark.parametrize(
