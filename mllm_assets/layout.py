@@ -74,6 +74,10 @@ class Layout:
         return self.root / "cache" / "frozen_weights"
 
     @property
+    def memory_estimates(self) -> Path:
+        return self.root / "cache" / "memory_estimates"
+
+    @property
     def rows(self) -> Path:
         return self.root / "cache" / "rows"
 

@@ -140,6 +140,7 @@ class CacheSettings:
         features_root: Where features may be computed, where no step did it before.
         hidden_states_root: Where hidden states may be computed.
         weights_root: Where what does not train of a base's large weight files is kept for the models of all runs.
+        estimates_root: Where the memory of simulated steps is kept.
         max_hidden_states_gib: Most that one run's hidden states may take on disk.
     """
 
@@ -147,6 +148,7 @@ class CacheSettings:
     features_root: Path | None = None
     hidden_states_root: Path | None = None
     weights_root: Path | None = None
+    estimates_root: Path | None = None
     max_hidden_states_gib: float = DEFAULT_MAX_HIDDEN_STATES_GIB
 
 

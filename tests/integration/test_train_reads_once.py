@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 from mllm_assets import artifacts, file_digests
-from mllm_assets.artifacts import read_manifest, sha256_file
+from mllm_assets.artifacts import sha256_file
 from mllm_assets.data.sharegpt.dataset import Dataset, listed_images
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.in_turn import InTurn
@@ -160,42 +160,44 @@ def test_a_line_loads_its_base_once_to_train_and_once_to_ask_base_and_tuned_mode
 ) -> None:
     """The tuned model shares all but its projector with the base that is in memory; both were loaded and hashed."""
     monkeypatch.setattr(weight_files, "KEPT_FROM_BYTES", 1)
-    keys = {"finetuning_type": "full", "freeze_language_model": True, "freeze_multi_modal_projector": False}
-    values = {"max_steps": 3, **keys}
-    task = plan_run(load_recipe(published.root / "configs" / "r.yaml", values), root=published.root).task
-    caches = CacheSettings(features_root=published.features, weights_root=published.frozen_weights)
-    train_task(replace(task, caches=caches), Reporter())
-    linked = read_manifest(task.run_dir)["base_weights"]["linked"]
-    assert linked == ["model-00001-of-00002.safetensors"]
-
-    ask = evaluation(
-        model_dir=task.run_dir / "model", base_model_dir=task.model_dir, data_dir=task.data_dir,
-        entries=["made_val"], directory=tmp_path / "once", features_root=published.features, max_new_tokens=2,
-    )  # fmt: skip
     loads, hashed = Counter[Path](), Counter[Path]()
     load, sha256 = AutoModelForImageTextToText.from_pretrained, sha256_file
-    with monkeypatch.context() as patched:
 
-        def counted_load(directory: Path, **options: object) -> object:
-            loads[Path(directory)] += 1
-            return load(directory, **options)
+    def counted_load(directory: Path, **options: object) -> object:
+        loads[Path(directory)] += 1
+        return load(directory, **options)
 
-        def counted_sha256(path: Path) -> str:
-            hashed[path] += 1
-            return sha256(path)
+    def counted_sha256(path: Path) -> str:
+        hashed[path] += path.suffix == ".safetensors" and published.features not in path.parents
+        return sha256(path)
 
-        patched.setattr(AutoModelForImageTextToText, "from_pretrained", counted_load)
-        patched.setattr(file_digests, "sha256_file", counted_sha256)
-        once = evaluate_task(ask, Reporter()).manifest
-    assert loads == {task.model_dir: 1}
-    models = (task.model_dir, task.run_dir / "model")
-    weights = {
-        path: number for path, number in hashed.items() if path.suffix == ".safetensors" and path.parent in models
-    }
-    assert set(weights.values()) == {1} and not any(path.name in linked for path in weights)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", counted_load)
+    for module in (artifacts, file_digests):
+        monkeypatch.setattr(module, "sha256_file", counted_sha256)
+    keys = {"finetuning_type": "full", "freeze_language_model": True, "freeze_multi_modal_projector": False}
+    values = {"max_steps": 3, "save_strategy": "no", **keys}
+    task = plan_run(load_recipe(published.root / "configs" / "r.yaml", values), root=published.root).task
+    caches = CacheSettings(features_root=published.features, weights_root=published.frozen_weights)
+    manifest = train_task(replace(task, caches=caches), Reporter())
+    base, model = task.model_dir, task.run_dir / "model"
+    frozen, own = (model / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    assert manifest["base_weights"]["linked"] == [frozen.name]
+    assert loads == {base: 1, model: 1}
+    assert (hashed[base / "model.safetensors"], hashed[own], hashed[frozen]) == (1, 1, 0)
+
+    ask = evaluation(
+        model_dir=model, base_model_dir=base, data_dir=task.data_dir, entries=["made_val"],
+        directory=tmp_path / "once", features_root=published.features, max_new_tokens=2,
+    )  # fmt: skip
+    loads.clear()
+    hashed.clear()
+    once = evaluate_task(ask, Reporter()).manifest
+    assert loads == {base: 1}
+    assert +hashed == {base / "model.safetensors": 1, own: 1}
 
     monkeypatch.setattr(InTurn, "announce", lambda *_: None)
     alone = evaluate_task(replace(ask, directory=tmp_path / "alone"), Reporter()).manifest
+    assert loads == {base: 2, model: 1}
     assert alone["digest"] == once["digest"], "each model loaded from its own files gives the same"
 
 

@@ -139,6 +139,7 @@ def caches_of(context: dg.AssetExecutionContext, node: Node, project: ProjectRes
         features_dir=upstream_path(context, node.key("vision_features"), project) if node.has_features else None,
         hidden_states_root=project.layout.hidden_states if settings.feature_cache else None,
         weights_root=project.layout.frozen_weights,
+        estimates_root=project.layout.memory_estimates,
         max_hidden_states_gib=settings.max_hidden_states_gib,
     )
 

@@ -88,7 +88,9 @@ def look(recipe: Recipe, root: Path, *, device: str = "auto", max_rows: int | No
     setup = Setup(
         spec=spec, model_dir=model_dir, inputs=inputs, device=found, precision=precision, shape=shape,
         adapters=adapters,
-        caches=CacheSettings(features_root=root / spec.output_dir / "inspect"),
+        caches=CacheSettings(
+            features_root=root / spec.output_dir / "inspect", estimates_root=Layout(root).memory_estimates
+        ),
     )  # fmt: skip
     plan = plan_caches(setup)
     setup = replace(setup, checkpointed=memory.needs_checkpointing(setup, plan))

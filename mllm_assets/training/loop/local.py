@@ -83,7 +83,7 @@ def train(
     del dataset  # frees its rows while the worker trains
     plan = reopen_if_damaged(plan, warn)
     if plan.state != "finished":
-        caches = CacheSettings(weights_root=layout.frozen_weights)
+        caches = CacheSettings(weights_root=layout.frozen_weights, estimates_root=layout.memory_estimates)
         if feature_cache:
             caches = replace(caches, features_root=layout.features, hidden_states_root=layout.hidden_states)
         run_worker(replace(plan.task, caches=caches, accelerator=accelerator))

@@ -10,9 +10,13 @@ Not covered: families whose `forward` reads values of its inputs, as Qwen's grid
 
 import contextlib
 import copy
+import json
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mllm_assets.artifacts import digest_json
+from mllm_assets.artifacts import digest_json, sha256_file, write_json_atomic
 from mllm_assets.plugins import resolve
 from mllm_assets.training.caches.prepare import CachePlan, Setup, install_caches
 from mllm_assets.training.loop import loss
@@ -43,23 +47,57 @@ class SimulatedStep:
     highest: int
 
 
+# Of a recipe, what changes nothing of the memory of a step beside what is counted of rows and of what trains
+_NOT_OF_A_STEP = {
+    "data_seed", "dataset", "eval_dataset", "eval_steps", "learning_rate", "logging_steps", "max_samples", "max_steps",
+    "model_name_or_path", "num_train_epochs", "output_dir", "save_steps", "seed", "val_size", "weight_decay",
+}  # fmt: skip
 _KNOWN: dict[str, SimulatedStep] = {}
 
 
 def simulate(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> SimulatedStep:
     """Run the second step of a training, the first one with an optimizer state, on fake tensors.
 
-    It takes seconds for a model of many layers, and is done once in a process for each size of a micro-batch.
+    It takes seconds for a model of many layers, and is done once for each size of a micro-batch: where
+    `setup.caches.estimates_root` is, other processes read what one found.
     """
     # two micro-batches of a step take what many take
     spec = replace(setup.spec, gradient_accumulation_steps=min(2, setup.spec.gradient_accumulation_steps))
     size = _BatchSize.of(setup)
     config = base_model(setup.shape.model).config
-    facts = [config.to_dict(), spec.to_dict(), setup.precision.describe(), asdict(size), plan.tower, plan.boundary]
-    key = digest_json([*facts, checkpointed])
+    recipe = {key: value for key, value in spec.to_dict().items() if key not in _NOT_OF_A_STEP}
+    facts = [config.to_dict(), recipe, setup.precision.describe(), asdict(size), plan.tower, plan.boundary]
+    key = digest_json([*facts, checkpointed, setup.shape.table, _made_by()])
     if key not in _KNOWN:
-        _KNOWN[key] = _run(replace(setup, spec=spec), plan, size, checkpointed=checkpointed)
+        root = setup.caches.estimates_root
+        kept = root / f"{key[:16]}.json" if root else None
+        found = _read(kept) if kept else None
+        if found is None:
+            found = _run(replace(setup, spec=spec), plan, size, checkpointed=checkpointed)
+            if kept:
+                write_json_atomic(kept, asdict(found))
+        _KNOWN[key] = found
     return _KNOWN[key]
+
+
+@cache
+def _made_by() -> list[str]:
+    """Of the code that a step runs: another one may take other memory."""
+    rooms = Path(__file__).parents[1]
+    own = sorted(path for room in ("loop", "models", "caches") for path in (rooms / room).glob("*.py"))
+    libraries = [version(name) for name in ("torch", "transformers", "peft", "accelerate")]
+    return [*libraries, digest_json([sha256_file(path) for path in own])]
+
+
+def _read(path: Path) -> SimulatedStep | None:
+    """What another process found; None where it is not there, or damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+        step = SimulatedStep(**values)
+    except (OSError, ValueError, TypeError):
+        return None
+    is_sound = all(type(value) is int and value >= 0 for value in values.values())
+    return step if is_sound and step.highest >= step.weights + step.gradients + step.optimizer else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

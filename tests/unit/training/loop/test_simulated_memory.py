@@ -14,7 +14,7 @@ from mllm_assets.training.caches.prepare import CachePlan, Setup, plan_caches
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import Inputs
 from mllm_assets.training.encoding.row import EncodedRow
-from mllm_assets.training.loop import memory
+from mllm_assets.training.loop import memory, simulation
 from mllm_assets.training.loop.fitting import decide_checkpointing, note_on_answers, what_fits
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import Device, Precision
@@ -54,6 +54,33 @@ def gemma_3_4b(recipe: str, *, free_gib: float = 80.0, num_layers: int = 34, **v
         shape=freezing.apply(spec, meta_model(layers=num_layers, vision_layers=27 if num_layers == 34 else 1)),
         caches=CacheSettings(),
     )
+
+
+def test_a_step_is_simulated_once_for_all_processes_and_recipes_of_one_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA's took seconds for each process that asked: the look at a recipe, the worker, each trial of a sweep."""
+    ran: list[int] = []
+    run = simulation._run
+
+    def counted(setup: Setup, *args: Any, **options: Any) -> simulation.SimulatedStep:
+        ran.append(setup.spec.per_device_train_batch_size)
+        return run(setup, *args, **options)
+
+    monkeypatch.setattr(simulation, "_run", counted)
+
+    def estimate_of(recipe: str = "lora", **values: Any) -> memory.MemoryEstimate:
+        monkeypatch.setattr(simulation, "_KNOWN", {})  # as in a new process
+        setup = gemma_3_4b(recipe, num_layers=1, **values)
+        return memory.estimate(replace(setup, caches=CacheSettings(estimates_root=tmp_path)), PLAN)
+
+    first = estimate_of()
+    assert estimate_of() == estimate_of(learning_rate=0.5) == first and len(ran) == 1
+    assert estimate_of("projector") != first and estimate_of(per_device_train_batch_size=2) != first
+    assert len(ran) == 3
+    for path in tmp_path.iterdir():
+        path.write_text('{"weights": 1}')
+    assert estimate_of() == first and len(ran) == 4, "a damaged one counts as not there"
 
 
 # GiB of a whole step, counted apart from this code with other tools (a tracker over `FakeTensorMode`), PEFT's copies
