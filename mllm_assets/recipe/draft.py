@@ -36,7 +36,10 @@ MAX_EVALUATIONS = 10  # of a run, so that its curve has points
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeDraft:
-    """The values of a new recipe; `method` is one of `METHODS`, `entry` one or several, `eval_entry` may be empty."""
+    """The values of a new recipe; `method` is one of `METHODS`, `entry` one or several, `eval_entry` may be empty.
+
+    `epochs` above 0 are trained instead of `max_steps`.
+    """
 
     name: str
     model: str
@@ -46,6 +49,7 @@ class RecipeDraft:
     method: str = "LoRA in the text model"
     lora_rank: int = 8
     max_steps: int = 200
+    epochs: float = 0
     learning_rate: float = 1e-4
     batch_size: int = 8
     accumulation: int = 1
@@ -65,6 +69,12 @@ class RecipeDraft:
         if method["finetuning_type"] == "lora":
             method["lora_rank"] = self.lora_rank
         every = max(1, self.max_steps // MAX_EVALUATIONS)
+        saves: dict[str, Any] = {"logging_steps": max(1, self.max_steps // 40), "save_steps": every}
+        lasts: dict[str, Any] = {"max_steps": self.max_steps}
+        evaluates: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": every}
+        if self.epochs:
+            saves, lasts = {"logging_steps": 10, "save_strategy": "epoch"}, {"num_train_epochs": self.epochs}
+            evaluates = {"eval_strategy": "epoch"}
         sections: dict[str, dict[str, Any]] = {
             "model": {"model_name_or_path": self.model, "stage": "sft", "do_train": True},
             "method": method,
@@ -74,19 +84,17 @@ class RecipeDraft:
                 "template": self.template, "cutoff_len": self.cutoff_len,
             },
             "output": {
-                "output_dir": f"outputs/{slug(self.name)}", "logging_steps": max(1, self.max_steps // 40),
-                "save_steps": every, "save_total_limit": 2, "plot_loss": True, "report_to": "tensorboard",
+                "output_dir": f"outputs/{slug(self.name)}", **saves,
+                "save_total_limit": 2, "plot_loss": True, "report_to": "tensorboard",
             },
             "train": {
                 "per_device_train_batch_size": self.batch_size, "gradient_accumulation_steps": self.accumulation,
                 "learning_rate": self.learning_rate, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1,
-                "max_steps": self.max_steps, "seed": self.seed, **({"bf16": True} if self.bf16 else {}),
+                **lasts, "seed": self.seed, **({"bf16": True} if self.bf16 else {}),
             },
         }  # fmt: skip
         if self.eval_entry:
-            sections["eval"] = {
-                "per_device_eval_batch_size": self.batch_size, "eval_strategy": "steps", "eval_steps": every,
-            }  # fmt: skip
+            sections["eval"] = {"per_device_eval_batch_size": self.batch_size, **evaluates}
         return "\n".join(
             f"### {title}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
             for title, values in sections.items()

@@ -49,7 +49,7 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
         recipe = gr.Dropdown(label="Or start a recipe of configs/", scale=2)
         overrides = gr.Textbox(label="with other values", placeholder="max_steps=60 seed=1", scale=2)
         start_other = gr.Button("Start", scale=0, min_width=90)
-        copy = gr.Button("Edit a copy", scale=0, min_width=130)
+        copy = gr.Button("Edit a copy", scale=0, min_width=165)
         stop = gr.Button("Stop", variant="stop", scale=0, min_width=90)
     state = gr.Markdown("")
     log = gr.Textbox(label="Log", lines=12, max_lines=12, interactive=False, autoscroll=True, elem_classes="board-log")
@@ -106,7 +106,9 @@ def _choices_of(layout: Layout) -> dict[str, Any]:
         parts["template"] = gr.Dropdown(list(TEMPLATES), value=next(iter(TEMPLATES)), label="Turn format")
     parts["method"] = gr.Dropdown(list(METHODS), value=defaults.method, label="What trains")
     with gr.Row():
-        for key, title in (("max_steps", "Steps"), ("batch_size", "Batch size"), ("accumulation", "Accumulation")):
+        parts["max_steps"] = gr.Number(defaults.max_steps, label="Steps", precision=0, minimum=1, min_width=90)
+        parts["epochs"] = gr.Number(defaults.epochs, label="or epochs", minimum=0, min_width=90)
+        for key, title in (("batch_size", "Batch size"), ("accumulation", "Accumulation")):
             parts[key] = gr.Number(getattr(defaults, key), label=title, precision=0, minimum=1, min_width=90)
     with gr.Row():
         parts["learning_rate"] = gr.Number(defaults.learning_rate, label="Learning rate", minimum=0, min_width=90)

@@ -20,6 +20,12 @@ def test_each_choice_of_what_trains_is_a_recipe_without_a_note(method: str) -> N
     assert recipe.spec.train_entries == ("emoji_train",) and recipe.spec.eval_entries == ("emoji_val",)
 
 
+def test_epochs_are_trained_instead_of_steps() -> None:
+    recipe = read_draft(DRAFT.name, replace(DRAFT, epochs=2.5).to_yaml())
+    assert recipe.notes == () and recipe.spec.num_train_epochs == 2.5 and recipe.spec.max_steps == -1
+    assert (recipe.spec.save_strategy, recipe.spec.eval_strategy) == ("epoch", "epoch")
+
+
 def test_another_recipe_is_not_overwritten(tmp_path: Path) -> None:
     path = write_draft(tmp_path, DRAFT.name, DRAFT.to_yaml())
     assert path == tmp_path / "configs" / "my_try.yaml" == write_draft(tmp_path, DRAFT.name, DRAFT.to_yaml())
