@@ -89,6 +89,14 @@ class Layout:
     def predictions(self, recipe: str, digest: str) -> Path:
         return self.outputs / recipe / "predictions" / digest
 
+    def own_answers(self, recipe: str, digest: str) -> Path:
+        """What a model says of the rows that it was trained on."""
+        return self.outputs / recipe / "own_answers" / digest
+
+    def preferences(self, recipe: str, digest: str) -> Path:
+        """Pairs of references and a recipe's wrong answers."""
+        return self.data / ".preferences" / recipe / digest
+
     def metrics(self, recipe: str, digest: str) -> Path:
         return self.outputs / recipe / "eval_metrics" / digest
 

@@ -107,6 +107,15 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "device": "Device, precision and number of processes.",
         "trainable": "Module, tensors, parameters and share of what trains; equal layers are one row.",
     },
+    "preferences": {
+        "pairs": "The first pairs.",
+        "num_asked": "Rows that the model was trained on and asked about.",
+        "num_pairs": "Answers that were wrong, each a pair with its reference.",
+        "left_out": "Answers that are no pair, by reason.",
+        "weights_digest": "Digest of the model's weights.",
+        "data_digests": "Digest of each entry that it was trained on.",
+        "path": PATH,
+    },
     "predictions": {
         "gallery": "Telling samples: picture, question, right answer, both models' answers, loss.",
         "gallery_path": "All samples as a page with both answers, to open in a browser.",

@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
+from examples import examples  # noqa: E402
 from house import drawing, read_house  # noqa: E402
 from reference import assets, commands, recipe_keys, registered, yaml_keys  # noqa: E402
 
@@ -20,6 +21,7 @@ GENERATED = {
     "benchmarks.md": lambda: (REPOSITORY / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8"),
     "reference/commands.md": commands,
     "reference/recipe-keys.md": recipe_keys,
+    "reference/llamafactory-examples.md": examples,
     "reference/yaml.md": yaml_keys,
     "reference/assets.md": assets,
     "reference/built-in.md": registered,

@@ -22,6 +22,7 @@ from mllm_assets.components.pretrained_model import PretrainedModels
 from mllm_assets.components.reporting import failing_asset, in_line
 from mllm_assets.components.switches import SwitchesOn, off_asset, off_text
 from mllm_assets.components.wiring import (
+    PREFERENCES,
     KnownAssets,
     Node,
     Settings,
@@ -34,6 +35,7 @@ from mllm_assets.components.wiring import (
 from mllm_assets.components.yaml_checks import refuse_secrets
 from mllm_assets.components.yaml_model import YamlModel
 from mllm_assets.errors import MllmAssetsError, RecipeError, did_you_mean
+from mllm_assets.evaluation.own_mistakes import preferences_entry
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe
 
@@ -131,13 +133,18 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
             for dataset in tree.get_all_components(of_type=ImageTextDataset)
             for entry in dataset.entry_names()
         }
+        settings = {slug(override.recipe, UNNAMED): override for override in self.settings}
+        made |= {
+            preferences_entry(recipe.name): dg.AssetKey([recipe.name, PREFERENCES])
+            for recipe in recipes
+            if settings.get(recipe.name, self.defaults).preferences
+        }
         external = external_entries(layout.dataset_info, made)
         known_assets = KnownAssets(
             entries={**external, **made},
             models={m.directory: m.key for c in tree.get_all_components(of_type=PretrainedModels) for m in c.models},
             recipes={recipe.spec.output_dir: dg.AssetKey([recipe.name, "checkpoint"]) for recipe in recipes},
         )
-        settings = {slug(override.recipe, UNNAMED): override for override in self.settings}
         nodes: list[Node] = []
         for recipe in recipes:
             try:

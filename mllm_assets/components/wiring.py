@@ -19,6 +19,8 @@ from mllm_assets.releases.registry import RegistrySpec
 from mllm_assets.training.runs.sweep_spec import SweepSpec
 from mllm_assets.worker.tasks import DEFAULT_MAX_HIDDEN_STATES_GIB, EvaluationSettings
 
+PREFERENCES = "preferences"
+
 
 class Evaluation(yaml_of(EvaluationSettings)):
     """How predictions are made."""
@@ -68,6 +70,8 @@ class Settings(YamlModel):
         push_to_hub: Makes <recipe>/hub_model, which pushes the current release.
         mlflow_registry: Makes <recipe>/mlflow_model, a version of a registered model for each release; {} takes the
             defaults.
+        preferences: Makes <recipe>/preferences, the entry <recipe>_preferences for a recipe of stage: dpo: pairs of the
+            references and the model's own wrong answers to what it was trained on.
         sweep: Makes <recipe>/sweep, which trains the recipe with other values and chooses the best.
     """
 
@@ -78,6 +82,7 @@ class Settings(YamlModel):
     evaluation: Evaluation = Evaluation()
     gates: Gates = Gates()
     push_to_hub: PushToHub | None = None
+    preferences: bool = False
     mlflow_registry: MlflowRegistry | None = None
     sweep: Sweep | None = None
 
@@ -120,7 +125,12 @@ class Node:
     @property
     def starts(self) -> list[str]:
         """The first parts of the keys of what it starts from: recipes, or models."""
-        return [key.path[0] for key in (self.model, *self.adapters)]
+        return [key.path[0] for key in (self.model, *self.adapters, *self.mistakes)]
+
+    @property
+    def mistakes(self) -> list[dg.AssetKey]:
+        """What it learns of other recipes' wrong answers."""
+        return [key for key in self.data if key.path[-1] == PREFERENCES]
 
     @property
     def tags(self) -> dict[str, str]:
@@ -174,7 +184,7 @@ def split_cycles(nodes: Sequence[Node]) -> tuple[list[Node], list[tuple[Node, Re
             sound.append(node)
             continue
         cycle = " <- ".join([*way, node.name])
-        key = "adapter_name_or_path" if node.adapters else "model_name_or_path"
+        key = "dataset" if node.mistakes else "adapter_name_or_path" if node.adapters else "model_name_or_path"
         text = (
             f"{node.recipe.path.name}: {key} leads back to the recipe itself ({cycle}). "
             "Let one of them start from a model below pretrains/."

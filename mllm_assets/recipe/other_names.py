@@ -79,6 +79,11 @@ _OTHERWISE = {
         dataset_text_field dataset_train_split dataset_test_split image_folder media_root""",
     "Rows with pictures are recognised. Delete the line.": "visual_inputs",
     "Rows hold images and text only. Delete the line.": "video_resolution",
+    "Megatron spreads one model over GPUs; here fsdp: true does. Delete the line.": """
+        tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size context_parallel_size
+        virtual_pipeline_model_parallel_size sequence_parallel bias_activation_fusion apply_rope_fusion
+        use_distributed_optimizer overlap_grad_reduce overlap_param_gather moe_grouped_gemm moe_token_dispatcher_type
+        recompute_granularity""",
     "It has no counterpart here. Delete the line.": """
         tuner_backend lazy_tokenize efficient_eos reserved_label_len lora_bias packing_strategy pad_to_multiple_of
         val_dataset_sample image_aspect_ratio min_lr""",

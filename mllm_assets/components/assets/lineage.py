@@ -9,7 +9,7 @@ import dagster as dg
 from mllm_assets.artifacts import is_complete, read_manifest, require_sound
 from mllm_assets.components.facts import facts_of
 from mllm_assets.components.resources import ProjectResource
-from mllm_assets.components.wiring import Node
+from mllm_assets.components.wiring import PREFERENCES, Node
 from mllm_assets.data.curate.leaks import release_leaks, stages_of
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import IntegrityError
@@ -64,6 +64,8 @@ def pull_data(context: dg.AssetExecutionContext, keys: Iterable[dg.AssetKey], pr
     if mirror is None:
         return
     for key in keys:
+        if key.path[-1] == PREFERENCES:
+            continue  # not kept in the store: the machine that trains on a model's mistakes asks it
         # entries written by hand have no materialisation, and are where the user put them
         if context.instance.get_latest_materialization_event(key) is not None:
             mirror.pull_data(key.path[0], upstream(context, key)["data_version"])
@@ -76,7 +78,7 @@ def run_columns(context: dg.AssetExecutionContext, recipe: str, weights_digest: 
 
 def line_versions(context: dg.AssetExecutionContext, node: Node) -> dict[str, str]:
     """Asset -> data version of everything that a release is made from, as last materialised, the first stage first."""
-    of_data = "raw sample_quality corrections train val test dataset_info".split()
+    of_data = f"raw sample_quality corrections train val test dataset_info {PREFERENCES}".split()
     datasets = dict.fromkeys(key.path[0] for key in (*node.ancestor_data, *node.data))
     own = "vision_features checkpoint predictions eval_metrics".split()
     keys = [dg.AssetKey([dataset, name]) for dataset in datasets for name in of_data]

@@ -5,6 +5,7 @@ import dagster as dg
 from mllm_assets.components.assets.checkpoint import checkpoint_asset
 from mllm_assets.components.assets.evaluation import eval_metrics_asset, predictions_asset
 from mllm_assets.components.assets.lineage import model_directory, pull_data
+from mllm_assets.components.assets.preferences import preferences_asset
 from mllm_assets.components.assets.registry import mlflow_model_asset
 from mllm_assets.components.assets.release import hub_model_asset, released_model_asset
 from mllm_assets.components.assets.step import as_dagster_failures, step
@@ -19,6 +20,8 @@ def build_recipe_assets(node: Node) -> list[dg.AssetsDefinition]:
     """Make a recipe's assets. Without `eval_dataset` the last is the checkpoint: nothing could judge a release."""
     assets = [vision_features_asset(node)] if node.has_features else []
     assets.append(checkpoint_asset(node))
+    if node.settings.preferences:
+        assets.append(preferences_asset(node))
     if node.settings.sweep is not None:
         assets.append(sweep_asset(node, node.settings.sweep.to_spec()))
     if node.eval_data:

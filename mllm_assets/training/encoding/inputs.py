@@ -70,10 +70,12 @@ def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, rows_root: P
     encoder = make_encoder(spec, processor, model_dir)
     if spec.packs:
         _check_packing(spec, processor, reporter)
-    for name in (*spec.train_entries, *spec.eval_entries):
+    # an entry that only judges may hold answers where pairs are learnt
+    names = dict.fromkeys((*spec.train_entries, *(spec.eval_entries if spec.eval_strategy != "no" else ())))
+    for name in names:
         _require_kind(dataset.entry(name), spec)
     stored: dict[str, EncodedRows] = {}
-    for name in dict.fromkeys((*spec.train_entries, *(spec.eval_entries if spec.eval_strategy != "no" else ()))):
+    for name in names:
         stored[name] = encoded_entry(dataset.entry(name), encoder, spec, rows_root, reporter)
     parts = chosen_rows(spec, stored)
     warn_of_first_rows(spec, dataset, reporter)

@@ -118,3 +118,20 @@ def test_entries_written_by_hand_are_found_beside_those_that_datasets_write(tmp_
     path = tmp_path / "dataset_info.json"
     path.write_text('{"emoji_train": {}, "my-own": {}}')
     assert external_entries(path, ["emoji_train"]) == {"my-own": dg.AssetKey(["my_own", "dataset_info"])}
+
+
+def test_mistakes_of_a_recipe_are_an_edge_and_its_own_lead_in_a_circle(tmp_path: Path) -> None:
+    """Dagster refuses the whole code location for a circle in the graph."""
+    key = dg.AssetKey(["first", "preferences"])
+    known = replace(KNOWN_ASSETS, entries={**KNOWN_ASSETS.entries, "first_preferences": key})
+    first = resolve(write_recipe(tmp_path, "first"), known)
+    after = {"stage": "dpo", "dataset": "first_preferences", "model_name_or_path": "outputs/first/latest/model"}
+    second = resolve(write_recipe(tmp_path, "second", **after), known)
+    assert second.train_data == {"first_preferences": key} and second.mistakes == [key]
+    sound, circular = split_cycles([first, second])
+    assert [node.name for node in sound] == ["first", "second"] and not circular
+    assert dg.AssetKey(["emoji", "dataset_info"]) in {*sound[1].ancestor_data, *sound[1].data}
+
+    own = resolve(write_recipe(tmp_path, "first", stage="dpo", dataset="first_preferences"), known)
+    [(node, error)] = split_cycles([own])[1]
+    assert node is own and "first.yaml: dataset leads back to the recipe itself (first <- first)" in str(error)
