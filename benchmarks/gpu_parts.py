@@ -30,6 +30,7 @@ from mllm_assets.artifacts import write_manifest
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import MachineError
 from mllm_assets.inference.generate import answer_files, open_model
+from mllm_assets.layout import Layout
 from mllm_assets.recipe.asking import Sampling
 from mllm_assets.recipe.load import load_recipe
 from mllm_assets.training.caches import shards, tower
@@ -63,8 +64,9 @@ class Bench:
         """The task of a run, as `mllm-assets train` would give it to its worker."""
         dataset = Dataset(self.root / "data", read_part=None)
         plan = plan_run(load_recipe(recipe), root=self.root, dataset=dataset)
+        layout = Layout(self.root)
         settings = CacheSettings(
-            features_root=self.root / "cache" / "features", hidden_states_root=self.root / "cache" / "hidden_states"
+            features_root=layout.features, hidden_states_root=layout.hidden_states, weights_root=layout.frozen_weights
         )
         threads = 1 if self.device == "cpu" else None
         accelerator = Accelerator(device=self.device, num_threads=threads)  # pyright: ignore[reportArgumentType]
