@@ -30,6 +30,7 @@ KEY_SENTENCES: Mapping[str, str] = {
     "pissa_init": "Begin the adapters with the largest singular vectors of each weight (PiSSA).",
     "pissa_iter": "Iterations of their approximation; -1 computes them exactly.",
     "loraplus_lr_ratio": "How many times the learning rate of A the adapters' matrix B has (LoRA+).",
+    "use_muon": "Make each matrix's step orthogonal (Muon); what is no matrix between layers has AdamW's.",
     "vision_lr": "Learning rate of the vision tower.",
     "projector_lr": "Learning rate of the projector.",
     "quantization_bit": "Hold the frozen base in 4 or 8 bits while adapters train on it (QLoRA).",

@@ -69,7 +69,7 @@ ALIASES = {
 
 _REFUSED = {
     "the engine trains with the optimizers that optim names. Delete the line and choose one there.": """
-        use_galore:bool=false use_apollo:bool=false use_badam:bool=false use_adam_mini:bool=false use_muon:bool=false
+        use_galore:bool=false use_apollo:bool=false use_badam:bool=false use_adam_mini:bool=false
         optim_target_modules:str?=null""",
     "the engine trains on the plain cross-entropy of the answers. Delete the line.": """
         use_dft_loss:bool=false use_asft_loss:bool=false use_eaft_loss:bool=false
@@ -285,6 +285,9 @@ def _reasons(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     if is_lora and not spec.freeze_multi_modal_projector and not spec.additional_target:
         why = "LoRA trains adapters only, and the projector gets none; additional_target names modules that train whole"
         yield "freeze_multi_modal_projector", why
+    if spec.use_muon:
+        for key in ("optim", "optim_args"):
+            yield key, "use_muon is set and wins"
     if spec.freeze_vision_tower:
         yield "vision_lr", "freeze_vision_tower is true, so nothing of the tower trains"
     if not (spec.additional_target if is_lora else not spec.freeze_multi_modal_projector):

@@ -48,6 +48,7 @@ class MethodKeys:
     loraplus_lr_ratio: float | None = field(default=None, metadata=ADDED)
     adapter_name_or_path: str | None = field(default=None, metadata=OPERATIONAL)  # their content is hashed
     create_new_adapter: bool = field(default=False, metadata=ADDED)
+    use_muon: bool = field(default=False, metadata=ADDED)
     vision_lr: float | None = field(default=None, metadata=ADDED)
     projector_lr: float | None = field(default=None, metadata=ADDED)
     quantization_bit: Literal[4, 8] | None = field(default=None, metadata=SEMANTIC)
@@ -99,6 +100,9 @@ def method_problems(spec: MethodKeys) -> Iterator[tuple[str, str]]:
         value = getattr(spec, key)
         if value is not None and value <= 0:
             yield key, f"{key} is {value}: expected a number above 0. Change it or delete the line."
+    for key in ("loraplus_lr_ratio", "vision_lr", "projector_lr"):
+        if spec.use_muon and getattr(spec, key):
+            yield "use_muon", f"use_muon has one learning rate, and {key} is set. Delete one of the two."
     if not 0 <= spec.lora_dropout < 1:
         yield "lora_dropout", f"lora_dropout is {spec.lora_dropout}: expected 0 or more and below 1. Change it."
     if spec.pissa_iter != -1 and spec.pissa_iter < 1:

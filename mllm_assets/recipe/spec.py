@@ -219,7 +219,7 @@ class TrainSpec(PreferenceKeys):
     @property
     def uses_bitsandbytes_optimizer(self) -> bool:
         """Whether the optimizer's states are bitsandbytes'."""
-        return "8bit" in self.optim or "paged" in self.optim
+        return not self.use_muon and ("8bit" in self.optim or "paged" in self.optim)
 
     @property
     def evaluates(self) -> bool:
@@ -314,6 +314,8 @@ def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     for key in ("fsdp", "deepspeed"):
         if spec.uses_bitsandbytes_optimizer and getattr(spec, key):
             yield "optim", f"optim: {spec.optim} together with {key} has not been tried. Set optim: adamw_torch_fused."
+        if spec.use_muon and getattr(spec, key):
+            yield "use_muon", f"use_muon together with {key} has not been tried. Delete one."
     if spec.torch_compile_backend and not spec.torch_compile:
         yield "torch_compile_backend", "torch_compile_backend is set, and nothing is compiled. Set torch_compile: true."
     if spec.fsdp and spec.deepspeed:

@@ -15,7 +15,7 @@ from mllm_assets.errors import OutOfMemoryError
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import CachePlan, Setup
 from mllm_assets.training.loop.loss import LOSS_BLOCK
-from mllm_assets.training.loop.optimizers import embeddings, kept_states
+from mllm_assets.training.loop.optimizers import embeddings, kept_states, optimizer_name
 from mllm_assets.training.loop.simulation import SimulatedStep, simulate
 from mllm_assets.training.models.device import GIB, Device
 from mllm_assets.training.models.load import base_model
@@ -110,7 +110,7 @@ def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEsti
     )
     trains = [p for name, p in model.named_parameters() if name in names]
     trained = sum(p.numel() * p.element_size() for p in trains)
-    embedded, optim = embeddings(model), setup.spec.optim
+    embedded, optim = embeddings(model), optimizer_name(setup.spec)
     states = sum(
         state.nbytes for p in trains for state in kept_states(optim, p.to("meta"), is_embedding=id(p) in embedded)
     )

@@ -41,6 +41,11 @@ def require_optimizer(spec: TrainSpec, device_kind: str) -> None:
         )
 
 
+def optimizer_name(spec: TrainSpec) -> str:
+    """What takes the steps: one of `optim`'s, or muon."""
+    return "muon" if spec.use_muon else spec.optim
+
+
 def embeddings(model: nn.Module) -> set[int]:
     """Return the `id` of each embedding's weight, whose states the library keeps in 32 bits."""
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -57,6 +62,8 @@ def keep_embeddings_in_32_bits(model: nn.Module) -> None:
 
 def kept_states(optim: str, parameter: torch.Tensor, *, is_embedding: bool) -> list[torch.Tensor]:
     """Return tensors like those that an optimizer keeps of a parameter, with no content, on the parameter's device."""
+    if optim == "muon":  # of a matrix its momentum alone
+        return [torch.empty_like(parameter) for _ in range(1 if parameter.ndim == 2 and not is_embedding else 2)]
     if "8bit" not in optim:
         return [torch.empty_like(parameter) for _ in range(STATES.get(optim, 0))]
     if is_embedding or parameter.numel() < MIN_8BIT_SIZE:

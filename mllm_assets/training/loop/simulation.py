@@ -29,7 +29,7 @@ from mllm_assets.artifacts import digest_json, sha256_file, write_json_atomic
 from mllm_assets.plugins import resolve
 from mllm_assets.training.caches.prepare import CachePlan, Setup, install_caches
 from mllm_assets.training.loop import loss
-from mllm_assets.training.loop.optimizers import TEMPORARY, embeddings, kept_states
+from mllm_assets.training.loop.optimizers import TEMPORARY, embeddings, kept_states, optimizer_name
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.load import base_model, model_on_meta, without_waiting_checks
 from mllm_assets.training.models.quantization import Quantization, quantized_weights
@@ -148,7 +148,8 @@ def _run(setup: Setup, plan: CachePlan, size: _BatchSize, *, checkpointed: bool)
         weights = memory.now
         trained = [p for p in model.parameters() if p.requires_grad]
         embedded = embeddings(model)
-        states = [kept for p in trained for kept in kept_states(spec.optim, p, is_embedding=id(p) in embedded)]
+        name = optimizer_name(spec)
+        states = [kept for p in trained for kept in kept_states(name, p, is_embedding=id(p) in embedded)]
         memory.add(states)
         optimizer = memory.now - weights
         gradients = sum(p.numel() * p.element_size() for p in trained)
@@ -163,7 +164,7 @@ def _run(setup: Setup, plan: CachePlan, size: _BatchSize, *, checkpointed: bool)
             with setup.precision.context("cpu"), without_waiting_checks():
                 found = model(**batch).loss
             found.backward()
-        temporary = gradients * TEMPORARY.get(spec.optim, 0)
+        temporary = gradients * TEMPORARY.get(name, 0)
         highest = max(memory.highest, weights + optimizer + gradients + temporary)
     return SimulatedStep(weights=weights, gradients=gradients, optimizer=optimizer, highest=highest)
 

@@ -27,6 +27,7 @@ from mllm_assets.training.loop import delta_trainer, reporting
 from mllm_assets.training.loop.checkpoints import Resumable, require_same_conditions
 from mllm_assets.training.loop.delta_trainer import DeltaTrainer
 from mllm_assets.training.loop.learning_rates import LearningRates
+from mllm_assets.training.loop.muon import Muon
 from mllm_assets.training.loop.optimizers import keep_embeddings_in_32_bits
 from mllm_assets.training.loop.reporting import resume_line
 from mllm_assets.training.models import freezing
@@ -139,6 +140,8 @@ class FineTuner(DeltaTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         trained = self.model if model is None else model
+        if self.rates and self.rates.spec.use_muon and self.optimizer is None:
+            self.optimizer = Muon([n for n in trained.named_parameters() if n[1].requires_grad], self.rates.spec)
         groups = self.rates and self.rates.groups(trained, self.get_decay_parameter_names(trained))
         if groups and self.optimizer is None:
             kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
