@@ -104,7 +104,7 @@ _REFUSED = {
         rope_scaling:str?=null""",
     "the model's architecture stays as it is. Delete the line.": """
         shift_attn:bool=false mixture_of_depths:str?=null train_from_scratch:bool=false upcast_layernorm:bool=false""",
-    "rows are read completely and encoded at each start, which takes a tenth of a millisecond for one. Delete the "
+    "rows are encoded once, into files below cache/rows that later runs map, and none is held in memory. Delete the "
     "line.": "streaming:bool=false tokenized_path:str?=null",
     "rows hold no calls of tools. Delete the line.": "tool_format:str?=null",
     "it is InternVL's, whose models are not trained here. Delete the line; image_do_pan_and_scan shows parts of long "
