@@ -21,22 +21,25 @@ from mllm_assets.layout import Layout
 
 NAME = re.compile(r"\b[0-9a-f]{16}(?:-\d+)?\b")
 RUN, METRICS = "run", "metrics"
-CACHES = ("features", "hidden states", "encoded rows", "frozen weights")
-DATA_AND_CACHES = ("dataset version", "measurements", "source", *CACHES)
+CACHES = ("features", "hidden states", "encoded rows", "frozen weights", "folds")
+DATA_AND_CACHES = ("dataset version", "measurements", "source", "corrections", *CACHES)
 PLACES = {
     RUN: "outputs/*/*",
     "predictions": "outputs/*/predictions/*",
     METRICS: "outputs/*/eval_metrics/*",
     "sweep": "outputs/*/sweep/*",
+    "label issues": "outputs/*/label_issues/*",
     "dataset version": "data/.versions/*/*",
     "measurements": "data/.quality/*/*",
     "source": "data/.raw/*/*",
+    "corrections": "data/.corrections/*/*",
     "features": "cache/features/*",
     "hidden states": "cache/hidden_states/*",
     "encoded rows": "cache/rows/*",
     "frozen weights": "cache/frozen_weights/*",
+    "folds": "cache/folds/*",
 }
-LINKS = ("outputs/*/*", "releases/*/*", "data/*")
+LINKS = ("outputs/*/*", "releases/*/*", "data/*", "data/.corrections/*/*")
 WITH_NAMES = (MANIFEST, "run.json", "checkpoint_metrics.json")
 MEDIA_DIR = re.compile(r"\bmedia_dir\b[\"']?\s*[:=]\s*[\"']?([^\"'\n,#}\[\]]+)")
 BY_CONTENT = re.compile(r"([0-9a-f]{16})\.\w+")

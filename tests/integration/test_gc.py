@@ -112,6 +112,17 @@ def test_old_versions_of_a_dataset_go_with_what_they_alone_were_made_from(root: 
     assert root.garbage() == set(versions[0])
 
 
+def test_decisions_that_no_version_was_made_with_go_and_the_newest_and_those_in_use_stay(root: Root) -> None:
+    """One folder for each change of a decision stayed for ever."""
+    folder = "data/.corrections/emoji"
+    used, unused, newest = (root.add(folder) for _ in range(3))
+    version = root.age(root.add("data/.versions/emoji", corrections=used.name))
+    point_symlink(root.layout.data / "emoji", version)
+    point_symlink(root.layout.settled("emoji", "latest"), newest)
+    assert root.garbage() == {unused}
+    assert root.garbage(in_progress="a run") == set()
+
+
 def test_images_that_only_a_version_that_goes_names_go_with_it_and_a_persons_picture_stays(root: Root) -> None:
     spec = DatasetSpec(name="birds", source=SourceSpec(kind="image_folder", path="x"), prompts=("?",))
     images = []

@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 
 from mllm_assets.cli import main
+from mllm_assets.components.assets.corrections import DECISIONS
 from mllm_assets.components.instance.launch import run
 from mllm_assets.components.instance.location import Location
 from mllm_assets.components.instance.run_plan import Request, RunPlan, plan_run
@@ -124,6 +125,18 @@ def test_a_recipe_is_made_up_to_its_release_and_is_not_published(
     plan = planned(project, instance, name)
     assert names(plan.named) == ["birds_sft/released_model"]
     assert "birds_sft/hub_model" not in names(plan.reasons) and "birds/raw" in names(plan.reasons)
+
+
+def test_what_people_decided_is_read_again_and_nothing_else(project: Path, instance: dg.DagsterInstance) -> None:
+    """A decision that was added without Dagster, from another checkout for example, would have waited unseen."""
+    made = dg.AssetMaterialization(["birds", "raw"], metadata={DECISIONS: "none", "path": "."})
+    (project / "manifest.json").touch()
+    instance.report_runless_asset_event(made)
+    before = planned(project, instance, "birds").reasons.get(dg.AssetKey(["birds", "raw"]))
+    (project / "corrections").mkdir()
+    (project / "corrections" / "birds.jsonl").write_text("{}\n")
+    after = planned(project, instance, "birds").reasons[dg.AssetKey(["birds", "raw"])]
+    assert before != after == "people decided about its samples"
 
 
 def test_another_file_of_the_same_name_is_not_the_recipe(project: Path, instance: dg.DagsterInstance) -> None:
