@@ -13,7 +13,7 @@ DOCS := .venv/.docs-installed
 # Three test processes on two cores, for most tests wait for subprocesses. Each file stays in one process, and files run in
 # the order of their folders: those of long tests first, so that in the end no process works on while the others are done
 PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
-TORCH_UNITS := $(addprefix training/,caches encoding loop models runs/test_model_directory.py) evaluation/test_predict_shuffling.py inference/test_batches.py
+TORCH_UNITS := $(addprefix training/,caches encoding loop models runs/test_model_directory.py) evaluation/test_looks.py evaluation/test_predict_shuffling.py inference/test_batches.py
 FAST := tests/unit $(TORCH_UNITS:%=--ignore=tests/unit/%) -m 'not slow and not bench and not gpu and not not_fast'
 
 .PHONY: demo test test-fast test-newest collect test-all chromium postgres faketime check docs dev bench bench-quick load torture attack install constraints clean
@@ -89,7 +89,7 @@ $(CORE): pyproject.toml constraints.txt
 
 $(EXTRAS): $(CORE) requirements-ui.txt
 	@echo "Installing what the extras need (Ray, MLflow, Playwright, MkDocs, ...) into .venv (a few minutes)"
-	@$(BIN)/python .ci/install.py -c constraints.txt -e '.[dev,e2e,docs,sweep,mlflow,wandb,ray,serve,s3,postgres,k8s,qlora]'
+	@$(BIN)/python .ci/install.py -c constraints.txt -e '.[dev,e2e,docs,sweep,labels,mlflow,wandb,ray,serve,s3,postgres,k8s,qlora]'
 	@$(BIN)/python .ci/install.py --no-deps -r requirements-ui.txt
 	@touch $@
 

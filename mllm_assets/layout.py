@@ -82,6 +82,11 @@ class Layout:
         return self.root / "cache" / "rows"
 
     @property
+    def folds(self) -> Path:
+        """Models that were trained without some rows, until those are scored."""
+        return self.root / "cache" / "folds"
+
+    @property
     def ray_jobs(self) -> Path:
         """Requests and results of jobs that are on a Ray cluster; each job's folder goes with it."""
         return self.root / "cache" / "ray_jobs"

@@ -87,7 +87,7 @@ def _list(arguments: argparse.Namespace, layout: Layout) -> int:
             split=arguments.split,
             recipe=arguments.recipe,
             answers="wrong" if arguments.wrong else "",
-            order="highest loss first" if arguments.recipe else "as in the source",
+            order="highest loss first" if arguments.recipe else "most suspicious first",
             page=arguments.page,
         ),
     )
@@ -99,6 +99,7 @@ def _list(arguments: argparse.Namespace, layout: Layout) -> int:
             "answer": one.answer,
             "model": one.seen.answer or "",
             "loss": one.seen.loss_nats,
+            "suspicion": one.seen.issue,
             "decision": str(one.decision) if one.decision else "",
         }
         for one in page.samples
@@ -106,7 +107,9 @@ def _list(arguments: argparse.Namespace, layout: Layout) -> int:
     if arguments.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0
-    _print(rows, ("sample", "where", "split", "answer", *["model", "loss"] * bool(arguments.recipe), "decision"))
+    of_model = ["model", "loss"] * bool(arguments.recipe)
+    suspicion = ["suspicion"] * any(row["suspicion"] for row in rows)
+    _print(rows, ("sample", "where", "split", "answer", *of_model, *suspicion, "decision"))
     print(f"page {arguments.page} of {page.num_pages}, {page.num_matching} samples", file=sys.stderr)
     return 0
 

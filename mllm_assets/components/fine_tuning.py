@@ -10,6 +10,7 @@ import dagster as dg
 from pydantic import Field
 
 from mllm_assets.artifacts import UNNAMED, slug
+from mllm_assets.components.assets.label_issues import label_issues_assets
 from mllm_assets.components.assets.recipe import build_recipe_assets, external_asset
 from mllm_assets.components.automation.approvals import approval_sensors
 from mllm_assets.components.automation.failures import failure_alert
@@ -158,8 +159,8 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
         assets += self._unknown_recipes(known)
         off = self._switched_off(nodes, _declared_off(tree))
         nodes = [replace(node, settings=settings.get(node.name, self.defaults)) for node in nodes]
-        for node in nodes:
-            assets += self._built(node, off.get(node.name))
+        assets += [asset for node in nodes for asset in self._built(node, off.get(node.name))]
+        assets += label_issues_assets(_wanted_issues(tree), nodes, off)
         used = {key for node in nodes for key in node.data}
         media_dirs = {key: found for node in nodes for key in node.data if (found := node.recipe.spec.media_dir)}
         external_assets = [
@@ -223,6 +224,12 @@ def _declared_off(tree: dg.ComponentTree) -> set[dg.AssetKey]:
     datasets = [d for d in tree.get_all_components(of_type=ImageTextDataset) if not d.enabled]
     keys = {dg.AssetKey([slug(dataset.name, UNNAMED), "dataset_info"]) for dataset in datasets}
     return keys | {model.key for model in models}
+
+
+def _wanted_issues(tree: dg.ComponentTree) -> dict[str, YamlModel]:
+    """Of each dataset that wants its training rows ranked, how."""
+    datasets = tree.get_all_components(of_type=ImageTextDataset)
+    return {slug(one.name, UNNAMED): one.label_issues for one in datasets if one.label_issues is not None}
 
 
 def _owner_name(key: dg.AssetKey) -> str:

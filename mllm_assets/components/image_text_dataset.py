@@ -17,6 +17,7 @@ from mllm_assets.data.ingest.kinds import KINDS
 from mllm_assets.data.ingest.spec import Augmentation, DatasetSpec, OutputSpec, QualitySpec, SourceSpec
 from mllm_assets.data.ingest.split_spec import SIDES, SplitSpec
 from mllm_assets.errors import MllmAssetsError, RecipeError, all_of
+from mllm_assets.evaluation.label_issues import LabelIssuesSpec
 from mllm_assets.layout import Layout
 
 
@@ -34,6 +35,10 @@ class Output(yaml_of(OutputSpec)):
 
 class Quality(yaml_of(QualitySpec)):
     """Thresholds that reject or flag a sample, or make it a near-duplicate. Null keeps the default."""
+
+
+class LabelIssues(yaml_of(LabelIssuesSpec)):
+    """Makes <name>/label_issues, which ranks training rows by how suspicious their answers are."""
 
 
 class Entries(YamlModel):
@@ -71,6 +76,7 @@ class ImageTextDataset(dg.Component, YamlModel):
         quality: Thresholds that reject or flag a sample, or make it a near-duplicate.
         output: How the splits are written.
         entries: Names in `dataset_info.json`.
+        label_issues: Makes <name>/label_issues, which ranks training rows by how suspicious their answers are.
         watch: The sensor that makes the dataset again when its source has something new.
         automatic: Whether quality, splits and entries are made again automatically when their inputs changed. The
             source itself is only read again by hand, by `watch`, or by a run that names it.
@@ -90,6 +96,7 @@ class ImageTextDataset(dg.Component, YamlModel):
     quality: Quality = Quality()
     output: Output = Output()
     entries: Entries = Entries()
+    label_issues: LabelIssues | None = None
     watch: Watch = Watch()
     automatic: bool = False
     enabled: bool = True

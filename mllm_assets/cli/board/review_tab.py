@@ -115,7 +115,7 @@ def _shown(layout: Layout, *values: Any) -> list[Any]:
             split="" if split == ALL else split,
             recipe=recipe or "",
             answers=answers if answers in ("right", "wrong") else "",
-            order="highest loss first" if recipe else "as in the source",
+            order="highest loss first" if recipe else "most suspicious first",
             page=at // PAGE_SIZE + 1,
         )
         found = review_page(layout, query)

@@ -17,6 +17,7 @@ FLAGGED = "(any flag)"
 # what a person may order by; each ends with what makes the order unique
 ORDERS = {
     "as in the source": "row_index, sample_id",
+    "most suspicious first": "suspicion NULLS LAST, row_index, sample_id",
     "highest loss first": "loss_nats DESC NULLS LAST, row_index, sample_id",
     "lowest loss first": "loss_nats NULLS LAST, row_index, sample_id",
     "longest text first": "length(text) DESC NULLS LAST, row_index, sample_id",
@@ -47,7 +48,10 @@ class SampleQuery:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeenSample:
-    """A sample as a page shows it; what is not known is None or empty."""
+    """A sample as a page shows it; what is not known is None or empty.
+
+    `issue` is what `label_issues` says of it, `suggested` the label that it finds likelier.
+    """
 
     sample_id: str
     location: str | None
@@ -62,6 +66,9 @@ class SeenSample:
     base_answer: str | None
     is_right: bool | None
     image: Path | None
+    is_suspect: bool = False
+    suggested: str = ""
+    issue: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,10 +103,12 @@ _MATCHING = """
     found AS (
         SELECT v.sample_id, v.row_index, v.source_location, v.flags, v.reject_reason, s.caption AS text, s.label,
             CASE WHEN v.reject_reason IS NOT NULL THEN 'rejected' ELSE m.split END AS split,
-            coalesce(v.reject_reason, m.reason) AS reason,
+            coalesce(v.reject_reason, m.reason) AS reason, issues.position AS suspicion, issues.is_suspect,
+            issues.suggested, issues.reason AS issue,
             said.* EXCLUDE sample_id
         FROM latest_verdicts v JOIN samples s USING (dataset, sample_id)
         LEFT JOIN latest_splits m ON (m.dataset, m.sample_id) = (v.dataset, v.sample_id)
+        LEFT JOIN latest_label_issues issues ON (issues.dataset, issues.sample_id) = (v.dataset, v.sample_id)
         LEFT JOIN said ON said.sample_id = v.sample_id
         WHERE v.dataset = $dataset)
     SELECT {what} FROM found
@@ -196,4 +205,7 @@ def _seen(row: dict[str, Any], image: Path | None) -> SeenSample:
         base_answer=cut(row["base_answer"]),
         is_right=row["is_right"],
         image=image,
+        is_suspect=bool(row["is_suspect"]),
+        suggested=cut(row["suggested"]) or "",
+        issue=cut(row["issue"]) or "",
     )

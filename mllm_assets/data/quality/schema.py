@@ -1,4 +1,4 @@
-"""The DuckDB schema, version 7: tables, columns, each table's key, and what a second write of a key does.
+"""The DuckDB schema, version 8: tables, columns, each table's key, and what a second write of a key does.
 
 Content (what a sample, an image or a caption is) is keyed by what it is and never changes. History (which samples a
 source had, how a run judged them, where they went) is keyed by the digest of that version, so that an earlier run is
@@ -7,7 +7,7 @@ not overwritten and writing a run twice adds nothing. `store.migrate` updates ol
 
 from dataclasses import dataclass
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,13 @@ TABLES: dict[str, TableSchema] = {
         """run_id VARCHAR, recipe VARCHAR, checkpoint_digest VARCHAR, model VARCHAR, entry VARCHAR, metric VARCHAR,
         value DOUBLE, num_samples BIGINT""",
         key="recipe, checkpoint_digest, model, entry, metric",
+    ),
+    # which training rows are to be looked at first, and why; position 1 is the most suspicious
+    "label_issues": _table(
+        """dataset VARCHAR, issues_digest VARCHAR, sample_id VARCHAR, position INTEGER, score DOUBLE,
+        is_suspect BOOLEAN, given VARCHAR, suggested VARCHAR, reason VARCHAR, recipe VARCHAR, run_id VARCHAR,
+        written_at TIMESTAMP""",
+        key="dataset, issues_digest, sample_id",
     ),
     "runs": _table(
         "run_id VARCHAR, asset VARCHAR, digest VARCHAR, created_at TIMESTAMP, metadata JSON",

@@ -290,7 +290,7 @@ def arrow_schema(name: str) -> pa.Schema:
 
 # the source's own ids, and what a defect is about
 _TO_7 = [f"ALTER TABLE sample_versions ADD COLUMN {name} VARCHAR" for name in ("source_id", "source_detail")]
-STEPS: dict[int, list[str]] = {2: _TO_2, 3: _TO_3, 4: [], 5: _TO_5, 6: _TO_6, 7: _TO_7}
+STEPS: dict[int, list[str]] = {2: _TO_2, 3: _TO_3, 4: [], 5: _TO_5, 6: _TO_6, 7: _TO_7, 8: []}
 
 
 def schema_version(connection: duckdb.DuckDBPyConnection, path: Path) -> int | None:

@@ -132,6 +132,11 @@ VIEWS: dict[str, str] = {
             v.source_id, v.row_index, v.quality_digest, v.run_id
         FROM latest_verdicts v LEFT JOIN samples s USING (dataset, sample_id)
         WHERE v.reject_reason IS NOT NULL""",
+    "latest_label_issues": """
+        WITH newest AS (
+            SELECT DISTINCT ON (dataset) dataset, issues_digest FROM label_issues
+            ORDER BY dataset, written_at DESC, issues_digest)
+        SELECT label_issues.* FROM label_issues JOIN newest USING (dataset, issues_digest)""",
     # what a recipe's models answered in its newest evaluation
     "latest_predictions": """
         WITH newest AS (
