@@ -43,7 +43,7 @@ MAX_SHOWN = 50
 _ALONE = {
     "eval_strategy": "no", "eval_dataset": None, "val_size": 0.0, "load_best_model_at_end": False,
     "early_stopping_steps": None, "packing": False, "neat_packing": False, "plot_loss": False, "report_to": "none",
-    "resume_from_checkpoint": None,
+    "resume_from_checkpoint": None, "max_samples": None,
 }  # fmt: skip
 
 
