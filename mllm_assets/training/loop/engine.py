@@ -29,23 +29,13 @@ from mllm_assets.training.caches.prepare import (
 )
 from mllm_assets.training.encoding.inputs import check_reach, read_inputs
 from mllm_assets.training.loop import loss, memory, reporting
-from mllm_assets.training.loop.checkpoints import (
-    Resumable,
-    find_resumable,
-    load_trainable,
-    seed_run,
-)
+from mllm_assets.training.loop.checkpoints import Resumable, find_resumable, load_trainable, seed_run
 from mllm_assets.training.loop.fitting import decide_checkpointing, fit_micro_batch, note_on_answers, what_fits
 from mllm_assets.training.loop.optimizers import require_optimizer
 from mllm_assets.training.loop.preference_tuner import make_tuner
 from mllm_assets.training.loop.preferences import require_one_process
 from mllm_assets.training.loop.reporting import trainable_lines
-from mllm_assets.training.loop.trainer import (
-    FineTuner,
-    require_distribution,
-    run_training,
-    training_facts,
-)
+from mllm_assets.training.loop.trainer import FineTuner, require_distribution, run_training, training_facts
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.cards import note_on_idle_cards
 from mllm_assets.training.models.device import (
