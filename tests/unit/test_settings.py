@@ -61,7 +61,7 @@ def test_only_the_launcher_ray_shows_its_settings_in_the_launchpad(monkeypatch: 
     for launcher in ("local", "ray"):
         monkeypatch.setenv("MLLM_ASSETS_LAUNCHER", launcher)
         gpu = (resources().resources or {})["gpu"]
-        fields[launcher] = set(type(gpu).to_fields_dict())
+        fields[launcher] = set(gpu.config_schema.as_field().config_type.fields)
     assert fields["ray"] - fields["local"] == {"ray"} and "device" in fields["local"]
 
 
