@@ -1,7 +1,6 @@
 """Every recipe in `configs/` as assets: features, checkpoint, predictions, metrics, release."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -109,11 +108,16 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
 
     def switched_on(self, root: Path) -> set[str]:
         recipes = self._enabled_recipes(read_recipes(root, self.recipes)[0]) if self.enabled else []
-        return {
-            name
-            for recipe in recipes
-            for name in (*recipe.spec.train_entries, *recipe.spec.eval_entries, recipe.spec.model_name_or_path)
-        }
+        settings = self._settings()
+        found: set[str] = set()
+        for recipe in recipes:
+            spec, unrelated = recipe.spec, settings.get(recipe.name, self.defaults).unrelated
+            found.update((*spec.train_entries, *spec.eval_entries, *unrelated, spec.model_name_or_path))
+        return found
+
+    def _settings(self) -> dict[str, Settings]:
+        """The settings of single recipes."""
+        return {slug(override.recipe, UNNAMED): override for override in self.settings}
 
     def _enabled_recipes(self, recipes: Sequence[Recipe]) -> list[Recipe]:
         """Those that are named, and those that they start from."""
@@ -134,7 +138,7 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
             for dataset in tree.get_all_components(of_type=ImageTextDataset)
             for entry in dataset.entry_names()
         }
-        settings = {slug(override.recipe, UNNAMED): override for override in self.settings}
+        settings = self._settings()
         made |= {
             preferences_entry(recipe.name): dg.AssetKey([recipe.name, PREFERENCES])
             for recipe in recipes
@@ -149,7 +153,7 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
         nodes: list[Node] = []
         for recipe in recipes:
             try:
-                nodes.append(resolve(recipe, known_assets))
+                nodes.append(resolve(recipe, known_assets, settings.get(recipe.name, self.defaults)))
             except MllmAssetsError as error:
                 assets.append(failing_asset(dg.AssetKey([recipe.name, "checkpoint"]), error))
         nodes, circular = split_cycles(nodes)
@@ -158,10 +162,9 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
         known = {key.path[0] for asset in assets for key in asset.keys} | {node.name for node in nodes}
         assets += self._unknown_recipes(known)
         off = self._switched_off(nodes, _declared_off(tree))
-        nodes = [replace(node, settings=settings.get(node.name, self.defaults)) for node in nodes]
         assets += [asset for node in nodes for asset in self._built(node, off.get(node.name))]
         assets += label_issues_assets(_wanted_issues(tree), nodes, off)
-        used = {key for node in nodes for key in node.data}
+        used = {key for node in nodes for key in (*node.data, *node.unrelated_data.values())}
         media_dirs = {key: found for node in nodes for key in node.data if (found := node.recipe.spec.media_dir)}
         external_assets = [
             external_asset(entry, key, media_dirs.get(key)) for entry, key in external.items() if key in used
@@ -207,7 +210,8 @@ class FineTuning(dg.Component, YamlModel, SwitchesOn):
         found: dict[str, str] = {}
         for _ in nodes:  # a recipe may start from one that comes later
             for node in nodes:
-                needs = [key for key in (*node.data, node.model) if key in off or key.path[0] in found]
+                read = (*node.data, *node.unrelated_data.values(), node.model)
+                needs = [key for key in read if key in off or key.path[0] in found]
                 if needs and node.name not in on:
                     names = " and ".join(sorted(_owner_name(key) for key in needs))
                     found[node.name] = off_text(node.name, f"needs {names}, which this project does not use yet")

@@ -11,6 +11,7 @@ from mllm_assets.components.reporting import MAX_TAG_LENGTH, failing_asset
 from mllm_assets.components.yaml_model import YamlModel, yaml_of
 from mllm_assets.data.sharegpt.entries import read_dataset_info
 from mllm_assets.errors import DataError, MllmAssetsError, RecipeError, did_you_mean
+from mllm_assets.evaluation.forgetting import PLAIN_QUESTIONS, require_not_trained_on
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.recipe.spec import TrainSpec
@@ -86,6 +87,21 @@ class Settings(YamlModel):
     mlflow_registry: MlflowRegistry | None = None
     sweep: Sweep | None = None
 
+    @property
+    def unrelated(self) -> tuple[str, ...]:
+        """The entries on which it is measured what a model forgot."""
+        return tuple(getattr(self.evaluation, "unrelated", None) or ())
+
+    def require_valid(self) -> None:
+        """Refuse a value that the types let pass.
+
+        Raises:
+            RecipeError: Says which.
+        """
+        for part in (self.evaluation, self.gates, self.push_to_hub, self.mlflow_registry, self.sweep):
+            if part is not None:
+                part.to_spec()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
@@ -96,6 +112,7 @@ class Node:
     model: dg.AssetKey
     train_data: Mapping[str, dg.AssetKey]  # entry of dataset_info.json -> the asset that writes it
     eval_data: Mapping[str, dg.AssetKey]
+    unrelated_data: Mapping[str, dg.AssetKey] = field(default_factory=dict)  # what forgetting is measured on
     adapters: Sequence[dg.AssetKey] = ()  # checkpoints of the recipes that trained those on the model
     ancestor_data: Sequence[dg.AssetKey] = ()  # of the stages before it; not edges, since `model` depends on them
 
@@ -158,17 +175,23 @@ class KnownAssets:
     recipes: Mapping[str, dg.AssetKey]
 
 
-def resolve(recipe: Recipe, known_assets: KnownAssets) -> Node:
+def resolve(recipe: Recipe, known_assets: KnownAssets, settings: Settings | None = None) -> Node:
     """Find the assets that a recipe reads.
 
     Raises:
-        RecipeError: Nothing makes an entry or a model. Names the nearest ones.
+        RecipeError: Nothing makes an entry or a model; names the nearest ones. Or a setting is not valid.
     """
+    settings, entries = settings or Settings(), known_assets.entries
+    settings.require_valid()
+    require_not_trained_on(settings.unrelated, recipe.spec.train_entries)
+    own = [name for name in settings.unrelated if name != PLAIN_QUESTIONS or name in entries]
     return Node(
         recipe=recipe,
+        settings=settings,
         model=_model_key(recipe, known_assets),
-        train_data=_entry_keys(recipe, "dataset", recipe.spec.train_entries, known_assets.entries),
-        eval_data=_entry_keys(recipe, "eval_dataset", recipe.spec.eval_entries, known_assets.entries),
+        train_data=_entry_keys(recipe, "dataset", recipe.spec.train_entries, entries),
+        eval_data=_entry_keys(recipe, "eval_dataset", recipe.spec.eval_entries, entries),
+        unrelated_data=_entry_keys(recipe, "evaluation.unrelated", own, entries),
         adapters=_adapter_keys(recipe, known_assets),
     )
 

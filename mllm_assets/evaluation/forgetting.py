@@ -4,7 +4,7 @@
 that is not trained on serves as well.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,30 @@ UNRELATED_FILE = "unrelated.parquet"  # the table of predictions about these ent
 _SHIPPED = Path(sample_data.__file__).with_name(PLAIN_QUESTIONS)
 
 
-def unrelated_entries(dataset: Dataset, names: Iterable[str], trained_on: Iterable[str]) -> dict[str, Entry]:
-    """The entries by which forgetting is measured.
+def require_not_trained_on(names: Iterable[str], trained_on: Collection[str]) -> None:
+    """Refuse to measure forgetting on what is learnt.
 
     Raises:
-        RecipeError: There is no such entry, or it was trained on.
-        DataError: `dataset_info.json` is missing or wrong.
+        RecipeError: Names the entry.
     """
-    found: dict[str, Entry] = {}
     for name in names:
         if name in trained_on:
             raise RecipeError(
                 f"evaluation.unrelated names {name}, which the recipe trains on: what was forgotten is measured on "
                 f"other questions. Name another entry, or {PLAIN_QUESTIONS}."
             )
+
+
+def unrelated_entries(dataset: Dataset, names: Sequence[str], trained_on: Collection[str]) -> dict[str, Entry]:
+    """The entries by which forgetting is measured.
+
+    Raises:
+        RecipeError: There is no such entry, or it was trained on.
+        DataError: `dataset_info.json` is missing or wrong.
+    """
+    require_not_trained_on(names, trained_on)
+    found: dict[str, Entry] = {}
+    for name in names:
         own = name != PLAIN_QUESTIONS or name in read_dataset_info(dataset.data_dir)
         found[name] = dataset.entry(name) if own else dataset.at(_SHIPPED).entry(name)
     return found

@@ -53,12 +53,13 @@ from mllm_assets.worker.tasks import EvaluateTask, EvaluationSettings
 def predictions_asset(node: Node) -> dg.AssetsDefinition:
     """The answers of the base and the tuned model to each sample of the test split, or of what judges instead."""
     settings: EvaluationSettings = node.settings.evaluation.to_spec()
+    asked = sorted({*node.eval_data.values(), *node.unrelated_data.values()})
 
     @dg.asset(
         key=node.key("predictions"),
         group_name="evaluate",
         kinds={"duckdb"},
-        deps=[node.key("checkpoint"), node.model, *sorted(set(node.eval_data.values()))],
+        deps=[node.key("checkpoint"), node.model, *asked],
         pool="gpu",
         code_version=digest_json(settings.identity())[:16],
         description=f"{node.name}: answers and losses of the base and the tuned model, by sample, in DuckDB, with a "
@@ -69,7 +70,7 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
     ) -> dg.MaterializeResult:
         layout = project.layout
-        pull_data(context, sorted(set(node.eval_data.values())), project)
+        pull_data(context, asked, project)
         spec = node.recipe.spec
         dataset = Dataset.of_recipe(spec, layout.root, read_part=None)
         digests = {name: dataset.entry(name).digest for name in judging_entries(dataset, spec.eval_entries)}
@@ -92,8 +93,7 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
                 model_fingerprint(model, FileDigests())  # a flipped bit loads without an error
             result = gpu.run(context, task).manifest
         answers, page = read_predictions(directory), directory / GALLERY
-        columns = run_columns(context, node.name, weights_digest)
-        rows = store_table(answers, sample_metrics(answers), **columns)
+        rows = store_table(answers, sample_metrics(answers), **run_columns(context, node.name, weights_digest))
         project.quality_store.write({"predictions": rows})
         return dg.MaterializeResult(
             data_version=dg.DataVersion(result["digest"]),

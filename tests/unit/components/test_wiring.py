@@ -43,6 +43,32 @@ def test_an_entry_leads_to_the_dataset_that_writes_it(tmp_path: Path) -> None:
     assert node.model == dg.AssetKey(["pretrained", "gemma3_tiny"])
 
 
+def test_what_forgetting_is_measured_on_leads_to_the_dataset_that_writes_it(tmp_path: Path) -> None:
+    """Without the edge it was read as it happened to be, or found missing after the training."""
+    recipe = write_recipe(tmp_path)
+    settings = Settings.model_validate({"evaluation": {"unrelated": ["plain_questions", "emoji_val"]}})
+    node = resolve(recipe, KNOWN_ASSETS, settings)
+    assert node.unrelated_data == {"emoji_val": dg.AssetKey(["emoji", "dataset_info"])}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"evaluation": {"unrelated": ["plain_question"]}}, "evaluation.unrelated names 'plain_question', which no"),
+        ({"evaluation": {"unrelated": ["emoji_train"]}}, "evaluation.unrelated names emoji_train, which the recipe"),
+        ({"evaluation": {"temperature": -1.0}}, "evaluation.temperature is -1.0"),
+        ({"gates": {"max_regression_nats": -1.0}}, "max_regression_nats is -1.0"),
+        ({"mlflow_registry": {"alias": "v2"}}, "mlflow_registry.alias is 'v2'"),
+        ({"push_to_hub": {"repo_id": "mine"}}, "push_to_hub.repo_id is 'mine'"),
+        ({"sweep": {"parameters": {}}}, "sweep: parameters is empty"),
+    ],
+)
+def test_a_setting_that_is_not_valid_is_that_of_one_recipe(tmp_path: Path, settings: dict, message: str) -> None:
+    """It was raised while the graph was built, and ended every other recipe's commands too."""
+    with pytest.raises(RecipeError, match=message):
+        resolve(write_recipe(tmp_path), KNOWN_ASSETS, Settings.model_validate(settings))
+
+
 def test_the_stage_decides_what_a_model_is_judged_by_unless_the_settings_do(tmp_path: Path) -> None:
     nodes = {
         stage: resolve(write_recipe(tmp_path, stage, stage=stage), KNOWN_ASSETS) for stage in ("sft", "dpo", "kto")
