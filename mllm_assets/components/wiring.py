@@ -184,14 +184,15 @@ def resolve(recipe: Recipe, known_assets: KnownAssets, settings: Settings | None
     settings, entries = settings or Settings(), known_assets.entries
     settings.require_valid()
     require_not_trained_on(settings.unrelated, recipe.spec.train_entries)
-    own = [name for name in settings.unrelated if name != PLAIN_QUESTIONS or name in entries]
+    shipped = dg.AssetKey([PLAIN_QUESTIONS])  # no asset: it comes with the package
+    unrelated = _entry_keys(recipe, "evaluation.unrelated", settings.unrelated, {PLAIN_QUESTIONS: shipped, **entries})
     return Node(
         recipe=recipe,
         settings=settings,
         model=_model_key(recipe, known_assets),
         train_data=_entry_keys(recipe, "dataset", recipe.spec.train_entries, entries),
         eval_data=_entry_keys(recipe, "eval_dataset", recipe.spec.eval_entries, entries),
-        unrelated_data=_entry_keys(recipe, "evaluation.unrelated", own, entries),
+        unrelated_data={name: key for name, key in unrelated.items() if key != shipped},
         adapters=_adapter_keys(recipe, known_assets),
     )
 

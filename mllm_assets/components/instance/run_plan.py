@@ -21,13 +21,15 @@ from mllm_assets.components.slots import run_tags
 from mllm_assets.data.curate.corrections import corrections_digest
 from mllm_assets.data.ingest.paths import list_source
 from mllm_assets.data.ingest.spec import SourceSpec
+from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import MllmAssetsError, RecipeError, all_of
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.store.errors import SETTING
-from mllm_assets.training.runs.plan import overridden, shown_overrides
+from mllm_assets.training.runs.plan import overridden, require_same_start, shown_overrides
 
 NAMED = "named"
+FORCED = "forced: made again"
 RELEASED = ("released_model", "mlflow_model")
 
 
@@ -80,7 +82,7 @@ def plan_run(request: Request, location: Location, instance: dg.DagsterInstance,
     found = {location.plain(name): location.find(name) for name in request.names}
     explicit = {key for name, keys in found.items() if name not in location.owners for key in keys}
     named = list(dict.fromkeys(key for keys in found.values() for key in keys))
-    recipes = _overridden_recipes(request, location, {key.path[0] for key in named})
+    recipes = _overridden_recipes(request, location, {key.path[0] for key in named}, layout)
     trials = {name: values for name, recipe in recipes.items() if (values := overridden(recipe))}
     named = [_end_of_trial(key) if key.path[0] in trials and key not in explicit else key for key in named]
     wanted = dg.AssetSelection.assets(*named)
@@ -89,9 +91,11 @@ def plan_run(request: Request, location: Location, instance: dg.DagsterInstance,
     _require_ready(location, keys, {key.path[0] for key in named})
     config = _config(request, recipes, keys, {key.path[0] for key in named})
     forced = _changed(location, instance, layout, keys, trials)
-    if request.force or request.only:
-        forced |= dict.fromkeys(keys if request.force else named, NAMED)
-    forced |= {other: NAMED for other in _together(explicit, graph)}
+    if request.force:
+        forced |= dict.fromkeys(keys, FORCED)
+    elif request.only:
+        forced |= dict.fromkeys(named, NAMED)
+    forced |= {other: forced.get(other, NAMED) for other in _together(explicit, graph)}
     outdated = find_outdated(location.repository, instance, keys, forced=forced)
     partners = _together(set(outdated.reasons), graph) - set(outdated.reasons)
     reasons = outdated.reasons | dict.fromkeys(partners, "made with the others")
@@ -113,7 +117,9 @@ def _together(keys: Collection[dg.AssetKey], graph: AssetGraph) -> set[dg.AssetK
     return {other for key in keys for other in graph.get(key).execution_set_asset_keys}
 
 
-def _overridden_recipes(request: Request, location: Location, owners: Collection[str]) -> dict[str, Recipe]:
+def _overridden_recipes(
+    request: Request, location: Location, owners: Collection[str], layout: Layout
+) -> dict[str, Recipe]:
     """The named recipes, read with the values of the command line, if it has any."""
     if not request.overrides:
         return {}
@@ -128,7 +134,19 @@ def _overridden_recipes(request: Request, location: Location, owners: Collection
             f"{' '.join(request.overrides)}: {' '.join(request.names)} is not a recipe that can be read, and only a "
             "recipe takes values: mllm-assets run RECIPE key=value. Nothing was run."
         )
-    return {name: load_recipe(Path(path), request.overrides) for name, path in files.items()}
+    recipes = {name: load_recipe(Path(path), request.overrides) for name, path in files.items()}
+    for recipe in recipes.values():
+        require_same_start(recipe)
+        _require_entries(recipe, layout)
+    return recipes
+
+
+def _require_entries(recipe: Recipe, layout: Layout) -> None:
+    """Refuse entries that the command line names and that are not there: nothing before the training makes them."""
+    written, spec = load_recipe(recipe.path).spec, recipe.spec
+    dataset = Dataset.of_recipe(spec, layout.root)
+    for name in {*spec.train_entries, *spec.eval_entries} - {*written.train_entries, *written.eval_entries}:
+        dataset.entry(name)
 
 
 def _end_of_trial(key: dg.AssetKey) -> dg.AssetKey:

@@ -39,6 +39,7 @@ from mllm_assets.worker.tasks import TrainTask
 
 # Raise it when the same recipe on the same data would give other weights than before
 ENGINE_VERSION = 2
+STARTS_FROM = ("model_name_or_path", "adapter_name_or_path")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,20 @@ def overridden(recipe: Recipe) -> dict[str, Any]:
     except RecipeError:  # the overrides correct it
         return values
     return {key: value for key, value in values.items() if key not in written or value != written[key]}
+
+
+def require_same_start(recipe: Recipe) -> None:
+    """Refuse other values of what a run starts from, where the graph has it from the recipe's file.
+
+    Raises:
+        RecipeError: Names the keys, and what to do instead.
+    """
+    if changed := [key for key in STARTS_FROM if key in overridden(recipe)]:
+        raise RecipeError(
+            f"{' and '.join(changed)} cannot be another one in a run of {recipe.name}: what it starts from is an asset "
+            f"before it, which {recipe.path.name} names. Write a recipe of its own (copy the file with another "
+            "output_dir), or train it without Dagster: mllm-assets train RECIPE.yaml key=value."
+        )
 
 
 def _deciding_values(spec: TrainSpec) -> dict[str, Any]:

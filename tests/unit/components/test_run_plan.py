@@ -187,6 +187,29 @@ def test_values_belong_to_a_recipe_and_are_checked_before_anything_runs(
         planned(project, instance, "birds_sft/eval_metrics", overrides=["max_steps=3"], only=True)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("model_name_or_path=pretrains/other", "model_name_or_path cannot be another one in a run of birds_sft"),
+        ("dataset=birds_trian", "no dataset 'birds_trian'. The nearest are birds_train"),
+        ("eval_dataset=nothing", "no dataset 'nothing'"),
+    ],
+)
+def test_a_value_that_the_graph_has_no_asset_for_is_refused_before_anything_runs(
+    project: Path, instance: dg.DagsterInstance, value: str, message: str
+) -> None:
+    """Another model was named in the record, and the recipe's own was trained; an entry was missed after its data."""
+    (project / "data").mkdir()
+    (project / "data" / "dataset_info.json").write_text('{"birds_train": {"file_name": "a.json"}}')
+    with pytest.raises(RecipeError, match=message):
+        planned(project, instance, "birds_sft", overrides=[value])
+
+
+def test_what_is_forced_says_so(project: Path, instance: dg.DagsterInstance) -> None:
+    reasons = planned(project, instance, "birds_sft", force=True).reasons
+    assert set(reasons.values()) == {"forced: made again"}
+
+
 def test_a_trial_is_judged_and_released_only_by_name(project: Path, instance: dg.DagsterInstance) -> None:
     trial = ["max_steps=3", "logging_steps=7"]
     plan = planned(project, instance, "birds_sft", overrides=trial)
