@@ -137,6 +137,15 @@ def test_the_launchpad_changes_the_run_and_its_name(project: Project) -> None:
 
 
 @pytest.mark.slow
+def test_a_trial_that_is_released_by_name_says_its_own_values(released: Project) -> None:
+    """Its card had the file's recipe, and the command that makes another model."""
+    released.made(line_of("mine"), config("mine", max_steps=1, other={"default_system": "Be brief."}))
+    card = (released.layout.releases("mine") / "v2" / "README.md").read_text()
+    assert "mllm-assets run mine/released_model max_steps=1 'default_system=Be brief.'" in card
+    assert "default_system: Be brief." in card and "max_steps: 1\n" in card
+
+
+@pytest.mark.slow
 def test_a_failed_gate_stops_the_release_also_when_it_is_materialised_alone(project: Project) -> None:
     project.write_recipe("weak", max_steps=1)
     project.set_defaults(gates={"min_answer_gain": 0.5})

@@ -9,6 +9,7 @@ import dagster as dg
 from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json, is_sound, read_manifest
 from mllm_assets.components.assets.lineage import (
+    as_trained,
     find_leaks,
     model_directory,
     pull_data,
@@ -71,7 +72,7 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         layout = project.layout
         pull_data(context, asked, project)
-        spec = node.recipe.spec
+        spec = as_trained(context, node)
         dataset = Dataset.of_recipe(spec, layout.root, read_part=None)
         digests = {name: dataset.entry(name).digest for name in judging_entries(dataset, spec.eval_entries)}
         if also_chose := sorted(set(digests) & set(spec.eval_entries)):
@@ -120,7 +121,7 @@ def _evaluate_task(
     data_digests: dict[str, str],
 ) -> EvaluateTask:
     """The worker's task; its directory is named by everything that the answers depend on."""
-    spec, layout = node.recipe.spec, project.layout
+    spec, layout = as_trained(context, node), project.layout
     tuned = upstream(context, node.key("checkpoint"))
     models = {"tuned": tuned["data_version"], "base": upstream(context, node.model)["data_version"]}
     dataset = Dataset.of_recipe(spec, layout.root, read_part=None)
@@ -176,7 +177,7 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
         released = judged_release(project.layout, node.name)
         if released is None and version_folders(project.layout, node.name):
             context.log.warning(f"Every release of {node.name} is damaged, so the model is compared with none.")
-        spec = node.recipe.spec
+        spec = as_trained(context, node)
         dataset = Dataset.of_recipe(spec, project.layout.root)
         scored = score_predictions(
             project.layout,

@@ -1,6 +1,7 @@
 """What an asset reads of the assets above it: the metadata of their latest materialisation."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from mllm_assets.data.curate.leaks import release_leaks, stages_of
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import IntegrityError
 from mllm_assets.project.read import materialize_command
+from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.releases.model_card import BaseModelLineage, Origin
+
+# with another of these a model is asked about other tokens than it learnt
+LEARNT_AND_ASKED = (
+    "dataset", "media_dir", "template", "cutoff_len", "image_max_pixels", "image_min_pixels", "enable_thinking",
+    "default_system",
+)  # fmt: skip
 
 
 def upstream(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, Any]:
@@ -33,6 +41,15 @@ def upstream(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, A
         **facts_of(materialization.metadata),
         "data_version": (materialization.tags or {}).get("dagster/data_version"),
     }
+
+
+def as_trained(context: dg.AssetExecutionContext, node: Node) -> TrainSpec:
+    """The recipe with what the latest checkpoint learnt, and how it was asked; a trial may have other values.
+
+    What judges is the file's.
+    """
+    overrides = upstream(context, node.key("checkpoint")).get("overrides") or {}
+    return replace(node.recipe.spec, **{key: overrides[key] for key in LEARNT_AND_ASKED if key in overrides})
 
 
 def upstream_path(
@@ -128,7 +145,7 @@ def find_leaks(
     run = read_manifest(upstream_path(context, node.key("checkpoint"), project))
     return release_leaks(
         dataset,
-        node.recipe.spec.train_entries,
+        as_trained(context, node).train_entries,
         list(evaluated_digests),
         run["data_digests"],
         evaluated_digests,

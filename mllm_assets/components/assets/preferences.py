@@ -9,7 +9,7 @@ import dagster as dg
 
 from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json
-from mllm_assets.components.assets.lineage import pull_data, upstream, upstream_path
+from mllm_assets.components.assets.lineage import as_trained, pull_data, upstream, upstream_path
 from mllm_assets.components.assets.step import step
 from mllm_assets.components.reporting import in_window
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
@@ -17,13 +17,14 @@ from mllm_assets.components.wiring import PREFERENCES, Node
 from mllm_assets.data.quality.report import markdown_table
 from mllm_assets.data.sharegpt.dataset import Dataset, media_dir_of
 from mllm_assets.evaluation.own_mistakes import first_pairs, preferences_entry, publish_mistakes
+from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.worker.tasks import EvaluateTask, EvaluationSettings
 
 
 def preferences_asset(node: Node) -> dg.AssetsDefinition:
     """Ask the trained model about the rows that it was trained on, and keep what it gets wrong."""
     chosen: EvaluationSettings = node.settings.evaluation.to_spec()
-    settings = replace(chosen, max_samples=None)
+    settings = replace(chosen, max_samples=None, unrelated=())
     keys = sorted(set(node.train_data.values()))
 
     @dg.asset(
@@ -40,7 +41,7 @@ def preferences_asset(node: Node) -> dg.AssetsDefinition:
     def preferences(
         context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
     ) -> dg.MaterializeResult:
-        layout, spec = project.layout, node.recipe.spec
+        layout, spec = project.layout, as_trained(context, node)
         pull_data(context, keys, project)
         dataset = Dataset.of_recipe(spec, layout.root, read_part=None)
         digests = {name: dataset.entry(name).digest for name in spec.train_entries}
@@ -48,7 +49,7 @@ def preferences_asset(node: Node) -> dg.AssetsDefinition:
         tuned = upstream(context, node.key("checkpoint"))
         lineage = {"engine_version": __version__, "weights_digest": tuned["data_version"], "data_digests": digests}
         directory = layout.own_answers(node.name, digest_json([lineage, settings.conditions(spec)])[:16])
-        gpu.run(context, _asking(node, settings, project, tuned, digests, directory))
+        gpu.run(context, _asking(node, spec, settings, project, tuned, digests, directory))
         made = publish_mistakes(
             layout, node.name, dataset, directory,
             max_new_tokens=settings.max_new_tokens, lineage={**lineage, "model_path": tuned["model_path"]},
@@ -72,6 +73,7 @@ def preferences_asset(node: Node) -> dg.AssetsDefinition:
 
 def _asking(
     node: Node,
+    spec: TrainSpec,
     settings: EvaluationSettings,
     project: ProjectResource,
     tuned: Mapping[str, Any],
@@ -79,7 +81,7 @@ def _asking(
     directory: Path,
 ) -> EvaluateTask:
     """The worker's task: the tuned model answers what it was trained on."""
-    layout, spec = project.layout, node.recipe.spec
+    layout = project.layout
     model_dir = layout.root / tuned["model_path"]
     return EvaluateTask(
         recipe=spec,

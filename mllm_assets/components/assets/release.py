@@ -10,6 +10,7 @@ import dagster as dg
 
 from mllm_assets.artifacts import read_manifest
 from mllm_assets.components.assets.lineage import (
+    as_trained,
     find_leaks,
     line_versions,
     model_directory,
@@ -31,6 +32,7 @@ from mllm_assets.releases.hub_push import PushSpec, files_to_push, push, require
 from mllm_assets.releases.model_card import DatasetLineage, Lineage, without_front_matter
 from mllm_assets.releases.publish import Candidate, publish, read_judgement
 from mllm_assets.releases.versions import Release, current_release
+from mllm_assets.training.runs.plan import shown_overrides
 from mllm_assets.training.runs.sweep_result import chosen_by
 from mllm_assets.worker.tasks import VerifyTask
 from mllm_assets.worker.usage import PREFIX
@@ -59,7 +61,7 @@ def released_model_asset(node: Node) -> dg.AssetsDefinition:
         run_dir = upstream_path(context, node.key("checkpoint"), project)
         metrics_dir = upstream_path(context, node.key("eval_metrics"), project)
         judgement = read_judgement(metrics_dir, layout)
-        spec, base_model_dir = node.recipe.spec, model_directory(context, node, project)
+        spec, base_model_dir = as_trained(context, node), model_directory(context, node, project)
         dataset = Dataset.of_recipe(spec, layout.root)
         require_sound_versions(dataset, [*spec.train_entries, *spec.eval_entries])
         leaks = find_leaks(context, node, project, dataset, judgement.data_digests)
@@ -124,6 +126,8 @@ def _lineage(
 ) -> Lineage:
     """What the model was made from, for its card; `digests` of the entries of each use, see `DatasetLineage`."""
     origin = upstream(context, node.key("checkpoint"))  # as it was when it trained
+    overrides = origin.get("overrides") or {}
+    command = materialize_command(f"{node.name}/released_model" if overrides else node.name)
     libraries = ("mllm-assets", "torch", "transformers", "accelerate", "peft", "dagster")
     return {
         "base_model": origin["base_model"],
@@ -133,9 +137,9 @@ def _lineage(
             for use, entries in digests.items()
             for entry, digest in entries.items()
         ],
-        "recipe": dict(node.recipe.values),
+        "recipe": {**node.recipe.values, **overrides},
         "versions": {name: version(name) for name in libraries},
-        "command": materialize_command(node.name),
+        "command": f"{command} {shown_overrides(overrides)}".rstrip(),
         "leaks": leaks,
         "also_chose": [entry for entry in digests["evaluate"] if entry in node.eval_data],
     }

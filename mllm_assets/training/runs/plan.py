@@ -39,7 +39,7 @@ from mllm_assets.worker.tasks import TrainTask
 
 # Raise it when the same recipe on the same data would give other weights than before
 ENGINE_VERSION = 2
-STARTS_FROM = ("model_name_or_path", "adapter_name_or_path")
+STARTS_FROM = ("model_name_or_path", "adapter_name_or_path", "dataset_dir")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +182,8 @@ def require_same_start(recipe: Recipe) -> None:
     """
     if changed := [key for key in STARTS_FROM if key in overridden(recipe)]:
         raise RecipeError(
-            f"{' and '.join(changed)} cannot be another one in a run of {recipe.name}: what it starts from is an asset "
-            f"before it, which {recipe.path.name} names. Write a recipe of its own (copy the file with another "
+            f"{' and '.join(changed)} cannot be another one in a run of {recipe.name}: what it is made from is an "
+            f"asset before it, which {recipe.path.name} names. Write a recipe of its own (copy the file with another "
             "output_dir), or train it without Dagster: mllm-assets train RECIPE.yaml key=value."
         )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from mllm_assets.components.assets.lineage import as_trained
 from mllm_assets.components.wiring import KnownAssets, Settings, chains_of, external_entries, resolve, split_cycles
 from mllm_assets.errors import RecipeError
 from mllm_assets.recipe.load import Recipe, load_recipe
@@ -161,3 +162,17 @@ def test_mistakes_of_a_recipe_are_an_edge_and_its_own_lead_in_a_circle(tmp_path:
     own = resolve(write_recipe(tmp_path, "first", stage="dpo", dataset="first_preferences"), known)
     [(node, error)] = split_cycles([own])[1]
     assert node is own and "first.yaml: dataset leads back to the recipe itself (first <- first)" in str(error)
+
+
+def test_a_trial_is_evaluated_as_it_was_trained_and_judged_by_what_the_file_names(tmp_path: Path) -> None:
+    """A trial with another template or picture size was asked in the file's, and its figures were of other tokens."""
+    node = resolve(write_recipe(tmp_path), KNOWN_ASSETS)
+    overrides = {"image_max_pixels": 4096, "default_system": "Be brief.", "dataset": "emoji_val", "learning_rate": 0.5}
+    with dg.instance_for_test() as instance:
+        for metadata in ({}, {"overrides": dg.MetadataValue.json({**overrides, "eval_dataset": "emoji_train"})}):
+            instance.report_runless_asset_event(dg.AssetMaterialization(node.key("checkpoint"), metadata=metadata))
+            spec = as_trained(dg.build_asset_context(instance=instance), node)
+            if not metadata:
+                assert spec == node.recipe.spec
+    assert (spec.image_max_pixels, spec.default_system, spec.train_entries) == (4096, "Be brief.", ("emoji_val",))
+    assert spec.eval_entries == ("emoji_val",) and spec.learning_rate == node.recipe.spec.learning_rate
