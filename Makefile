@@ -13,7 +13,7 @@ DOCS := .venv/.docs-installed
 # Three test processes on two cores, for most tests wait for subprocesses. Each file stays in one process, and files run in
 # the order of their folders: those of long tests first, so that in the end no process works on while the others are done
 PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
-TORCH_UNITS := $(addprefix training/,caches encoding loop models runs/test_model_directory.py) evaluation/test_looks.py evaluation/test_predict_shuffling.py inference/test_batches.py
+TORCH_UNITS := $(addprefix training/,caches encoding loop models runs/test_model_directory.py) evaluation/test_predict_shuffling.py inference/test_batches.py
 FAST := tests/unit $(TORCH_UNITS:%=--ignore=tests/unit/%) -m 'not slow and not bench and not gpu and not not_fast'
 
 .PHONY: demo test test-fast test-newest collect test-all chromium postgres faketime check docs dev bench bench-quick load torture attack install constraints clean

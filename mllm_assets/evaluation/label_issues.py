@@ -18,7 +18,6 @@ import pyarrow as pa
 from mllm_assets.artifacts import (
     digest_json,
     is_sound,
-    read_manifest,
     staged_directory,
     write_json_atomic,
     write_manifest,
@@ -197,7 +196,7 @@ def publish_issues(
     """Write the ranking to its folder and to DuckDB, where reviewing begins with it."""
     digest = digest_json([asdict(issue) for issue in issues])
     assert all(math.isfinite(issue.score) for issue in issues)
-    if not is_published(directory):
+    if not is_sound(directory):
         with staged_directory(directory) as staging:
             _write(staging, issues, digest, dataset=dataset, recipe=recipe)
     store.write({"label_issues": table_of(issues, directory.name, dataset=dataset, recipe=recipe, run_id=run_id)})
@@ -228,11 +227,6 @@ def issues_directory(layout: Layout, recipe: str, identity: object) -> Path:
 def read_issues(directory: Path) -> list[Issue]:
     """What `publish_issues` wrote."""
     return [Issue(**one) for one in json.loads((directory / ISSUES_FILE).read_text(encoding="utf-8"))]
-
-
-def is_published(directory: Path) -> bool:
-    """Whether the ranking is there as it was written."""
-    return is_sound(directory) and "num_suspect" in read_manifest(directory)
 
 
 def _short(text: str) -> str:

@@ -24,7 +24,7 @@ class FoldsTask(Task[FoldLosses]):
         asked: Those of them that are scored: changed copies of a row go with its fold, and are not.
     """
 
-    entry = "mllm_assets.evaluation.folds:folds_task"
+    entry = "mllm_assets.training.loop.folds:folds_task"
     run: TrainTask
     directory: Path
     folds: dict[str, int]
@@ -63,7 +63,7 @@ class LooksTask(Task[Looks]):
         num_folds: Into how many parts the rows are divided.
     """
 
-    entry = "mllm_assets.evaluation.looks:looks_task"
+    entry = "mllm_assets.training.caches.looks:looks_task"
     features: FeaturesTask
     groups: dict[str, str]
     labels: dict[str, int]

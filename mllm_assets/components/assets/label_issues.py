@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import dagster as dg
 
-from mllm_assets.artifacts import UNNAMED, digest_json, read_manifest, slug
+from mllm_assets.artifacts import UNNAMED, digest_json, is_sound, read_manifest, slug
 from mllm_assets.components.assets.lineage import model_directory, pull_data
 from mllm_assets.components.assets.step import step
 from mllm_assets.components.reporting import failing_asset, in_line, in_window, link
@@ -17,14 +17,12 @@ from mllm_assets.components.yaml_model import YamlModel
 from mllm_assets.data.quality.report import markdown_table
 from mllm_assets.data.sharegpt.dataset import Dataset, media_dir_of
 from mllm_assets.errors import RecipeError, did_you_mean
-from mllm_assets.evaluation.fold_plan import assign_folds
 from mllm_assets.evaluation.label_issues import (
     Issue,
     IssueRows,
     LabelIssuesSpec,
     caption_issues,
     duplicate_groups,
-    is_published,
     issues_directory,
     label_issues,
     publish_issues,
@@ -34,6 +32,7 @@ from mllm_assets.evaluation.label_issues import (
 )
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import load_recipe
+from mllm_assets.training.runs.fold_plan import assign_folds
 from mllm_assets.training.runs.plan import RunPlan, plan_run
 from mllm_assets.worker.fold_task import FoldsTask, LooksTask
 from mllm_assets.worker.tasks import CacheSettings, FeaturesTask
@@ -70,7 +69,7 @@ def _asset_of(dataset: str, spec: LabelIssuesSpec, nodes: Sequence[Node]) -> tup
         near = did_you_mean(spec.recipe, by_name)
         raise RecipeError(f"{dataset}: label_issues names {spec.recipe!r}, which no recipe is called. {near}")
     entries = [entry for entry, made_by in node.train_data.items() if made_by.path[0] == dataset]
-    if not entries or node.recipe.spec.learns_pairs:
+    if not entries or node.recipe.spec.learns_preferences:
         raise RecipeError(
             f"{dataset}: label_issues names {spec.recipe}, which does not learn this dataset's answers. Name a recipe "
             "whose `dataset` has its training entry."
@@ -105,7 +104,7 @@ def label_issues_asset(dataset: str, spec: LabelIssuesSpec, node: Node, entries:
         plan = plan_run(recipe, root=layout.root, dataset=data, model_dir=model_directory(context, node, project))
         identity = [plan.fingerprint.partition("-")[0], asdict(spec), sorted(rows.groups.items())]
         directory = issues_directory(layout, node.name, identity)
-        if is_published(directory):
+        if is_sound(directory):
             context.log.info(f"{layout.relative(directory)} already holds this ranking.")
             ranked = read_issues(directory)
         else:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import dagster as dg
 
-from mllm_assets.components.assets.lineage import upstream_path
 from mllm_assets.components.assets.step import step
 from mllm_assets.components.reporting import link
 from mllm_assets.components.resources import ProjectResource
@@ -27,7 +26,6 @@ def mlflow_model_asset(node: Node, spec: RegistrySpec) -> dg.AssetsDefinition:
     @step
     def mlflow_model(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
         layout = project.layout
-        upstream_path(context, node.key("released_model"), project)
         if mirror := project.mirror(context):
             mirror.follow_current(node.name)
         release = find_release(layout, node.name)  # after a rollback not the one that was made last

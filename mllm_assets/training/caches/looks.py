@@ -15,8 +15,8 @@ import torch
 
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import DataError
-from mllm_assets.evaluation.fold_plan import assign_folds
 from mllm_assets.training.caches.features import FeatureStore, features_task
+from mllm_assets.training.runs.fold_plan import assign_folds
 from mllm_assets.worker.fold_task import Looks, LooksTask
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from mllm_assets.training.caches.prepare import (
     plan_caches,
     restore_modules,
 )
+from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.inputs import check_reach, read_inputs
 from mllm_assets.training.loop import loss, memory, reporting
 from mllm_assets.training.loop.checkpoints import Resumable, find_resumable, load_trainable, seed_run
@@ -89,6 +90,7 @@ class Prepared:
     needed: memory.MemoryEstimate
     trainable: freezing.TrainableSet
     resumable: Resumable
+    collator: Collator
     trainer: FineTuner
 
 
@@ -227,6 +229,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
         needed=needed,
         trainable=trainable,
         resumable=resumable,
+        collator=collator,
         trainer=trainer,
     )
 

@@ -7,7 +7,7 @@ checkpoint, and one that is done is not trained again.
 import json
 import shutil
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -60,8 +60,7 @@ def _losses(prepared: Prepared, rows: EncodedRows, reporter: "Reporter") -> list
     """The mean loss in nats of what is learnt of each row, in the trained model."""
     model, setup = prepared.trainer.model, prepared.setup
     device, size = next(model.parameters()).device, setup.spec.per_device_eval_batch_size
-    trains: Any = prepared.trainer.data_collator
-    [collator] = trains.args  # of the batches of the steps, with what is cached
+    collator = prepared.collator
     collator.selects_by_mask = False
     found: list[float] = []
     model.eval()

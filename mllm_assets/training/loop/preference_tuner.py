@@ -1,5 +1,6 @@
 """A `FineTuner` whose samples are pairs of answers, or answers that are marked good or bad."""
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 Facts = dict[str, torch.Tensor]
 
 
-class PreferenceTuner(FineTuner):
+class PreferenceTuner(FineTuner, ABC):
     """Logs what the losses of batches say beside them, over the batches since the last line."""
 
     def __init__(self, spec: TrainSpec, **kwargs: Any) -> None:
@@ -40,9 +41,9 @@ class PreferenceTuner(FineTuner):
         self.spec = spec
         self._facts: dict[bool, list[Facts]] = defaultdict(list)  # of evaluation, of training
 
+    @abstractmethod
     def found(self, model: nn.Module, inputs: dict[str, Any]) -> Found:
         """The loss of a batch, and facts about it."""
-        raise NotImplementedError
 
     def summary(self, facts: Sequence[Facts]) -> dict[str, float]:
         """What a log says of batches: the means of their facts."""

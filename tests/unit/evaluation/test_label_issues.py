@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
+from mllm_assets.artifacts import is_sound
 from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.errors import RecipeError
-from mllm_assets.evaluation.fold_plan import assign_folds
 from mllm_assets.evaluation.label_issues import (
     IssueRows,
     LabelIssuesSpec,
     caption_issues,
-    is_published,
     label_issues,
     publish_issues,
     read_issues,
 )
+from mllm_assets.training.runs.fold_plan import assign_folds
 
 
 def rows(answers: dict[str, str], labels: tuple[str, ...] = ()) -> IssueRows:
@@ -66,7 +66,7 @@ def test_the_newest_ranking_is_the_one_that_reviewing_begins_with(tmp_path: Path
         issues = caption_issues(rows(answers), losses, alike)
         directory = tmp_path / f"{number:016x}"
         publish_issues(directory, issues, dataset="made", recipe="mine", store=store, run_id=f"run {number}")
-        assert is_published(directory) and read_issues(directory) == issues
+        assert is_sound(directory) and read_issues(directory) == issues
         [first] = store.query("SELECT sample_id FROM latest_label_issues WHERE position = 1")
         assert first["sample_id"] == worst
     assert len(store.query("FROM label_issues")) == 9

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_assets.evaluation.looks import neighbours, pool, probabilities
+from mllm_assets.training.caches.looks import neighbours, pool, probabilities
 
 
 def test_planted_wrong_labels_are_the_least_likely_out_of_fold() -> None:
