@@ -232,19 +232,7 @@ def _regression_gate(
     if not losses:
         text = "The validation samples changed since the release, so the losses cannot be compared."
         return GateResult(name=name, passed=True, description=text, observed=None, threshold=None)
-    entry = min(losses, key=lambda entry: losses[entry]["high"])
-    gain = losses[entry]
-    rise = _as_rise(gain)
-    return GateResult(
-        name=name,
-        passed=rise["low"] <= spec.max_regression_nats,
-        description=f"{entry}: the rise in loss over the release is {_with_interval(rise)}; it is a regression where "
-        f"all of the interval is above {spec.max_regression_nats:g}.",
-        observed=rise["mean"],
-        threshold=spec.max_regression_nats,
-        low=rise["low"],
-        high=rise["high"],
-    )
+    return _rise_gate(name, losses, spec.max_regression_nats, over="the release", verdict="it is a regression")
 
 
 def _forgetting_gate(metrics: Mapping[str, Any], spec: GateSpec, _: Mapping[str, Any] | None) -> GateResult | None:
@@ -255,23 +243,30 @@ def _forgetting_gate(metrics: Mapping[str, Any], spec: GateSpec, _: Mapping[str,
     if not measured:
         text = "It was not measured: name entries in evaluation.unrelated, for example plain_questions."
         return GateResult(name=FORGETS, passed=False, description=text, observed=None, threshold=allowed)
-    rises = {entry: _as_rise(one["gains"]["loss"]) for entry, one in measured.items()}
+    losses = {entry: one["gains"]["loss"] for entry, one in measured.items()}
+    return _rise_gate(FORGETS, losses, allowed, over="the base model", verdict="too much is forgotten")
+
+
+def _rise_gate(
+    name: str, gains: Mapping[str, Mapping[str, Any]], allowed: float, *, over: str, verdict: str
+) -> GateResult:
+    """Allow no entry's loss to rise, with all of its interval, by more than `allowed`; report the worst entry."""
+    rises = {
+        entry: {**gain, "mean": -gain["mean"], "low": -gain["high"], "high": -gain["low"]}
+        for entry, gain in gains.items()
+    }
     entry = max(rises, key=lambda entry: rises[entry]["low"])
     rise = rises[entry]
     return GateResult(
-        name=FORGETS,
+        name=name,
         passed=rise["low"] <= allowed,
-        description=f"{entry}: the rise in loss over the base model is {_with_interval(rise)}; too much is forgotten "
-        f"where all of the interval is above {allowed:g}.",
+        description=f"{entry}: the rise in loss over {over} is {_with_interval(rise)}; {verdict} where all of the "
+        f"interval is above {allowed:g}.",
         observed=rise["mean"],
         threshold=allowed,
         low=rise["low"],
         high=rise["high"],
     )
-
-
-def _as_rise(gain: Mapping[str, Any]) -> dict[str, Any]:
-    return {**gain, "mean": -gain["mean"], "low": -gain["high"], "high": -gain["low"]}
 
 
 def _with_interval(found: Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ def corrections_asset(spec: DatasetSpec) -> dg.AssetsDefinition:
 def corrections_metadata(result: SettledResult, layout: Layout, dataset: str) -> Mapping[str, Any]:
     """How many decisions hold, those that do not, and the last that were made."""
     newest = read_corrections(layout, dataset)[: -MAX_SHOWN - 1 : -1]
-    made = [(one.when, one.who, one.sample_id, one.action, _cell(one.old), _cell(one.new), one.why) for one in newest]
+    made = [(one.when, one.who, one.sample_id, one.action, one.old, one.new, one.why) for one in newest]
     left = [(one.sample_id, f"{one.action} by {one.who}", why) for one, why in result.unmatched[:MAX_SHOWN]]
     columns = ("when", "who", "sample", "what", "answer of the source", "new answer", "why")
     return {
@@ -65,7 +65,3 @@ def corrections_metadata(result: SettledResult, layout: Layout, dataset: str) ->
         DECISIONS: result.decisions_digest,
         "path": layout.relative(result.directory),
     }
-
-
-def _cell(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:79]}…"

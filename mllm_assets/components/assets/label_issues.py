@@ -170,10 +170,4 @@ def _ranked(
 
 
 def _table(issues: Sequence[Issue]) -> str:
-    return markdown_table(
-        ("sample", "answer", "why"), ((one.sample_id, _cell(one.given), one.reason) for one in issues)
-    )
-
-
-def _cell(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return markdown_table(("sample", "answer", "why"), ((one.sample_id, one.given, one.reason) for one in issues))

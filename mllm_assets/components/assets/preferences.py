@@ -54,7 +54,7 @@ def preferences_asset(node: Node) -> dg.AssetsDefinition:
             layout, node.name, dataset, directory,
             max_new_tokens=settings.max_new_tokens, lineage={**lineage, "model_path": tuned["model_path"]},
         )  # fmt: skip
-        shown = [(name, _short(reference), _short(said)) for name, reference, said in first_pairs(made.directory)]
+        shown = first_pairs(made.directory)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(made.digest),
             metadata={
@@ -98,7 +98,3 @@ def _asking(
         models=("tuned",),
         features_root=layout.features if node.has_features else None,
     )
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:79]}…"
