@@ -12,7 +12,7 @@ import yaml
 from mllm_assets.components.reporting import load_project
 from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.errors import DataError
-from tests.integration.conftest import Project, copied_project, line_of
+from tests.integration.conftest import EVERYTHING_PASSES, Project, copied_project, line_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -44,7 +44,7 @@ def whole(emoji_ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         patch.setenv("MLLM_ASSETS_ROOT", str(p.root))
         patch.setenv("MLLM_ASSETS_STORE", (p.root / "store").as_uri())
         p.write_recipe("mine", max_steps=2, max_samples=16, freeze_vision_tower=True)
-        p.set_defaults(gates={"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99})
+        p.set_defaults(gates=EVERYTHING_PASSES)
         path = p.root / p.package / "defs" / "recipes" / "defs.yaml"
         component = yaml.safe_load(path.read_text())
         component["attributes"]["defaults"]["push_to_hub"] = {"repo_id": "me/mine"}

@@ -10,7 +10,7 @@ import yaml
 
 from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.releases.publish import list_releases
-from tests.integration.conftest import Project, line_of
+from tests.integration.conftest import EVERYTHING_PASSES, Project, line_of
 from tests.integration.stand_in_hub import Repo, running_hub
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -116,7 +116,7 @@ def test_no_planted_secret_is_written_or_printed(project: Project, monkeypatch: 
     project.write_recipe("mine", max_steps=2, max_samples=16)
     project.write_recipe("told", hub_token=in_recipe)
     project.write_recipe("disguised", run_name=f"run {in_recipe}")
-    project.set_defaults(gates={"min_loss_gain_nats": -99, "min_answer_gain": -1, "min_image_gain_nats": -99})
+    project.set_defaults(gates=EVERYTHING_PASSES)
 
     outputs = [project.made(f'{line_of("mine")} or key:"leaky/tells"')]
     assert len(list_releases(project.layout, "mine")) == 1

@@ -3,11 +3,12 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import dagster as dg
 import yaml
+from filelock import FileLock
 
 from mllm_assets.components.facts import facts_of
 from mllm_assets.components.slots import IN_PROGRESS, find_dead_runs
@@ -40,6 +41,9 @@ def _diagnosis(home: Path, error: Exception) -> tuple[str, str]:
         first = first.partition(" Expected: ")[0]  # what follows is pages of Dagster's settings
     elif isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         first = f"dagster.yaml:{error.problem_mark.line + 1}: {error.problem}"
+    elif "more than one head" in str(error):
+        step = "If it is new, remove everything in it but dagster.yaml, and begin again."
+        return f"{home} does not open: two processes opened it for the first time, both at once.", step
     else:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     first = first.rstrip(".")
@@ -74,11 +78,24 @@ def open_instance() -> Iterator[dg.DagsterInstance]:
     """
     with ExitStack() as stack:
         try:
-            instance = stack.enter_context(dg.DagsterInstance.get())
-            instance.get_runs_count()
+            with _alone():
+                instance = stack.enter_context(dg.DagsterInstance.get())
+                instance.get_runs_count()
         except Exception as error:  # settings of dagster.yaml can raise anything: a database's driver, a bad value
             raise InstanceError(error) from None
         yield instance
+
+
+def _alone() -> AbstractContextManager[object]:
+    """Let commands open the instance one after another.
+
+    Dagster makes its SQLite tables at the first opening. Of two commands at once on a new folder one fails there, or
+    both write the version, after which no command opens the folder again.
+    """
+    home = Path(os.environ.get("DAGSTER_HOME", ""))
+    if not home.is_absolute() or not os.access(home, os.W_OK):
+        return nullcontext()
+    return FileLock(home / "opening.lock", timeout=120)
 
 
 def latest_metadata() -> tuple[str, str | None]:
