@@ -26,7 +26,9 @@ def add_commands(verbs: Verbs) -> None:
         help="for example emoji_sft, emoji, emoji_sft/eval_metrics; an asset that is named is made again",
     )
     run.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="keys that override the recipe's")
-    run.add_argument("--only", action="store_true", help="nothing but what is named")
+    run.add_argument(
+        "--only", action="store_true", help="nothing but what is named; of a recipe or dataset its own assets"
+    )
     run.add_argument("--force", action="store_true", help="all of it again, also what is up to date; trains again")
     run.add_argument("--dry-run", action="store_true", help="only show what would run")
     run.set_defaults(run=_run)

@@ -56,8 +56,8 @@ def _most_of(kind: type) -> dict[str, float]:
 
 def range_problems(spec: Any) -> Iterator[tuple[str, str]]:
     """Yield each key of a `TrainSpec` whose number is out of range, and a sentence about it."""
-    if spec.max_steps < -1:
-        text = f"max_steps is {spec.max_steps}: expected a number of steps, or -1 for num_train_epochs. Change it."
+    if spec.max_steps < -1 or spec.max_steps == 0:
+        text = f"max_steps is {spec.max_steps}: expected at least 1, or -1 to train num_train_epochs. Change it."
         yield "max_steps", text
     for key in _POSITIVE:
         value = getattr(spec, key)

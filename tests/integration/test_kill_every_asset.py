@@ -37,7 +37,9 @@ def make_line(root: Path) -> Project:
     project = make_project(root)
     project.write_recipe("mine", max_steps=4, max_samples=16, freeze_vision_tower=True)
     project.set_defaults(gates=EVERYTHING_PASSES)
-    with dg.DagsterInstance.from_config(str(project.home)):  # two that open it for the first time at once would spoil it
+    with dg.DagsterInstance.from_config(
+        str(project.home)
+    ):  # two that open it for the first time at once would spoil it
         return project
 
 

@@ -141,7 +141,7 @@ def test_a_trial_that_is_released_by_name_says_its_own_values(released: Project)
     """Its card had the file's recipe, and the command that makes another model."""
     released.made(line_of("mine"), config("mine", max_steps=1, other={"default_system": "Be brief."}))
     card = (released.layout.releases("mine") / "v2" / "README.md").read_text()
-    assert "mllm-assets run mine/released_model max_steps=1 'default_system=Be brief.'" in card
+    assert "mllm-assets run mine/released_model 'default_system=Be brief.' max_steps=1" in card
     assert "default_system: Be brief." in card and "max_steps: 1\n" in card
 
 

@@ -1,6 +1,7 @@
 """What `mllm-assets run` makes: the assets that are named, and those that they need and that are out of date."""
 
 import os
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from mllm_assets.data.ingest.paths import list_source
 from mllm_assets.data.ingest.spec import SourceSpec
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import MllmAssetsError, RecipeError, all_of
+from mllm_assets.evaluation.run_lookup import find_run
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.store.errors import SETTING
@@ -40,7 +42,7 @@ class Request:
     Attributes:
         names: Of recipes, datasets, models or assets.
         overrides: `key=value`, for the checkpoints of the recipes that are named.
-        only: Nothing but what is named.
+        only: Nothing but what is named; of a recipe or a dataset its own assets, without what they are made from.
         force: Everything again: no finished run and nothing up to date is taken as it is.
     """
 
@@ -85,16 +87,13 @@ def plan_run(request: Request, location: Location, instance: dg.DagsterInstance,
     recipes = _overridden_recipes(request, location, {key.path[0] for key in named}, layout)
     trials = {name: values for name, recipe in recipes.items() if (values := overridden(recipe))}
     named = [_end_of_trial(key) if key.path[0] in trials and key not in explicit else key for key in named]
-    wanted = dg.AssetSelection.assets(*named)
-    keys = (wanted if request.only else wanted.upstream()).resolve(graph) & graph.materializable_asset_keys
-    keys = _together(keys, graph)
+    wanted = dg.AssetSelection.assets(*named).upstream().resolve(graph) & graph.materializable_asset_keys
+    keys = _together({key for key in wanted if not request.only or key in explicit or key.path[0] in found}, graph)
     _require_ready(location, keys, {key.path[0] for key in named})
     config = _config(request, recipes, keys, {key.path[0] for key in named})
     forced = _changed(location, instance, layout, keys, trials)
     if request.force:
         forced |= dict.fromkeys(keys, FORCED)
-    elif request.only:
-        forced |= dict.fromkeys(named, NAMED)
     forced |= {other: forced.get(other, NAMED) for other in _together(explicit, graph)}
     outdated = find_outdated(location.repository, instance, keys, forced=forced)
     partners = _together(set(outdated.reasons), graph) - set(outdated.reasons)
@@ -131,8 +130,8 @@ def _overridden_recipes(
     }
     if not files:
         raise RecipeError(
-            f"{' '.join(request.overrides)}: {' '.join(request.names)} is not a recipe that can be read, and only a "
-            "recipe takes values: mllm-assets run RECIPE key=value. Nothing was run."
+            f"{' '.join(request.overrides)}: only a recipe that can be read takes values, which "
+            f"{' and '.join(request.names)} is not: mllm-assets run RECIPE key=value. Nothing was run."
         )
     recipes = {name: load_recipe(Path(path), request.overrides) for name, path in files.items()}
     for recipe in recipes.values():
@@ -216,8 +215,18 @@ def _changed(
         if key.path[-1] == "checkpoint" and "fingerprint" in known:
             made, asked = dict(known.get("overrides") or {}), trials.get(key.path[0], {})
             if made != asked:
-                found[key] = shown_overrides(asked) or f"the last run had {shown_overrides(made)}"
+                found[key] = _other_values(layout, key.path[0], asked, made)
     return found
+
+
+def _other_values(layout: Layout, recipe: str, asked: Mapping[str, Any], made: Mapping[str, Any]) -> str:
+    shown = shown_overrides(asked)
+    text = shown or f"the last run had {shown_overrides(made)}"
+    try:
+        run_dir = find_run(layout, recipe, shlex.split(shown))
+    except MllmAssetsError:
+        return text
+    return f"{text}; {layout.relative(run_dir)} is finished and taken, unless data or model changed"
 
 
 def _is_gone(path: Path) -> bool:

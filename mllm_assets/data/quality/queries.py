@@ -61,9 +61,9 @@ def ask(layout: Layout, view: str, name: str, limit: int | None) -> list[dict[st
     if name not in known:
         hint = did_you_mean(name, known)
         listed = ", ".join(known) or "none"
-        asset = f"{name}/predictions" if what == "recipe" else f"{name}/sample_quality"
+        asset = "RECIPE/predictions" if what == "recipe" else "DATASET/sample_quality"
         raise RecipeError(
-            f"No {what} {name!r} in {layout.quality_db}; it has: {listed}. {hint}Otherwise: mllm-assets run {asset}"
+            f"No {what} {name!r} in {layout.quality_db}; it has: {listed}. {hint}To add one: mllm-assets run {asset}"
         )
     return store.query(
         f'SELECT * EXCLUDE ({what}, rank) FROM "{view}" WHERE {what} = ? ORDER BY rank LIMIT ?', [name, limit]

@@ -169,6 +169,35 @@ def test_a_split_is_made_with_the_other_of_its_step(project: Path, instance: dg.
     assert names(planned(project, instance, "birds/train", only=True).reasons) == ["birds/train", "birds/val"]
 
 
+def test_only_of_a_recipe_or_a_dataset_is_its_own_assets(project: Path, instance: dg.DagsterInstance) -> None:
+    """It was the last of them alone, which there was nothing to make of."""
+    own = ["birds_sft/checkpoint", "birds_sft/eval_metrics", "birds_sft/released_model"]
+    assert names(planned(project, instance, "birds_sft", only=True).reasons) == own
+    trial = planned(project, instance, "birds_sft", only=True, overrides=["max_steps=3"])
+    assert names(trial.reasons) == own[:2]
+    assert names(planned(project, instance, own[2], only=True).reasons) == own[2:]
+    assert "birds/raw" not in names(planned(project, instance, "birds_sft", "birds/val", only=True).reasons)
+
+
+def test_the_plan_says_that_a_finished_run_of_these_values_is_taken(
+    project: Path, instance: dg.DagsterInstance
+) -> None:
+    """It read as if the recipe would be trained again after each trial."""
+    run_dir = project / "outputs" / "birds_sft" / "0123abcd"
+    run_dir.mkdir(parents=True)
+    (run_dir / "manifest.json").write_text('{"kind": "checkpoint", "files": {}, "overrides": {}}')
+    (run_dir.parent / "latest").symlink_to(run_dir.name)
+    trial = {"path": "outputs/birds_sft/other", "fingerprint": "f", "overrides": {"max_steps": 3}}
+    (project / "outputs/birds_sft/other").mkdir()
+    (project / "outputs/birds_sft/other/manifest.json").write_text("{}")
+    checkpoint = dg.AssetKey(["birds_sft", "checkpoint"])
+    instance.report_runless_asset_event(dg.AssetMaterialization(checkpoint, metadata=trial))
+    why = planned(project, instance, "birds_sft").reasons[checkpoint]
+    expected = "outputs/birds_sft/0123abcd is finished and taken, unless data or model changed"
+    assert why == f"the last run had max_steps=3; {expected}"
+    assert planned(project, instance, "birds_sft", overrides=["max_steps=4"]).reasons[checkpoint] == "max_steps=4"
+
+
 def test_a_recipe_that_cannot_be_read_is_refused_before_anything_runs(
     project: Path, instance: dg.DagsterInstance
 ) -> None:
@@ -179,7 +208,7 @@ def test_a_recipe_that_cannot_be_read_is_refused_before_anything_runs(
 def test_values_belong_to_a_recipe_and_are_checked_before_anything_runs(
     project: Path, instance: dg.DagsterInstance
 ) -> None:
-    with pytest.raises(RecipeError, match="only a recipe takes values"):
+    with pytest.raises(RecipeError, match="only a recipe that can be read takes values, which birds is not"):
         planned(project, instance, "birds", overrides=["max_steps=3"])
     with pytest.raises(RecipeError, match="unknown key 'max_stps'. Did you mean max_steps"):
         planned(project, instance, "birds_sft", overrides=["max_stps=3"])

@@ -140,7 +140,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ),
         (
             "max_steps: -5",
-            "r.yaml:5: max_steps is -5: expected a number of steps, or -1 for num_train_epochs. Change it.",
+            "r.yaml:5: max_steps is -5: expected at least 1, or -1 to train num_train_epochs. Change it.",
         ),
         ("cutoff_len: 0", "r.yaml:5: cutoff_len is 0: expected a number above 0. Change it or delete the line."),
         ("max_samples: 0", "r.yaml:5: max_samples is 0: expected a number above 0. Change it or delete the line."),

@@ -160,7 +160,7 @@ def test_an_unknown_dataset_is_answered_with_the_known_ones(root: Path, capsys, 
     monkeypatch.setenv("MLLM_ASSETS_ROOT", str(root))
     assert main(["quality", "worst", "--dataset", "mad"]) == 2
     assert "No dataset 'mad'" in (error := capsys.readouterr().err)
-    assert "it has: made, other. Did you mean 'made'? Otherwise: mllm-assets run mad/sample_quality" in error
+    assert "it has: made, other. Did you mean 'made'? To add one: mllm-assets run DATASET/sample_quality" in error
 
 
 def test_a_root_without_a_database_says_what_makes_one(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -228,7 +228,7 @@ def test_hardest_is_asked_of_a_recipe_that_was_evaluated(root: Path, capsys, mon
     assert "quality hardest needs --recipe NAME. Give it instead of the other one." in capsys.readouterr().err
     assert main(["quality", "hardest", "--recipe", "cats"]) == 2
     assert "No recipe 'cats' in" in (error := capsys.readouterr().err)
-    assert "Otherwise: mllm-assets run cats/predictions" in error
+    assert "To add one: mllm-assets run RECIPE/predictions" in error
 
 
 def test_samples_are_browsed_by_split_flag_and_words_with_their_pictures(root: Path) -> None:
