@@ -16,6 +16,11 @@ class Layout:
         return cls(Path(os.environ.get("MLLM_ASSETS_ROOT", ".")).resolve())
 
     @property
+    def configs(self) -> Path:
+        """The recipes' files."""
+        return self.root / "configs"
+
+    @property
     def data(self) -> Path:
         """LLaMA-Factory's `dataset_dir`: `dataset_info.json`, `images/`, one link per dataset."""
         return self.root / "data"

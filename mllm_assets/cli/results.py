@@ -12,7 +12,7 @@ from mllm_assets.layout import Layout
 
 def add_commands(verbs: Verbs) -> None:
     summary = verbs.add_parser("summary", help="a recipe's results, and where they are")
-    summary.add_argument("recipe", help="recipe name, for example emoji_sft, or <recipe>/<fingerprint>")
+    summary.add_argument("recipe", metavar="RECIPE", help="its run as written; or another run, <recipe>/<fingerprint>")
     summary.add_argument("overrides", nargs="*", metavar="key=value", help="values of the run instead of the recipe's")
     summary.set_defaults(run=_summary)
 
@@ -45,22 +45,24 @@ def add_commands(verbs: Verbs) -> None:
     help_without_verb(releases)
 
     listed = actions.add_parser("list", help="versions, which is current, and whether each is undamaged")
-    listed.add_argument("recipe", nargs="?", help="recipe name; all recipes by default")
+    listed.add_argument("recipe", nargs="?", metavar="RECIPE", help="all recipes by default")
     listed.add_argument("--sizes-only", action="store_true", help="do not read the weights: compare sizes only")
     listed.add_argument("--json", action="store_true", help="print one JSON array")
     listed.set_defaults(run=_list)
     listed.epilog = "example: mllm-assets releases list emoji_sft"
 
     show = actions.add_parser("show", help="what a release was made from, its gates and its metrics")
-    show.add_argument("recipe")
-    show.add_argument("version", nargs="?", help="for example v2; the current one by default")
+    show.add_argument("recipe", metavar="RECIPE")
+    show.add_argument("version", nargs="?", metavar="VERSION", help="for example v2; the current one by default")
     show.add_argument("--json", action="store_true", help="print its manifest and metrics as one JSON object")
     show.set_defaults(run=_show)
     show.epilog = "example: mllm-assets releases show emoji_sft v1"
 
     rollback = actions.add_parser("rollback", help="make another version the current one; nothing is deleted")
-    rollback.add_argument("recipe")
-    rollback.add_argument("version", nargs="?", help="for example v1; by default the one before the current one")
+    rollback.add_argument("recipe", metavar="RECIPE")
+    rollback.add_argument(
+        "version", nargs="?", metavar="VERSION", help="such as v1; by default the one before the current"
+    )
     rollback.set_defaults(run=_roll_back)
     rollback.epilog = "example: mllm-assets releases rollback emoji_sft"
 

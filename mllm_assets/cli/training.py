@@ -4,9 +4,14 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mllm_assets.cli.options import Verbs, add_device_option
 from mllm_assets.layout import Layout
+from mllm_assets.project.read import recipe_file
+
+if TYPE_CHECKING:
+    from mllm_assets.recipe.load import Recipe
 
 
 def add_commands(verbs: Verbs) -> None:
@@ -31,18 +36,25 @@ def add_commands(verbs: Verbs) -> None:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    parser.add_argument("recipe", metavar="RECIPE", help="its file, or its name: configs/emoji_sft.yaml or emoji_sft")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="keys that override the file's")
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _load(arguments: argparse.Namespace, layout: Layout) -> "Recipe":
     from mllm_assets.recipe.load import load_recipe
+
+    given = Path(arguments.recipe)
+    return load_recipe(given if given.exists() else recipe_file(layout, str(given)) or given, arguments.overrides)
+
+
+def _train(arguments: argparse.Namespace) -> int:
     from mllm_assets.training.loop.local import train
     from mllm_assets.worker.tasks import Accelerator
 
+    layout = Layout.from_environment()
     run = train(
-        load_recipe(arguments.recipe, arguments.overrides),
-        Layout.from_environment(),
+        _load(arguments, layout),
+        layout,
         Accelerator(device=arguments.device, num_processes=arguments.num_processes),
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
         force=arguments.force,
@@ -55,11 +67,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from mllm_assets.data.sharegpt.entries import load_entry
-    from mllm_assets.recipe.load import load_recipe
     from mllm_assets.training.runs.models import find_model_dir
 
-    root = Layout.from_environment().root
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    layout = Layout.from_environment()
+    root, recipe = layout.root, _load(arguments, layout)
     for entry in recipe.spec.train_entries:
         load_entry(root / recipe.spec.dataset_dir, entry)  # what is missing is reported before the slow imports
     find_model_dir(recipe, root)

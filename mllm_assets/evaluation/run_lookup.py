@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_assets.artifacts import UNNAMED, is_complete, made_order, read_manifest, slug
+from mllm_assets.artifacts import is_complete, made_order, read_manifest
 from mllm_assets.errors import IntegrityError, MllmAssetsError, RecipeError
 from mllm_assets.layout import Layout
-from mllm_assets.project.read import materialize_command, plain_name, require_known_recipe, why_no_latest
+from mllm_assets.project.read import materialize_command, plain_name, recipe_file, require_known_recipe, why_no_latest
 from mllm_assets.recipe.load import load_recipe, with_config_files
 from mllm_assets.training.runs.plan import overridden, semantic_values, shown_overrides
 from mllm_assets.training.runs.run_file import RUN_FILE, read_run_file, spec_of_run
@@ -51,11 +51,9 @@ def find_run(layout: Layout, recipe: str, overrides: Sequence[str] = ()) -> Path
     wanted: dict[str, Any] = {}
     if overrides:
         require_known_recipe(layout, recipe)
-        path = next((path for path in layout.root.glob("configs/*.yaml") if slug(path.stem, UNNAMED) == recipe), None)
+        path = recipe_file(layout, recipe)
         if path is None:
-            raise RecipeError(
-                f"{layout.root / 'configs'} has no file of {recipe}. Name its run: {recipe}/<fingerprint>."
-            )
+            raise RecipeError(f"{layout.configs} has no file of {recipe}. Name its run: {recipe}/<fingerprint>.")
         wanted = overridden(load_recipe(path, overrides))
     if not wanted:
         latest = (run_dir / "latest").resolve()
@@ -100,14 +98,12 @@ def how_to_evaluate(layout: Layout, run_dir: Path) -> str:
 def _differing(layout: Layout, run_dir: Path, recipe: Any) -> dict[str, Any]:
     """The values in which a run differs from its recipe's file now: by an override, or because the file changed."""
     trained = semantic_values(spec_of_run(recipe, run_dir))
-    for path in layout.root.glob("configs/*.yaml"):
-        if slug(path.stem, UNNAMED) == run_dir.parent.name:
-            try:
-                written = semantic_values(with_config_files(load_recipe(path), layout.root).spec)
-            except MllmAssetsError:
-                return {}  # the command says what is wrong with it
-            return {key: value for key, value in trained.items() if value != written.get(key)}
-    return {}
+    path = recipe_file(layout, run_dir.parent.name)
+    try:
+        written = semantic_values(with_config_files(load_recipe(path), layout.root).spec) if path else trained
+    except MllmAssetsError:
+        return {}  # the command says what is wrong with it
+    return {key: value for key, value in trained.items() if value != written.get(key)}
 
 
 def evaluation_of(layout: Layout, run_dir: Path) -> EvaluatedRun | None:

@@ -101,6 +101,11 @@ def plain_name(layout: Layout, name: str) -> str:
     return name
 
 
+def recipe_file(layout: Layout, recipe: str) -> Path | None:
+    """The file in `configs/` of a recipe's name."""
+    return next((path for path in sorted(layout.configs.glob("*.yaml")) if slug(path.stem, UNNAMED) == recipe), None)
+
+
 def why_no_latest(layout: Layout, recipe: str) -> str:
     """What to say, and the command to run, where `outputs/<recipe>/latest` is missing.
 
@@ -137,7 +142,7 @@ def require_known_recipe(layout: Layout, recipe: str) -> None:
         RecipeError: Neither `configs/` nor `outputs/` knows it. Names the nearest.
     """
     outputs = [path.name for path in layout.outputs.glob("*") if (path / "latest").exists()]
-    known = {*outputs, *(slug(path.stem, UNNAMED) for path in layout.root.glob("configs/*.yaml"))}
+    known = {*outputs, *(slug(path.stem, UNNAMED) for path in layout.configs.glob("*.yaml"))}
     if known and recipe not in known:
         raise RecipeError(
             f"No recipe is called {recipe!r}. {did_you_mean(recipe, known)}There are: {', '.join(sorted(known))}. "

@@ -85,7 +85,7 @@ def list_text(facts: Sequence[Mapping[str, Any]]) -> str:
 def nothing_released(layout: Layout) -> str:
     """What to say where no recipe has a release, and what to do: of a recipe that was trained, if there is one."""
     trained = sorted(path.parent.name for path in layout.outputs.glob("*/latest"))
-    declared = sorted(slug(path.stem, UNNAMED) for path in layout.root.glob("configs/*.yaml"))
+    declared = sorted(slug(path.stem, UNNAMED) for path in layout.configs.glob("*.yaml"))
     if not trained + declared:
         return f"Nothing is released below {layout.root}, and no recipe is there: put one into configs/."
     command = materialize_command((trained + declared)[0])

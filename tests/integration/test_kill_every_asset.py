@@ -37,9 +37,7 @@ def make_line(root: Path) -> Project:
     project = make_project(root)
     project.write_recipe("mine", max_steps=4, max_samples=16, freeze_vision_tower=True)
     project.set_defaults(gates=EVERYTHING_PASSES)
-    with dg.DagsterInstance.from_config(
-        str(project.home)
-    ):  # two that open it for the first time at once would spoil it
+    with dg.DagsterInstance.from_config(str(project.home)):  # a first opening beside the run's would spoil it
         return project
 
 

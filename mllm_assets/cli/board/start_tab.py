@@ -87,7 +87,7 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
         return [gr.update(choices=titles), f"**{shown.state}**", "\n".join(shown.lines)]
 
     timer.tick(follow, run, [run, state, log], show_progress="hidden")
-    configs = [lambda: gr.update(choices=sorted(path.stem for path in layout.root.glob("configs/*.yaml")))]
+    configs = [lambda: gr.update(choices=sorted(path.stem for path in layout.configs.glob("*.yaml")))]
     gr.on([tab.select, start.click, write.click], configs[0], None, recipe, show_progress="hidden")
 
 
@@ -150,7 +150,7 @@ def _renamed(text: str | None, name: str | None) -> Any:
 
 def _copied(layout: Layout, stem: str | None) -> list[Any]:
     """The text of a recipe of `configs/`, under a name that is free."""
-    stems = {path.stem: path for path in layout.root.glob("configs/*.yaml")}
+    stems = {path.stem: path for path in layout.configs.glob("*.yaml")}
     if stem not in stems:
         raise RecipeError("Choose a recipe of configs/ first.")
     name = next(name for number in itertools.count(2) if (name := f"{stem}_{number}") not in stems)

@@ -103,7 +103,7 @@ def _how_to_get(directory: Path, recipe: Recipe, root: Path) -> str:
         if directory.is_relative_to(output_dir) and path != recipe.path:
             return f"Train the recipe that makes it first: mllm-assets train {path}"
     if directory.is_relative_to(root.resolve() / "outputs"):
-        return "Train the recipe whose output_dir it is in first: mllm-assets train RECIPE.yaml"
+        return "Train the recipe whose output_dir it is in first: mllm-assets train RECIPE"
     if directory.parent == (root / "pretrains").resolve() and directory.name in declared_models(Path.cwd()):
         return f"Make it with: {materialize_command(f'pretrained/{slug(directory.name)}')}"
     return f"Download the model there, for example: hf download google/gemma-3-4b-it --local-dir {directory}"

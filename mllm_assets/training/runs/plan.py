@@ -184,7 +184,7 @@ def require_same_start(recipe: Recipe) -> None:
         raise RecipeError(
             f"{' and '.join(changed)} cannot be another one in a run of {recipe.name}: what it is made from is an "
             f"asset before it, which {recipe.path.name} names. Write a recipe of its own (copy the file with another "
-            "output_dir), or train it without Dagster: mllm-assets train RECIPE.yaml key=value."
+            "output_dir), or train it without Dagster: mllm-assets train RECIPE key=value."
         )
 
 

@@ -138,7 +138,7 @@ def test_without_a_verb_the_help_lists_them(command: list[str], verb: str, capsy
 def test_overrides_are_not_said_to_be_required(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train"])
-    assert capsys.readouterr().err.endswith("the following arguments are required: RECIPE.yaml\n")
+    assert capsys.readouterr().err.endswith("the following arguments are required: RECIPE\n")
 
 
 @pytest.mark.parametrize("verb", ["slots free", "gc"])
