@@ -158,12 +158,14 @@ def _metrics(metrics: Mapping[str, Any]) -> list[str]:
     lines = []
     for entry, scored in metrics["entries"].items():
         models = scored["models"]
-        lines.append(f"\n  {entry}, {scored['num_samples']} samples{'base model':>18}{'tuned model':>14}")
-        lines += [
-            f"    {name:<24}{models['base'][name]:>18.4f}{models['tuned'][name]:>14.4f}"
-            for name in in_order(models["tuned"], headlines=True)
-        ]
         constant = models.get("most_common_answer", {}).get("label_accuracy")
+        title = f"  {entry}, {scored['num_samples']} samples"
+        width = max(28, len(title))
+        most_common = "" if constant is None else f"{'most common answer':>22}"
+        lines.append(f"\n{title:<{width}}{'base model':>14}{'tuned model':>14}{most_common}")
+        for name in in_order(models["tuned"], headlines=True):
+            line = f"    {name:<{width - 4}}{models['base'][name]:>14.4f}{models['tuned'][name]:>14.4f}"
+            lines.append(f"{line}{constant:>22.4f}" if name == "label_accuracy" and constant is not None else line)
         if constant is not None:
-            lines.append(f"    {'label_accuracy of always ' + repr(scored['most_common_answer']):<42}{constant:>14.4f}")
+            lines.append(f"    (the most common answer in training is {scored['most_common_answer']!r})")
     return [*lines, ""]
