@@ -1,5 +1,6 @@
 """The runs of a project: what each was asked, how far it is, and the losses that it has logged so far."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import numpy as np
 from mllm_assets.artifacts import is_complete, is_locked, lock_path, read_manifest
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.layout import Layout
+from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.runs.plan import shown_overrides
 from mllm_assets.training.runs.run_file import RUN_FILE, read_run_file
 
@@ -24,6 +26,8 @@ MAX_POINTS = 1000  # of a curve on a page
 QUIET_S = 120  # an unfinished run that logged nothing for longer is not training
 # of a recipe's values those that say where things are, not what is computed
 _PLACES = ("output_dir", "logging_dir", "report_to", "run_name")
+# what a run trained with whose recipe was written down before a key was there
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainSpec) if f.default is not dataclasses.MISSING}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +101,7 @@ def _read(directory: Path) -> KnownRun | None:
     # a clock that was set makes its log old, or of the future: the lock is what a training holds
     active = 0 <= time.time() - changed_s < QUIET_S or is_locked(lock_path(directory))
     state = "finished" if finished else "training" if active else "stopped"
+    recipe = {**_DEFAULTS, **recipe} if recipe else recipe
     return KnownRun(directory=directory, overrides=overrides, recipe=recipe, state=state, changed_s=changed_s)
 
 

@@ -50,6 +50,17 @@ def test_the_table_of_runs_shows_what_differs_and_which_is_best(tmp_path: Path) 
     assert lines["last loss"].texts[best] == "0.25"
 
 
+def test_a_key_that_a_run_did_not_know_is_what_it_trained_with(tmp_path: Path) -> None:
+    """A run of an older version "differed" from a new one in each key that had come since."""
+    made(tmp_path, "aaaa")
+    made(tmp_path, "bbbb", enable_liger_kernel=False, neftune_noise_alpha=None)
+    made(tmp_path, "cccc", enable_liger_kernel=True)
+    old, same, other = sorted(known_runs(Layout(tmp_path)), key=lambda run: run.key)
+    assert differing_keys([old, same]) == [] and differing_keys([old, other]) == ["enable_liger_kernel"]
+    [line] = [line for line in table_of(Layout(tmp_path), [old, other], {}) if line.group == "recipe"]
+    assert line.texts == ["False", "True"]
+
+
 @pytest.mark.attack("clock")
 @pytest.mark.parametrize("step_s", [3600, -3600, 86400, -86400])
 def test_a_run_trains_while_its_lock_is_held_whatever_the_clock_says(tmp_path: Path, step_s: int) -> None:
