@@ -96,7 +96,7 @@ class Reset:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuestionParts:
-    """What a question is made with; `options` are system text, length and temperature."""
+    """What a question is made with; `options` are system text, length, temperature and top-p."""
 
     image: Any
     prompt: Any
@@ -116,11 +116,12 @@ def _question_parts(*, has_reference: bool) -> QuestionParts:
                 system = gr.Textbox(label="System text")
                 length = gr.Slider(1, 512, value=100, step=1, label="Most new tokens")
                 temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature; 0 takes the likeliest")
+                top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p: what is drawn from; 1 is everything")
             with gr.Row():
                 ask = gr.Button("Ask", variant="primary", scale=0)
                 again = gr.Button("New conversation", scale=0, min_width=240)
             reference = gr.Textbox(label="Reference", lines=1, interactive=False, visible=has_reference)
-    options = (system, length, temperature)
+    options = (system, length, temperature, top_p)
     return QuestionParts(image=image, prompt=prompt, options=options, ask=ask, again=again, reference=reference)
 
 
@@ -152,13 +153,15 @@ def add_chat(
 
     def answer(
         names: Sequence[str], turns: Turns, image: str | None, prompt: str | None, system: str | None, length: float,
-        temperature: float,
+        temperature: float, top_p: float,
     ) -> Iterator[list[Any]]:  # fmt: skip
         if not prompt or not prompt.strip():
             raise gr.Error("Write a question first.", print_exception=False)
         if not names:
             raise gr.Error("Choose a model first.", print_exception=False)
-        sampling = Sampling(max_new_tokens=int(length), do_sample=temperature > 0, temperature=temperature or 1.0)
+        sampling = Sampling(
+            max_new_tokens=int(length), do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p
+        )
         told = [""] * len(names)
         try:
             for index, name in enumerate(names):
