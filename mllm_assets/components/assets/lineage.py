@@ -15,14 +15,12 @@ from mllm_assets.data.curate.leaks import release_leaks, stages_of
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import IntegrityError
 from mllm_assets.project.read import materialize_command
+from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.releases.model_card import BaseModelLineage, Origin
 
 # with another of these a model is asked about other tokens than it learnt
-LEARNT_AND_ASKED = (
-    "dataset", "media_dir", "template", "cutoff_len", "image_max_pixels", "image_min_pixels", "enable_thinking",
-    "default_system",
-)  # fmt: skip
+LEARNT_AND_ASKED = ("dataset", "media_dir", "default_system", *TurnSettings.__slots__)
 
 
 def upstream(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, Any]:

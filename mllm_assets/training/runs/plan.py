@@ -175,16 +175,26 @@ def overridden(recipe: Recipe) -> dict[str, Any]:
 
 
 def require_same_start(recipe: Recipe) -> None:
-    """Refuse other values of what a run starts from, where the graph has it from the recipe's file.
+    """Refuse other values of what a run starts from, where the graph has it from the recipe's file, and of what judges.
 
     Raises:
         RecipeError: Names the keys, and what to do instead.
     """
+    cure = "Write a recipe of its own (copy the file with another output_dir)"
     if changed := [key for key in STARTS_FROM if key in overridden(recipe)]:
         raise RecipeError(
             f"{' and '.join(changed)} cannot be another one in a run of {recipe.name}: what it is made from is an "
-            f"asset before it, which {recipe.path.name} names. Write a recipe of its own (copy the file with another "
-            "output_dir), or train it without Dagster: mllm-assets train RECIPE key=value."
+            f"asset before it, which {recipe.path.name} names. {cure}, or train it without Dagster: "
+            "mllm-assets train RECIPE key=value."
+        )
+    try:
+        written = load_recipe(recipe.path).spec
+    except RecipeError:  # the overrides correct it
+        return
+    if set(recipe.spec.eval_entries) != set(written.eval_entries):
+        raise RecipeError(
+            f"eval_dataset cannot be another one in a run of {recipe.name}: all its runs are judged by the same "
+            f"samples, those that {recipe.path.name} names. {cure}."
         )
 
 

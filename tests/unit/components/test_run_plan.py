@@ -221,7 +221,10 @@ def test_values_belong_to_a_recipe_and_are_checked_before_anything_runs(
     [
         ("model_name_or_path=pretrains/other", "model_name_or_path cannot be another one in a run of birds_sft"),
         ("dataset=birds_trian", "no dataset 'birds_trian'. The nearest are birds_train"),
-        ("eval_dataset=nothing", "no dataset 'nothing'"),
+        (
+            "eval_dataset=birds_train",
+            "eval_dataset cannot be another one in a run of birds_sft: all its runs are judged by",
+        ),
     ],
 )
 def test_a_value_that_the_graph_has_no_asset_for_is_refused_before_anything_runs(

@@ -168,6 +168,7 @@ def test_a_trial_is_evaluated_as_it_was_trained_and_judged_by_what_the_file_name
     """A trial with another template or picture size was asked in the file's, and its figures were of other tokens."""
     node = resolve(write_recipe(tmp_path), KNOWN_ASSETS)
     overrides = {"image_max_pixels": 4096, "default_system": "Be brief.", "dataset": "emoji_val", "learning_rate": 0.5}
+    overrides["image_do_pan_and_scan"] = True
     with dg.instance_for_test() as instance:
         for metadata in ({}, {"overrides": dg.MetadataValue.json({**overrides, "eval_dataset": "emoji_train"})}):
             instance.report_runless_asset_event(dg.AssetMaterialization(node.key("checkpoint"), metadata=metadata))
@@ -175,4 +176,5 @@ def test_a_trial_is_evaluated_as_it_was_trained_and_judged_by_what_the_file_name
             if not metadata:
                 assert spec == node.recipe.spec
     assert (spec.image_max_pixels, spec.default_system, spec.train_entries) == (4096, "Be brief.", ("emoji_val",))
+    assert spec.image_do_pan_and_scan and spec.turns == replace(node.recipe.spec, **overrides).turns
     assert spec.eval_entries == ("emoji_val",) and spec.learning_rate == node.recipe.spec.learning_rate
