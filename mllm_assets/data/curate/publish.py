@@ -153,9 +153,10 @@ def row_messages(spec: DatasetSpec, sample: Mapping[str, Any], position: int, nu
         messages = with_placeholders(read_conversation(sample["messages"]), num_images)
     else:
         asked = render(spec.prompts[position % len(spec.prompts)], texts)
+        before = texts.get(HISTORY)
         messages = with_placeholders(
             [
-                *read_conversation(as_conversation(texts.get(HISTORY) or []).messages),
+                *(read_conversation(as_conversation(before).messages) if before else []),
                 {"role": "user", "content": asked},
                 {"role": "assistant", "content": render_answer(sample, spec)},
             ],

@@ -40,7 +40,8 @@ class SamplePage:
     def __init__(self, folder: Path, assignments: Assignments, verdicts: pa.Table) -> None:
         self._file: IO[bytes] = TemporaryFile(dir=folder)
         self._assignments = assignments
-        self._verdicts = verdicts.select(["reject_reason", "flags"])
+        shown = verdicts.slice(0, MAX_SAMPLES)
+        self._verdicts = zip(shown["reject_reason"].to_pylist(), shown["flags"].to_pylist(), strict=True)
         self._num_added = self._num_thumbnails = 0
 
     def add(self, sample: Mapping[str, Any], row: Mapping[str, Any] | None) -> None:
@@ -49,7 +50,7 @@ class SamplePage:
         if number >= MAX_SAMPLES:
             return
         split = SPLITS[self._assignments.splits_S[number]]
-        reason, flags = (self._verdicts[name][number].as_py() for name in ("reject_reason", "flags"))
+        reason, flags = next(self._verdicts)
         if split == UNUSED:
             reason = UNUSED_REASONS[self._assignments.reasons_S[number]]
         if row is None:

@@ -144,15 +144,16 @@ def _bounded(rows: Iterator[SourceRow], what: str) -> Iterator[SourceRow]:
     Raises:
         DataError: It is not. Names the variable to raise.
     """
-    most = {name: number(name, default, least=1, kind=int) for name, (default, _) in BOUNDS.items()}
+    limits = [number(name, default, least=1, kind=int) for name, (default, _) in BOUNDS.items()]
     started_s, num_bytes = time.monotonic(), 0
     for num_rows, row in enumerate(rows, 1):
         num_bytes += sum(len(data) for data in row.images if data) + len(row.messages or row.caption or "")
         found = (num_rows, num_bytes / GIB, (time.monotonic() - started_s) / 3600)
-        for (name, (_, unit)), value in zip(BOUNDS.items(), found, strict=True):
-            if value > most[name]:
+        for name, value, limit in zip(BOUNDS, found, limits, strict=True):
+            if value > limit:
+                unit = BOUNDS[name][1]
                 raise DataError(
-                    f"The source {what} has more than {most[name]:,} {unit}, where reading stopped. Set {name} higher "
+                    f"The source {what} has more than {limit:,} {unit}, where reading stopped. Set {name} higher "
                     "if it should be that large."
                 )
         yield row

@@ -1,7 +1,6 @@
 """Read files of rows of any format, whose pictures are in the cells or named by a path."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from mllm_assets.data.ingest.paths import common_folder, find_files, find_media
@@ -26,9 +25,9 @@ def read_tables(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
     index = 0
     for path in files:
         media = MediaFolders(named_for(path, find_media(source, root)), (path.parent, top))
-        for row in rows_of_table(path, top, source, media):
-            yield replace(row, row_index=index)
-            index += 1
+        for row in rows_of_table(path, top, source, media, index):
+            yield row
+            index = row.row_index + 1
 
 
 def named_for(path: Path, folders: list[Path]) -> list[Path]:
@@ -37,8 +36,8 @@ def named_for(path: Path, folders: list[Path]) -> list[Path]:
     return chosen or folders
 
 
-def rows_of_table(path: Path, top: Path, source: SourceSpec, media: MediaFolders) -> Iterator[SourceRow]:
-    """The rows of one file, each with index 0; raises DataError as `read_tables`."""
+def rows_of_table(path: Path, top: Path, source: SourceSpec, media: MediaFolders, index: int) -> Iterator[SourceRow]:
+    """The rows of one file, numbered from `index` on; raises DataError as `read_tables`."""
     schema = schema_of(path, require_format(path))
     columns = None if schema is None else needed_columns(source, schema, path.name)
     reader = RowReader(source, media, class_names(schema))
@@ -50,10 +49,13 @@ def rows_of_table(path: Path, top: Path, source: SourceSpec, media: MediaFolders
             problem = f"{row.place}: expected an object, got {type(row.value).__name__}. Correct it."
         if problem is not None:
             problems += [problem] if len(problems) < MAX_NAMED else []
-            yield SourceRow(row_index=0, location=row.location(top), defect="row_unreadable", detail=problem)
+            yield SourceRow(row_index=index, location=row.location(top), defect="row_unreadable", detail=problem)
+            index += 1
             continue
         found |= dict.fromkeys(row.value)
-        yield from reader.read(row.value, SourceRow(row_index=0, location=row.location(top)))
+        for read in reader.read(row.value, SourceRow(row_index=index, location=row.location(top))):
+            yield read
+            index += 1
     if num_rows and not found:
         raise DataError("\n".join(problems))
     if found and schema is None:
