@@ -152,9 +152,9 @@ def add_chat(
         columns = [_column(number, label) for number, label in enumerate(labels)]
 
     def answer(
-        names: Sequence[str], turns: Turns, image: str | None, prompt: str | None, system: str | None, length: float,
-        temperature: float, top_p: float,
-    ) -> Iterator[list[Any]]:  # fmt: skip
+        names: Sequence[str], turns: Turns, image: str | None, prompt: str | None, system: str | None, *options: float
+    ) -> Iterator[list[Any]]:
+        length, temperature, top_p = options
         if not prompt or not prompt.strip():
             raise gr.Error("Write a question first.", print_exception=False)
         if not names:
