@@ -36,7 +36,7 @@ from mllm_assets.training.runs.plan import (
     plan_run,
     point_latest,
     reopen_if_damaged,
-    require_same_start,
+    require_overridable,
     semantic_values,
 )
 from mllm_assets.worker.tasks import CacheSettings, Manifest
@@ -106,7 +106,9 @@ def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
         layout = project.layout
         pull_data(context, [*node.data, *node.ancestor_data], project)
         recipe = load_recipe(node.recipe.path, config.overrides())
-        require_same_start(recipe)
+        require_overridable(recipe)
+        for note in (note for note in recipe.notes if note not in node.recipe.notes):
+            context.log.warning(note)
         if (values := overridden(recipe)) and RUN_TAG not in context.run.tags:  # from the launchpad
             context.instance.add_run_tags(context.run_id, run_tags(node.name, values))
         model_dir = model_directory(context, node, project)

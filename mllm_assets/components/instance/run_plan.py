@@ -28,7 +28,7 @@ from mllm_assets.evaluation.run_lookup import find_run
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.store.errors import SETTING
-from mllm_assets.training.runs.plan import overridden, require_same_start, shown_overrides
+from mllm_assets.training.runs.plan import overridden, require_overridable, shown_overrides
 
 NAMED = "named"
 FORCED = "forced: made again"
@@ -54,17 +54,22 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
-    """What will run and why, in order; what is up to date; and what a failed gate or check holds back, with it."""
+    """What will run and why, in order; what is up to date; and what a failed gate or check holds back, with it.
+
+    `notes` say which values of the command line have no effect.
+    """
 
     named: Sequence[dg.AssetKey]
     reasons: Mapping[dg.AssetKey, str]
     current: Sequence[dg.AssetKey]
     blocked: Mapping[dg.AssetKey, str]
+    notes: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> Iterator[str]:
         """Lines for a terminal."""
+        yield from (f"  note  {note}" for note in self.notes)
         width = max((len(key.to_user_string()) for key in [*self.reasons, *self.blocked]), default=0)
         for mark, found in (("run ", self.reasons), ("hold", self.blocked)):
             for key, why in found.items():
@@ -106,6 +111,7 @@ def plan_run(request: Request, location: Location, instance: dg.DagsterInstance,
         reasons={key: reasons[key] for key in order if key in reasons},
         current=[key for key in order if key not in reasons and key not in blocked],
         blocked=blocked,
+        notes=[note for name, recipe in recipes.items() for note in _notes(recipe, request, trials.get(name, {}))],
         config=config,
         tags=run_tags(" ".join(dict.fromkeys(key.path[0] for key in named)), changed),
     )
@@ -135,9 +141,21 @@ def _overridden_recipes(
         )
     recipes = {name: load_recipe(Path(path), request.overrides) for name, path in files.items()}
     for recipe in recipes.values():
-        require_same_start(recipe)
+        require_overridable(recipe)
         _require_entries(recipe, layout)
     return recipes
+
+
+def _notes(recipe: Recipe, request: Request, trial: Mapping[str, Any]) -> Iterator[str]:
+    """Which values of the command line have no effect, and which none on a run that is finished."""
+    notes = [note for note in recipe.notes if note not in load_recipe(recipe.path).notes]
+    yield from notes
+    given = [text.partition("=")[0].strip() for text in request.overrides]
+    if not trial and not notes and not request.force:
+        yield (
+            f"{', '.join(given)}: as in {recipe.path.name}, or nothing that the weights depend on. A finished run is "
+            "taken as it is; --force trains again."
+        )
 
 
 def _require_entries(recipe: Recipe, layout: Layout) -> None:

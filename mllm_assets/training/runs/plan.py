@@ -174,8 +174,8 @@ def overridden(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in written or value != written[key]}
 
 
-def require_same_start(recipe: Recipe) -> None:
-    """Refuse other values of what a run starts from, where the graph has it from the recipe's file, and of what judges.
+def require_overridable(recipe: Recipe) -> None:
+    """Refuse other values of what the graph has from the recipe's file: what a run starts from, its place, its judges.
 
     Raises:
         RecipeError: Names the keys, and what to do instead.
@@ -191,6 +191,11 @@ def require_same_start(recipe: Recipe) -> None:
         written = load_recipe(recipe.path).spec
     except RecipeError:  # the overrides correct it
         return
+    if recipe.spec.output_dir != written.output_dir:
+        raise RecipeError(
+            f"output_dir cannot be another one in a run of {recipe.name}: what follows looks for its runs where "
+            f"{recipe.path.name} says. {cure}."
+        )
     if set(recipe.spec.eval_entries) != set(written.eval_entries):
         raise RecipeError(
             f"eval_dataset cannot be another one in a run of {recipe.name}: all its runs are judged by the same "

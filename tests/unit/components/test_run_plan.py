@@ -219,6 +219,7 @@ def test_values_belong_to_a_recipe_and_are_checked_before_anything_runs(
 @pytest.mark.parametrize(
     ("value", "message"),
     [
+        ("output_dir=outputs/other", "output_dir cannot be another one in a run of birds_sft: what follows looks for"),
         ("model_name_or_path=pretrains/other", "model_name_or_path cannot be another one in a run of birds_sft"),
         ("dataset=birds_trian", "no dataset 'birds_trian'. The nearest are birds_train"),
         (
@@ -235,6 +236,23 @@ def test_a_value_that_the_graph_has_no_asset_for_is_refused_before_anything_runs
     (project / "data" / "dataset_info.json").write_text('{"birds_train": {"file_name": "a.json"}}')
     with pytest.raises(RecipeError, match=message):
         planned(project, instance, "birds_sft", overrides=[value])
+
+
+@pytest.mark.parametrize(
+    ("value", "note"),
+    [
+        ("lora_rank=16", ["lora_rank has no effect: finetuning_type is full, not lora."]),
+        ("logging_steps=7", ["logging_steps: as in birds_sft.yaml, or nothing that the weights depend on. A finished"]),
+        ("max_steps=40", ["max_steps: as in birds_sft.yaml, or nothing"]),
+        ("max_steps=41", []),
+    ],
+)
+def test_a_value_without_effect_is_said_in_the_plan(
+    project: Path, instance: dg.DagsterInstance, value: str, note: list[str]
+) -> None:
+    """`lora_rank=16` of a recipe that trains everything made nothing, and "everything is up to date"."""
+    found = planned(project, instance, "birds_sft", overrides=[value]).notes
+    assert len(found) == len(note) and all(text.startswith(start) for text, start in zip(found, note, strict=True))
 
 
 def test_what_is_forced_says_so(project: Path, instance: dg.DagsterInstance) -> None:
