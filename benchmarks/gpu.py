@@ -163,7 +163,7 @@ class Check:
         environment = {**os.environ, "MLLM_ASSETS_ROOT": str(self.bench.root)}
         outputs = self.bench.root / "outputs" / "cancelled"
         with open(self.bench.root / "cancelled.log", "w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=hear_interrupts)
             try:
                 while process.poll() is None and time.monotonic() < self.part_ends_s - 15:
                     if any(outputs.glob("*/checkpoint-*/manifest.json")):
@@ -219,6 +219,11 @@ class Check:
         too_many = {"per_device_train_batch_size": 2**18 if dry_run else 2**12, "gradient_accumulation_steps": 1}
         too_big = self.recipe("too_big", "projector", model, disable_gradient_checkpointing=True, **too_many)
         self.part("refused", 60, self.call, gpu_parts.refuse, too_big)
+
+
+def hear_interrupts() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _answer(path: Path, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:

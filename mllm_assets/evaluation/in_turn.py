@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mllm_assets.artifacts import is_complete, read_manifest
 from mllm_assets.file_digests import FileDigests
-from mllm_assets.inference.answerer import Answerer
+from mllm_assets.inference.answerer import Answerer, free_memory
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.training.models.device import Device
 from mllm_assets.training.models.load import weights_digest
@@ -40,6 +40,8 @@ class InTurn:
             put_in(model, self._places, directory)
             self.digests.require_unchanged()
         self._asked = None  # one is in memory at a time
+        if model is None:
+            free_memory()  # where features are cached, some families' models refer to themselves
         answerer = Answerer(directory, self._turns, device=self._device.kind, digests=self.digests, model=model)
         if features is not None:
             answerer.answer_from(features)

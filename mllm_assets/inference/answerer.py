@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from transformers.generation.streamers import BaseStreamer
 
-from mllm_assets.errors import DataError
+from mllm_assets.errors import DataError, MachineError
 from mllm_assets.families.family import processor_family, require_template
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.asking import Sampling, TurnSettings
@@ -242,9 +242,7 @@ def use_cached_images(
     if not rows.counted("images").any() or processor_family(answerer.processor).vision_cut is None:
         return None
     model = answerer.model
-    precision = pick_precision(spec, device)
-    if model.dtype != precision.weights:  # the directory keeps another dtype than the recipe trains in
-        precision = Precision(weights=model.dtype, autocast=None)
+    precision = _precision_here(spec, device, model.dtype)
     directory = features_root / tower.tower_fingerprint(model, answerer.processor, spec, precision, device.kind)
     images = features.images_by_digest(rows.pictures(), digests)
     maker = features.FeatureMaker(
@@ -257,6 +255,20 @@ def use_cached_images(
     tower.install(model)
     answerer.answer_from(store)
     return directory
+
+
+def _precision_here(spec: TrainSpec, device: Device, dtype: torch.dtype) -> Precision:
+    """Return the precision of a training step, whose cached features serve here too, or the model's own.
+
+    The model's directory may keep another dtype than the recipe trains in, and the device may be another one than it
+    was trained on: without fp16, bf16 or FlashAttention.
+    """
+    own = Precision(weights=dtype, autocast=None)
+    try:
+        trained = pick_precision(spec, device)
+    except MachineError:
+        return own
+    return trained if trained.weights == dtype else own
 
 
 def free_memory() -> None:

@@ -19,13 +19,15 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState, _GenerationCancelled, _StreamError
 
-from mllm_assets.errors import DataError
+from mllm_assets.errors import DataError, OutOfMemoryError
 from mllm_assets.inference.answerer import Answerer
 from mllm_assets.inference.chat_request import RequestError, checked, parts_of, picture, require_within
 from mllm_assets.inference.connections import Limits
 from mllm_assets.training.encoding.turns import control_token_pattern
+from mllm_assets.training.models.device import out_of_memory_is_an_error
 
 CLIENT_GONE: ContextVar[threading.Event] = ContextVar("CLIENT_GONE")  # of the request that is answered
+FEWER = "Send fewer or smaller images, a shorter text, or ask for fewer tokens; or send it again later."
 STEP, OVERLAP = 1024, 256  # characters; no token that steers a model is longer than the second
 
 
@@ -71,7 +73,8 @@ class WhileWanted:
                 self._config.max_new_tokens = 0
             return torch.full((len(input_ids),), is_late or gone.is_set(), device=input_ids.device)
 
-        return self._model.generate(**options, stopping_criteria=StoppingCriteriaList([is_over]))  # pyright: ignore[reportArgumentType]
+        with out_of_memory_is_an_error("while a request was answered", FEWER):
+            return self._model.generate(**options, stopping_criteria=StoppingCriteriaList([is_over]))  # pyright: ignore[reportArgumentType]
 
 
 class AnswerManager(GenerateManager):
@@ -155,6 +158,8 @@ class ChatHandler(ChatCompletionHandler):
             raise RequestError("messages", f"The messages do not fit the model's turn format: {error}.") from None
         except DataError as error:
             raise RequestError("messages", str(error)) from None
+        except OutOfMemoryError as error:
+            raise RequestError(None, str(error), status=503) from None
         finally:  # the thread has ended this request's work before the next one's turn, wherever its client is
             self._answers.async_submit(lambda: None).add_done_callback(lambda _: self._turn.release())
         if isinstance(response, StreamingResponse):
@@ -171,9 +176,10 @@ class ChatHandler(ChatCompletionHandler):
 
     def _inputs(self, messages: list[Any], model: Any, processor: Any) -> Any:
         chat = self.get_processor_inputs_from_messages(messages, None)
-        return processor.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True, tokenize=True
-        ).to(model.device)
+        with out_of_memory_is_an_error("while a request was read", FEWER):
+            return processor.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True, tokenize=True
+            ).to(model.device)
 
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False

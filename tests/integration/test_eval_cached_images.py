@@ -1,6 +1,8 @@
 """Predictions from the vision tower's cached output: the same answers and losses, and the tower runs once an image."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,18 @@ import torch
 from PIL import Image
 
 from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.evaluation import in_turn
+from mllm_assets.evaluation.in_turn import InTurn
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import PREDICTIONS_FILE
 from mllm_assets.families.family import FAMILIES
+from mllm_assets.file_digests import FileDigests
+from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches import tower
 from mllm_assets.training.caches.features import features_task
 from mllm_assets.training.caches.shards import NUM_PROBES
+from mllm_assets.training.models.device import Device
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import FeaturesTask
 from tests import tiny_families
@@ -137,3 +144,41 @@ def test_sampled_answers_repeat_with_their_seed(parity_dir: Path, tmp_path: Path
 
     first = ask("a", 1)
     assert ask("b", 1) == first and ask("c", 2) != first
+
+
+@pytest.mark.parametrize("trained", [{"fp16": True}, {"bf16": True, "flash_attn": "fa2"}], ids=["fp16", "fa2"])
+def test_a_model_is_asked_on_a_device_that_could_not_train_it(
+    parity_dir: Path, tmp_path: Path, trained: dict[str, Any], num_seen: list[int]
+) -> None:
+    """Predictions on the CPU, which a run on a small card advises, were refused as if it were to train there."""
+    rows = evaluated(
+        parity_dir / "model", parity_dir / "data", tmp_path / "p", recipe=recipe("gemma3", **trained),
+        features_root=tmp_path / "features", max_samples=2, max_new_tokens=2,
+    )  # fmt: skip
+    assert len(rows) == 4 and num_seen, "from cached images"
+
+
+def test_the_model_before_is_gone_when_the_next_one_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With cached features most families' models refer to themselves: base and tuned model were on the card at once."""
+    model_dir = tiny_families.build("qwen3_vl", tmp_path / "model")
+    before: list[weakref.ref[Any]] = []
+    left: list[bool] = []
+    load = in_turn.Answerer
+
+    def loading(*arguments: Any, **options: Any) -> Any:
+        left.extend(reference() is not None for reference in before)
+        answerer = load(*arguments, **options)
+        tower.install(answerer.model)
+        before.append(weakref.ref(answerer.model.model))
+        return answerer
+
+    monkeypatch.setattr(in_turn, "Answerer", loading)
+    models = InTurn(TurnSettings(), Device(kind="cpu", name="", driver="", memory_gib=1.0), FileDigests())
+    gc.disable()
+    try:
+        for _ in range(2):
+            models.announce(model_dir)
+            models.load(model_dir)
+    finally:
+        gc.enable()
+    assert left == [False]

@@ -1,6 +1,7 @@
 """The check of a GPU, as far as it runs without one: nobody should find a fault in it in their first hour on one."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,18 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(120
 REPOSITORY = Path(__file__).parents[2]
 
 
+def ignore_interrupts() -> None:
+    """As a shell does for what it starts in the background, where the check never saw the end of what it cancelled."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def test_the_check_of_a_gpu_passes_on_the_tiny_model_and_tells_what_is_measured_from_what_is_reckoned(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "gpu.json"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(out), "--work-dir", str(tmp_path)],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=1100,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=1100, preexec_fn=ignore_interrupts,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(out.read_text())

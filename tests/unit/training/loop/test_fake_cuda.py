@@ -7,7 +7,7 @@ import torch
 
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches import tower
-from mllm_assets.training.loop import loss, simulation
+from mllm_assets.training.loop import loss, preference_tuner, preferences, simulation
 from mllm_assets.training.loop.checkpoints import load_trainable
 from mllm_assets.training.loop.trainer import gemma3_masks
 from mllm_assets.training.models import freezing
@@ -63,6 +63,29 @@ def test_the_forward_pass_of_every_shape_of_recipe_stays_on_cuda(recipe: str, ca
         assert (found.dtype, found.device.type) == (torch.float32, "cuda")
     assert counted.kernels.total() > 100
     assert not counted.waits, "a fake tensor has no content that the host could wait for"
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_the_loss_of_preferences_and_what_is_logged_of_it_stay_on_cuda_unread(stage: str) -> None:
+    model, core, _ = trained("lora", cached=True)
+    spec = make_spec(stage=stage, bf16=True, pref_ftx=0.1)
+    with fake_cuda():
+        to_fake(model)
+        share_the_head(core)
+        batch = batch_on("cuda", core, cached=True)
+        kept = torch.zeros(2 if stage == "dpo" else 4, device="cuda")  # what the reference says
+        with torch.autocast("cuda", dtype=torch.bfloat16), without_waiting_checks(), Peak() as counted:
+            if stage == "dpo":
+                found = preferences.pair_loss(spec, *preferences.sequence_logps(model, batch), kept)
+            else:
+                others = preference_tuner.other_logps(model, {"others": batch_on("cuda", core, cached=True)})
+                own, expected = kept.chunk(2)
+                marks = torch.zeros(2, dtype=torch.bool, device="cuda")
+                logps = preferences.sequence_logps(model, batch)
+                found = preferences.mark_loss(spec, *logps, own, others - expected, marks)
+        made = (found.loss, *found.facts.values())
+        assert {(tensor.device.type, tensor.dtype) for tensor in made} == {("cuda", torch.float32)}
+    assert not counted.waits
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["pixels", "cached"])
