@@ -25,6 +25,7 @@ from mllm_assets.file_digests import FileDigests
 from mllm_assets.inference.answerer import Answerer, use_cached_images
 from mllm_assets.inference.batch_size import rows_at_once
 from mllm_assets.inference.batches import Batch, Pass, in_batches
+from mllm_assets.training.encoding.kept_pixels import KeptPixels
 from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.models.device import Device, pick_device
 from mllm_assets.training.models.load import weights_digest
@@ -168,6 +169,9 @@ def measure(
     asked = samples.encoded(answerer.encoder, task.rows_root, reporter)
     if task.features_root is not None and answerer.collator.features is None:
         use_cached_images(answerer, asked.prompts, task.features_root, task.recipe, device, reporter, digests)
+    kept_pixels = KeptPixels()
+    answerer.collator.keep_pixels(kept_pixels)
+    answerer.asking_collator.keep_pixels(kept_pixels)
     part = task.part or WHOLE
     passes = _passes(answerer, asked, settings, device)
     kept = AnsweredRows(folder_of(task, device), model, part, {n: len(p.rows) for n, p in passes.items()})

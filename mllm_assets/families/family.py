@@ -96,6 +96,7 @@ class Family:
             tokens; "answers": 0 in the prompt, which is seen in both directions, and 1 from the first answer on).
         overflows_in_fp16: Whether its activations are too large for float16 (transformers#36822).
         sees_ahead: Whether some tokens see what comes after them, which FlashAttention's kernels cannot compute.
+        sees_each_alone: Whether the pixels of an image are of one size, whatever other images are in its batch.
         loads_whole_processor: Whether its processor needs no video part, which transformers has only with torchvision.
         vision_cut: Its `vision_cuts.VisionCut`, where the frozen tower's output is kept; None computes it at each step.
         packed_masks: What `neat_packing` masks attention with, as `trainer.gemma3_masks`; None refuses to pack rows.
@@ -120,6 +121,7 @@ class Family:
     token_types: tuple[str, Literal["images", "answers"]] | None = None
     overflows_in_fp16: bool = False
     sees_ahead: bool = False
+    sees_each_alone: bool = False
     loads_whole_processor: bool = True
     vision_cut: str | None = None
     packed_masks: str | None = None
@@ -211,6 +213,7 @@ for _entry in (
         token_types=("token_type_ids", "images"),
         overflows_in_fp16=True,
         sees_ahead=True,
+        sees_each_alone=True,
         vision_cut=f"{_CUTS}:Gemma3Cut",
         transformers_since="4.57",
         packed_masks="mllm_assets.training.loop.trainer:gemma3_masks",

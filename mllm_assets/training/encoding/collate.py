@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from PIL import Image
 from torch.nn import functional
+from torch.utils.data import get_worker_info
 
 from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.families.family import processor_family
@@ -20,6 +21,7 @@ from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.training.encoding.encode import image_slots, image_token_id
 from mllm_assets.training.encoding.image_files import load_image
+from mllm_assets.training.encoding.kept_pixels import KeptPixels
 from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow
 
 if TYPE_CHECKING:
@@ -107,6 +109,7 @@ class Collator:
         self.selects_by_mask = False  # on the CPU: no logit too many, where nothing waits for a device
         self.note_row: Callable[[str], None] | None = None  # told the row whose image is opened next
         self.digests: FileDigests | None = None  # of images that are refused if they changed when they are read
+        self._kept: KeptPixels | None = None
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         """Collate at least one row; of pairs B is twice their number, as in `side_by_side`.
@@ -165,6 +168,11 @@ class Collator:
             batch[REFERENCE] = torch.tensor([logps[side] for side in range(2) for logps in known])
         return batch
 
+    def keep_pixels(self, kept: KeptPixels) -> None:
+        """Read pictures once, as far as `kept` has room: where one that changes is refused, and each is seen alone."""
+        if self.digests is not None and self.family.sees_each_alone and not self.slots.processing:
+            self._kept = kept
+
     def _supervised(self, labels_BT: torch.Tensor, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         shifted_BT = functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
         keep_BT = shifted_BT != IGNORE_INDEX
@@ -186,10 +194,21 @@ class Collator:
             IntegrityError: One changed since its digest was taken. Names the file.
         """
         places = [(path, row.id) for row in rows for path in row.images]
+        if self._kept is not None and get_worker_info() is None:  # a loader process ends with its epoch
+            return {"pixel_values": self._pixels_of(places, self._kept)}
         images = [self._opened(path, row_id) for path, row_id in places]
         if self.digests is not None:
             self.digests.require_unchanged(path for path, _ in places)
         return self._processed(images)
+
+    def _pixels_of(self, places: "Sequence[tuple[Path, str]]", kept: KeptPixels) -> torch.Tensor:
+        new = {path: row_id for path, row_id in places if path not in kept}
+        images = [self._opened(path, row_id) for path, row_id in new.items()]
+        made = dict(zip(new, self._processed(images)["pixel_values"], strict=True)) if new else {}
+        if self.digests is not None:
+            self.digests.require_unchanged(path for path, _ in places)
+        kept.add(made)
+        return torch.stack([made[path] if path in made else kept[path] for path, _ in places])
 
     def _opened(self, path: "Path", row_id: str) -> Image.Image:
         if self.note_row is not None:

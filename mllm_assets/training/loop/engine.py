@@ -29,6 +29,7 @@ from mllm_assets.training.caches.prepare import (
 )
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.inputs import check_reach, read_inputs
+from mllm_assets.training.encoding.kept_pixels import KeptPixels
 from mllm_assets.training.loop import loss, memory, reporting
 from mllm_assets.training.loop.checkpoints import Resumable, find_resumable, load_trainable, seed_run
 from mllm_assets.training.loop.fitting import decide_checkpointing, fit_micro_batch, note_on_answers, what_fits
@@ -204,6 +205,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
     cure = "End other programs on the device, or set feature_cache: false for the recipe."
     with out_of_memory_is_an_error("while the model was loaded and its frozen parts' output was cached", cure):
         collator, model = fill_caches(plan, setup, reporter)
+        collator.keep_pixels(KeptPixels())
         collator.selects_by_mask = setup.device.kind == "cpu" and not setup.spec.learns_preferences
         set_seed(setup.spec.seed)
         trainable = freezing.apply(setup.spec, model, setup.adapters)

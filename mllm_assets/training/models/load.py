@@ -17,6 +17,7 @@ from mllm_assets.artifacts import digest_json, sha256_file
 from mllm_assets.errors import ModelError
 from mllm_assets.families.family import FAMILIES, Family, find_family
 from mllm_assets.hub.snapshot import require_safe_shards
+from mllm_assets.training.models import masks
 from mllm_assets.training.models.device import is_out_of_memory
 from mllm_assets.training.models.quantization import Quantization, keep_trainable
 
@@ -26,6 +27,8 @@ PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "special_tokens_map.j
 MAX_LAYERS, MAX_NUMBER = 1000, 2**40  # in a configuration
 MAX_PARAMS_A_BYTE = 4  # two where they have 4 bits
 CHECKS_OFF = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+
+masks.install()  # before a model is simulated or loaded
 
 
 def quiet_libraries() -> None:
