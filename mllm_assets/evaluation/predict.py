@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mllm_assets.artifacts import digest_json, is_sound, read_manifest, staged_directory, write_manifest
-from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
+from mllm_assets.data.sharegpt.conversation import ASKING, FUNCTION, IMAGE_PLACEHOLDER
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.errors import IntegrityError
@@ -21,6 +21,8 @@ from mllm_assets.evaluation.gallery import write_gallery
 from mllm_assets.evaluation.in_turn import InTurn
 from mllm_assets.evaluation.samples import EncodedSamples, Samples, load_samples
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, predictions_digest, to_table
+from mllm_assets.families.family import TEMPLATES
+from mllm_assets.families.turn_format import Template
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.inference.answerer import Answerer, use_cached_images
 from mllm_assets.inference.batch_size import rows_at_once
@@ -66,7 +68,7 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
     if task.part:
         return Evaluation(manifest={}, measured=measured)
     num_answers = [sum(len(some.answers) for some in part.measured.values()) for part in task.parts]
-    rows = [row for name, some in measured.items() for row in rows_of(name, some, samples, task.data_dir)]
+    rows = [row for name, some in measured.items() for row in rows_of(name, some, samples, task)]
     table = to_table([row for row in rows if row["entry"] in task.entries])
     unrelated = to_table([row for row in rows if row["entry"] not in task.entries])
     with staged_directory(task.directory) as staging:
@@ -102,9 +104,9 @@ def merge(parts: Sequence[Measured]) -> Measured:
     return Measured(**joined, batch_sizes=smallest)
 
 
-def rows_of(model: str, measured: Measured, samples: Samples, data_dir: Path) -> list[dict[str, Any]]:
+def rows_of(model: str, measured: Measured, samples: Samples, task: EvaluateTask) -> list[dict[str, Any]]:
     """Return the table's rows of one model, in the samples' order."""
-    data_dir, rows = data_dir.resolve(), []
+    data_dir, template, rows = task.data_dir.resolve(), TEMPLATES[task.recipe.template], []
     for number, (entry, index, row) in enumerate(samples):
         loss_nats, num_supervised_tokens = measured.losses[str(number)]
         text, num_answer_tokens, latency_s = measured.answers[str(number)]
@@ -116,8 +118,8 @@ def rows_of(model: str, measured: Measured, samples: Samples, data_dir: Path) ->
                 "sample_id": row.id,
                 "row_index": index,
                 "images": [os.path.relpath(path.resolve(), data_dir) for path in row.images],
-                "prompt": _last(row, "user").replace(IMAGE_PLACEHOLDER, "").strip(),
-                "reference": _last(row, "assistant"),
+                "prompt": _question(row).replace(IMAGE_PLACEHOLDER, "").strip(),
+                "reference": _reference(row, template),
                 "label": row.label,
                 "answer": text,
                 "loss_nats": loss_nats,
@@ -130,8 +132,13 @@ def rows_of(model: str, measured: Measured, samples: Samples, data_dir: Path) ->
     return rows
 
 
-def _last(row: Row, role: str) -> str:
-    return next(message.content for message in reversed(row.messages) if message.role == role)
+def _question(row: Row) -> str:
+    return next(message.content for message in reversed(row.messages) if message.role in ASKING)
+
+
+def _reference(row: Row, template: Template) -> str:
+    last = row.messages[-1]
+    return template.written_call(last.content, f"Row {row.id}") if last.role == FUNCTION else last.content
 
 
 def require_named_model(directory: Path, expected: str, digests: FileDigests) -> None:

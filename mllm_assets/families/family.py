@@ -5,7 +5,6 @@ because its freezing rules and recipes are written in them. SmolVLM, which it do
 terms, with its own chat template.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,56 +21,9 @@ from mllm_assets.families.image_slots import (
     repeated_token,
     token_per_patch,
 )
+from mllm_assets.families.turn_format import GEMMA4_TURNS, Template, gemma_turns, qwen_turns
 
 SUPPORTED = "5.23"  # the oldest transformers that this package runs with
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Template:
-    """A turn format: what surrounds system text, questions and answers; `{content}` is where the text goes.
-
-    Each string is tokenised separately, as LLaMA-Factory tokenises its slots.
-
-    Attributes:
-        user: A question up to where the model answers.
-        assistant: An answer, all of it supervised.
-        user_image_first: Instead of `user` for a question that begins with an image.
-        system: The system text, before the first question.
-        system_in_user: The system text is tokenised together with the first question.
-        default_system: For rows that have none.
-        prefix: Text before everything.
-        starts_with_bos: The first token is the tokenizer's bos, where it has one.
-        ends_with_eos: The tokenizer's eos follows each answer.
-        stop: The token that ends an answer where it is not eos.
-        thought: What opens and closes a model's reasoning; an answer without reasoning gets an empty one.
-        images_first: All image tokens come before the first text, wherever the placeholders are.
-        in_llamafactory: Whether LLaMA-Factory has it, under the same name.
-    """
-
-    user: str
-    assistant: str = "{content}"
-    user_image_first: str | None = None
-    system: str = "{content}"
-    system_in_user: bool = False
-    default_system: str = ""
-    prefix: str = ""
-    starts_with_bos: bool = False
-    ends_with_eos: bool = False
-    stop: str | None = None
-    thought: tuple[str, str] | None = None
-    images_first: bool = False
-    in_llamafactory: bool = True
-
-    def lacks_thought(self, answer: str) -> bool:
-        """Whether an answer holds no reasoning although the format has a place for it."""
-        return self.thought is not None and not any(word.strip() in answer for word in self.thought)
-
-    def without_thought(self, answer: str) -> str:
-        """Take the reasoning out of an answer."""
-        if self.thought is None:
-            return answer
-        opening, closing = map(re.escape, self.thought)
-        return re.sub(f"{opening}(.*?){closing}", "", answer, flags=re.DOTALL).lstrip("\n")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,29 +106,6 @@ def register(family: Family) -> Family:
     return family
 
 
-def _gemma_turns(*, system: str, images_first: bool = False) -> Template:
-    return Template(
-        user="<start_of_turn>user\n{content}<end_of_turn>\n<start_of_turn>model\n",
-        assistant="{content}<end_of_turn>\n",
-        system=system,
-        system_in_user=True,
-        starts_with_bos=True,
-        stop="<end_of_turn>",
-        images_first=images_first,
-    )
-
-
-def _qwen_turns(*, default_system: str = "", thought: tuple[str, str] | None = None) -> Template:
-    return Template(
-        user="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
-        assistant="{content}<|im_end|>\n",
-        system="<|im_start|>system\n{content}<|im_end|>\n",
-        default_system=default_system,
-        stop="<|im_end|>",
-        thought=thought,
-    )
-
-
 def _qwen(**differences: Any) -> Family:
     return Family(
         image_token="<|image_pad|>",
@@ -190,22 +119,11 @@ def _qwen(**differences: Any) -> Family:
     )
 
 
-_GEMMA4_TURNS = Template(
-    user="<|turn>user\n{content}<turn|>\n<|turn>model\n",
-    assistant="{content}<turn|>\n",
-    system="<|turn>system\n<|think|>{content}<turn|>\n",
-    default_system="You are a helpful assistant.",
-    starts_with_bos=True,
-    stop="<turn|>",
-    thought=("<|channel>thought\n", "<channel|>"),
-)
-
-
 for _entry in (
     Family(
         name="Gemma 3",
         model_type="gemma3",
-        templates={"gemma3": _gemma_turns(system="{content}\n\n")},
+        templates={"gemma3": gemma_turns(system="{content}\n\n")},
         example="google/gemma-3-4b-it",
         processor="Gemma3Processor",
         image_token="<image_soft_token>",
@@ -222,7 +140,7 @@ for _entry in (
     Family(
         name="Gemma 4",
         model_type="gemma4",
-        templates={"gemma4": _GEMMA4_TURNS, "gemma4n": _GEMMA4_TURNS},  # they differ by audio only
+        templates={"gemma4": GEMMA4_TURNS, "gemma4n": GEMMA4_TURNS},  # they differ by audio only
         example="google/gemma-4-E4B-it",
         processor="Gemma4Processor",
         image_token="<|image|>",
@@ -239,7 +157,7 @@ for _entry in (
     _qwen(
         name="Qwen2.5-VL",
         model_type="qwen2_5_vl",
-        templates={"qwen2_vl": _qwen_turns(default_system="You are a helpful assistant.")},
+        templates={"qwen2_vl": qwen_turns(default_system="You are a helpful assistant.")},
         example="Qwen/Qwen2.5-VL-3B-Instruct",
         processor="Qwen2_5_VLProcessor",
         vision_keys=("visual.patch_embed", "visual.blocks"),
@@ -250,8 +168,8 @@ for _entry in (
         name="Qwen3-VL",
         model_type="qwen3_vl",
         templates={
-            "qwen3_vl_nothink": _qwen_turns(),
-            "qwen3_vl": _qwen_turns(thought=("<think>\n", "\n</think>\n\n")),
+            "qwen3_vl_nothink": qwen_turns(),
+            "qwen3_vl": qwen_turns(thought=("<think>\n", "\n</think>\n\n")),
         },
         example="Qwen/Qwen3-VL-4B-Instruct",
         processor="Qwen3VLProcessor",
@@ -266,6 +184,7 @@ for _entry in (
             "llava": Template(
                 user="USER: {content} ASSISTANT:",
                 ends_with_eos=True,
+                tools="default",
                 default_system="A chat between a curious user and an artificial intelligence assistant. "
                 "The assistant gives helpful, detailed, and polite answers to the user's questions.",
             )
@@ -306,9 +225,14 @@ for _entry in (
         model_type="paligemma",
         templates={
             "paligemma": Template(
-                user="{content}\n", system_in_user=True, starts_with_bos=True, ends_with_eos=True, images_first=True
+                user="{content}\n",
+                system_in_user=True,
+                starts_with_bos=True,
+                ends_with_eos=True,
+                images_first=True,
+                tools="default",
             ),
-            "paligemma_chat": _gemma_turns(system="{content}", images_first=True),
+            "paligemma_chat": gemma_turns(system="{content}", images_first=True),
         },
         example="google/paligemma2-3b-pt-224",
         processor="PaliGemmaProcessor",
@@ -388,9 +312,3 @@ def require_attention(flash_attn: str, family: Family) -> None:
 def find_template(name: str | None, family: Family) -> Template:
     """Return a turn format by name; without a name, the family's usual one."""
     return TEMPLATES[name or next(iter(family.templates))]
-
-
-def fill(slot: str, content: str) -> str:
-    """Put a text into a slot; a `{content}` in the text itself stays."""
-    before, _, after = slot.partition("{content}")
-    return before + content + after

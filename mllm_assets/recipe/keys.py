@@ -106,7 +106,7 @@ _REFUSED = {
         shift_attn:bool=false mixture_of_depths:str?=null train_from_scratch:bool=false upcast_layernorm:bool=false""",
     "rows are encoded once, into files below cache/rows that later runs map, and none is held in memory. Delete the "
     "line.": "streaming:bool=false tokenized_path:str?=null",
-    "rows hold no calls of tools. Delete the line.": "tool_format:str?=null",
+    "tools are written as the template writes them. Delete the line.": "tool_format:str?=null",
     "it is InternVL's, whose models are not trained here. Delete the line; image_do_pan_and_scan shows parts of long "
     "pictures to Gemma 3.": "crop_to_patches:bool=false",
     "the batch size is part of what a run computes. Set per_device_train_batch_size.": """

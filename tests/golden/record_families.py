@@ -80,10 +80,7 @@ def main() -> None:
 
 def record_there(root: Path) -> None:
     """Run inside LLaMA-Factory's environment."""
-    if importlib.machinery.PathFinder.find_spec("torchaudio") is None:
-        module = types.ModuleType("torchaudio")
-        module.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
-        sys.modules["torchaudio"] = module
+    without_torchaudio()
     from importlib.metadata import version
 
     for model_type in TEMPLATES:  # transformers 5.6 does not know the name of the towers' position embedding yet
@@ -105,6 +102,14 @@ def record_there(root: Path) -> None:
     (root / "families.json").write_text(json.dumps(recorded, sort_keys=True, indent=None) + "\n")
 
 
+def without_torchaudio() -> None:
+    """Put an empty module in its place where it is missing."""
+    if importlib.machinery.PathFinder.find_spec("torchaudio") is None:
+        module = types.ModuleType("torchaudio")
+        module.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+        sys.modules["torchaudio"] = module
+
+
 def _rows(root: Path, model_type: str, template_name: str, thinking: bool | None) -> list[dict[str, Any]]:
     from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
     from llamafactory.data.template import get_template_and_fix_tokenizer
@@ -112,7 +117,7 @@ def _rows(root: Path, model_type: str, template_name: str, thinking: bool | None
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(root / model_type, padding_side="right")
-    processor = _processor(root / model_type, tokenizer)
+    processor = read_processor(root / model_type, tokenizer)
     arguments = DataArguments(template=template_name, cutoff_len=2048, enable_thinking=thinking)
     template = get_template_and_fix_tokenizer(tokenizer, arguments)
     encoder = SupervisedDatasetProcessor(template, tokenizer, processor, arguments)
@@ -133,13 +138,13 @@ def _rows(root: Path, model_type: str, template_name: str, thinking: bool | None
     return rows
 
 
-def _processor(directory: Path, tokenizer: Any) -> Any:
+def read_processor(directory: Path, tokenizer: Any) -> Any:
     """What LLaMA-Factory reads of a processor; whole ones of Gemma 4 and Qwen need torchvision."""
     config = json.loads((directory / "processor_config.json").read_text()) if (
         directory / "processor_config.json").is_file() else {}  # fmt: skip
     images = config.get("image_processor") or json.loads((directory / "preprocessor_config.json").read_text())
     kind = images["image_processor_type"].removesuffix("ImageProcessor")
-    folder = {"CLIP": "clip", "Siglip": "siglip", "Qwen2VL": "qwen2_vl", "Gemma4": "gemma4"}[kind]
+    folder = {"CLIP": "clip", "Siglip": "siglip", "Qwen2VL": "qwen2_vl", "Gemma4": "gemma4", "Gemma3": "gemma3"}[kind]
     # the automatic class asks for torchvision
     module = importlib.import_module(f"transformers.models.{folder}.image_processing_pil_{folder}")
     image_processor = getattr(module, f"{kind}ImageProcessorPil")(**images)

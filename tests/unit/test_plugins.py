@@ -42,7 +42,7 @@ from mllm_assets.data.ingest import flags, kinds
 from mllm_assets.data.ingest.source_rows import SourceRow
 from mllm_assets.evaluation import gates, scores
 from mllm_assets.families import family
-from mllm_assets.families.family import Template
+from mllm_assets.families.turn_format import Template
 
 with open(os.environ["LOADED"], "a") as file:
     print(" ".join(sys.orig_argv[1:]), file=file)

@@ -22,7 +22,7 @@ from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER, text_defec
 from mllm_assets.data.sharegpt.entries import EntryInfo, load_entries
 from mllm_assets.data.sharegpt.parsing import parse_rows
 from mllm_assets.data.sharegpt.row_files import read_rows
-from mllm_assets.data.sharegpt.rows import ASSISTANT, USER, Row, entry_problems
+from mllm_assets.data.sharegpt.rows import ASKING, ASSISTANT, Row, entry_problems
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.progress import doing, followed
@@ -231,7 +231,7 @@ def _measured(paths: Sequence[str]) -> Iterator[tuple[str, ImageMeasurement]]:
 
 def _check_texts(row: Row, entry: EntryInfo, problems: list[str], warnings: list[str]) -> None:
     for number, message in enumerate(row.messages):
-        text = message.content.replace(IMAGE_PLACEHOLDER, "") if message.role == USER else message.content
+        text = message.content.replace(IMAGE_PLACEHOLDER, "") if message.role in ASKING else message.content
         if defect := text_defect(text):
             problems.append(f"Entry {entry.name!r}, {row.id}, message {number}: {_ADVICE[defect]}")
         if message.role == ASSISTANT and not message.content.strip():

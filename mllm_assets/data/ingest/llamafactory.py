@@ -9,11 +9,12 @@ from mllm_assets.data.ingest.paths import find_folder, find_media
 from mllm_assets.data.ingest.source_rows import SourceRow, encodable, with_conversation
 from mllm_assets.data.ingest.spec import SourceSpec
 from mllm_assets.data.ingest.split_spec import SIDES
-from mllm_assets.data.sharegpt.conversation import as_conversation
+from mllm_assets.data.sharegpt.conversation import FUNCTION, OBSERVATION, as_conversation
 from mllm_assets.data.sharegpt.entries import EntryInfo, load_entries, load_entry
 from mllm_assets.data.sharegpt.pictures import MediaFolders, read_pictures
 from mllm_assets.data.sharegpt.row_files import FileRow
-from mllm_assets.data.sharegpt.rows import read_messages, rows_of_entry, turns_of
+from mllm_assets.data.sharegpt.rows import RowProblem, read_messages, rows_of_entry, turns_of
+from mllm_assets.data.sharegpt.tool_turns import tools_of
 
 
 def read_llamafactory(source: SourceSpec, root: Path) -> Iterator[SourceRow]:
@@ -57,6 +58,13 @@ def _entries(source: SourceSpec, folder: Path) -> list[tuple[str | None, EntryIn
 def _read_row(row: FileRow, entry: EntryInfo, media: MediaFolders, at: SourceRow) -> SourceRow:
     value: Mapping[str, Any] = row.value
     messages, in_parts, problems = read_messages(value, entry, row.place)
+    tools = tools_of(value.get(entry.columns["tools"])) if "tools" in entry.columns else ""
+    if tools not in ("", "[]") or any(message.role in (OBSERVATION, FUNCTION) for message in messages):
+        text = (
+            f"{row.place}: a declared dataset has no tools. Name the entry in the recipe as it is, with its "
+            "dataset_dir, or take the row out."
+        )
+        problems = [*problems, RowProblem("tools_unsupported", text)]
     pictures = read_pictures(value.get(entry.columns.get("images", "")), media)
     pictures += read_pictures(list(in_parts) or None, media)
     turns = [asdict(message) for message in messages] if not problems else turns_of(value, entry)[0]

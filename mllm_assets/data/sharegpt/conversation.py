@@ -11,6 +11,8 @@ from mllm_assets.data.sharegpt.json_text import LIMITS, decode
 from mllm_assets.errors import DataError
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+OBSERVATION, FUNCTION = "observation", "function"  # what a tool gave back, and an answer that calls tools
+ASKING, ANSWERING = (USER, OBSERVATION), (ASSISTANT, FUNCTION)
 # where a turn has its role and its text: OpenAI's notation, ShareGPT's, and others in use
 ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "parts")
 ROLES = {"human": USER, "gpt": ASSISTANT, "bot": ASSISTANT, "chatgpt": ASSISTANT, "model": ASSISTANT,

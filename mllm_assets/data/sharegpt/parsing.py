@@ -60,7 +60,7 @@ class RowParser:
         columns, tags = entry.columns, entry.tags
         self._turns = columns.get("messages", "conversations")
         self._images = columns.get("images")
-        self._beside = [columns[name] for name in ("system", *UNSUPPORTED_COLUMNS) if name in columns]
+        self._beside = [columns[name] for name in ("system", "tools", *UNSUPPORTED_COLUMNS) if name in columns]
         self._role, self._content = tags.get("role_tag", "from"), tags.get("content_tag", "value")
         self._speakers = tags.get("user_tag", "human"), tags.get("assistant_tag", "gpt")
         self._has_plain = (

@@ -1,23 +1,32 @@
 """Read ShareGPT files as LLaMA-Factory does, but refuse at once, by row, what it drops or fails on while training."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mllm_assets.data.sharegpt.conversation import ASSISTANT, IMAGE_PLACEHOLDER, SYSTEM, USER, content_text
+from mllm_assets.data.sharegpt.conversation import (
+    ANSWERING,
+    ASKING,
+    ASSISTANT,
+    IMAGE_PLACEHOLDER,
+    SYSTEM,
+    USER,
+    content_text,
+)
 from mllm_assets.data.sharegpt.entries import COLUMNS, DEFAULT_TAGS, ENTRY_KEYS, EntryInfo, entry_file
 from mllm_assets.data.sharegpt.json_text import lone_surrogate
 from mllm_assets.data.sharegpt.pictures import MAX_SHOWN_CHARS, REMOTE, MediaFolders, is_embedded, listed_in_text
 from mllm_assets.data.sharegpt.row_files import FileRow, file_rows
+from mllm_assets.data.sharegpt.tool_turns import called, roles_by_tag, tools_of, with_joined_observations
 from mllm_assets.errors import DataError, all_of, did_you_mean, nearest
 
 FORMATTINGS = ("sharegpt", "openai", "alpaca")
 # columns of LLaMA-Factory whose content cannot be trained on here
-UNSUPPORTED_COLUMNS = ("tools", "videos", "audios")
+UNSUPPORTED_COLUMNS = ("videos", "audios")
 # columns that may be missing in a row, and so are missing without a word in all where their name is wrong
-_QUIET_COLUMNS = ("system", "history", *UNSUPPORTED_COLUMNS)
+_QUIET_COLUMNS = ("system", "history", "tools", *UNSUPPORTED_COLUMNS)
 MARKED_BAD = "answer_marked_bad"  # what only `stage: kto` learns from
 PAIR = ("chosen", "rejected")  # columns of a pair's answers
 IMAGE_NAMES = ("images", "image")  # columns that hold images whatever an entry says
@@ -28,7 +37,10 @@ _OWN_TAGS = {
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn; `role` is "system", "user" or "assistant" whatever the file's tags are."""
+    """One turn; `role` is of `conversation` ("system", "user", "assistant", ...) whatever the file's tags are.
+
+    The content of a "function" is JSON of the calls, as in the file.
+    """
 
     role: str
     content: str
@@ -36,7 +48,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sample: at most one leading system message, then user and assistant in turn; absolute image paths."""
+    """One sample: at most one leading system message, then user and assistant in turn; absolute image paths.
+
+    An observation may be in the user's place, but not first, and a function in the assistant's.
+    """
 
     id: str
     messages: tuple[Message, ...]
@@ -44,6 +59,7 @@ class Row:
     label: str | None = None
     rejected: Message | None = None  # of a pair, whose last message is the preferred answer
     mark: bool | None = None  # whether the last answer is a good one, where the entry says so
+    tools: str = ""  # JSON of what the model may call
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +217,17 @@ def read_messages(
         messages.append(Message(SYSTEM, _text(turns[0][content_tag], f"{place}, message 0", problems, pictures)))
     elif system_column is not None and value.get(system_column):
         messages.append(Message(SYSTEM, _text(value[system_column], f"{place}, {system_column!r}", problems, pictures)))
-    for number, turn in enumerate(turns[opens:], opens):
-        expected = (USER, ASSISTANT)[(number - opens) % 2]
-        if not _is_turn_of(expected, turn, tags, entry, f"{place}, message {number}", problems):
+    spoken = list(enumerate(turns))[opens:]
+    for at, (number, turn) in enumerate(with_joined_observations(spoken, tags) if _calls(entry) else spoken):
+        expected = ANSWERING if at % 2 else ASKING if at else (USER,)
+        if _calls(entry):
+            turn = called(turn, tags)
+        role = _role_of(expected, turn, tags, entry, f"{place}, message {number}", problems)
+        if role is None:
             return (), (), problems
         content = turn[tags.get("content_tag", "value")]
-        messages.append(Message(expected, _text(content, f"{place}, message {number}", problems, pictures)))
-    if not messages or messages[-1].role != ASSISTANT:
+        messages.append(Message(role, _text(content, f"{place}, message {number}", problems, pictures)))
+    if not messages or messages[-1].role not in ANSWERING:
         text = f"{place}: the last message is not the assistant's, so there is nothing to learn. Add the answer."
         problems.append(RowProblem("messages_role_order", text))
     return tuple(messages), tuple(pictures), problems
@@ -230,25 +250,38 @@ def _column_problems(value: Mapping[str, Any], entry: EntryInfo, place: str) -> 
         yield RowProblem("answer_mark_unreadable", text)
 
 
-def _is_turn_of(
-    expected: str, turn: Any, tags: Mapping[str, str], entry: EntryInfo, where: str, problems: list[RowProblem]
-) -> bool:
-    """Whether a turn has a content and the expected role; if not, nothing after it can be understood."""
+def _calls(entry: EntryInfo) -> bool:
+    """Whether calls are in `tool_calls`, and each of their results is a message."""
+    return entry.formatting == "openai"
+
+
+def _role_of(
+    expected: Sequence[str],
+    turn: Any,
+    tags: Mapping[str, str],
+    entry: EntryInfo,
+    where: str,
+    problems: list[RowProblem],
+) -> str | None:
+    """The role of a turn that has a content and one of those expected; if not, nothing after it can be understood."""
     role_tag, content_tag = tags.get("role_tag", "from"), tags.get("content_tag", "value")
     if not isinstance(turn, dict) or role_tag not in turn or content_tag not in turn:
         cure = f"an object with {role_tag!r} and {content_tag!r}. Correct the message, or `tags` of {entry.name!r}."
         if entry.formatting == "alpaca":
             cure = "a question and its answer, two texts in a list. Correct the history."
         problems.append(RowProblem("messages_unreadable", f"{where}: expected {cure}"))
-        return False
+        return None
     if turn.get("tool_calls"):
-        text = f"{where}: 'tool_calls' cannot be trained on here. Take the row out."
+        text = f"{where}: 'tool_calls' are read of entries with `formatting` openai only. Set it, or take the row out."
         problems.append(RowProblem("tools_unsupported", text))
-    tag = tags.get("user_tag", "human") if expected == USER else tags.get("assistant_tag", "gpt")
-    if (role := turn[role_tag]) != tag:
-        text = f"{where}: expected the role {tag!r}, got {role!r}. User and assistant must take turns, the user first."
-        problems.append(RowProblem("messages_role_order", text))
-    return role == tag
+    roles = roles_by_tag(tags)
+    if (role := roles.get(turn[role_tag])) in expected:
+        return role
+    known = " or ".join(repr(tag) for tag, role in roles.items() if role in expected)
+    order = "User and assistant must take turns, the user first."
+    text = f"{where}: expected the role {known}, got {turn[role_tag]!r}. {order}"
+    problems.append(RowProblem("messages_role_order", text))
+    return None
 
 
 def parse_row(row: FileRow, index: int, entry: EntryInfo, folder: Pictured, problems: list[str]) -> Row | None:
@@ -268,13 +301,13 @@ def parse_row(row: FileRow, index: int, entry: EntryInfo, folder: Pictured, prob
     images = _parse_images(value, in_parts, entry, place, folder, problems)
     if problems:
         return None
-    misplaced = [(i, m.role) for i, m in enumerate(messages) if m.role != USER and IMAGE_PLACEHOLDER in m.content]
+    misplaced = [(i, m.role) for i, m in enumerate(messages) if m.role not in ASKING and IMAGE_PLACEHOLDER in m.content]
     problems += [
         f"{place}, message {number}: the {role}'s text holds {IMAGE_PLACEHOLDER}, and only a user's message can show a "
         "picture: as an answer it would be learnt. Take it out, or move it into the question."
         for number, role in misplaced
     ]
-    num_placeholders = sum(m.content.count(IMAGE_PLACEHOLDER) for m in messages if m.role == USER)
+    num_placeholders = sum(m.content.count(IMAGE_PLACEHOLDER) for m in messages if m.role in ASKING)
     if images and not num_placeholders and not misplaced:  # LLaMA-Factory fails on such rows
         messages = _with_placeholders(messages, len(images))
     elif not misplaced and num_placeholders != len(images):
@@ -282,9 +315,11 @@ def parse_row(row: FileRow, index: int, entry: EntryInfo, folder: Pictured, prob
             f"{place}: {num_placeholders} {IMAGE_PLACEHOLDER} placeholders, but {len(images)} images. Write one "
             f"{IMAGE_PLACEHOLDER} into the user message for each image."
         )
-    label = value.get("label")
+    label, tools = value.get("label"), tools_of(value.get(entry.columns["tools"]) if "tools" in entry.columns else None)
+    if tools is None:
+        problems.append(f"{place}: {entry.columns['tools']!r} should be a list of tools as JSON. Correct the row.")
     mark = value.get(entry.columns["kto_tag"]) if "kto_tag" in entry.columns else None
-    return Row(row_id, messages, images, label if isinstance(label, str) else None, rejected, mark)
+    return Row(row_id, messages, images, label if isinstance(label, str) else None, rejected, mark, tools or "")
 
 
 def _with_chosen(value: Mapping[str, Any], entry: EntryInfo) -> tuple[Mapping[str, Any], EntryInfo]:
@@ -303,14 +338,16 @@ def _rejected(value: Mapping[str, Any], entry: EntryInfo, place: str, problems: 
     tags, where = entry.tags, f"{place}, {column!r}"
     if entry.formatting == "alpaca":
         turn, tags = {"role": ASSISTANT, "content": turn}, _OWN_TAGS
-    if not _is_turn_of(ASSISTANT, turn, tags, entry, where, problems):
+    turn = called(turn, tags) if _calls(entry) else turn
+    role = _role_of(ANSWERING, turn, tags, entry, where, problems)
+    if role is None:
         return None
     pictures: list[Any] = []
     text = _text(turn[tags.get("content_tag", "value")], where, problems, pictures)
     if pictures or IMAGE_PLACEHOLDER in text:
         problem = f"{where}: an answer cannot show a picture. Take it out, or move it into the question."
         problems.append(RowProblem("messages_unreadable", problem))
-    return Message(ASSISTANT, text)
+    return Message(role, text)
 
 
 def _with_placeholders(messages: tuple[Message, ...], num_images: int) -> tuple[Message, ...]:

@@ -9,13 +9,14 @@ Source: llamafactory 0.9.5, `data/template.py`.
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
+from mllm_assets.data.sharegpt.conversation import FUNCTION, IMAGE_PLACEHOLDER, OBSERVATION
 from mllm_assets.errors import DataError
-from mllm_assets.families.family import Template, fill
+from mllm_assets.families.tool_formats import tools_text
+from mllm_assets.families.turn_format import Template, fill
 from mllm_assets.training.encoding.texts import MAX_KEPT_CHARS, NUM_KEPT, TextTokenizer
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class TurnTokenizer:
         self._tokens = TextTokenizer(tokenizer, image_token).ids
         self._template = template
         self.enable_thinking = enable_thinking
-        self._openings: dict[str, tuple[array[int], str]] = {}
+        self._openings: dict[tuple[str, str], tuple[array[int], str]] = {}
         self._questions: dict[tuple[str, ...], array[int]] = {}
 
     def tokenize(self, row: "Row", image_texts: Sequence[str], *, for_last_answer: bool = False) -> list[Turn]:
@@ -74,64 +75,93 @@ class TurnTokenizer:
             system = self._template.default_system
         images = iter(image_texts)
         turns = []
-        opening, joined = self._opening(system)
+        self._require_tool_format(row)
+        opening, joined = self._opening(system, row)
         for index in range(0, len(messages), 2):
-            source = opening + self._question(row, index, messages[index].content, joined, images)
+            source = opening + self._question(row, index, messages[index], joined, images)
             opening, joined = array("i"), ""
             if index + 1 == len(messages):
-                turns.append((source + self._answer("", is_history=False)[0], array("i")))
+                turns.append((source + self._empty_answer(), array("i")))
                 break
             is_history = for_last_answer and index + 2 < len(messages)
-            answer = messages[index + 1].content
+            told = messages[index + 1]
             if self.enable_thinking is False or is_history:
-                answer = self._template.without_thought(answer)
-            for part in self._template.without_thought(answer).split(IMAGE_PLACEHOLDER):
+                told = replace(told, content=self._template.without_thought(told.content))
+            for part in self._template.without_thought(told.content).split(IMAGE_PLACEHOLDER):
                 self._refuse_control_tokens(row, f"message {index + 1}", part)
-            before, target = self._answer(_expanded(answer, images), is_history=is_history)
-            turns.append((source + before, target))
+            target = self._answer(replace(told, content=_expanded(told.content, images)), f"Row {row.id}")
+            thought = array("i") if is_history else self._missing_thought(told.content)
+            # an empty thought is learnt only where reasoning is
+            turns.append((source, thought + target) if self.enable_thinking else (source + thought, target))
         return turns
 
-    def _opening(self, system: str) -> tuple["array[int]", str]:
+    def _require_tool_format(self, row: "Row") -> None:
+        if self._template.tools is None and (row.tools or any(m.role in (FUNCTION, OBSERVATION) for m in row.messages)):
+            raise DataError(
+                f"Row {row.id} has tools, and LLaMA-Factory has no format of them for this model's turns. Train a "
+                "model of another family on it, or drop the row."
+            )
+
+    def _opening(self, system: str, row: "Row") -> tuple["array[int]", str]:
         """Return what precedes the first question: token ids, and text that is tokenised together with it."""
-        if system not in self._openings:
+        key = (system, row.tools)
+        if key not in self._openings:
             template, bos = self._template, self._tokenizer.bos_token_id
             ids = array("i", [bos] if template.starts_with_bos and bos is not None else [])
             ids += self._tokens(template.prefix)
-            text = fill(template.system, system) if system else ""
+            tools = ""
+            if row.tools and template.tools:
+                self._refuse_control_tokens(row, "the text of its tools", row.tools)
+                tools = tools_text(template.tools, row.tools, f"Row {row.id}")
+            text = fill(template.system, system + tools) if system or row.tools else ""
             if len(self._openings) >= NUM_KEPT:
                 self._openings.clear()
-            self._openings[system] = (ids, text) if template.system_in_user else (ids + self._tokens(text), "")
-        return self._openings[system]
+            self._openings[key] = (ids, text) if template.system_in_user else (ids + self._tokens(text), "")
+        return self._openings[key]
 
-    def _question(self, row: "Row", index: int, question: str, joined: str, images: Iterator[str]) -> "array[int]":
+    def _question(self, row: "Row", index: int, asked: "Message", joined: str, images: Iterator[str]) -> "array[int]":
         """Return a question's ids, with what is tokenised together with it; the same one is made once."""
+        question = asked.content
         shown = tuple(islice(images, question.count(IMAGE_PLACEHOLDER)))
-        key = (joined, question, *shown)
+        key = (asked.role, joined, question, *shown)
         if (known := self._questions.get(key)) is not None:
             return known
         for part in question.split(IMAGE_PLACEHOLDER):
             self._refuse_control_tokens(row, f"message {index}", part)
-        ids = self._tokens(fill(self._user_slot(question), joined + _expanded(question, iter(shown))))
+        ids = self._tokens(fill(self._user_slot(asked), joined + _expanded(question, iter(shown))))
         if len(question) + len(joined) <= MAX_KEPT_CHARS and len(shown) <= MAX_KEPT_IMAGES:
             if len(self._questions) >= NUM_KEPT:
                 self._questions.clear()
             self._questions[key] = ids
         return ids
 
-    def _user_slot(self, question: str) -> str:
-        image_first = self._template.user_image_first
-        return image_first if image_first and question.startswith(IMAGE_PLACEHOLDER) else self._template.user
-
-    def _answer(self, answer: str, *, is_history: bool) -> Turn:
-        """Return what an answer adds to its question, and its own token ids."""
+    def _user_slot(self, asked: "Message") -> str:
         template = self._template
-        target = self._tokens(fill(template.assistant, answer))
-        if template.ends_with_eos and self._tokenizer.eos_token_id is not None:
+        if asked.role == OBSERVATION:
+            return template.observation or template.user
+        image_first = template.user_image_first
+        return image_first if image_first and asked.content.startswith(IMAGE_PLACEHOLDER) else template.user
+
+    def _answer(self, told: "Message", where: str) -> "array[int]":
+        """Return an answer's token ids, reasoning that it lacks aside."""
+        template, content = self._template, told.content
+        is_call = told.role == FUNCTION and template.tools is not None
+        if is_call:
+            content = template.written_call(content, where)
+        target = self._tokens(fill((template.function if is_call else None) or template.assistant, content))
+        has_eos = template.ends_with_eos and not (is_call and template.function)
+        if has_eos and self._tokenizer.eos_token_id is not None:
             target.append(self._tokenizer.eos_token_id)
-        if template.thought is None or is_history or not template.lacks_thought(answer):
-            return array("i"), target
-        thought = self._tokens("".join(template.thought))
-        return (array("i"), thought + target) if self.enable_thinking else (thought, target)
+        return target
+
+    def _missing_thought(self, answer: str) -> "array[int]":
+        """The empty reasoning that an answer without any gets."""
+        template = self._template
+        return self._tokens("".join(template.thought or ())) if template.lacks_thought(answer) else array("i")
+
+    def _empty_answer(self) -> "array[int]":
+        """What a question is followed by where the model is to answer."""
+        return array("i") if self.enable_thinking else self._missing_thought("")
 
     def _refuse_control_tokens(self, row: "Row", place: str, text: str) -> None:
         """A tokenizer takes `<end_of_turn>` in a text for the end of the turn, and so does LLaMA-Factory.

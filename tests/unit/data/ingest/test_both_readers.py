@@ -57,7 +57,6 @@ def test_a_mark_is_read_and_a_dataset_takes_good_answers_only(tmp_path: Path) ->
 
 
 ROWS = [
-    ("tools", {"tools": "[{}]"}, "tools_unsupported", "'tools' cannot be trained on here"),
     ("videos", {"videos": ["a.mp4"]}, "videos_unsupported", "'videos' cannot be trained on here"),
     ("audios", {"audios": ["a.wav"]}, "audios_unsupported", "'audios' cannot be trained on here"),
     ("system", {"system": 7}, "messages_unreadable", "'system': expected a text, got int"),
@@ -78,8 +77,13 @@ def test_a_column_that_cannot_be_used_is_refused(
 @pytest.mark.parametrize(
     ("turns", "reason", "text"),
     [
-        ([TURNS[0], {"from": "function_call", "value": "{}"}], "messages_role_order", "got 'function_call'"),
-        ([TURNS[0], {**TURNS[1], "tool_calls": [{}]}], "tools_unsupported", "'tool_calls' cannot be trained on"),
+        ([{"from": "observation", "value": "{}"}, TURNS[1]], "messages_role_order", "got 'observation'"),
+        (
+            [*TURNS, {"from": "function_call", "value": "{}"}],
+            "messages_role_order",
+            "the role 'human' or 'observation'",
+        ),
+        ([TURNS[0], {**TURNS[1], "tool_calls": [{}]}], "tools_unsupported", "with `formatting` openai only"),
         ([TURNS[0], {"from": "gpt", "value": None}], "messages_unreadable", "expected a text, got NoneType"),
         ([TURNS[0], {"role": "assistant", "content": "x"}], "messages_unreadable", "with 'from' and 'value'"),
         (TURNS[:1], "messages_role_order", "the last message is not the assistant's"),
@@ -91,6 +95,21 @@ def test_turns_are_understood_alike(tmp_path: Path, turns: Any, reason: str, tex
     folder = write(tmp_path, [row(turns)], columns=COLUMNS)
     assert text in (by_hand(folder)[0] or "")
     assert [r.defect for r in declared(folder)] == [reason]
+
+
+def test_tools_are_read_by_hand_and_counted_in_a_declared_dataset(tmp_path: Path) -> None:
+    """A declared dataset publishes questions and answers only: its rows would have lost their tools."""
+    call = [TURNS[0], {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}]
+    result = [*call, {"from": "observation", "value": "<image>seen"}, TURNS[1]]
+    rows = [row(call, tools='[{"name": "f"}]'), row(result, images=["a.png", "a.png"], tools=""), row(tools=7)]
+    folder = write(tmp_path, [*rows, row(tools="[]")], columns={**COLUMNS, "tools": "tools"})
+    called, answered, wrong, plain = by_hand(folder)
+    assert called is None and answered is None and plain is None
+    assert "'tools' should be a list of tools as JSON" in (wrong or "")
+    read = [read for read, _ in parse_rows(folder, load_entry(folder, "mine")) if read is not None]
+    assert [message.role for message in read[1].messages] == ["user", "function", "observation", "assistant"]
+    assert read[0].tools == '[{"name": "f"}]'
+    assert [r.defect for r in declared(folder)] == [*["tools_unsupported"] * 3, None]
 
 
 def test_a_system_turn_needs_its_tag_in_both(tmp_path: Path) -> None:
