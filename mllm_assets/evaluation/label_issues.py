@@ -28,7 +28,7 @@ from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import DataError, MachineError, RecipeError
 from mllm_assets.layout import Layout
 
-VERSION = 1  # of what is computed
+VERSION = 2  # of what is computed
 ISSUES_FILE = "issues.json"
 INSTALL = "pip install 'mllm-assets[labels]'"
 MAX_LABELS = 50  # of more different answers each row's is a caption

@@ -1,7 +1,8 @@
 """What the frozen tower's features say of rows: their labels by a simple classifier out of fold, and who looks alike.
 
 A classifier on frozen features is what cleanlab's authors advise: it costs seconds, and learns wrong labels less well
-than a model that trains for as long as the run does.
+than a model that trains for as long as the run does. Of few rows support vector machines find more than a linear one
+(benchmarks/RESULTS.md); their time grows with the square of the number of rows.
 
 Shape suffixes: N rows, K tokens of an image, W values of a token, F values of a row, C labels.
 """
@@ -16,6 +17,7 @@ import torch
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import DataError
 from mllm_assets.training.caches.features import FeatureStore, features_task
+from mllm_assets.training.caches.margins import NUM_PARTS, PairwiseMachine
 from mllm_assets.training.runs.fold_plan import assign_folds
 from mllm_assets.worker.fold_task import Looks, LooksTask
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 NUM_REPEATS = 4  # of the division into folds, whose mean is less of an accident
 NUM_NEIGHBOURS = 10
-PENALTY = 0.1  # the inverse strength of the classifier's regularisation
+PENALTY = 0.1  # the inverse strength of the linear classifier's regularisation
+MAX_MARGIN_ROWS = 2000  # of which support vector machines take two CPU-minutes, and of twice as many eight
 BLOCK_ROWS = 1024
 
 
@@ -97,16 +100,20 @@ def _out_of_fold(
         for fold in range(num_folds):
             trained_N, asked_N = (folds_N != fold) & is_learnt_N, folds_N == fold
             if asked_N.any():
-                classifier = _classifier().fit(looks_NF[trained_N], labels_N[trained_N])
+                classifier = classifier_for(labels_N[trained_N]).fit(looks_NF[trained_N], labels_N[trained_N])
                 total_NC[np.ix_(asked_N, classifier.classes_)] += classifier.predict_proba(looks_NF[asked_N])
     return total_NC / NUM_REPEATS
 
 
-def _classifier() -> Any:
+def classifier_for(labels_N: np.ndarray) -> Any:
+    """What is to learn rows with these labels."""
     from sklearn.linear_model import LogisticRegression  # pyright: ignore[reportMissingImports]
     from sklearn.pipeline import make_pipeline  # pyright: ignore[reportMissingImports]
     from sklearn.preprocessing import StandardScaler  # pyright: ignore[reportMissingImports]
 
+    rarest = np.unique(labels_N, return_counts=True)[1].min()
+    if len(labels_N) <= MAX_MARGIN_ROWS and rarest >= NUM_PARTS:
+        return PairwiseMachine()
     return make_pipeline(StandardScaler(), LogisticRegression(C=PENALTY, max_iter=200))
 
 

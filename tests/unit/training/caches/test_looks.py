@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_assets.training.caches.looks import neighbours, pool, probabilities
+from mllm_assets.training.caches.looks import classifier_for, neighbours, pool, probabilities
+from mllm_assets.training.caches.margins import PairwiseMachine
 
 
 def test_planted_wrong_labels_are_the_least_likely_out_of_fold() -> None:
@@ -19,6 +20,29 @@ def test_planted_wrong_labels_are_the_least_likely_out_of_fold() -> None:
     np.testing.assert_allclose(found_NC.sum(axis=1), 1.0)
     first = np.argsort(found_NC[np.arange(200), labels_N])[:16]
     assert len(set(first) & set(planted)) >= 15
+
+
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_support_vector_machines_know_curved_borders_and_how_sure_they_are(num_labels: int) -> None:
+    """A linear classifier knows no ring from what is inside it, and ranks what it confuses as wrong labels."""
+    pytest.importorskip("sklearn")
+    draw = np.random.default_rng(0)
+    labels_N = np.arange(240) % num_labels
+    angles_N, radii_N = draw.uniform(0, 2 * np.pi, 240), 1 + 2 * labels_N + draw.normal(scale=0.3, size=240)
+    looks_NF = np.stack([radii_N * np.cos(angles_N), radii_N * np.sin(angles_N)], axis=1)
+    found_NC = PairwiseMachine().fit(looks_NF[:160], labels_N[:160]).predict_proba(looks_NF[160:])
+    np.testing.assert_allclose(found_NC.sum(axis=1), 1.0)
+    assert (found_NC.argmax(axis=1) == labels_N[160:]).mean() > 0.95
+    assert found_NC[np.arange(80), labels_N[160:]].mean() > 0.9
+
+
+def test_many_rows_and_rare_labels_get_the_linear_classifier() -> None:
+    """The time of the other grows with the square of the rows, and of a label with two rows it knows no margins."""
+    pytest.importorskip("sklearn")
+    few = np.arange(100) % 2
+    assert isinstance(classifier_for(few), PairwiseMachine)
+    assert not isinstance(classifier_for(np.arange(2001) % 2), PairwiseMachine)
+    assert not isinstance(classifier_for(np.append(few, [2, 2])), PairwiseMachine)
 
 
 def test_a_picture_looks_the_same_wherever_in_it_things_are() -> None:
