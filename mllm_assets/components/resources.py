@@ -88,6 +88,12 @@ class RayCluster(dg.Config):
     num_workers: int = Field(
         default=1, ge=1, description="Number of jobs that share feature extraction and predictions."
     )
+    num_train_workers: int = Field(
+        default=1,
+        ge=1,
+        description="Processes over which Ray Train spreads a training, on as many machines as there are; each has the "
+        "CPUs and GPUs of a job.",
+    )
     jobs_dir: str = Field(default="cache/ray_jobs", description="Folder for tasks and results, shared by all machines.")
     python: str = Field(default=sys.executable, description="The Python of the cluster's machines.")
 
@@ -149,9 +155,19 @@ class AcceleratorResource(dg.ConfigurableResource):
             context.log.warning(str(crash))  # Dagster's own log does not show a retry's cause
             raise dg.RetryRequested(self.max_retries, self.retry_delay_s) from failure
 
+    @property
+    def num_training_processes(self) -> int:
+        """Over how many processes a training is spread; they multiply its batch."""
+        return self.num_processes
+
+    @property
+    def may_lose_machines(self) -> bool:
+        """Whether a run may have to go on elsewhere, so that its checkpoints belong into the artefact store."""
+        return False
+
     def accelerator(self, task: Task[Any]) -> Accelerator:
         """Where a task computes; only training is spread over processes."""
-        num_processes = self.num_processes if isinstance(task, TrainTask) else 1
+        num_processes = self.num_training_processes if isinstance(task, TrainTask) else 1
         return Accelerator(device=self.device, num_processes=num_processes, num_threads=self.num_threads)
 
 
@@ -160,9 +176,21 @@ class RayAcceleratorResource(AcceleratorResource):
 
     ray: RayCluster = Field(default_factory=RayCluster, description="The cluster, and what a job takes of it.")
 
+    @property
+    def num_training_processes(self) -> int:
+        return self.ray.num_train_workers if self.ray.num_train_workers > 1 else self.num_processes
+
+    @property
+    def may_lose_machines(self) -> bool:
+        return True
+
+    def accelerator(self, task: Task[Any]) -> Accelerator:
+        """Where a task computes; training is spread by Ray Train where it has several workers."""
+        return replace(super().accelerator(task), spread_by="ray" if self.ray.num_train_workers > 1 else "torchrun")
+
     def run_on_ray(self, context: dg.AssetExecutionContext, key: dg.AssetKey, task: Task[R]) -> R:
         """Run a task as a job, or as several where it can be shared."""
-        values = self.ray.model_dump(exclude={"num_workers"})
+        values = self.ray.model_dump(exclude={"num_workers", "num_train_workers"})
         cluster = Cluster(**{**values, "jobs_dir": Path(self.ray.jobs_dir)})
         num_workers = self.ray.num_workers if isinstance(task, SharedTask) else 1
         if num_workers > 1:

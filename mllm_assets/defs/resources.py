@@ -47,6 +47,7 @@ def _on_ray(layout: Layout) -> RayAcceleratorResource:
         num_cpus=number("MLLM_ASSETS_RAY_NUM_CPUS", 1.0, least=0.0, kind=float),
         num_gpus=number("MLLM_ASSETS_RAY_NUM_GPUS", 0.0, least=0.0, kind=float),
         num_workers=number("MLLM_ASSETS_RAY_NUM_WORKERS", 1, least=1, kind=int),
+        num_train_workers=number("MLLM_ASSETS_RAY_NUM_TRAIN_WORKERS", 1, least=1, kind=int),
         jobs_dir=str(layout.ray_jobs),
     )
     return RayAcceleratorResource(**_here().model_dump(), ray=ray)

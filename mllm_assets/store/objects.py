@@ -66,7 +66,7 @@ class Store:
         """
         if self.holds(directory):
             return Sent()
-        files = _described(directory)
+        files = described(directory)
         sent = self.push_files({entry["sha256"]: directory / name for name, entry in files.items()})
         is_read_only = not (directory / MANIFEST).stat().st_mode & 0o200
         self._write_json(f"artifacts/{self._name(directory)}.json", {"files": files, "read_only": is_read_only})
@@ -80,7 +80,7 @@ class Store:
         """
         name = self._name(directory)
         there = self._read_json(f"artifacts/{name}.json")
-        if there is not None and there["files"] != _described(directory):
+        if there is not None and there["files"] != described(directory):
             raise IntegrityError(
                 f"{self.url} holds another {name} than this machine, made elsewhere, and an artefact never changes. "
                 f"Move {directory} away and materialise its asset again: what is in the store is used."
@@ -121,7 +121,7 @@ class Store:
         with staged_directory(directory) as staging:
             sizes = {staging / file: entry["num_bytes"] for file, entry in files.items()}
             self.fetch_files({staging / file: entry["sha256"] for file, entry in files.items()}, sizes)
-            if not is_complete(staging) or _described(staging) != files or find_damage(staging, deep=False):
+            if not is_complete(staging) or described(staging) != files or find_damage(staging, deep=False):
                 raise IntegrityError(
                     f"{name} of {self.url} is not what its own {MANIFEST} says: other files, sizes or digests. Delete "
                     f"artifacts/{name}.json there, and materialise the asset again on the machine that made it."
@@ -235,7 +235,7 @@ def _damage(digest: str, what: str) -> IntegrityError:
     )
 
 
-def _described(directory: Path) -> dict[str, Any]:
+def described(directory: Path) -> dict[str, Any]:
     """What the manifest names, and the manifest itself."""
     path = directory / MANIFEST
     manifest = {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}

@@ -217,6 +217,10 @@ def read_outcome(task: Task[R], code: int, result_path: Path, *, is_elsewhere: b
     if code == EXIT_OK and "result" in outcome:
         usage.report(outcome.get("usage"), is_elsewhere=is_elsewhere)
         return result_from_json(task, outcome["result"])
+    if "lost" in outcome:
+        raise WorkerCrashed(
+            f"The worker of task {task.name!r} {outcome['lost']} What was done is kept: run it again and it goes on."
+        )
     number = -code if code < 0 else code - 128 if code > 128 else None
     if number is not None:
         hint = " The system may have run out of memory: lower the batch size." if number == signal.SIGKILL else ""

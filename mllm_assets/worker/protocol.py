@@ -20,6 +20,17 @@ EXIT_USER_ERROR = 2  # never retried; every other code is a crash, and a new att
 PIPES_VARIABLES = ("DAGSTER_PIPES_CONTEXT", "DAGSTER_PIPES_MESSAGES")
 
 
+LOST_PEER = "lost the connection to another of its processes, which was killed or whose machine is gone."
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed")
+
+
+def is_lost_peer(crash: BaseException) -> bool:
+    """Whether a rank ended because another one is gone, whichever of PyTorch's backends says so."""
+    text = str(crash)
+    kinds = {base.__name__ for base in type(crash).__mro__}
+    return num_ranks() > 1 and bool(kinds & {"DistBackendError", "DistNetworkError"} or any(t in text for t in _LOST))
+
+
 def error_payload(error: MllmAssetsError) -> dict[str, str]:
     public = next(base for base in type(error).__mro__ if base.__module__ == errors.__name__)
     return {"type": public.__name__, "message": str(error)}

@@ -34,6 +34,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 BEAT_EVERY_S, SILENCE_S = 5.0, 60.0
 STATUS_EVERY_S = 0.5
 UNREACHABLE_S = 60.0  # a dashboard that is silent for so long counts as gone
+GROUP_START_S = 600.0  # a worker of Ray Train imports PyTorch first; 60 s otherwise
 PENDING_S = 3.0  # a job that is still pending so long after the request to stop waits for room
 MAX_MESSAGE_CHARS = 2000
 INSTALL = "pip install -c constraints.txt -e '.[ray]'"
@@ -212,9 +213,9 @@ def submitted(
         (folder / "task.json").write_text(json.dumps(to_json(task)), encoding="utf-8")
         job = RayJob(client=client, id=job_id, folder=folder, task=task)
         job.submit(
-            entrypoint=f"exec {shlex.join(_command(cluster, task.accelerator, folder, grace_s))}",  # replaces the shell
-            entrypoint_num_cpus=cluster.num_cpus,
-            entrypoint_num_gpus=cluster.num_gpus,
+            entrypoint=f"exec {shlex.join(_command(cluster, task, folder, grace_s))}",  # replaces the shell
+            entrypoint_num_cpus=0 if is_spread(task) else cluster.num_cpus,  # its ranks reserve what they need
+            entrypoint_num_gpus=0 if is_spread(task) else cluster.num_gpus,
             metadata=dict(metadata),
             runtime_env={"env_vars": {**_environment(task.accelerator, grace_s), **env}},
         )
@@ -229,8 +230,17 @@ def submitted(
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def _command(cluster: Cluster, accelerator: Accelerator, folder: Path, grace_s: float) -> Sequence[str]:
-    worker = worker_command(accelerator, folder / "task.json", folder / "result.json", python=cluster.python)
+def is_spread(task: Task[Any]) -> bool:
+    """Whether a task runs in several processes that Ray Train starts."""
+    return task.accelerator.num_processes > 1 and task.accelerator.spread_by == "ray"
+
+
+def _command(cluster: Cluster, task: Task[Any], folder: Path, grace_s: float) -> Sequence[str]:
+    task_path = folder / "task.json"
+    worker = worker_command(task.accelerator, task_path, folder / "result.json", python=cluster.python)
+    if is_spread(task):
+        needs = [f"{number:g}" for number in (cluster.num_cpus, cluster.num_gpus, grace_s)]
+        worker = [cluster.python, "-m", "mllm_assets.training.loop.ray_train", str(task_path), *needs]
     launcher = f"{SILENCE_S:g}:{folder / 'heartbeat'}"
     # by `env`, not among the job's variables: those are Ray's own supervisor's too, and what is marked gets killed
     mark = ["env", f"{supervisor.MARK}={folder.name}"]
@@ -241,6 +251,8 @@ def _environment(accelerator: Accelerator, grace_s: float) -> dict[str, str]:
     return {
         **thread_variables(accelerator),
         "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(grace_s) + 2),  # 3 s otherwise, then SIGKILL to the supervisor too
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{GROUP_START_S:g}",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it tells what runs in Ray's own process, where nothing trains
         "TQDM_DISABLE": "1",  # a bar that shares its line with a message of Dagster Pipes would make it unreadable
         **({PLUGINS: os.environ[PLUGINS]} if os.environ.get(PLUGINS) else {}),
     }

@@ -23,7 +23,16 @@ from mllm_assets.errors import MachineError, MllmAssetsError
 from mllm_assets.plugins import load_plugins, resolve
 from mllm_assets.redaction import redacted, redacted_output
 from mllm_assets.worker import forks
-from mllm_assets.worker.protocol import EXIT_OK, EXIT_USER_ERROR, Reporter, error_payload, is_first_rank, open_reporter
+from mllm_assets.worker.protocol import (
+    EXIT_OK,
+    EXIT_USER_ERROR,
+    LOST_PEER,
+    Reporter,
+    error_payload,
+    is_first_rank,
+    is_lost_peer,
+    open_reporter,
+)
 from mllm_assets.worker.supervisor import die_with_parent
 from mllm_assets.worker.tasks import Task, encode, from_json
 from mllm_assets.worker.usage import of_this_worker
@@ -143,7 +152,8 @@ def run_file(task_path: Path, result_path: Path) -> int:
         return EXIT_USER_ERROR
     except BaseException as crash:  # Ctrl-C and sys.exit within the libraries too: the launcher must see them
         if not result_path.exists():  # an error that the user can fix in one rank matters more than the others' crash
-            write_json_atomic(result_path, {"traceback": redacted(traceback.format_exc())})
+            found = {"lost": LOST_PEER} if is_lost_peer(crash) else {"traceback": redacted(traceback.format_exc())}
+            write_json_atomic(result_path, found)
         if not isinstance(crash, Exception):
             raise
         traceback.print_exc()  # here, where output is redacted

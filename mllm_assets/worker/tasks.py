@@ -25,10 +25,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accelerator:
-    """Where a task computes: processes above 1 are started by torchrun; without `num_threads` PyTorch chooses."""
+    """Where a task computes; without `num_threads` PyTorch chooses.
+
+    Processes above 1 are started by torchrun on one machine, or by Ray Train on those of its cluster.
+    """
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     num_processes: int = 1
+    spread_by: Literal["torchrun", "ray"] = "torchrun"
     num_threads: int | None = None
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 
+from mllm_assets.artifacts import read_manifest
 from mllm_assets.components.resources import AcceleratorResource, RayAcceleratorResource, RayCluster
 from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.evaluation.predict import evaluate_task
@@ -23,12 +25,14 @@ from mllm_assets.evaluation.table import PREDICTIONS_FILE
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.features import FeatureStore, features_task
-from mllm_assets.worker.protocol import Reporter
+from mllm_assets.training.loop.engine import train_task
+from mllm_assets.worker.protocol import LOST_PEER, Reporter
 from mllm_assets.worker.ray_jobs import Cluster, submitted
 from mllm_assets.worker.tasks import BuildTask, FeaturesTask, Task
 from tests.integration.conftest import Project, wait_for
+from tests.interruption import losses, make_task, newest_logged_step
 from tests.ports import free_port
-from tests.processes import WORKER, processes_of, those_that_run
+from tests.processes import WORKER, command_line, descendants, kill, processes_of, those_that_run
 from tests.worker_tasks import ONE_CPU_THREAD, evaluation
 
 ray_jobs = pytest.importorskip("ray.job_submission", reason="the extra ray is not installed")
@@ -41,6 +45,7 @@ PATIENT = {
     "RAY_agent_register_timeout_ms": "600000",
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_health_check_failure_threshold": "60",
+    "RAY_health_check_period_ms": "1000",  # a node that was killed counts as gone after that many of them
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
     "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "600",  # else the dashboard ends after 30 s
 }
@@ -73,13 +78,47 @@ def cluster() -> Iterator[Any]:
             except (ConnectionError, OSError, RuntimeError):
                 return None
 
-        yield wait_for(connected, "the cluster")
+        found = wait_for(connected, "the cluster")
+        found.gcs_address = f"127.0.0.1:{port}"
+        yield found
     finally:
         if process.poll() is not None:
             print("The cluster ended by itself:", log.read_text()[-5000:])
         process.terminate()
         process.wait(300)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class SecondNode:
+    """Another machine of the cluster, with room for one rank; of one that is killed another takes the place."""
+
+    def __init__(self, address: str, log: Path) -> None:
+        self._address, self._log = address, log
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        names = ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "runtime-env-agent")
+        command = [
+            str(Path(sys.executable).with_name("ray")), "start", "--block", "--address", self._address,
+            "--node-ip-address", "127.0.0.1", "--num-cpus", "2", "--num-gpus", "0", "--object-store-memory",
+            "100000000", "--disable-usage-stats", *(f"--{name}-port={free_port()}" for name in names),
+        ]  # fmt: skip
+        with self._log.open("a") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **PATIENT})
+        self._processes.append(process)
+
+    def kill(self) -> None:
+        """As a machine that is switched off: Ray's processes cannot end anything in order."""
+        below = descendants(self._processes[-1].pid)
+        kill([process for process in below if Path((command_line(process) or [""])[0]).name == "raylet"])
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._processes:
+            process.terminate()
+            process.wait(300)
 
 
 @pytest.fixture
@@ -196,3 +235,40 @@ def test_without_a_cluster_the_error_says_what_to_start(tmp_path: Path) -> None:
     cluster = RayCluster(address="http://127.0.0.1:9", jobs_dir=str(tmp_path))
     with pytest.raises(MachineError, match=r"No Ray cluster answers at http://127\.0\.0\.1:9: .* `ray start --head`"):
         run_task(RayAcceleratorResource(ray=cluster), BuildTask(directory=tmp_path / "model"))
+
+
+def test_over_two_nodes_losses_are_those_of_one_process_and_what_a_killed_node_interrupts_resumes_to_the_same_bits(
+    cluster: Any, parity_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = {"finetuning_type": "full", "max_steps": 24, "save_steps": 4, "eval_steps": 24}
+    alone = make_task(parity_dir, tmp_path / "alone" / "run", **values, gradient_accumulation_steps=2)
+    train_task(alone, Reporter())
+
+    folder = tmp_path / "there"
+    task = make_task(parity_dir, folder / "run", **values, gradient_accumulation_steps=1)
+    settings = RayCluster(address=cluster.get_address(), num_cpus=2, num_train_workers=2, jobs_dir=str(folder / "jobs"))
+    there = RayAcceleratorResource(device="cpu", num_threads=1, retry_delay_s=1, ray=settings)
+    node = SecondNode(cluster.gcs_address, tmp_path / "node.log")
+    before: dict[int, float] = {}
+
+    def kill_and_replace() -> None:
+        wait_for(lambda: newest_logged_step(task.run_dir, since_ns=0) >= 7, "step 7")
+        node.kill()
+        attempt = processes_of(folder)
+        wait_for(lambda: not any(map(command_line, attempt)), "all processes of the attempt to end")
+        before.update(losses(task.run_dir))
+        assert not (task.run_dir / "manifest.json").exists(), "it finished before the kill"
+        node.start()
+
+    with node, ThreadPoolExecutor(1) as threads:
+        killed = threads.submit(kill_and_replace)
+        result = run_task(there, task)
+        killed.result()
+    assert LOST_PEER in capfd.readouterr().err
+    assert result["resumed_from_step"] % 4 == 0
+    after = losses(task.run_dir)
+    assert before and {step: after[step] for step in before} == before, "those that were computed twice included"
+    assert after == pytest.approx(losses(alone.run_dir), abs=1e-5, rel=0)
+    assert result["reload"]["num_missing"] == result["reload"]["num_unexpected"] == 0
+    assert read_manifest(task.run_dir / "checkpoint-24")["conditions"]["num_processes"] == 2
+    assert not list(task.run_dir.glob(".*"))

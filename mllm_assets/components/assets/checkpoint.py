@@ -27,6 +27,7 @@ from mllm_assets.evaluation.gates import GateSpec, reload_gate
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.releases.model_card import Origin
+from mllm_assets.store.checkpoints import checkpoints_sent, fetch_checkpoints
 from mllm_assets.store.mirror import Mirror
 from mllm_assets.training.runs.history import folded
 from mllm_assets.training.runs.models import find_adapters
@@ -124,13 +125,14 @@ def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
             dataset=dataset,
             model_dir=model_dir,
             force=config.force,
-            num_processes=gpu.num_processes,
+            num_processes=gpu.num_training_processes,
             regroup=settings.regroup_micro_batches,
         )
         plan = find_plan(planned, project.mirror(context), context.log.warning)
         del dataset, planned  # the rows, while the worker trains
         caches = caches_of(context, node, project)
-        result = _train(context, gpu, plan, caches, layout)
+        mirror = project.mirror(context) if gpu.may_lose_machines else None
+        result = _train(context, gpu, plan, caches, layout, mirror)
         return _checkpoint_result(plan, result, layout, leak_check, gates, origin)
 
     return checkpoint
@@ -181,14 +183,23 @@ def find_plan(plan: Callable[[], RunPlan], mirror: Mirror | None, warn: Callable
 
 
 def _train(
-    context: dg.AssetExecutionContext, gpu: AcceleratorResource, plan: RunPlan, caches: CacheSettings, layout: Layout
+    context: dg.AssetExecutionContext,
+    gpu: AcceleratorResource,
+    plan: RunPlan,
+    caches: CacheSettings,
+    layout: Layout,
+    mirror: Mirror | None,
 ) -> Manifest:
-    """Train, unless the run is finished; return the run's manifest."""
+    """Train, unless the run is finished; return the run's manifest. With `mirror` its checkpoints are sent as well."""
     if plan.state == "finished":
         context.log.info(f"{layout.relative(plan.directory)} is already finished: nothing is trained again.")
         result = read_manifest(plan.directory)
-    else:
+    elif mirror is None:
         result = gpu.run(context, replace(plan.task, caches=caches))
+    else:
+        fetch_checkpoints(mirror, plan.directory)
+        with checkpoints_sent(mirror, plan.directory, context.log.warning):
+            result = gpu.run(context, replace(plan.task, caches=caches))
     point_latest(plan)
     return result
 

@@ -60,7 +60,7 @@ def sweep_asset(node: Node, spec: SweepSpec) -> dg.AssetsDefinition:
             root=layout.root,
             dataset=dataset,
             model_dir=model_dir,
-            num_processes=gpu.num_processes,
+            num_processes=gpu.num_training_processes,
             regroup=node.settings.regroup_micro_batches,
         )
 

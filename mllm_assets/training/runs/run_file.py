@@ -12,7 +12,7 @@ from mllm_assets.training.runs.models import ADAPTER_WEIGHTS
 
 RUN_FILE = "run.json"
 RUN_FILE_CURE = "Run: mllm-assets doctor --repair"
-DATA_DIGESTS = "data_digests"  # in run.json
+DATA_DIGESTS, STARTS_FROM = "data_digests", "starts_from"  # in run.json
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def record_starting_model(run_dir: Path, start: StartingModel) -> None:
     values = {"model_dir": relative, "fingerprint": start.fingerprint, "recipe": start.spec.to_dict()}
     if start.adapters:
         values["adapters"] = [os.path.relpath(path.resolve(), run_dir.resolve()) for path in start.adapters]
-    pin_setting(run_dir, "starts_from", values)
+    pin_setting(run_dir, STARTS_FROM, values)
 
 
 def read_starting_model(run_dir: Path) -> StartingModel:
@@ -61,7 +61,7 @@ def read_starting_model(run_dir: Path) -> StartingModel:
     Raises:
         ModelError: The run does not record it, or the model is no longer there.
     """
-    kept = read_run_file(run_dir).get("starts_from")
+    kept = read_run_file(run_dir).get(STARTS_FROM)
     if not isinstance(kept, dict) or not isinstance(kept.get("model_dir"), str):
         raise ModelError(
             f"{run_dir} does not say which model it started from, so its checkpoints cannot be loaded. Train it again, "

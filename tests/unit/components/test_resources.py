@@ -1,5 +1,6 @@
 """The resources as a deployment sets them, and what a run may say instead."""
 
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -7,6 +8,8 @@ import pytest
 from dagster._core.snap.snap_to_yaml import default_values_from_type_snap
 
 from mllm_assets.components.resources import AcceleratorResource, RayAcceleratorResource, RayCluster, as_set
+from mllm_assets.worker.ray_jobs import is_spread
+from mllm_assets.worker.tasks import BuildTask
 
 
 def made_with(resource: dg.ConfigurableResource, config: dict[str, Any]) -> Any:
@@ -34,6 +37,14 @@ def test_a_ray_cluster_is_kept_and_a_setting_that_is_not_valid_is_refused() -> N
     assert isinstance(made, RayAcceleratorResource) and made.ray.num_cpus == 2.0 and made.max_retries == 1
     with pytest.raises(dg.DagsterInvalidConfigError):
         made_with(there, {"device": "abacus"})
+
+
+def test_only_training_is_spread_over_a_cluster(tmp_path: Path) -> None:
+    there = RayAcceleratorResource(num_processes=3, ray=RayCluster(num_train_workers=4))
+    assert there.num_training_processes == 4, "by which the run is named"
+    assert RayAcceleratorResource(num_processes=3).num_training_processes == 3
+    alone = there.accelerator(BuildTask(directory=tmp_path))
+    assert (alone.num_processes, is_spread(BuildTask(directory=tmp_path, accelerator=alone))) == (1, False)
 
 
 def test_the_launchpad_opens_with_no_setting_of_a_resource() -> None:

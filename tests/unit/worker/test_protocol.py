@@ -14,8 +14,8 @@ import pytest
 from mllm_assets import errors
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.worker import run as worker
-from mllm_assets.worker.launch import WorkerCrashed, run_worker
-from mllm_assets.worker.protocol import EXIT_USER_ERROR, Reporter, error_from_payload, error_payload
+from mllm_assets.worker.launch import WorkerCrashed, read_outcome, run_worker
+from mllm_assets.worker.protocol import EXIT_USER_ERROR, LOST_PEER, Reporter, error_from_payload, error_payload
 from mllm_assets.worker.tasks import to_json
 from tests.fake_tasks import FakeTask
 
@@ -171,3 +171,31 @@ def test_a_line_of_progress_says_the_losses_and_what_is_left_in_words(seconds: f
     )
     assert sent[0]["text"] == f"train 14/400, loss 6.214, eval 4.775, 25.83 samples/s, {shown} left"
     assert sent[0]["loss"] == 6.214, "the figures stay figures"
+
+
+@pytest.mark.parametrize(
+    ("text", "num_ranks", "is_lost"),
+    [
+        ("[.../gloo/transport/tcp/pair.cc:534] Connection closed by peer [192.0.2.2]:4711", 2, True),
+        ("[.../gloo/transport/tcp/pair.cc:534] Connection closed by peer [192.0.2.2]:4711", 1, False),
+        ("mat1 and mat2 shapes cannot be multiplied", 2, False),
+    ],
+)
+def test_a_rank_whose_peer_is_gone_did_nothing_wrong_so_the_step_is_tried_again(
+    text: str, num_ranks: int, is_lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a machine is lost, the others' exception comes first, and an exception was never tried again."""
+    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+    monkeypatch.setattr(worker, "find_function", lambda entry: lambda task, reporter: raises(RuntimeError(text)))
+    task_path, result_path = tmp_path / "task.json", tmp_path / "result.json"
+    task = FakeTask(what="fail", folder=tmp_path, bits=8)
+    task_path.write_text(json.dumps(to_json(task)))
+    code = worker.run_file(task_path, result_path)
+    with pytest.raises(WorkerCrashed) as crash:
+        read_outcome(task, code, result_path)
+    assert crash.value.is_transient == is_lost
+    assert (LOST_PEER in str(crash.value)) == is_lost and ("Traceback" in str(crash.value)) != is_lost
+
+
+def raises(error: Exception) -> None:
+    raise error
