@@ -46,6 +46,7 @@ PATIENT = {
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_health_check_failure_threshold": "60",
     "RAY_health_check_period_ms": "1000",  # a node that was killed counts as gone after that many of them
+    "RAY_worker_niceness": "0",  # 15 otherwise, with which they hardly run next to anything
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
     "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "600",  # else the dashboard ends after 30 s
 }
@@ -108,9 +109,8 @@ class SecondNode:
         self._processes.append(process)
 
     def kill(self) -> None:
-        """As a machine that is switched off: Ray's processes cannot end anything in order."""
-        below = descendants(self._processes[-1].pid)
-        kill([process for process in below if Path((command_line(process) or [""])[0]).name == "raylet"])
+        """As a machine that is switched off: Ray's processes and the rank at once, so that nothing ends in order."""
+        kill(descendants(self._processes[-1].pid))
 
     def __enter__(self) -> None:
         self.start()

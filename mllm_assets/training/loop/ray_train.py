@@ -6,10 +6,13 @@ supervisor, so that whichever of them dies, nothing trains on. Only the ranks lo
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from mllm_assets.worker import supervisor
 from mllm_assets.worker.protocol import EXIT_OK, EXIT_USER_ERROR, LOST_PEER
 from mllm_assets.worker.tasks import from_json
 
-COPY_EVERY_S = 0.5
+LOOK_EVERY_S, NOTICE_S = 0.5, 20.0
 EXIT_CRASHED = 1
 # Ray sets it for a trainer in its own process; a rank chooses its device as under torchrun
 OF_THE_AGENT = "ACCELERATE_TORCH_DEVICE"
@@ -33,7 +36,6 @@ class Rank:
     """What a Ray Train worker needs to start its rank; the folder is that of the job, which all machines see."""
 
     folder: Path
-    mark: str
     grace_s: float
 
     def run(self) -> None:
@@ -61,7 +63,7 @@ class Rank:
 
     def _environment(self) -> dict[str, str]:
         variables = {name: value for name, value in os.environ.items() if name != OF_THE_AGENT}
-        return {**variables, "TORCHELASTIC_USE_AGENT_STORE": str(True), supervisor.MARK: self.mark}
+        return {**variables, "TORCHELASTIC_USE_AGENT_STORE": str(True), supervisor.MARK: uuid.uuid4().hex}
 
 
 def _shared_store() -> Any:
@@ -103,7 +105,7 @@ def train(folder: Path, num_workers: int, num_cpus: float, num_gpus: float, grac
     ray.init(address="auto", log_to_driver=False)
     trainer = TorchTrainer(
         run_rank,
-        train_loop_config={"rank": Rank(folder=folder, mark=os.environ.get(supervisor.MARK, ""), grace_s=grace_s)},
+        train_loop_config={"rank": Rank(folder=folder, grace_s=grace_s)},
         torch_config=TorchConfig(backend="gloo"),  # of the agents; ranks choose a backend of their own
         scaling_config=ScalingConfig(
             num_workers=num_workers,
@@ -113,48 +115,73 @@ def train(folder: Path, num_workers: int, num_cpus: float, num_gpus: float, grac
         ),
         run_config=RunConfig(name="ray", storage_path=str(folder), failure_config=FailureConfig(max_failures=0)),
     )
-    result_path = folder / "result.json"
     try:
-        with _logs_copied(folder):
+        with _watched(folder):
             trainer.fit()
         return EXIT_OK
     except TrainingFailedError as error:
-        outcome = json.loads(result_path.read_text(encoding="utf-8")) if result_path.exists() else {}
-        if "error" in outcome:
-            return EXIT_USER_ERROR
-        if not {"traceback", "lost"} & outcome.keys():
-            write_json_atomic(result_path, {"lost": LOST_PEER})
-            print(redacted(str(error)), file=sys.stderr)
-        return EXIT_CRASHED
+        print(redacted(str(error)), file=sys.stderr)
+        return _code_of_failure(folder)
+
+
+def _code_of_failure(folder: Path) -> int:
+    """The exit code after a failure; where no rank could say what happened, it was lost."""
+    outcome = _outcome(folder)
+    if not outcome:
+        write_json_atomic(folder / "result.json", {"lost": LOST_PEER})
+    return EXIT_USER_ERROR if "error" in outcome else EXIT_CRASHED
+
+
+def _outcome(folder: Path) -> dict[str, Any]:
+    """What a rank wrote."""
+    path = folder / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 @contextmanager
-def _logs_copied(folder: Path) -> Iterator[None]:
-    """Print what the ranks wrote, as it is: messages to Dagster are lines of it, which Ray's own log would begin."""
+def _watched(folder: Path) -> Iterator[None]:
+    """Print what the ranks write, as it is: messages to Dagster are lines of it, which Ray's own log would begin.
+
+    Where a rank failed and Ray has not noticed after `NOTICE_S`, as of a machine that is gone, this process ends: with
+    it Ray ends what is left of the job.
+    """
     ended = threading.Event()
-    offsets: dict[Path, int] = {}
+    logs = _Logs(folder)
 
-    def copy() -> None:
-        for path in sorted(folder.glob("rank-*.log")):
-            with path.open("rb") as file:
-                file.seek(offsets.get(path, 0))
-                lines = file.read().rpartition(b"\n")
-            offsets[path] = offsets.get(path, 0) + len(lines[0]) + len(lines[1])
-            sys.stdout.write((lines[0] + lines[1]).decode(errors="replace"))
-        sys.stdout.flush()
+    def watch() -> None:
+        failed_at_s = math.inf
+        while not ended.wait(LOOK_EVERY_S):
+            logs.copy()
+            if _outcome(folder) and "result" not in _outcome(folder):
+                failed_at_s = min(failed_at_s, time.monotonic())
+            if time.monotonic() - failed_at_s > NOTICE_S:
+                os._exit(_code_of_failure(folder))
 
-    def repeat() -> None:
-        while not ended.wait(COPY_EVERY_S):
-            copy()
-
-    thread = threading.Thread(target=repeat, name="logs", daemon=True)
+    thread = threading.Thread(target=watch, name="ranks", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        copy()
+        logs.copy()
+
+
+class _Logs:
+    """The files into which the ranks of a job write; whole lines of them go to standard output, once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._offsets: dict[Path, int] = {}
+
+    def copy(self) -> None:
+        for path in sorted(self._folder.glob("rank-*.log")):
+            with path.open("rb") as file:
+                file.seek(self._offsets.get(path, 0))
+                lines, newline, _ = file.read().rpartition(b"\n")
+            self._offsets[path] = self._offsets.get(path, 0) + len(lines + newline)
+            sys.stdout.write((lines + newline).decode(errors="replace"))
+        sys.stdout.flush()
 
 
 def main() -> None:
