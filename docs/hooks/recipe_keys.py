@@ -5,7 +5,7 @@ from collections.abc import Mapping
 KEY_SENTENCES: Mapping[str, str] = {
     # model
     "model_name_or_path": "Model to start from: a folder below `pretrains/`, or the output of another recipe.",
-    "finetuning_type": "What trains: all that is not frozen, some layers and modules, or LoRA adapters.",
+    "finetuning_type": "What trains: all that is not frozen, some layers and modules, or adapters (LoRA, OFT).",
     "freeze_vision_tower": "Keep the vision tower as it is.",
     "freeze_multi_modal_projector": "Keep the projector between vision tower and language model as it is.",
     "freeze_language_model": "Keep the language model as it is, so that only what is not frozen beside it trains.",
@@ -15,13 +15,17 @@ KEY_SENTENCES: Mapping[str, str] = {
     "lora_rank": "Rank of the adapters' matrices.",
     "lora_alpha": "Scale of the adapters: their output counts `lora_alpha / lora_rank`; null is twice the rank.",
     "lora_dropout": "Share of an adapter's inputs that is dropped in training.",
-    "lora_target": "Modules that get adapters, separated by commas; `all` is every linear layer that is not frozen.",
+    "oft_rank": "With `oft`: how many blocks turn a layer's inputs, where `oft_block_size` is 0.",
+    "oft_block_size": "With `oft`: inputs that are turned together; more need more memory.",
+    "module_dropout": "With `oft`: share of the blocks that turn nothing in a step.",
+    "lora_target": "Modules that get adapters of either kind, separated by commas; `all` is every linear layer that is "
+    "not frozen.",
     "use_rslora": "Divide the adapters' scale by the root of the rank.",
     "use_dora": "Train the length and the direction of each weight apart (DoRA).",
     "flash_attn": "Which kernels compute attention.",
     "disable_gradient_checkpointing": "Never compute activations twice to save memory.",
     "pure_bf16": "Train bfloat16 weights without a float32 copy.",
-    "additional_target": "With `lora`: modules beside the adapters that train whole, separated by commas.",
+    "additional_target": "With `lora` and `oft`: modules beside the adapters that train whole, separated by commas.",
     "torch_compile": "Compile the layers of the language model.",
     "enable_liger_kernel": "Compute norms, positions and GeGLU of Gemma 3's text layers with Liger's kernels, on CUDA.",
     "torch_compile_backend": "What compiles them, by PyTorch's name.",

@@ -105,7 +105,7 @@ _REFUSED = {
     "the model's architecture stays as it is. Delete the line.": """
         shift_attn:bool=false mixture_of_depths:str?=null train_from_scratch:bool=false upcast_layernorm:bool=false""",
     "rows are encoded once, into files below cache/rows that later runs map, and none is held in memory. Delete the "
-    "line.": "streaming:bool=false tokenized_path:str?=null",
+    "line.": "tokenized_path:str?=null",
     "tools are written as the template writes them. Delete the line.": "tool_format:str?=null",
     "it is InternVL's, whose models are not trained here. Delete the line; image_do_pan_and_scan shows parts of long "
     "pictures to Gemma 3.": "crop_to_patches:bool=false",
@@ -139,6 +139,9 @@ _NO_EFFECT = {
     "an unfinished run resumes by itself, exactly where it was.": """
         ignore_data_skip:bool=false save_only_model:bool=false restore_callback_states_from_checkpoint:bool=false
         enable_jit_checkpoint:bool=false save_on_each_node:bool=false""",
+    "rows are never all in memory: they are encoded once, into files that are mapped. What is computed is the same as "
+    "without the line; LLaMA-Factory would draw from a buffer of the first rows instead of from all.": """
+        streaming:bool=false""",
     "rows are encoded while they are read, and nothing is cached.": """
         overwrite_cache:bool=false
         data_shared_file_system:bool=false buffer_size:int=16384 cache_dir:str?=null""",
@@ -180,6 +183,8 @@ _NO_EFFECT = {
         use_v1_kernels:bool?=false use_cache:bool=false jit_mode_eval:bool=false use_ipex:bool=false
         half_precision_backend:str=auto fp16_backend:str=auto fp16_opt_level:str=O1 past_index:int=-1
         torchdynamo:str?=null remove_unused_columns:bool=true length_column_name:str=length""",
+    "LLaMA-Factory 0.9.5 reads lora_target with finetuning_type: oft too, and so do runs here. Name modules there.": """
+        oft_target:str=all""",
     "adapters are on linear layers, none on an embedding.": "loraplus_lr_embedding:float=1e-6",
     "the pretrained asset pins the revision.": "model_revision:str=main",
     "it belongs to a switch that is off.": """
@@ -189,9 +194,9 @@ _NO_EFFECT = {
         asft_alpha:float=0.1 eaft_alpha:float=1.0 moe_aux_loss_coef:float?=null
         init_special_tokens:str=noise_init kt_weight_path:str?=null
         kt_expert_checkpoint_path:str?=null kt_use_lora_experts:bool?=null kt_lora_expert_num:int?=null
-        kt_lora_expert_intermediate_size:int?=null module_dropout:float=0.0 oft_rank:int=0 oft_block_size:int=32
-        oft_target:str=all galore_target:str=all galore_rank:int=16 galore_update_interval:int=200
-        galore_scale:float=2.0 galore_proj_type:str=std galore_layerwise:bool=false apollo_target:str=all
+        kt_lora_expert_intermediate_size:int?=null galore_target:str=all galore_rank:int=16
+        galore_update_interval:int=200 galore_scale:float=2.0 galore_proj_type:str=std
+        galore_layerwise:bool=false apollo_target:str=all
         apollo_rank:int=16 apollo_update_interval:int=200 apollo_scale:float=32.0 apollo_proj:str=random
         apollo_proj_type:str=std apollo_scale_type:str=channel apollo_layerwise:bool=false
         apollo_scale_front:bool=false badam_mode:str=layer badam_start_block:int?=null
@@ -259,8 +264,6 @@ def value_advice(name: str, value: Any) -> str:
         return "Set pref_loss: sigmoid, which LLaMA-Factory 0.9.5 computes for hinge, ipo and kto_pair as well."
     if name == "flash_attn" and text == "fa3":
         return "Set flash_attn: fa2, or auto."
-    if name == "finetuning_type" and text == "oft":
-        return "Set finetuning_type: lora, whose adapters are merged in the same way."
     return "Change the value."
 
 
@@ -281,16 +284,15 @@ def repeated_notes(spec: TrainSpec) -> Iterator[str]:
 
 def _reasons(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     yield from spec.idle_keys.items()
-    is_lora = spec.finetuning_type == "lora"
-    if is_lora and not spec.freeze_multi_modal_projector and not spec.additional_target:
-        why = "LoRA trains adapters only, and the projector gets none; additional_target names modules that train whole"
-        yield "freeze_multi_modal_projector", why
+    if spec.adds_adapters and not spec.freeze_multi_modal_projector and not spec.additional_target:
+        why = f"{'LoRA' if spec.finetuning_type == 'lora' else 'OFT'} trains adapters only, and the projector gets none"
+        yield "freeze_multi_modal_projector", f"{why}; additional_target names modules that train whole"
     if spec.use_muon:
         for key in ("optim", "optim_args"):
             yield key, "use_muon is set and wins"
     if spec.freeze_vision_tower:
         yield "vision_lr", "freeze_vision_tower is true, so nothing of the tower trains"
-    if not (spec.additional_target if is_lora else not spec.freeze_multi_modal_projector):
+    if not (spec.additional_target if spec.adds_adapters else not spec.freeze_multi_modal_projector):
         yield "projector_lr", "the projector does not train"
     if not spec.packs and not spec.learns_marks:
         for key in ("preprocessing_num_workers", "preprocessing_batch_size"):

@@ -67,6 +67,10 @@ def load_recipe(path: Path, overrides: Mapping[str, object] | Sequence[str] | No
         notes.extend([note] if note else [])
         if key in _TYPES:
             known[key] = entry
+    if (streamed := entries.get("streaming")) is not None and streamed.value is True:
+        steps = known.get("max_steps")
+        if steps is None or steps.value == -1:  # LLaMA-Factory refuses it too: it does not know the number of rows
+            problems.add(f"{streamed.where}: streaming needs max_steps. Add a line max_steps: with their number.", "")
     spec = _spec_of(known, problems)
     notes.extend(ineffective_notes(spec, {key for key in known if KEYS[key].asks_for_something(getattr(spec, key))}))
     notes.extend(repeated_notes(spec))

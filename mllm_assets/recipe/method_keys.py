@@ -19,17 +19,19 @@ HF_SELECTION = {"scope": "selection", "hf": True}
 HF_OPERATIONAL = {"scope": "operational", "hf": True}
 ADDED = {"scope": "semantic", "hf": False, "added": True}
 HF_ADDED = {"scope": "semantic", "hf": True, "added": True}
+ADAPTER_KEYS = ("lora_target", "additional_target")  # of OFT as well
 LORA_KEYS = (
-    "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "use_dora", "additional_target",
-    "pissa_init", "pissa_iter", "loraplus_lr_ratio",
+    "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "pissa_init", "pissa_iter",
+    "loraplus_lr_ratio",
 )  # fmt: skip
+OFT_KEYS = ("oft_rank", "oft_block_size", "module_dropout")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodKeys:
     """What trains. Comma lists stay strings, as LLaMA-Factory writes them; read them with `split_names`."""
 
-    finetuning_type: Literal["lora", "freeze", "full"] = field(default="lora", metadata=SEMANTIC)
+    finetuning_type: Literal["lora", "oft", "freeze", "full"] = field(default="lora", metadata=SEMANTIC)
     freeze_vision_tower: bool = field(default=True, metadata=SEMANTIC)
     freeze_multi_modal_projector: bool = field(default=True, metadata=SEMANTIC)
     freeze_language_model: bool = field(default=False, metadata=SEMANTIC)
@@ -46,6 +48,9 @@ class MethodKeys:
     pissa_init: bool = field(default=False, metadata=ADDED)
     pissa_iter: int = field(default=16, metadata=ADDED)  # -1: the exact decomposition
     loraplus_lr_ratio: float | None = field(default=None, metadata=ADDED)
+    oft_rank: int = field(default=0, metadata=ADDED)  # blocks of a layer, where their size is 0
+    oft_block_size: int = field(default=32, metadata=ADDED)
+    module_dropout: float = field(default=0.0, metadata=ADDED)
     adapter_name_or_path: str | None = field(default=None, metadata=OPERATIONAL)  # their content is hashed
     create_new_adapter: bool = field(default=False, metadata=ADDED)
     use_muon: bool = field(default=False, metadata=ADDED)
@@ -54,6 +59,11 @@ class MethodKeys:
     quantization_bit: Literal[4, 8] | None = field(default=None, metadata=SEMANTIC)
     quantization_type: Literal["nf4", "fp4"] = field(default="nf4", metadata=SEMANTIC)
     double_quantization: bool = field(default=True, metadata=SEMANTIC)
+
+    @property
+    def adds_adapters(self) -> bool:
+        """Whether what trains is put beside the model's own layers, and merged into them in the end."""
+        return self.finetuning_type in ("lora", "oft")
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -71,11 +81,15 @@ class MethodKeys:
         idle = {}
         if self.finetuning_type != "lora":
             idle |= dict.fromkeys(LORA_KEYS, f"finetuning_type is {self.finetuning_type}, not lora")
+        if self.finetuning_type != "oft":
+            idle |= dict.fromkeys(OFT_KEYS, f"finetuning_type is {self.finetuning_type}, not oft")
+        if not self.adds_adapters:
+            idle |= dict.fromkeys(ADAPTER_KEYS, f"finetuning_type is {self.finetuning_type}, neither lora nor oft")
         if self.finetuning_type != "freeze":
             keys = ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
             idle |= dict.fromkeys(keys, f"finetuning_type is {self.finetuning_type}, not freeze")
         if self.finetuning_type == "lora" and self.continues_adapter:
-            keys = LORA_KEYS[: LORA_KEYS.index("loraplus_lr_ratio")]
+            keys = (*ADAPTER_KEYS, *LORA_KEYS[: LORA_KEYS.index("loraplus_lr_ratio")])
             idle |= dict.fromkeys(keys, "adapter_name_or_path continues an adapter, which keeps its own")
         if not self.adapters:
             idle["create_new_adapter"] = "there is no adapter_name_or_path"
@@ -103,8 +117,14 @@ def method_problems(spec: MethodKeys) -> Iterator[tuple[str, str]]:
     for key in ("loraplus_lr_ratio", "vision_lr", "projector_lr"):
         if spec.use_muon and getattr(spec, key):
             yield "use_muon", f"use_muon has one learning rate, and {key} is set. Delete one of the two."
-    if not 0 <= spec.lora_dropout < 1:
-        yield "lora_dropout", f"lora_dropout is {spec.lora_dropout}: expected 0 or more and below 1. Change it."
+    for key in ("lora_dropout", "module_dropout"):
+        if not 0 <= (value := getattr(spec, key)) < 1:
+            yield key, f"{key} is {value}: expected 0 or more and below 1. Change it."
+    if spec.finetuning_type == "oft" and (
+        min(spec.oft_rank, spec.oft_block_size) or spec.oft_rank + spec.oft_block_size < 1
+    ):
+        text = f"oft_rank is {spec.oft_rank} and oft_block_size {spec.oft_block_size}: each follows from the other."
+        yield "oft_rank", f"{text} Set one of the two to 0 and the other above it."
     if spec.pissa_iter != -1 and spec.pissa_iter < 1:
         text = f"pissa_iter is {spec.pissa_iter}: expected a number of iterations, or -1 for the exact decomposition."
         yield "pissa_iter", f"{text} Change it."

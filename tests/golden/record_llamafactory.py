@@ -112,6 +112,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "eager": {"flash_attn": "disabled", "num_train_epochs": 1},
     "lora_plus": {**LORA, "loraplus_lr_ratio": 8.0, "lora_rank": 4, "additional_target": "multi_modal_projector"},
+    "oft": {
+        "finetuning_type": "oft", "freeze_multi_modal_projector": True, "oft_block_size": 16, "learning_rate": 1e-2,
+        "additional_target": "multi_modal_projector",
+    },
     "muon": {"use_muon": True, "weight_decay": 0.05, "freeze_vision_tower": False, "num_train_epochs": 1},
     "lora_pissa_exact": {**LORA, "pissa_init": True, "pissa_iter": -1, "lora_rank": 4},
     "stable_decay": {"lr_scheduler_type": "warmup_stable_decay", "per_device_train_batch_size": 1},

@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 
 from mllm_assets.artifacts import find_damage, read_manifest
 from mllm_assets.errors import IntegrityError, MachineError, RecipeError
 from mllm_assets.training.loop.checkpoints import checkpoint_dirs, find_resumable
 from mllm_assets.training.loop.engine import train_task
+from mllm_assets.training.models import adapters
+from mllm_assets.training.models.load import load_model
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import Accelerator, to_json
 from tests.interruption import NUM_STEPS, losses, make_task, run_until
@@ -261,6 +265,27 @@ def test_a_full_disk_at_publication_is_said(parity_dir: Path, tmp_path: Path) ->
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "run" / "model").exists()
     assert train_task(task, Reporter())["num_steps"] == 2
+
+
+@pytest.mark.slow
+def test_oft_resumes_bit_for_bit_and_its_adapter_on_the_base_is_the_published_model(
+    parity_dir: Path, tmp_path: Path
+) -> None:
+    """PEFT's unloading of OFT failed on a module that trains whole beside the adapters."""
+    values = {"finetuning_type": "oft", "oft_block_size": 16, "module_dropout": 0.1, "max_steps": 10}
+    task = make_task(parity_dir, tmp_path / "run", additional_target="multi_modal_projector", **values)
+    whole = train_task(task, Reporter())
+    base = load_model(parity_dir / "model")
+    adapted = adapters.merged(PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")))
+    published = load_model(tmp_path / "run" / "model")
+    for (name, found), expected in zip(adapted.named_parameters(), published.parameters(), strict=True):
+        assert torch.allclose(found, expected, atol=1e-6), name
+    for name in ("checkpoint-10", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "manifest.json").unlink()
+    resumed = train_task(task, Reporter())
+    assert resumed["resumed_from_step"] == 5
+    assert resumed["weights_digest"] == whole["weights_digest"]
 
 
 @pytest.mark.slow

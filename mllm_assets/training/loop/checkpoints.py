@@ -34,7 +34,7 @@ from mllm_assets.artifacts import (
 from mllm_assets.disk import no_space_is_an_error
 from mllm_assets.errors import IntegrityError, MachineError
 from mllm_assets.file_digests import FileDigests
-from mllm_assets.training.models import freezing
+from mllm_assets.training.models import adapters, freezing
 from mllm_assets.training.models.device import weights_dtype
 from mllm_assets.training.models.load import cast_weights, load_config, load_model, publishing_dtype
 from mllm_assets.training.runs.models import starting_fingerprint
@@ -220,8 +220,7 @@ def load_checkpoint(directory: Path, *, digests: FileDigests | None = None) -> A
         saved = {name: tensor.to(dtype) for name, tensor in saved.items()}
     require_fit(trainable.model, saved, directory)
     load_trainable(trainable.model, saved)
-    merge = getattr(trainable.model, "merge_and_unload", None)
-    model = merge() if merge is not None else trainable.model
+    model = adapters.merged(trainable.model) if start.spec.adds_adapters else trainable.model
     cast_weights(model, load_config(start.model_dir).dtype or torch.float32)
     model.config.text_config.use_cache = model.config.use_cache = True
     return model.requires_grad_(False)

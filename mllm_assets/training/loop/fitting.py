@@ -123,7 +123,7 @@ def _bf16(setup: Setup) -> Setup:
 
 
 def _lora(setup: Setup) -> Setup:
-    if setup.spec.finetuning_type == "lora":
+    if setup.spec.adds_adapters:
         return setup
     spec = replace(setup.spec, finetuning_type="lora", freeze_language_model=False)
     return _reshaped(replace(setup, spec=spec))

@@ -71,7 +71,7 @@ def merge(model: Any, directories: Sequence[Path], family: Family) -> Any:
             )
         if next(model.parameters()).is_meta:
             continue
-        model = _loaded(model, directory, config).merge_and_unload()
+        model = merged(_loaded(model, directory, config))
     return model
 
 
@@ -98,6 +98,16 @@ def adapted_modules(model: Any) -> tuple[str, ...]:
 
     modules = model.get_base_model().named_modules()
     return tuple(path for path, module in modules if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper))
+
+
+def merged(adapted: Any) -> Any:
+    """The model below PEFT's with the adapters in its weights, and what trained whole in its place."""
+    from peft.utils import ModulesToSaveWrapper
+
+    wrapped = [(p, m) for p, m in adapted.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    for path, wrapper in wrapped:  # which OFT's unloading takes for a linear layer
+        adapted.get_base_model().set_submodule(path, wrapper.modules_to_save[wrapper.active_adapters[0]])
+    return adapted.merge_and_unload()
 
 
 def _loaded(model: Any, directory: Path, config: Any) -> Any:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from mllm_assets.recipe.method_keys import split_names
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.models import adapters
 from mllm_assets.training.models.quantization import num_values
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 FREEZING_KEYS = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
 FROZEN_BY = f"{FREEZING_KEYS[0]}, {FREEZING_KEYS[1]} or {FREEZING_KEYS[2]}"
@@ -56,11 +59,11 @@ def apply(spec: TrainSpec, model: nn.Module, adapter_dirs: Sequence[Path] = ()) 
     family = model_family(model)
     num_params = sum(num_values(p) for p in model.parameters())
     notes: list[str] = []
-    if spec.finetuning_type == "lora":
+    if spec.adds_adapters:
         merged = adapter_dirs[: len(adapter_dirs) - spec.continues_adapter]
         model = adapters.merge(model, merged, family)
         adds = not spec.continues_adapter
-        model = _add_lora(spec, model, notes) if adds else adapters.resume(model, adapter_dirs[-1])
+        model = _add_adapters(spec, model, notes) if adds else adapters.resume(model, adapter_dirs[-1])
         _keep_input_dtypes(spec, model)
     else:
         wanted = None if spec.finetuning_type == "full" else _wanted_by_freeze(spec, model, family, notes)
@@ -84,7 +87,7 @@ def apply(spec: TrainSpec, model: nn.Module, adapter_dirs: Sequence[Path] = ()) 
         warnings=notes,
         adapter_stands_alone=len(adapter_dirs) == 1
         if spec.continues_adapter
-        else not (adapter_dirs or spec.pissa_init),
+        else not (adapter_dirs or (spec.pissa_init and spec.finetuning_type == "lora")),
     )
 
 
@@ -158,8 +161,8 @@ def _unknown_modules(key: str, modules: list[str], known: set[str]) -> RecipeErr
     return RecipeError(f"{key} names {', '.join(map(repr, modules))}, which the model does not have. {hint}")
 
 
-def _add_lora(spec: TrainSpec, model: nn.Module, notes: list[str]) -> nn.Module:
-    from peft import LoraConfig, TaskType, get_peft_model
+def _add_adapters(spec: TrainSpec, model: nn.Module, notes: list[str]) -> nn.Module:
+    from peft import get_peft_model
 
     layers = lora_targets(spec, model)
     for target in split_names(spec.lora_target):
@@ -168,12 +171,38 @@ def _add_lora(spec: TrainSpec, model: nn.Module, notes: list[str]) -> nn.Module:
                 f"lora_target names {target}, but it trains nothing: its layers are frozen by "
                 f"{FROZEN_BY}, or take no adapter, as lm_head."
             )
-    if spec.pissa_init:
+    takes_from_base = spec.pissa_init and spec.finetuning_type == "lora"
+    if takes_from_base:
         notes.append(
             "pissa_init takes the adapters out of the base's weights, so that they fit only what is left of it: the "
             "merged model/ is published, and no adapter/."
         )
-    config = LoraConfig(
+    config = _oft(spec, layers, model) if spec.finetuning_type == "oft" else _lora(spec, layers, model)
+    if takes_from_base:
+        set_seed(spec.seed)  # part of what stays frozen follows from its draws, wherever the model is loaded again
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 reads a name that transformers 5.23 deprecates
+        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+
+
+def _oft(spec: TrainSpec, layers: list[str], model: nn.Module) -> "PeftConfig":
+    from peft import OFTConfig, TaskType
+
+    return OFTConfig(
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=False,
+        r=spec.oft_rank,
+        oft_block_size=spec.oft_block_size,
+        target_modules=layers,
+        module_dropout=spec.module_dropout,
+        modules_to_save=additional_targets(spec, model),
+    )
+
+
+def _lora(spec: TrainSpec, layers: list[str], model: nn.Module) -> "PeftConfig":
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         inference_mode=False,
         r=spec.lora_rank,
@@ -185,11 +214,6 @@ def _add_lora(spec: TrainSpec, model: nn.Module, notes: list[str]) -> nn.Module:
         modules_to_save=additional_targets(spec, model),
         init_lora_weights=_initial_weights(spec, model),
     )
-    if spec.pissa_init:
-        set_seed(spec.seed)  # part of what stays frozen follows from its draws, wherever the model is loaded again
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 reads a name that transformers 5.23 deprecates
-        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
 
 
 def _keep_input_dtypes(spec: TrainSpec, adapted: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from mllm_assets.disk import no_space_is_an_error
 from mllm_assets.errors import IntegrityError
-from mllm_assets.training.models.adapters import adapted_modules
+from mllm_assets.training.models.adapters import adapted_modules, merged
 from mllm_assets.training.models.load import batch_loss, cast_weights, load_config, load_model, release
 from mllm_assets.training.models.older_transformers import add_old_spelling
 from mllm_assets.training.models.weight_files import SharedFiles, Sharing, share_with
@@ -73,7 +73,7 @@ def publish_model(
                 if with_adapter:
                     model.save_pretrained(staging / "adapter")
                 adapted = adapted_modules(model)
-                model = model.merge_and_unload()
+                model = merged(model)
                 sharing = sharing and replace(sharing, trained=_below(model, adapted))
             cast_weights(model, config_dtype)
             model.requires_grad_(False)

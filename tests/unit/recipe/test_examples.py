@@ -6,7 +6,6 @@ from pathlib import Path
 
 PAGE = runpy.run_path(str(Path(__file__).parents[3] / "docs" / "hooks" / "examples.py"))
 REFUSED = {
-    "examples/extras/oft/qwen2_5vl_oft_sft.yaml": "Set finetuning_type: lora, whose adapters are merged in the same",
     "examples/megatron/qwen2_vl_full.yaml": "Megatron spreads one model over GPUs; here fsdp: true does.",
 }
 

@@ -40,10 +40,11 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("bf16: 1", "r.yaml:5: bf16: expected true or false, got 1. Change the value."),
         ("learning_rate: .nan", "r.yaml:5: learning_rate: expected a number, got nan. Change the value."),
         (
-            "finetuning_type: oft",
-            "r.yaml:5: finetuning_type: expected one of lora, freeze, full, got the text 'oft'. Set "
-            "finetuning_type: lora, whose adapters are merged in the same way.",
+            "finetuning_type: oft\noft_rank: 4",
+            "r.yaml:6: oft_rank is 4 and oft_block_size 32: each follows from the other. Set one of the two to 0 and "
+            "the other above it.",
         ),
+        ("streaming: true", "r.yaml:5: streaming needs max_steps. Add a line max_steps: with their number."),
         ("output_dir: 7", "r.yaml:5: output_dir: expected text, got 7. Change the value."),
         (
             "use_galore: true",

@@ -52,6 +52,7 @@ def name_of(train: str = "t1", val: str = "v1", model: str = "m1", num_processes
         {"loraplus_lr_ratio": 4.0},
         {"additional_target": "multi_modal_projector"},
         {"pissa_init": True},
+        {"finetuning_type": "oft"},
         {"vision_lr": 1e-6},
         {"flash_attn": "disabled"},
     ],
