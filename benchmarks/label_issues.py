@@ -49,10 +49,10 @@ def draw(kind: str, rng: random.Random, *, colored: bool = False) -> Image.Image
     return image
 
 
-def draw_all(folder: Path, seed: int, *, colored: bool) -> dict[str, str]:
+def draw_all(folder: Path, seed: int, *, colored: bool = False, num_test: int = NUM_TEST) -> dict[str, str]:
     """Write the pictures as `<split>/<name>/<number>.png`; returns the true names of the wrong ones, by location."""
     rng, wrong = random.Random(seed), {}
-    for split, number in (("train", NUM_TRAIN), ("val", NUM_VAL), ("test", NUM_TEST)):
+    for split, number in (("train", NUM_TRAIN), ("val", NUM_VAL), ("test", num_test)):
         planted = set(rng.sample(range(number), round(SHARE_WRONG * number)) if split == "train" else ())
         for index in range(number):
             kind = KINDS[index % len(KINDS)]

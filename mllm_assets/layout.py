@@ -110,6 +110,10 @@ class Layout:
     def metrics(self, recipe: str, digest: str) -> Path:
         return self.outputs / recipe / "eval_metrics" / digest
 
+    def gained(self, recipe: str, digest: str) -> Path:
+        """What corrections gained."""
+        return self.outputs / recipe / "what_it_gained" / digest
+
     def sweep(self, recipe: str, digest: str) -> Path:
         return self.outputs / recipe / "sweep" / digest
 

@@ -116,6 +116,14 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "data_digests": "Digest of each entry that it was trained on.",
         "path": PATH,
     },
+    "what_it_gained": {
+        "gained": "Each metric without and with corrections, and the gain with its interval, for each entry.",
+        "num_changed": "Training rows whose answers people changed.",
+        "num_dropped": "Training rows that people took out.",
+        "run_without": "The run without corrections.",
+        "weights_digest": "Digest of the model with corrections.",
+        "path": PATH,
+    },
     "predictions": {
         "gallery": "Telling samples: picture, question, right answer, both models' answers, loss.",
         "gallery_path": "All samples as a page with both answers, to open in a browser.",

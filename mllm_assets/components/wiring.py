@@ -74,6 +74,8 @@ class Settings(YamlModel):
         preferences: Makes <recipe>/preferences, the entry <recipe>_preferences for a recipe of stage: dpo: pairs of the
             references and the model's own wrong answers to what it was trained on.
         sweep: Makes <recipe>/sweep, which trains the recipe with other values and chooses the best.
+        what_it_gained: Makes <recipe>/what_it_gained, which trains the recipe once more without people's corrections
+            and compares both models on the same samples.
     """
 
     feature_cache: bool = True
@@ -86,6 +88,7 @@ class Settings(YamlModel):
     preferences: bool = False
     mlflow_registry: MlflowRegistry | None = None
     sweep: Sweep | None = None
+    what_it_gained: bool = False
 
     @property
     def unrelated(self) -> tuple[str, ...]:

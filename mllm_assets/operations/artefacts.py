@@ -29,6 +29,7 @@ PLACES = {
     METRICS: "outputs/*/eval_metrics/*",
     "sweep": "outputs/*/sweep/*",
     "label issues": "outputs/*/label_issues/*",
+    "what it gained": "outputs/*/what_it_gained/*",
     "dataset version": "data/.versions/*/*",
     "measurements": "data/.quality/*/*",
     "source": "data/.raw/*/*",

@@ -4,6 +4,7 @@ import dagster as dg
 
 from mllm_assets.components.assets.checkpoint import checkpoint_asset
 from mllm_assets.components.assets.evaluation import eval_metrics_asset, predictions_asset
+from mllm_assets.components.assets.gained import what_it_gained_asset
 from mllm_assets.components.assets.lineage import model_directory, pull_data
 from mllm_assets.components.assets.preferences import preferences_asset
 from mllm_assets.components.assets.registry import mlflow_model_asset
@@ -26,6 +27,8 @@ def build_recipe_assets(node: Node) -> list[dg.AssetsDefinition]:
         assets.append(sweep_asset(node, node.settings.sweep.to_spec()))
     if node.eval_data:
         assets += [predictions_asset(node), eval_metrics_asset(node), released_model_asset(node)]
+        if node.settings.what_it_gained:
+            assets.append(what_it_gained_asset(node))
         if node.settings.push_to_hub is not None:
             assets.append(hub_model_asset(node, node.settings.push_to_hub.to_spec()))
         if node.settings.mlflow_registry is not None:

@@ -111,6 +111,16 @@ class SplitResult:
         return {fate: number for fate, number in self.augmentations.items() if LEFT_OUT in fate}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MadeVersion:
+    """A published version, and where each of its samples and changed copies went."""
+
+    result: SplitResult
+    assignments: Assignments
+    samples: pa.Table
+    fates: list[tuple[str, str]]
+
+
 @doing("split samples")
 def split(
     spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, run_id: str, corrections: Path | None = None
@@ -124,6 +134,18 @@ def split(
         IntegrityError: `raw`, `quality` or `corrections` was never finished, or they do not belong together.
         DataError: Fewer than two samples are usable, or all of a side were dropped.
     """
+    made = make_version(spec, layout, raw, quality, corrections)
+    point_symlink(layout.data / spec.name, made.result.directory)
+    with doing("write the quality database"):
+        rows = membership(spec, made.result.digest, made.assignments, made.samples, made.fates, run_id)
+        QualityStore(layout.quality_db).write({"split_membership": rows})
+    return made.result
+
+
+def make_version(
+    spec: DatasetSpec, layout: Layout, raw: Path, quality: Path, corrections: Path | None = None
+) -> MadeVersion:
+    """What `split` publishes, without making it the dataset's; raises as that."""
     source, assessment = read_manifest(raw), read_manifest(quality)
     if source["digest"] != assessment["raw_digest"]:
         raise IntegrityError(
@@ -163,12 +185,9 @@ def split(
         )
         write_manifest(staging, _manifest(spec, result, assessment))
         publish(staging, result.directory)
-        point_symlink(layout.data / spec.name, result.directory)
         page.write(result.directory, quality, dataset=spec.name)
     pa.default_memory_pool().release_unused()
-    with doing("write the quality database"):
-        store.write({"split_membership": membership(spec, digest, assignments, samples, fates, run_id)})
-    return result
+    return MadeVersion(result=result, assignments=assignments, samples=samples, fates=fates)
 
 
 def _without_made_up(samples: pa.Table, rows: CorrectedSource) -> pa.Table:

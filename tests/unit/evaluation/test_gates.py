@@ -1,5 +1,6 @@
 """Gates before a release."""
 
+import random
 from typing import Any
 
 import pytest
@@ -50,6 +51,25 @@ def test_a_gain_within_its_noise_does_not_pass() -> None:
     assert not gate.passed and "is 0.0500 (95 % interval 0.0000 to" in gate.description
     assert (gate.observed, gate.low) == (pytest.approx(0.05), 0) and gate.high is not None and gate.high > 0.05
     assert gate.description.endswith("more samples to judge by make the interval narrower.")
+
+
+def test_the_luckiest_of_many_trials_on_val_is_refused_on_test() -> None:
+    """Where answers are shuffled there is nothing to learn, but one of 200 trials looks as if it had learnt on val."""
+    draw, names = random.Random(0), ("cat", "dog")
+    truth = {split: [draw.choice(names) for _ in range(60)] for split in ("val", "test")}
+    guesses = [{split: [draw.choice(names) for _ in range(60)] for split in truth} for _ in range(200)]
+    winner = max(guesses, key=lambda one: sum(map(str.__eq__, one["val"], truth["val"])))
+
+    def gates(split: str) -> dict[str, GateResult]:
+        rows = []
+        for model, answers in (("base", ["cat"] * 60), ("tuned", winner[split])):
+            for row, (answer, right) in enumerate(zip(answers, truth[split], strict=True)):
+                shown = {"row_index": row, "sample_id": f"sample-{row}", "images": [f"images/{row}.png"]}
+                rows.append(prediction(model, 0, **shown, answer=answer, reference=right, label=right))
+        return {one.name: one for one in evaluate_gates(compute_metrics(to_table(rows), ["cat"]), GateSpec())}
+
+    assert gates("val")["beats_most_common_answer"].passed
+    assert not gates("test")["beats_most_common_answer"].passed
 
 
 def test_preferences_are_judged_by_answers_whatever_their_loss() -> None:

@@ -17,12 +17,15 @@ from mllm_assets.data.curate.corrections import (
     in_force,
     read_corrections,
 )
+from mllm_assets.data.curate.register import register
 from mllm_assets.data.curate.splits import SplitResult, split
+from mllm_assets.data.curate.uncorrected import Uncorrected, publish_uncorrected
 from mllm_assets.data.ingest.raw_files import read_texts
 from mllm_assets.data.ingest.sources import ingest
 from mllm_assets.data.ingest.spec import DatasetSpec, SourceSpec, as_json
 from mllm_assets.data.quality.assess import assess
 from mllm_assets.data.quality.store import QualityStore
+from mllm_assets.data.sharegpt.dataset import Dataset, Entry
 from mllm_assets.errors import DataError, IntegrityError, MllmAssetsError
 from mllm_assets.layout import Layout
 from tests.unit.data.made_datasets import made_spec, png, write_source
@@ -101,6 +104,28 @@ def test_a_correction_changes_its_row_and_moves_nothing_and_undo_gives_the_same_
     decide(layout, *(decision(key, "undo") for key in (other, dropped, tested)))
     assert line(made, layout).digest == before.digest
     assert len(read_corrections(layout, "made")) == 7, "nothing is ever deleted"
+
+
+def test_the_rows_without_corrections_are_those_of_before_and_the_dataset_stays_as_it_is(
+    made: DatasetSpec, layout: Layout
+) -> None:
+    def entry(name: str) -> Entry:
+        return Dataset(layout.data, read_part=None).entry(name)
+
+    before = line(made, layout)
+    register(made, layout, before.directory)
+    old = {key: answer(row) for key, (side, row) in rows(before).items() if side == "train"}
+    assert publish_uncorrected(layout, entry(made.train_entry)) is None
+    other, dropped, *_ = old
+    decide(layout, decision(other, old=old[other]), decision(dropped, "drop", old=old[dropped]))
+    after = line(made, layout)
+    register(made, layout, after.directory)
+    found = publish_uncorrected(layout, entry(made.train_entry))
+    assert found == Uncorrected(entry=f"{made.train_entry}_uncorrected", num_changed=1, num_dropped=1)
+    assert {row.id: row.messages[-1].content for row in entry(found.entry).each()} == old
+    assert entry(made.train_entry).version == after.directory.resolve()
+    stored = QualityStore(layout.quality_db).query("SELECT sample_id FROM latest_splits WHERE reason = 'dropped'")
+    assert stored == [{"sample_id": dropped}], "the splits in the database are those that are trained on"
 
 
 def test_sides_do_not_depend_on_when_a_sample_was_dropped(made: DatasetSpec, layout: Layout, tmp_path: Path) -> None:
