@@ -22,7 +22,8 @@ from mllm_assets.data.sharegpt.row_files import FileRow, file_rows
 from mllm_assets.data.sharegpt.tool_turns import called, roles_by_tag, tools_of, with_joined_observations
 from mllm_assets.errors import DataError, all_of, did_you_mean, nearest
 
-FORMATTINGS = ("sharegpt", "openai", "alpaca")
+OPENAI = "openai"  # where calls are in `tool_calls`, and each of their results is a message
+FORMATTINGS = ("sharegpt", OPENAI, "alpaca")
 # columns of LLaMA-Factory whose content cannot be trained on here
 UNSUPPORTED_COLUMNS = ("videos", "audios")
 # columns that may be missing in a row, and so are missing without a word in all where their name is wrong
@@ -218,10 +219,10 @@ def read_messages(
     elif system_column is not None and value.get(system_column):
         messages.append(Message(SYSTEM, _text(value[system_column], f"{place}, {system_column!r}", problems, pictures)))
     spoken = list(enumerate(turns))[opens:]
-    for at, (number, turn) in enumerate(with_joined_observations(spoken, tags) if _calls(entry) else spoken):
+    if entry.formatting == OPENAI:
+        spoken = with_joined_observations([(number, called(turn, tags)) for number, turn in spoken], tags)
+    for at, (number, turn) in enumerate(spoken):
         expected = ANSWERING if at % 2 else ASKING if at else (USER,)
-        if _calls(entry):
-            turn = called(turn, tags)
         role = _role_of(expected, turn, tags, entry, f"{place}, message {number}", problems)
         if role is None:
             return (), (), problems
@@ -248,11 +249,6 @@ def _column_problems(value: Mapping[str, Any], entry: EntryInfo, place: str) -> 
     elif mark is not True:
         text = f"{place}: {column!r} should be true or false, got {mark!r:.40}. Mark the row, or take it out."
         yield RowProblem("answer_mark_unreadable", text)
-
-
-def _calls(entry: EntryInfo) -> bool:
-    """Whether calls are in `tool_calls`, and each of their results is a message."""
-    return entry.formatting == "openai"
 
 
 def _role_of(
@@ -338,7 +334,7 @@ def _rejected(value: Mapping[str, Any], entry: EntryInfo, place: str, problems: 
     tags, where = entry.tags, f"{place}, {column!r}"
     if entry.formatting == "alpaca":
         turn, tags = {"role": ASSISTANT, "content": turn}, _OWN_TAGS
-    turn = called(turn, tags) if _calls(entry) else turn
+    turn = called(turn, tags) if entry.formatting == OPENAI else turn
     role = _role_of(ANSWERING, turn, tags, entry, where, problems)
     if role is None:
         return None
