@@ -8,6 +8,8 @@ import importlib
 import os
 import sys
 import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +17,7 @@ from mllm_assets.errors import MllmAssetsError, RecipeError
 from mllm_assets.settings import PLUGINS
 
 T = TypeVar("T")
+MODULES: dict[str, Any] = sys.modules  # None means that a module counts as not installed
 
 
 def load_plugins() -> None:
@@ -72,3 +75,14 @@ def resolve(reference: str) -> Any:
     """Import what a `module:name` refers to: code that must not load with the graph is named, not imported."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+@contextmanager
+def counting_as_missing(names: Sequence[str]) -> Iterator[None]:
+    """Let modules that are not loaded count as not installed, for libraries that import them without a need."""
+    hidden = [name for name in names if MODULES.setdefault(name, None) is None]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del MODULES[name]

@@ -81,7 +81,8 @@ class EntrySamples:
         """Encode them, as far as they are not below `rows_root`."""
         make = partial(self._encoded, encoder, rows_root, reporter)
         own = make("own", lambda parse: encoder.encode(parse()), self.unparsed, len(self))
-        partners = shuffled_partners(*own.numbered_pictures(), seed=SHUFFLE_SEED)
+        pictures = own.numbered_pictures()
+        partners = shuffled_partners(pictures.numbers, pictures.ends, seed=SHUFFLE_SEED)
         paired = np.flatnonzero(partners >= 0)
 
         def with_partners() -> Iterator[tuple[Parse, int]]:
@@ -90,7 +91,7 @@ class EntrySamples:
         # encoded again: an image of another size may take another number of tokens
         swapped = make(
             ["swapped", SHUFFLE_SEED],
-            lambda one: encoder.encode(replace(one[0](), images=own.images_of(int(one[1])))),
+            lambda one: encoder.encode(replace(one[0](), images=pictures.of(int(one[1])))),
             with_partners,
             len(paired),
         )
@@ -202,7 +203,7 @@ def shuffled_partners(images: np.ndarray, ends: np.ndarray, *, seed: int) -> np.
     partners = np.full(len(counts), -1, np.int32)
     generator = random.Random(seed)
     for count in np.unique(counts[counts > 0]).tolist():
-        shuffled = array("i", np.flatnonzero(counts == count).tolist())
+        shuffled = array("i", np.flatnonzero(counts == count).astype(np.int32).tobytes())
         generator.shuffle(shuffled)
         order = np.array(shuffled, np.int32)
         of_each = images[ends[:-1][order][:, None] + np.arange(count)]

@@ -59,7 +59,10 @@ class Answers:
     @cached_property
     def rouge(self) -> dict[str, np.ndarray]:
         """ROUGE-1, ROUGE-2 and ROUGE-L F1 of each answer, 0..1."""
-        from rouge_score.rouge_scorer import RougeScorer
+        # Its NLTK would import them for what is not used here: a second of CPU time. And scikit-learn sets variables
+        # when it is imported, for which the worker that is kept would not do any longer
+        with plugins.counting_as_missing(("scipy", "sklearn")):
+            from rouge_score.rouge_scorer import RougeScorer
 
         names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
         scorer = RougeScorer(list(names.values()), use_stemmer=False)

@@ -19,18 +19,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm_assets.worker import supervisor
+from mllm_assets.worker import interrupts, supervisor
 from mllm_assets.worker.tasks import Task
 
 PIPES = "DAGSTER_PIPES_"  # variables with this prefix are of one task, and nothing reads them on import
 IDLE_S = 60.0
 TAKEN = b"taken"
+LOAD = "load"
 OURS = "mllm_assets."  # the process of any other task ends with it
 MESSAGE_BYTES = 100_000
 
@@ -59,12 +60,18 @@ class Forks:
         with suppress(ConnectionError):
             socket.send_fds(self.channel, [message], [1, 2])
 
+    def load(self, entries: Sequence[str]) -> None:
+        """Let it import what tasks of these entries need, ahead of the first one."""
+        with suppress(ConnectionError):
+            self.channel.send(json.dumps({LOAD: entries}).encode())
+
     def takes(self) -> bool:
-        """Wait until it has begun with the task; False where it has ended instead."""
+        """Wait until it has begun with the task; False where it has ended instead. A held interrupt is raised."""
         while not self.taken:
             if self.poll() is not None:
                 return False
             time.sleep(0.005)
+            interrupts.raise_held()
         return True
 
     def poll(self) -> int | None:
@@ -149,11 +156,17 @@ def serve(load: Callable[[str], object], run: Callable[[Path, Path], int]) -> in
         message, descriptors, _, _ = socket.recv_fds(channel, MESSAGE_BYTES * 2, 2)
         if not message:
             break
-        channel.send(TAKEN)
-        entry, task_path, result_path, env = json.loads(message)
-        if entry.startswith(OURS):
-            with suppress(Exception):  # the worker meets it again, and says it
-                load(entry)
+        said = json.loads(message)
+        entries = said[LOAD] if LOAD in said else said[:1]
+        if LOAD not in said:
+            channel.send(TAKEN)
+        for entry in entries:
+            if entry.startswith(OURS):
+                with suppress(Exception):  # the worker meets it again, and says it
+                    load(entry)
+        if LOAD in said:
+            continue
+        _, task_path, result_path, env = said
         gc.freeze()  # pages that the collector writes to are no longer shared
         parent, has_worker = os.getpid(), True
         pid = os.fork()

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,6 +68,15 @@ def run_worker(
         else:
             code = _run_command(worker_command(task.accelerator, task_path, result_path), env, on_poll, grace_s)
         return read_outcome(task, code, result_path)
+
+
+def load_ahead(accelerator: Accelerator, entries: Sequence[str], *, grace_s: float) -> None:
+    """Let the process that workers are forks of load its libraries while this one does something else."""
+    if supervisor.IS_LINUX and accelerator.num_processes == 1 and forks.kept() is None:
+        variables = {**os.environ, **thread_variables(accelerator)}
+        waiting = _start_forks(variables, (variables, os.getcwd(), grace_s), grace_s)
+        waiting.load(entries)
+        forks.keep(waiting)
 
 
 def _run_command(command: list[str], env: Mapping[str, str], on_poll: Callable[[], None] | None, grace_s: float) -> int:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from mllm_assets.artifacts import lock_path, write_json_atomic
 from mllm_assets.errors import MachineError, MllmAssetsError
-from mllm_assets.plugins import load_plugins, resolve
+from mllm_assets.plugins import MODULES, counting_as_missing, load_plugins, resolve
 from mllm_assets.redaction import redacted, redacted_output
 from mllm_assets.worker import forks
 from mllm_assets.worker.protocol import (
@@ -39,7 +39,6 @@ from mllm_assets.worker.usage import of_this_worker
 
 EXIT_CRASHED = 1  # as Python ends after an exception
 LOCK_WAIT_S = 5.0  # a worker that is being ended may still hold it
-MODULES: dict[str, Any] = sys.modules  # None means that a module counts as not installed
 # What libraries import if it is installed, with the CPU seconds that it takes: transformers' Trainer to recognise
 # tables of `datasets` (1.2, with its pandas), transformers for the losses of object detection (0.2), accelerate to
 # configure SageMaker (0.1; both together 0.4 of 3.6)
@@ -63,14 +62,11 @@ def find_function(entry: str) -> Callable[[Task[Any], Reporter], Any]:
     # The collector would look again and again through the objects of the libraries, which all stay: 4.7 s instead of
     # 3.5 s of CPU time until `mllm_assets.evaluation.predict` is loaded, for 8 MiB
     gc.disable()
-    not_needed = NOT_NEEDED if entry.startswith(forks.OURS) else ()
-    hidden = [name for name in not_needed if MODULES.setdefault(name, None) is None]
     try:
-        return resolve(entry)
+        with counting_as_missing(NOT_NEEDED if entry.startswith(forks.OURS) else ()):
+            return resolve(entry)
     finally:
         gc.enable()
-        for name in hidden:
-            del MODULES[name]
 
 
 def run(task: Task[Any], result_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +13,9 @@ import psutil
 import pytest
 
 from mllm_assets.errors import DataError
-from mllm_assets.worker import forks
-from mllm_assets.worker.launch import run_worker
-from mllm_assets.worker.tasks import BuildTask
+from mllm_assets.worker import forks, interrupts
+from mllm_assets.worker.launch import load_ahead, run_worker
+from mllm_assets.worker.tasks import Accelerator, BuildTask
 from tests.fake_tasks import FakeTask
 from tests.integration.conftest import wait_for
 from tests.worker_tasks import evaluation
@@ -64,6 +65,26 @@ def test_tasks_share_a_process_until_a_variable_or_the_folder_is_another(
     assert other != first and not first.is_running()
     monkeypatch.chdir(tmp_path)
     assert supervisor_after(BuildTask(directory=tmp_path / "5")) != other and not other.is_running()
+
+
+def test_libraries_that_are_loaded_ahead_serve_the_first_task(tmp_path: Path) -> None:
+    load_ahead(Accelerator(), (BuildTask.entry,), grace_s=10.0)
+    ahead = forks.kept()
+    assert ahead is not None
+    load_ahead(Accelerator(), (BuildTask.entry,), grace_s=10.0)
+    assert forks.kept() is ahead, "one is enough"
+    assert supervisor_after(BuildTask(directory=tmp_path / "1")).pid == ahead.supervisor.pid
+
+
+def test_an_interrupt_is_raised_while_libraries_still_load() -> None:
+    """They may take 20 s, before Python's files of them are compiled."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as loading:
+        waiting = forks.Forks(supervisor=loading, channel=ours, mark="", conditions=None)
+        with pytest.raises(KeyboardInterrupt), interrupts.held_back():
+            os.kill(os.getpid(), signal.SIGINT)
+            waiting.takes()
+        waiting.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -15,6 +15,7 @@ from mllm_assets.components.instance.run_plan import Request, RunPlan, plan_run
 from mllm_assets.components.jobs import job_names
 from mllm_assets.components.progress import CANCELLED
 from mllm_assets.components.reporting import failed_by_checks, failure_text, is_interruption, shown_step
+from mllm_assets.components.resources import all_in_this_process
 from mllm_assets.components.slots import end_dead_runs
 from mllm_assets.layout import Layout
 
@@ -73,6 +74,7 @@ def _execute(
 ) -> Outcome:
     with (
         capture_interrupts(),
+        all_in_this_process(),
         dg.execute_job(
             location.job(_job_of(plan, location)),
             instance=instance,

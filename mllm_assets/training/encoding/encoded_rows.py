@@ -9,7 +9,7 @@ import os
 from array import array
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -134,6 +134,25 @@ def _mapped(file: Path, number: int, folder: Path) -> Batch:
 def _batch(reader: pa.RecordBatchFileReader, file: Path, number: int, folder: Path) -> Batch:
     image_token_id = int(reader.schema.metadata[IMAGE_TOKEN_ID])
     return Batch(reader.get_batch(number), image_token_id, folder, (file, number))
+
+
+@dataclass(frozen=True, slots=True)
+class NumberedPictures:
+    """The pictures of rows in memory, where rows that are mapped would bring in pages around each.
+
+    Attributes:
+        numbers: One for each picture of all rows, the same for the same.
+        ends: Where those of each row end, behind a 0.
+        names: Folder and name of each number.
+    """
+
+    numbers: np.ndarray
+    ends: np.ndarray
+    names: Sequence[tuple[Path, bytes]]
+
+    def of(self, place: int) -> tuple[Path, ...]:
+        """The pictures of a row."""
+        return tuple(_path(*self.names[number]) for number in self.numbers[self.ends[place] : self.ends[place + 1]])
 
 
 class EncodedRows(Sequence[EncodedRow]):
@@ -266,8 +285,8 @@ class EncodedRows(Sequence[EncodedRow]):
                     seen.add((folder, name))
                     yield _path(folder, name), row_id
 
-    def numbered_pictures(self) -> tuple[np.ndarray, np.ndarray]:
-        """The pictures of rows that are not packed: a number for each, the same for the same, and where a row's end."""
+    def numbered_pictures(self) -> "NumberedPictures":
+        """The pictures of rows that are not packed, by numbers."""
         assert self._ends is None
         known: dict[tuple[Path, bytes], int] = {}
         numbers, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
@@ -281,12 +300,7 @@ class EncodedRows(Sequence[EncodedRow]):
         lengths = np.diff(begins)[self._numbers]
         ends = np.concatenate([[0], np.cumsum(lengths)])
         places = np.repeat(begins[:-1][self._numbers] - ends[:-1], lengths) + np.arange(ends[-1])
-        return of_stored[places], ends
-
-    def images_of(self, place: int) -> tuple[Path, ...]:
-        """The pictures of a row that is not packed."""
-        at, number = self._at(int(self._numbers[place]))
-        return self._batches[at].images(number)
+        return NumberedPictures(of_stored[places], ends, list(known))
 
     def _members(self, place: int) -> np.ndarray:
         if self._ends is None:

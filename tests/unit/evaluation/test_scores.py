@@ -1,5 +1,9 @@
 """Scores of answers against references and labels."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from mllm_assets.evaluation.scores import Answers, corpus_score, definitions, exact_matches, find_label
@@ -50,3 +54,20 @@ def test_definitions_name_library_version_and_tokeniser() -> None:
     text = definitions()
     assert "tok:13a" in text["bleu"] and "version:2." in text["bleu"] and "eff:yes" in text["bleu"]
     assert "rouge-score 0.1" in text["rouge_l"]
+
+
+SCORED = """
+import os, sys
+before = dict(os.environ)
+from mllm_assets.evaluation.scores import Answers
+print(float(Answers(answers=["a cat"], references=["a cat"]).rouge["rouge_l"][0]), dict(os.environ) == before)
+print([name for name in ("sklearn", "scipy") if name in sys.modules])
+import scipy
+"""
+
+
+def test_rouge_loads_no_library_that_it_does_not_use_and_sets_no_variable() -> None:
+    """NLTK imported scikit-learn, whose variables ended the worker that is kept: the release loaded PyTorch again."""
+    command = [sys.executable, "-c", SCORED]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
+    assert output.splitlines() == ["1.0 True", "[]"]

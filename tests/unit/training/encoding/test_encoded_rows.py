@@ -94,6 +94,29 @@ def test_a_row_is_read_as_it_was_encoded_from_files_and_from_memory(tmp_path: Pa
         assert (twice + found).num_different_tokens == sum(different.values()) < found.counted("num_tokens").sum()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_pictures_of_mapped_rows_are_known_without_a_page_of_them(tmp_path: Path, rows: list[EncodedRow]) -> None:
+    """Predictions ask for those of another row, at random: all pages of a million rows came into memory."""
+    stored = stored_rows(tmp_path / "rows", source_of(rows, tmp_path), FileDigests(), Reporter())
+    pictures = stored.numbered_pictures()
+    before = mapped_pages(tmp_path / "rows")
+    assert [pictures.of(place) for place in range(len(rows))] == [row.images for row in rows]
+    assert mapped_pages(tmp_path / "rows") == before
+    last_first = stored.take(range(len(rows) - 1, -1, -1))
+    assert last_first.numbered_pictures().of(0) == rows[-1].images
+
+
+def mapped_pages(folder: Path) -> int:
+    """KiB of files below a folder that are in this process's memory."""
+    found, is_below = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            is_below = str(folder) in line
+        elif is_below and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
 def test_packed_rows_are_put_together_when_they_are_asked_for(tmp_path: Path, rows: list[EncodedRow]) -> None:
     packed = EncodedRows.of(rows, IMAGE, tmp_path / "data").packed([[3, 5], [0]])
     assert len(packed) == 2 and packed.counted("num_tokens").tolist() == [7, 7]
