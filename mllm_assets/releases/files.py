@@ -103,7 +103,7 @@ def write_llamafactory(staging: Path, place: str, run: Mapping[str, Any], base_m
         adapter = {
             "model_name_or_path": base_model,
             "adapter_name_or_path": f"{place}/{ADAPTER}",
-            "finetuning_type": spec["finetuning_type"],
+            "finetuning_type": spec.get("finetuning_type", "lora"),
             **common,
             "export_dir": f"outputs/merged_{Path(place).parent.name}",
         }
