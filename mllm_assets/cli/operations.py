@@ -117,15 +117,19 @@ def _shown(findings: Sequence["Finding"], *, as_json: bool) -> int:
 
 
 def _gc(arguments: argparse.Namespace) -> int:
-    from mllm_assets.components.instance.home import latest_metadata
+    from mllm_assets.components.instance.home import latest_metadata, use_home
     from mllm_assets.operations.artefacts import project_names
     from mllm_assets.operations.gc import Policy, delete, find_garbage, print_plan
+    from mllm_assets.project.create import HOME
     from mllm_assets.project.read import find_root_module
 
     layout, project = Layout.from_environment(), Path.cwd()
     policy = Policy(keep_runs=arguments.keep_runs, older_than_s=arguments.older_than)
-    named, in_progress = latest_metadata()
     package = find_root_module(project)
+    of_project = project if package else layout.root
+    if (of_project / HOME).is_dir():  # what `run` keeps its history in
+        use_home(of_project)
+    named, in_progress = latest_metadata()
     named += project_names(project, package)
     plan = find_garbage(layout, policy, also_named=named, in_progress=in_progress)
     notes = list(plan.notes)

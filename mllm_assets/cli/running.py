@@ -23,7 +23,8 @@ def add_commands(verbs: Verbs) -> None:
         "names",
         nargs="+",
         metavar="RECIPE|DATASET|ASSET",
-        help="for example emoji_sft, emoji, emoji_sft/eval_metrics; an asset that is named is made again",
+        help="for example emoji_sft, emoji, emoji_sft/eval_metrics, '*/sample_quality'; an asset that is named without "
+        "a pattern is made again",
     )
     run.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="keys that override the recipe's")
     run.add_argument(

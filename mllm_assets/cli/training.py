@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mllm_assets.cli.options import Verbs, add_device_option
 from mllm_assets.layout import Layout
-from mllm_assets.project.read import recipe_file
+from mllm_assets.project.read import recipe_file, require_known_recipe
 
 if TYPE_CHECKING:
     from mllm_assets.recipe.load import Recipe
@@ -44,7 +44,10 @@ def _load(arguments: argparse.Namespace, layout: Layout) -> "Recipe":
     from mllm_assets.recipe.load import load_recipe
 
     given = Path(arguments.recipe)
-    return load_recipe(given if given.exists() else recipe_file(layout, str(given)) or given, arguments.overrides)
+    path = given if given.exists() else recipe_file(layout, str(given)) or given
+    if not path.exists() and path.name == arguments.recipe and not path.suffix:
+        require_known_recipe(layout, arguments.recipe)
+    return load_recipe(path, arguments.overrides)
 
 
 def _train(arguments: argparse.Namespace) -> int:

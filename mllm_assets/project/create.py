@@ -16,6 +16,7 @@ from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.pages import page_template
 
 PACKAGE = Path(__file__).parents[1]
+HOME = ".dagster_home"  # Dagster's folder in a project
 MAY_BE_THERE = {".git", ".venv"}  # `git init` and the environment that this runs in come first
 SHARED = ("configs", "dagster.yaml", "workspace.yaml", ".gitignore")
 TEMPLATES = ("README.md", "Makefile", "pyproject.toml")
@@ -75,7 +76,7 @@ def make_home(project: Path) -> Path:
 
     Where DAGSTER_HOME is set, only the `dagster.yaml` in it counts.
     """
-    home = project / ".dagster_home"
+    home = project / HOME
     settings = home / "dagster.yaml"
     home.mkdir(parents=True, exist_ok=True)
     if not settings.exists():

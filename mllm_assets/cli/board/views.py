@@ -94,11 +94,12 @@ def curves_view(runs: Sequence[KnownRun], titles: Sequence[str], *, smooth: floa
 
 
 def titles_of(runs: Sequence[KnownRun]) -> list[str]:
-    """A name for each run; those that two runs share get the beginning of the hash behind them."""
+    """A name for each run; those that two runs share get the beginning of the hash behind them, or all of it."""
     names = [run.name for run in runs]
+    short = [f"{run.name} · {run.directory.name[:6]}" for run in runs]
     return [
-        f"{name} · {run.directory.name[:6]}" if names.count(name) > 1 else name
-        for name, run in zip(names, runs, strict=True)
+        name if names.count(name) == 1 else begun if short.count(begun) == 1 else f"{name} · {run.directory.name}"
+        for name, begun, run in zip(names, short, runs, strict=True)
     ]
 
 

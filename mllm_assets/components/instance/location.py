@@ -100,19 +100,19 @@ class Location:
         """The assets that a name asks for.
 
         It is that of a recipe (also its file), a dataset or a model: the last asset of its line; or of an asset, or a
-        pattern such as `*/sample_quality`, which leaves out what is switched off.
+        pattern such as `*/sample_quality`, which leaves out what is switched off and what publishes.
 
         Raises:
             RecipeError: There is none. Names the nearest.
         """
-        name = self.plain(name)
+        typed, name = name, self.plain(name)
         if name in self.keys:
             return [self.keys[name]]
         if name in self.owners:
             return self._ends(self.owners[name])
         if (model := f"{MODELS}/{_slug(name)}") in self.keys:
             return [self.keys[model]]
-        if matching := [key for shown, key in self.keys.items() if "*" in name and fnmatchcase(shown, name)]:
+        if matching := self._matching(name):
             on = [key for key in matching if OFF not in self.repository.asset_graph.get(key).tags]
             return sorted(on or matching)
         name = name.lstrip("+").removeprefix("key:").strip("\"'/")  # what `dg launch --assets` takes
@@ -123,7 +123,11 @@ class Location:
             there = f"{owner} has {', '.join(key.path[-1] for key in self.owners[owner])}."
         else:
             there = f"There are: {', '.join(sorted(self.owners))}; models: {', '.join(self._models())}."
-        raise RecipeError(f"Nothing is called {name!r}. {nearest}{there} Nothing was run.")
+        raise RecipeError(f"Nothing is called {typed!r}. {nearest}{there} Nothing was run.")
+
+    def _matching(self, pattern: str) -> list[dg.AssetKey]:
+        found = [key for shown, key in self.keys.items() if "*" in pattern and fnmatchcase(shown, pattern)]
+        return [key for key in found if key.path[-1] != NOT_IMPLIED]
 
     def _ends(self, keys: Iterable[dg.AssetKey]) -> list[dg.AssetKey]:
         mine = {key for key in keys if key.path[-1] != NOT_IMPLIED}

@@ -87,7 +87,7 @@ def plan_run(request: Request, location: Location, instance: dg.DagsterInstance,
     """
     graph = location.repository.asset_graph
     found = {location.plain(name): location.find(name) for name in request.names}
-    explicit = {key for name, keys in found.items() if name not in location.owners for key in keys}
+    explicit = {key for name, keys in found.items() if not (name in location.owners or "*" in name) for key in keys}
     named = list(dict.fromkeys(key for keys in found.values() for key in keys))
     recipes = _overridden_recipes(request, location, {key.path[0] for key in named}, layout)
     trials = {name: values for name, recipe in recipes.items() if (values := overridden(recipe))}
@@ -102,7 +102,7 @@ def plan_run(request: Request, location: Location, instance: dg.DagsterInstance,
     forced |= {other: forced.get(other, NAMED) for other in _together(explicit, graph)}
     outdated = find_outdated(location.repository, instance, keys, forced=forced)
     partners = _together(set(outdated.reasons), graph) - set(outdated.reasons)
-    reasons = outdated.reasons | dict.fromkeys(partners, "made with the others")
+    reasons = _with_values(outdated.reasons, trials) | dict.fromkeys(partners, "made with the others")
     order = [key for key in graph.toposorted_asset_keys if key in keys]
     blocked = {key: outdated.blocked[key] for key in order if key in outdated.blocked and key not in reasons}
     changed = {key: value for values in trials.values() for key, value in values.items()}
@@ -115,6 +115,16 @@ def plan_run(request: Request, location: Location, instance: dg.DagsterInstance,
         config=config,
         tags=run_tags(" ".join(dict.fromkeys(key.path[0] for key in named)), changed),
     )
+
+
+def _with_values(reasons: Mapping[dg.AssetKey, str], trials: Mapping[str, Mapping[str, Any]]) -> dict[dg.AssetKey, str]:
+    """The reasons, those of a checkpoint with the values that it trains with instead of the file's."""
+    found = dict(reasons)
+    for key, why in reasons.items():
+        shown = shown_overrides(trials.get(key.path[0], {})) if key.path[-1] == "checkpoint" else ""
+        if shown not in why:
+            found[key] = f"{why}, with {shown}"
+    return found
 
 
 def _together(keys: Collection[dg.AssetKey], graph: AssetGraph) -> set[dg.AssetKey]:
@@ -150,12 +160,15 @@ def _notes(recipe: Recipe, request: Request, trial: Mapping[str, Any]) -> Iterat
     """Which values of the command line have no effect, and which none on a run that is finished."""
     notes = [note for note in recipe.notes if note not in load_recipe(recipe.path).notes]
     yield from notes
+    if trial or notes or request.force:
+        return
     given = [text.partition("=")[0].strip() for text in request.overrides]
-    if not trial and not notes and not request.force:
-        yield (
-            f"{', '.join(given)}: as in {recipe.path.name}, or nothing that the weights depend on. A finished run is "
-            "taken as it is; --force trains again."
-        )
+    spec = load_recipe(recipe.path).spec
+    same = [key for key in given if getattr(spec, key, None) == getattr(recipe.spec, key, None)]
+    other = [key for key in given if key not in same]
+    texts = [f"{', '.join(same)}: as in {recipe.path.name}"] if same else []
+    texts += [f"{', '.join(other)}: the weights do not depend on it"] if other else []
+    yield f"{'; '.join(texts)}. A finished run is taken as it is; --force trains again."
 
 
 def _require_entries(recipe: Recipe, layout: Layout) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mllm_assets.data.ingest.images import EXTENSIONS
 from mllm_assets.data.quality.store import QualityStore
-from mllm_assets.errors import DataError
+from mllm_assets.errors import DataError, did_you_mean
 from mllm_assets.layout import Layout
 
 PAGE_SIZE = 24
@@ -153,8 +153,9 @@ def browse(layout: Layout, query: SampleQuery) -> SamplePage:
     """
     if query.order not in ORDERS:
         raise DataError(f"Samples cannot be ordered {query.order!r}: expected one of {', '.join(ORDERS)}.")
-    if query.dataset not in assessed_datasets(layout):
-        raise DataError(f"{query.dataset} was not assessed yet: mllm-assets run {query.dataset}")
+    if query.dataset not in (known := assessed_datasets(layout)):
+        hint = did_you_mean(query.dataset, known)
+        raise DataError(f"{query.dataset} was not assessed yet. {hint}To make a dataset: mllm-assets run DATASET")
     store = QualityStore(layout.quality_db)
     names = ("dataset", "text", "split", "flag", "recipe", "answers")
     params: dict[str, Any] = {name: getattr(query, name) for name in names} | {"flagged": FLAGGED}

@@ -207,6 +207,20 @@ def test_gc_says_what_it_could_not_look_at(
     assert f"{tmp_path} is not a project: recipes and defs.yaml files were not checked" in said
 
 
+def test_gc_looks_at_the_history_that_run_keeps_in_a_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`run` finds it without DAGSTER_HOME; what only that history names could have been deleted."""
+    monkeypatch.setenv("DAGSTER_HOME", "set and taken away, so that it is restored")
+    monkeypatch.delenv("DAGSTER_HOME")
+    monkeypatch.setenv("MLLM_ASSETS_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".dagster_home").mkdir()
+    assert main(["gc"]) == 0
+    assert "DAGSTER_HOME is not set" not in capsys.readouterr().out
+    assert (tmp_path / ".dagster_home" / "history").is_dir(), "it was opened"
+
+
 def test_init_where_a_file_is_in_the_way_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "birds"

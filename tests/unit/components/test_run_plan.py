@@ -105,6 +105,7 @@ def names(keys: object) -> list[str]:
         ("max_steps", "Nothing is called 'max_steps'. A recipe's key takes a value: max_steps=VALUE. There are:"),
         ("*/nothing", "Nothing is called"),
         ("", "Nothing is called ''"),
+        ('"birds_sft"', "Nothing is called '\"birds_sft\"'. Did you mean 'birds_sft'?"),
         ('+key:"birds_sft/eval_metric"', "Did you mean 'birds_sft/eval_metrics'? birds_sft has checkpoint"),
         ("birds_sft/", "Did you mean 'birds_sft'?"),
     ],
@@ -242,8 +243,8 @@ def test_a_value_that_the_graph_has_no_asset_for_is_refused_before_anything_runs
     ("value", "note"),
     [
         ("lora_rank=16", ["lora_rank has no effect: finetuning_type is full, not lora."]),
-        ("logging_steps=7", ["logging_steps: as in birds_sft.yaml, or nothing that the weights depend on. A finished"]),
-        ("max_steps=40", ["max_steps: as in birds_sft.yaml, or nothing"]),
+        ("logging_steps=7", ["logging_steps: the weights do not depend on it. A finished run is taken as it is;"]),
+        ("max_steps=40", ["max_steps: as in birds_sft.yaml. A finished run is taken as it is; --force trains again."]),
         ("max_steps=41", []),
     ],
 )
@@ -255,9 +256,22 @@ def test_a_value_without_effect_is_said_in_the_plan(
     assert len(found) == len(note) and all(text.startswith(start) for text, start in zip(found, note, strict=True))
 
 
-def test_what_is_forced_says_so(project: Path, instance: dg.DagsterInstance) -> None:
+def test_what_is_forced_says_so_and_a_trial_has_its_values(project: Path, instance: dg.DagsterInstance) -> None:
     reasons = planned(project, instance, "birds_sft", force=True).reasons
     assert set(reasons.values()) == {"forced: made again"}
+    checkpoint = dg.AssetKey(["birds_sft", "checkpoint"])
+    trial = planned(project, instance, "birds_sft", force=True, overrides=["max_steps=3"]).reasons
+    assert trial[checkpoint] == "forced: made again, with max_steps=3"
+    first = planned(project, instance, "birds_sft", overrides=["max_steps=3"]).reasons
+    assert first[checkpoint] == "never made, with max_steps=3"
+
+
+def test_a_pattern_makes_what_is_out_of_date_and_publishes_nothing(project: Path, instance: dg.DagsterInstance) -> None:
+    """`run '*'` made everything again, each asset being "named", and pushed to the Hub."""
+    run(Request(names=["birds"]), project, Layout(project), dry_run=False, notify=lambda _: None)
+    plan = planned(project, instance, "bird*")
+    assert {"birds/raw", "birds/dataset_info"} <= set(names(plan.current))
+    assert "birds_sft/checkpoint" in names(plan.reasons) and "birds_sft/hub_model" not in names(plan.reasons)
 
 
 def test_a_trial_is_judged_and_released_only_by_name(project: Path, instance: dg.DagsterInstance) -> None:
