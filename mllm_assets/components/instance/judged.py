@@ -1,7 +1,8 @@
 """How the gates of evaluated runs were judged, from Dagster's history: with the thresholds that held at that time."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import dagster as dg
 from dagster._core.events import DagsterEventType
@@ -34,11 +35,18 @@ def judged_gates(recipes: Iterable[str]) -> dict[str, dict[str, str]]:
                         continue
                     judged = event.dagster_event.asset_check_evaluation_data
                     if folder := folders.get(event.run_id):
-                        observed = facts_of(judged.metadata).get("observed")
-                        figure = f" ({float(observed):z.4g})" if observed is not None else ""
-                        text = f"{'passed' if judged.passed else 'failed'}{figure}"
+                        text = f"{'passed' if judged.passed else 'failed'}{_figure(facts_of(judged.metadata))}"
                         found.setdefault(folder, {}).setdefault(gate, text)
     return found
+
+
+def _figure(facts: Mapping[str, Any]) -> str:
+    """What was observed, with the ends of its interval where it has one."""
+    if (observed := facts.get("observed")) is None:
+        return ""
+    ends = [facts[name] for name in ("interval_low", "interval_high") if name in facts]
+    interval = ", {:z.4g} to {:z.4g}".format(*map(float, ends)) if len(ends) == 2 else ""
+    return f" ({float(observed):z.4g}{interval})"
 
 
 def _folders(instance: dg.DagsterInstance, key: dg.AssetKey) -> dict[str, str]:
