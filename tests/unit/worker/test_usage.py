@@ -17,7 +17,7 @@ def test_the_cpu_time_of_processes_below_counts_ended_or_not() -> None:
         assert living.stdout is not None and living.stdout.readline()
     living.kill()
     living.communicate()
-    assert 1.0 <= usage.cpu_s < 2.0
+    assert 0.95 <= usage.cpu_s < 2.0, "the system counts whole ticks of 10 ms"
     assert usage.wall_s > 0.5 and usage.money == 0
 
 
