@@ -53,7 +53,8 @@ def approve_tab(tab: Any, layout: Layout) -> None:
         return show(name)
 
     tab.select(begin, recipe, [recipe, shown, subject], show_progress="hidden")
-    recipe.change(show, recipe, [shown, subject], show_progress="hidden")
+    # not `change`: the answer to what `begin` sets came after a person's refusal, and took its message away
+    recipe.input(show, recipe, [shown, subject], show_progress="hidden")
     asked: list[Any] = [recipe, subject, who, why]
     approve.click(lambda *values: decide(*values, approved=True), asked, [shown, subject])
     refuse.click(lambda *values: decide(*values, approved=False), asked, [shown, subject])
