@@ -77,7 +77,9 @@ def review_tab(page: Any, tab: Any, layout: Layout) -> None:
     tab.select(begin, None, [dataset, *outputs], show_progress="hidden")
     page.load(None, None, None, js=KEYS)
     dataset.change(lambda name: _choices(layout, name), dataset, [recipe, answer], show_progress="hidden")
-    when_filtered(filters, lambda *values: show(*values, 0), outputs)
+    # what a person chooses: the answer to what `begin` sets came after a first decision, and led back to sample 1
+    chosen = [dataset.input, text.input, split.input, recipe.change, answers.input]
+    when_filtered(chosen, filters, lambda *values: show(*values, 0), outputs)
     for name, step in (("previous", -1), ("next", 1)):
         buttons[name].click(
             lambda *v, step=step: show(*v[:-1], v[-1] + step), [*filters, at], outputs, show_progress="hidden"

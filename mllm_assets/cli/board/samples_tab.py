@@ -63,7 +63,7 @@ def samples_tab(page: Any, layout: Layout, *, links_pages: bool) -> None:
     shown = [found, number, grid]
     page.load(begin, None, [dataset, *shown], show_progress="hidden")
     dataset.change(of_dataset, dataset, [flag, recipe], show_progress="hidden")
-    when_filtered(filters, lambda *values: show(*values, 1), shown)
+    when_filtered([part.change for part in filters], filters, lambda *values: show(*values, 1), shown)
     for button, step in ((back, -1), (on, 1)):
         button.click(
             lambda *v, step=step: show(*v[:-1], v[-1] + step), [*filters, number], shown, show_progress="hidden"
@@ -71,9 +71,9 @@ def samples_tab(page: Any, layout: Layout, *, links_pages: bool) -> None:
     number.submit(show, [*filters, number], shown, show_progress="hidden")
 
 
-def when_filtered(filters: list[Any], show: Callable[..., Any], outputs: list[Any]) -> None:
+def when_filtered(events: list[Any], filters: list[Any], show: Callable[..., Any], outputs: list[Any]) -> None:
     """Show what is found by the filters' newest values: of several listeners an older answer could come last."""
-    gr.on([part.change for part in filters], show, filters, outputs, show_progress="hidden", trigger_mode="always_last")
+    gr.on(events, show, filters, outputs, show_progress="hidden", trigger_mode="always_last")
 
 
 def _page_of(layout: Layout, *values: Any) -> tuple[str, int, str]:
