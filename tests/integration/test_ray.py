@@ -1,7 +1,6 @@
 """The worker as a job of a real Ray cluster of this machine, which the tests start and stop."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -148,7 +147,6 @@ def test_trained_on_ray_the_weights_are_those_of_the_local_launcher_and_a_cancel
     assert distant["weights_digest"] == local["weights_digest"]
     assert status_of(client, "train") == ["SUCCEEDED"]
     assert "memory: " in output, "what the worker says reaches Dagster"
-    assert re.search(r" - \w+ \d+/\d+", output), "and so does its progress"
     assert not list(project.layout.ray_jobs.iterdir())
 
     project.write_recipe("twin", max_steps=4000)
