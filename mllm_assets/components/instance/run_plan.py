@@ -87,13 +87,15 @@ def plan_run(request: Request, location: Location, instance: dg.DagsterInstance,
     """
     graph = location.repository.asset_graph
     found = {location.plain(name): location.find(name) for name in request.names}
-    explicit = {key for name, keys in found.items() if not (name in location.owners or "*" in name) for key in keys}
+    assets = {name: keys for name, keys in found.items() if name not in location.owners}
+    explicit = {key for name, keys in assets.items() if "*" not in name for key in keys}
     named = list(dict.fromkeys(key for keys in found.values() for key in keys))
     recipes = _overridden_recipes(request, location, {key.path[0] for key in named}, layout)
     trials = {name: values for name, recipe in recipes.items() if (values := overridden(recipe))}
     named = [_end_of_trial(key) if key.path[0] in trials and key not in explicit else key for key in named]
     wanted = dg.AssetSelection.assets(*named).upstream().resolve(graph) & graph.materializable_asset_keys
-    keys = _together({key for key in wanted if not request.only or key in explicit or key.path[0] in found}, graph)
+    own = {key for key in wanted if key.path[0] in found} | {key for keys in assets.values() for key in keys}
+    keys = _together(wanted & own if request.only else wanted, graph)
     _require_ready(location, keys, {key.path[0] for key in named})
     config = _config(request, recipes, keys, {key.path[0] for key in named})
     forced = _changed(location, instance, layout, keys, trials)
@@ -158,13 +160,13 @@ def _overridden_recipes(
 
 def _notes(recipe: Recipe, request: Request, trial: Mapping[str, Any]) -> Iterator[str]:
     """Which values of the command line have no effect, and which none on a run that is finished."""
-    notes = [note for note in recipe.notes if note not in load_recipe(recipe.path).notes]
+    written = load_recipe(recipe.path)
+    notes = [note for note in recipe.notes if note not in written.notes]
     yield from notes
     if trial or notes or request.force:
         return
     given = [text.partition("=")[0].strip() for text in request.overrides]
-    spec = load_recipe(recipe.path).spec
-    same = [key for key in given if getattr(spec, key, None) == getattr(recipe.spec, key, None)]
+    same = [key for key in given if getattr(written.spec, key, None) == getattr(recipe.spec, key, None)]
     other = [key for key in given if key not in same]
     texts = [f"{', '.join(same)}: as in {recipe.path.name}"] if same else []
     texts += [f"{', '.join(other)}: the weights do not depend on it"] if other else []

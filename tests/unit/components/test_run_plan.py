@@ -178,6 +178,7 @@ def test_only_of_a_recipe_or_a_dataset_is_its_own_assets(project: Path, instance
     assert names(trial.reasons) == own[:2]
     assert names(planned(project, instance, own[2], only=True).reasons) == own[2:]
     assert "birds/raw" not in names(planned(project, instance, "birds_sft", "birds/val", only=True).reasons)
+    assert names(planned(project, instance, "*/raw", "birds_sft/eval*", only=True).reasons) == ["birds/raw", own[1]]
 
 
 def test_the_plan_says_that_a_finished_run_of_these_values_is_taken(
