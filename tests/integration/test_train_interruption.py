@@ -19,14 +19,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-from mllm_assets.artifacts import find_damage, read_manifest
+from mllm_assets.artifacts import Manifest, find_damage, read_manifest
 from mllm_assets.errors import IntegrityError, MachineError, RecipeError
 from mllm_assets.training.loop.checkpoints import checkpoint_dirs, find_resumable
 from mllm_assets.training.loop.engine import train_task
 from mllm_assets.training.models import adapters
 from mllm_assets.training.models.load import load_model
 from mllm_assets.worker.protocol import Reporter
-from mllm_assets.worker.tasks import Accelerator, to_json
+from mllm_assets.worker.tasks import Accelerator, TrainTask, to_json
 from tests.interruption import NUM_STEPS, losses, make_task, run_until
 
 pytestmark = pytest.mark.integration
@@ -267,6 +267,16 @@ def test_a_full_disk_at_publication_is_said(parity_dir: Path, tmp_path: Path) ->
     assert train_task(task, Reporter())["num_steps"] == 2
 
 
+def require_same_bits_from_step_5(task: TrainTask, whole: Manifest) -> None:
+    """Take a finished run of ten steps back to its checkpoint of step 5, and train it to its end again."""
+    for name in ("checkpoint-10", "model"):
+        shutil.rmtree(task.run_dir / name)
+    (task.run_dir / "manifest.json").unlink()
+    resumed = train_task(task, Reporter())
+    assert resumed["resumed_from_step"] == 5
+    assert resumed["weights_digest"] == whole["weights_digest"]
+
+
 @pytest.mark.slow
 def test_oft_resumes_bit_for_bit_and_its_adapter_on_the_base_is_the_published_model(
     parity_dir: Path, tmp_path: Path
@@ -280,12 +290,7 @@ def test_oft_resumes_bit_for_bit_and_its_adapter_on_the_base_is_the_published_mo
     published = load_model(tmp_path / "run" / "model")
     for (name, found), expected in zip(adapted.named_parameters(), published.parameters(), strict=True):
         assert torch.allclose(found, expected, atol=1e-6), name
-    for name in ("checkpoint-10", "model"):
-        shutil.rmtree(tmp_path / "run" / name)
-    (tmp_path / "run" / "manifest.json").unlink()
-    resumed = train_task(task, Reporter())
-    assert resumed["resumed_from_step"] == 5
-    assert resumed["weights_digest"] == whole["weights_digest"]
+    require_same_bits_from_step_5(task, whole)
 
 
 @pytest.mark.slow
@@ -301,9 +306,4 @@ def test_a_resumed_run_has_the_same_frozen_weights_rates_and_noise(parity_dir: P
     assert whole["caches"]["vision_features"] == "cached"
     assert whole["caches"]["hidden_states"].startswith("neftune_noise_alpha adds noise")
     assert not (tmp_path / "run" / "adapter").exists()
-    for name in ("checkpoint-10", "model"):
-        shutil.rmtree(tmp_path / "run" / name)
-    (tmp_path / "run" / "manifest.json").unlink()
-    resumed = train_task(task, Reporter())
-    assert resumed["resumed_from_step"] == 5
-    assert resumed["weights_digest"] == whole["weights_digest"]
+    require_same_bits_from_step_5(task, whole)
