@@ -19,14 +19,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-from mllm_assets.artifacts import Manifest, find_damage, read_manifest
+from mllm_assets.artifacts import find_damage, read_manifest
 from mllm_assets.errors import IntegrityError, MachineError, RecipeError
 from mllm_assets.training.loop.checkpoints import checkpoint_dirs, find_resumable
 from mllm_assets.training.loop.engine import train_task
 from mllm_assets.training.models import adapters
 from mllm_assets.training.models.load import load_model
 from mllm_assets.worker.protocol import Reporter
-from mllm_assets.worker.tasks import Accelerator, TrainTask, to_json
+from mllm_assets.worker.tasks import Accelerator, Manifest, TrainTask, to_json
 from tests.interruption import NUM_STEPS, losses, make_task, run_until
 
 pytestmark = pytest.mark.integration
