@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mllm_assets.cli.options import Verbs
+from mllm_assets.cli.options import Verbs, announce_home
 from mllm_assets.errors import RecipeError
 from mllm_assets.layout import Layout
 
@@ -24,25 +24,26 @@ def add_commands(verbs: Verbs) -> None:
 
 
 def _approve(arguments: argparse.Namespace) -> int:
-    from mllm_assets.components.instance.approving import gates_of, record
-    from mllm_assets.components.instance.home import use_home
     from mllm_assets.decisions import user_name
-    from mllm_assets.project.read import find_root_module
     from mllm_assets.releases.approvals import Decision
     from mllm_assets.releases.candidate import consider
 
-    layout, project = Layout.from_environment(), Path.cwd()
+    layout = Layout.from_environment()
     considered = consider(layout, arguments.of)
-    if text := use_home(project if find_root_module(project) else layout.root):
-        print(text, file=sys.stderr)
-    gates = gates_of(considered)
     decision = Decision(
         subject=considered.subject,
         approved=not arguments.refuse,
         who=arguments.who or user_name(),
         why=arguments.why,
-        seen=considered.seen(gates),
     )
+    if not arguments.yes and not sys.stdin.isatty():
+        raise RecipeError("There is no terminal to ask on. Give --yes to decide without being asked.")
+
+    from mllm_assets.components.instance.approving import gates_of, record  # with Dagster, which takes seconds
+
+    announce_home(layout)
+    gates = gates_of(considered)
+    decision = replace(decision, seen=considered.seen(gates))
     _show(considered, gates)
     if not arguments.yes and not _asked(decision.approved, considered.recipe):
         print("Nothing was decided.", file=sys.stderr)
@@ -55,8 +56,6 @@ def _approve(arguments: argparse.Namespace) -> int:
 
 
 def _asked(approves: bool, recipe: str) -> bool:
-    if not sys.stdin.isatty():
-        raise RecipeError("There is no terminal to ask on. Give --yes to decide without being asked.")
     try:
         answer = input(f"{'Approve' if approves else 'Refuse'} this model of {recipe}? [y/N] ")
     except EOFError:  # Ctrl-D

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_assets.cli.options import Verbs, add_device_option, at_least_one
+from mllm_assets.cli.options import Verbs, add_device_option, announce_home, at_least_one
 from mllm_assets.errors import DataError, MachineError
 from mllm_assets.inference.addresses import BOARD_PORT, is_loopback, listen
 from mllm_assets.layout import Layout
@@ -202,16 +202,12 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _board(arguments: argparse.Namespace) -> int:
-    from mllm_assets.components.instance.home import use_home
-    from mllm_assets.project.read import find_root_module
-
     _require(UI_INSTALL, "gradio")
     password = _password(arguments.host)
     with listen(arguments.host, arguments.port) as free:
         port = free.getsockname()[1]
     layout, project = Layout.from_environment(), Path.cwd()
-    if text := use_home(project if find_root_module(project) else layout.root):
-        print(text, file=sys.stderr)
+    announce_home(layout)
 
     from mllm_assets.cli.board.page import board
 

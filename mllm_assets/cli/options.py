@@ -1,12 +1,14 @@
-"""Options that several commands take, and how their values are read."""
+"""What several commands share: options, how their values are read, and the folder of Dagster's history."""
 
 import argparse
 import re
 import sys
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from mllm_assets.errors import did_you_mean
+from mllm_assets.layout import Layout
 from mllm_assets.settings import DEVICES, device_from_environment
 
 DEVICE_OF_ENVIRONMENT = "MLLM_ASSETS_DEVICE, or auto"
@@ -43,6 +45,20 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def announce_home(layout: Layout) -> None:
+    """Let Dagster's history be in the project's folder where DAGSTER_HOME is not set, and say so.
+
+    Raises:
+        MachineError: The folder cannot be made.
+    """
+    from mllm_assets.components.instance.home import use_home
+    from mllm_assets.project.read import find_root_module
+
+    project = Path.cwd()
+    if text := use_home(project if find_root_module(project) else layout.root):
+        print(text, file=sys.stderr, flush=True)
 
 
 def help_without_verb(parser: argparse.ArgumentParser) -> None:

@@ -111,14 +111,17 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from mllm_assets.releases.report import list_facts, list_text, nothing_released
+    from mllm_assets.releases.report import LIST_COLUMNS, list_facts, list_rows, nothing_released
+    from mllm_assets.tables import print_table
 
     layout = Layout.from_environment()
     facts = list_facts(layout, arguments.recipe, deep=not arguments.sizes_only)
     if arguments.json:
         print(json.dumps(facts, indent=1))
+    elif facts:
+        print_table(LIST_COLUMNS, list_rows(facts), numbers=["MiB"], prose=["where"])
     else:
-        print(list_text(facts) if facts else nothing_released(layout))
+        print(nothing_released(layout))
     return 2 if any(release["damage"] for release in facts) else 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_assets.cli.data import shown_text
-from mllm_assets.cli.options import Verbs, at_least_one
+from mllm_assets.cli.options import Verbs, announce_home, at_least_one
 from mllm_assets.errors import RecipeError
 from mllm_assets.layout import Layout
 
@@ -42,20 +42,11 @@ def add_commands(verbs: Verbs) -> None:
 
 
 def _review(arguments: argparse.Namespace) -> int:
-    from mllm_assets.components.instance.home import use_home
-    from mllm_assets.project.read import find_root_module
-
-    layout, project = Layout.from_environment(), Path.cwd()
-    if arguments.action in (*DECIDING, IMPORT) and (
-        text := use_home(project if find_root_module(project) else layout.root)
-    ):
-        print(text, file=sys.stderr)
     run = {LIST: _list, HISTORY: _history, UNMATCHED: _unmatched, EXPORT: _export, IMPORT: _import}
-    return run.get(arguments.action, _decide)(arguments, layout)
+    return run.get(arguments.action, _decide)(arguments, Layout.from_environment())
 
 
 def _decide(arguments: argparse.Namespace, layout: Layout) -> int:
-    from mllm_assets.components.instance.reviewing import record
     from mllm_assets.data.curate.review import decisions, proposed
     from mllm_assets.decisions import user_name
 
@@ -66,7 +57,7 @@ def _decide(arguments: argparse.Namespace, layout: Layout) -> int:
         raise RecipeError(f"relabel needs --to TEXT, the new answer, and nothing else has it; this is {action}.")
     who = arguments.who or user_name()
     made = proposed(layout, dataset, action, arguments.what, new=arguments.to or "", who=who, why=arguments.why)
-    record(layout, dataset, made)
+    _record(layout, dataset, made)
     left = decisions(layout, dataset)
     for one in made:
         now = left.get(one.sample_id)
@@ -158,14 +149,13 @@ def _export(arguments: argparse.Namespace, layout: Layout) -> int:
 
 
 def _import(arguments: argparse.Namespace, layout: Layout) -> int:
-    from mllm_assets.components.instance.reviewing import record
     from mllm_assets.data.curate.exchange import import_decisions
     from mllm_assets.decisions import user_name
 
     who = arguments.who or user_name()
     found = import_decisions(layout, arguments.dataset, arguments.format, _file(arguments), who=who)
     if found.corrections:
-        record(layout, arguments.dataset, found.corrections)
+        _record(layout, arguments.dataset, found.corrections)
     counts = {
         "imported": len(found.corrections),
         "as decided before": found.num_same,
@@ -174,6 +164,13 @@ def _import(arguments: argparse.Namespace, layout: Layout) -> int:
     }
     print(", ".join(f"{number} {what}" for what, number in counts.items()))
     return 0
+
+
+def _record(layout: Layout, dataset: str, made: "Sequence[Correction]") -> None:
+    from mllm_assets.components.instance.reviewing import record  # with Dagster, which takes seconds
+
+    announce_home(layout)
+    record(layout, dataset, made)
 
 
 def _file(arguments: argparse.Namespace) -> Path:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm_assets.cli.options import Verbs
+from mllm_assets.cli.options import Verbs, announce_home
 from mllm_assets.errors import MllmAssetsError, RecipeError
 from mllm_assets.layout import Layout
 
@@ -40,11 +40,9 @@ def add_commands(verbs: Verbs) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mllm_assets.components.instance.home import use_home
     from mllm_assets.components.instance.launch import run
     from mllm_assets.components.instance.location import module_of
     from mllm_assets.components.instance.run_plan import Request
-    from mllm_assets.project.read import find_root_module
 
     texts = [*arguments.names, *arguments.overrides]
     request = Request(
@@ -58,8 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
     layout = Layout.from_environment()
     project = Path.cwd()
     module_of(project)  # where there is no project, no folder for its history is made
-    if text := use_home(project if find_root_module(project) else layout.root):
-        _notify(text)
+    announce_home(layout)
     outcome = run(request, project, layout, dry_run=arguments.dry_run, notify=_notify)
     return _ended(outcome, request, layout, dry_run=arguments.dry_run)
 

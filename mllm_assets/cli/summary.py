@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
+
 from mllm_assets.artifacts import is_complete, read_manifest
 from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
 from mllm_assets.data.sharegpt.dataset import Dataset
@@ -22,6 +24,7 @@ from mllm_assets.training.runs.history import TRAINER_LOG, read_log
 from mllm_assets.training.runs.plan import published_note, shown_overrides
 
 SPARKS = "▁▂▃▄▅▆▇█"
+TITLE_WIDTH, TERMINAL_WIDTH = 14, 80  # columns
 MAX_ASKED = 1000  # samples among which one that is answered rightly is looked for
 
 
@@ -79,15 +82,15 @@ def _questions(layout: Layout, run_dir: Path, run: Mapping[str, Any], evaluated:
     for title, row in shown:
         images = [data_dir / path for path in row["images"]]
         said, right = (repr(" ".join(row[name].split())) for name in ("answer", "reference"))
-        yield f"\n{title:<14}{_generate_command(run_dir, images, row['prompt'])}"
+        yield f"\n{title:<{TITLE_WIDTH}}{_generate_command(run_dir, images, row['prompt'])}"
         instead = "" if row is first.get(True) else f", but right is {right}"
-        yield f"{'':14}when it was evaluated it said {said}{instead}"
+        yield f"{'':{TITLE_WIDTH}}when it was evaluated it said {said}{instead}"
     if not shown:
         media_dir = run["recipe"].get("media_dir")
         dataset = Dataset(data_dir, media_dir=layout.root / media_dir if media_dir else None)
         [row] = dataset.entry(next(reversed(run["data_digests"]))).read(max_samples=1)
         question = next(m.content for m in row.messages if m.role == "user").replace(IMAGE_PLACEHOLDER, "").strip()
-        yield f"\n{'Try it:':<14}{_generate_command(run_dir, row.images, question)}"
+        yield f"\n{'Try it:':<{TITLE_WIDTH}}{_generate_command(run_dir, row.images, question)}"
 
 
 def _asked(evaluated: EvaluatedRun) -> list[tuple[dict[str, Any], bool | None]]:
@@ -102,8 +105,12 @@ def _asked(evaluated: EvaluatedRun) -> list[tuple[dict[str, Any], bool | None]]:
 
 
 def _generate_command(run_dir: Path, images: Sequence[Path], question: str) -> str:
-    pictures = " ".join(f"--image {_typed(path)}" for path in images)
-    return f"mllm-assets generate --model {_typed(run_dir)} {pictures} --prompt {shlex.quote(question)}"
+    """To copy; in a few lines where one would be wrapped on a terminal of 80 columns."""
+    pieces = ["mllm-assets generate", f"--model {_typed(run_dir)}"]
+    pieces += [*(f"--image {_typed(path)}" for path in images), f"--prompt {shlex.quote(question)}"]
+    if TITLE_WIDTH + cell_len(command := " ".join(pieces)) <= TERMINAL_WIDTH:
+        return command
+    return f" \\\n{' ' * (TITLE_WIDTH + 2)}".join([" ".join(pieces[:2]), *pieces[2:]])
 
 
 def _typed(path: Path) -> str:

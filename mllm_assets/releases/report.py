@@ -20,6 +20,7 @@ from mllm_assets.releases.versions import (
 )
 
 USES = {"train": "trained on", "validate": "chosen on", "evaluate": "judged on"}  # of an entry, by DatasetLineage
+LIST_COLUMNS = ("recipe", "version", "current", "released (UTC)", "MiB", "where")
 
 
 def list_facts(layout: Layout, recipe_name: str | None = None, *, deep: bool = True) -> list[dict[str, Any]]:
@@ -71,15 +72,19 @@ def _facts(layout: Layout, recipe_name: str, directory: Path, *, deep: bool) -> 
     }
 
 
-def list_text(facts: Sequence[Mapping[str, Any]]) -> str:
-    """One line a release."""
-    width = max(len(release["recipe"]) for release in facts)
-    return "\n".join(
-        f"{release['recipe']:<{width}}  {release['version']:<4} {'current' if release['is_current'] else '':<7}  "
-        f"{release['created_at'] or '?':<25}  {release['num_bytes'] / 2**20:>9.1f} MiB  "
-        f"{_state(release)}"
+def list_rows(facts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row of `LIST_COLUMNS` for each release."""
+    return [
+        (
+            release["recipe"],
+            release["version"],
+            "yes" if release["is_current"] else "",
+            (release["created_at"] or "?")[:16].replace("T", " "),
+            f"{release['num_bytes'] / 2**20:.1f}",
+            _state(release),
+        )
         for release in facts
-    )
+    ]
 
 
 def nothing_released(layout: Layout) -> str:

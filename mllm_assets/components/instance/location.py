@@ -79,13 +79,13 @@ class Location:
         return found
 
     def plain(self, name: str) -> str:
-        """A recipe's name where its file is given.
+        """A recipe's name where its file is given; a shell that completes a name adds a slash.
 
         Raises:
             RecipeError: Another file is meant than the recipe's own.
         """
         if not name.endswith((".yaml", ".yml")):
-            return name
+            return name.rstrip("/") or name
         given, owner = Path(name), slug(Path(name).stem)
         node = self.keys.get(f"{owner}/checkpoint")
         file = facts_of(self.repository.asset_graph.get(node).metadata).get(RECIPE_FILE) if node else None

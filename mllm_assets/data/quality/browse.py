@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mllm_assets.data.ingest.images import EXTENSIONS
 from mllm_assets.data.quality.store import QualityStore
+from mllm_assets.data.quality.views import IS_RIGHT
 from mllm_assets.errors import DataError, did_you_mean
 from mllm_assets.layout import Layout
 
@@ -33,7 +34,7 @@ class SampleQuery:
         split: One of `SPLITS`, or "" for all.
         flag: A quality flag or reason of rejection, `FLAGGED` for any, or "" for all.
         recipe: Whose model's losses and answers are shown, or "".
-        answers: Only those that it answered rightly or wrongly.
+        answers: Only those that it answered rightly, or the others that it was asked.
     """
 
     dataset: str
@@ -50,7 +51,8 @@ class SampleQuery:
 class SeenSample:
     """A sample as a page shows it; what is not known is None or empty.
 
-    `issue` is what `label_issues` says of it, `suggested` the label that it finds likelier.
+    `is_right` is None where another answer than the reference need not be wrong: where there is no label. `issue` is
+    what `label_issues` says of it, `suggested` the label that it finds likelier.
     """
 
     sample_id: str
@@ -91,14 +93,13 @@ class Choices:
     recipes: Sequence[str]
 
 
-_MATCHING = """
+_MATCHING = f"""
     WITH said AS (
         SELECT sample_id, any_value(loss_nats) FILTER (model = 'tuned') AS loss_nats,
             any_value(loss_nats) FILTER (model = 'base') AS base_loss_nats,
             any_value(answer) FILTER (model = 'tuned') AS answer,
             any_value(answer) FILTER (model = 'base') AS base_answer,
-            any_value(coalesce((metrics->>'label_accuracy')::DOUBLE, (metrics->>'exact_match')::DOUBLE) = 1)
-                FILTER (model = 'tuned') AS is_right
+            any_value({IS_RIGHT}) FILTER (model = 'tuned') AS is_right
         FROM latest_predictions WHERE recipe = $recipe GROUP BY sample_id),
     found AS (
         SELECT v.sample_id, v.row_index, v.source_location, v.flags, v.reject_reason, s.caption AS text, s.label,
@@ -111,20 +112,22 @@ _MATCHING = """
         LEFT JOIN latest_label_issues issues ON (issues.dataset, issues.sample_id) = (v.dataset, v.sample_id)
         LEFT JOIN said ON said.sample_id = v.sample_id
         WHERE v.dataset = $dataset)
-    SELECT {what} FROM found
+    SELECT {{what}} FROM found
     WHERE ($split = '' OR split = $split)
         AND ($flag = '' OR reject_reason = $flag OR list_contains(flags, $flag)
             OR ($flag = $flagged AND len(flags) > 0))
-        AND ($answers = '' OR is_right = ($answers = 'right'))
+        AND ($answers = '' OR (answer IS NOT NULL AND (is_right IS true) = ($answers = 'right')))
         AND ($text = '' OR contains(lower(concat_ws(chr(10), text, label, source_location, sample_id, answer)),
             lower($text)))"""
 
 
 def assessed_datasets(layout: Layout) -> list[str]:
-    """The datasets that DuckDB knows, by name."""
+    """The datasets that DuckDB knows, the last assessed first."""
     if not layout.quality_db.exists():
         return []
-    rows = QualityStore(layout.quality_db).query("SELECT DISTINCT dataset FROM assessments ORDER BY dataset")
+    rows = QualityStore(layout.quality_db).query(
+        "SELECT dataset FROM assessments GROUP BY dataset ORDER BY max(written_at) DESC, dataset"
+    )
     return [row["dataset"] for row in rows]
 
 

@@ -12,6 +12,9 @@ from mllm_assets.data.ingest.spec import QualitySpec
 
 MAX_REPEATED_SHARE = 0.2
 MAX_LENGTH_RATIO = 4
+# of an answer to a sample without a label: true where it is the very reference, NULL where it need not be wrong
+IS_RIGHT = """coalesce((metrics->>'label_accuracy')::DOUBLE = 1,
+                CASE WHEN (metrics->>'exact_match')::DOUBLE = 1 THEN true END)"""
 
 VIEWS: dict[str, str] = {
     "latest_assessments": """
@@ -146,7 +149,7 @@ VIEWS: dict[str, str] = {
             ON newest.run_id = predictions.run_id AND newest.asset = predictions.recipe || '/predictions'""",
     # what the tuned model finds least likely: mislabelled samples are among the first. A sample that two datasets hold
     # is shown once, with the quality of the one whose name comes first.
-    "hardest": """
+    "hardest": f"""
         WITH of_sample AS (
             SELECT dataset, sample_id, source_location, flags,
                 row_number() OVER (PARTITION BY sample_id ORDER BY dataset) AS number
@@ -161,8 +164,7 @@ VIEWS: dict[str, str] = {
                 AS rank,
             entry, row_index, said.sample_id, of_sample.source_location, said.loss_nats,
             base_loss_nats - said.loss_nats AS gain_nats, said.reference, said.answer,
-            coalesce((metrics->>'label_accuracy')::DOUBLE,
-                (metrics->>'exact_match')::DOUBLE) = 1 AS is_right,
+            {IS_RIGHT} AS is_right,
             worst.issue AS worst_issue, worst.margin AS worst_margin, of_sample.flags, worst.image_sha256
         FROM said LEFT JOIN of_sample ON of_sample.sample_id = said.sample_id AND of_sample.number = 1
         LEFT JOIN worst ON (worst.dataset, worst.sample_id) = (of_sample.dataset, of_sample.sample_id)""",

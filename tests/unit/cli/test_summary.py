@@ -1,5 +1,6 @@
 """What `mllm-assets summary` says where there is nothing to sum up."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,15 @@ def test_the_first_question_is_one_that_the_model_answered_rightly_and_a_wrong_a
     write_manifest(layout.outputs / "mine" / "aaaa", {"recipe": {"dataset_dir": "data"}, **facts})
     layout.data.mkdir()
     layout.dataset_info.write_text("{}")
-    asked = summarise(layout, "mine/aaaa").partition("Try it:")[2].splitlines()
-    assert "images/0.png --prompt 'Which animal?'" in asked[0] and asked[1].endswith("it said 'cat'")
-    assert asked[3].startswith("It fails on:") and "images/5.png" in asked[3]
-    assert asked[4].endswith("it said 'cow', but right is 'horse'")
+    right, _, wrong = summarise(layout, "mine/aaaa").partition("Try it:")[2].partition("It fails on:")
+    command, said = right.strip().split("\n" + " " * 14 + "when it was evaluated it said ")
+    assert shlex.split(command.replace("\\\n", ""))[-4:] == [
+        "--image",
+        str(layout.data / "images" / "0.png"),
+        "--prompt",
+        "Which animal?",
+    ]
+    assert said == "'cat'" and "images/5.png" in wrong and "it said 'cow', but right is 'horse'" in wrong
 
 
 @pytest.mark.parametrize(

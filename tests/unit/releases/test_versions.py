@@ -176,12 +176,13 @@ def test_list_shows_each_version_which_is_current_and_which_was_changed(
     two: list[Release], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["releases", "list"]) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert "v1" in first and "current" not in first and "releases/pets/v1" in first
-    assert "v2" in second and "current" in second
+    head, _, first, second = (line.strip() for line in capsys.readouterr().out.strip().splitlines())
+    assert head.split()[:3] == ["recipe", "version", "current"] and head.endswith("where")
+    assert first.split()[:2] == ["pets", "v1"] and "yes" not in first and "releases/pets/v1" in first
+    assert second.split()[:3] == ["pets", "v2", "yes"]
     flip_a_bit(two[0].directory / "model.safetensors")
     assert main(["releases", "list", "pets"]) == 2
-    assert "DAMAGED: model.safetensors does not match its digest" in capsys.readouterr().out.splitlines()[0]
+    assert "DAMAGED: model.safetensors does not match its digest" in capsys.readouterr().out.strip().splitlines()[2]
     assert main(["releases", "list", "pets", "--sizes-only"]) == 0
 
 
