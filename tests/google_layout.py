@@ -26,7 +26,8 @@ def in_google_layout(source: Path, directory: Path) -> Path:
 
 def google_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Transformers 5 calls `vision_tower.*` what Google's files, and llama.cpp, call `vision_tower.vision_model.*`."""
-    return {name.replace("vision_tower.", "vision_tower.vision_model.", 1): t for name, t in tensors.items()}
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    return {name if new in name else name.replace(old, new, 1): tensor for name, tensor in tensors.items()}
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     Gemma3Config,
@@ -26,6 +27,8 @@ from transformers import (
 from mllm_assets import sample_data
 from mllm_assets.artifacts import digest_json, is_sound, read_manifest, sha256_file, staged_directory, write_manifest
 from mllm_assets.training.models.load import quiet_libraries
+from mllm_assets.training.models.publishing import SENTENCEPIECE
+from mllm_assets.training.models.sentencepiece_file import all_splits, sentencepiece_file
 
 if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
@@ -104,15 +107,24 @@ def build(directory: Path) -> dict[str, Any]:
     with staged_directory(directory) as staging:
         tokenizer = build_tokenizer()
         tokenizer.save_pretrained(staging)
+        (staging / SENTENCEPIECE).write_bytes(_sentencepiece(tokenizer))
         model = build_model(tokenizer)
         quiet_libraries()
         model.save_pretrained(staging)
+        _as_on_the_hub(staging / "model.safetensors")
         processor = json.dumps(processor_config(), indent=2) + "\n"
         (staging / "processor_config.json").write_text(processor, encoding="utf-8")
         files = {path.relative_to(staging).as_posix(): sha256_file(path) for path in sorted(staging.rglob("*.*"))}
         num_params = sum(p.numel() for p in model.parameters())
         facts = {"model": "gemma3_tiny", "fingerprint": digest_json(files), "num_params": num_params, "seed": SEED}
         return write_manifest(staging, facts)
+
+
+def _as_on_the_hub(path: Path) -> None:
+    """Name the tower's tensors as Google's files do: transformers 4 and llama.cpp read no other names."""
+    tensors = load_file(path)
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    save_file({name.replace(old, new, 1): tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 
 def build_config(tokenizer: Any) -> Any:
@@ -226,7 +238,7 @@ def build_tokenizer() -> Any:
         merges.append((shorter, longer[len(shorter) :]))
     return GemmaTokenizer(
         vocab=model["vocab"],
-        merges=merges,  # pyright: ignore[reportArgumentType]
+        merges=list(all_splits(model["vocab"], merges)),  # pyright: ignore[reportArgumentType]
         boi_token="<start_of_image>",
         eoi_token="<end_of_image>",
         image_token="<image_soft_token>",
@@ -235,6 +247,11 @@ def build_tokenizer() -> Any:
         padding_side="left",
         model_max_length=8192,
     )
+
+
+def _sentencepiece(tokenizer: Any) -> bytes:
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return sentencepiece_file(model["vocab"], [tuple(merge) for merge in model["merges"]], SPECIAL_TOKENS, "<unk>")
 
 
 def _corpus() -> Iterator[str]:

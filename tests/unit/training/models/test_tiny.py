@@ -3,11 +3,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import sentencepiece_model_pb2_new as sentencepiece
 
-from mllm_assets.training.models.tiny import build
+from mllm_assets.training.models.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN
+from mllm_assets.training.models.tiny import PROMPTS, build
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +52,39 @@ def test_turns_use_one_token_for_each_control_word(built: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(ids[-2:]) == ["<end_of_turn>", "\n"]
     assert type(tokenizer).__name__ == "GemmaTokenizer"
     assert tokenizer.decode(tokenizer.encode("Ünï 😀", add_special_tokens=False)) == "Ünï 😀"
+
+
+def test_the_sentencepiece_file_gives_the_tokenizers_ids(built: Path) -> None:
+    """llama.cpp reads `tokenizer.model`; with scores in another order it would write other ids for the same prompt."""
+    file = sentencepiece.ModelProto.FromString((built / "tokenizer.model").read_bytes())
+    tokenizer = AutoProcessor.from_pretrained(built).tokenizer
+    assert [piece.piece for piece in file.pieces] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    kinds = {piece.piece: piece.type for piece in file.pieces}
+    assert (kinds["<unk>"], kinds["<end_of_turn>"], kinds["<0x0A>"], kinds["▁in"]) == (UNKNOWN, CONTROL, BYTE, NORMAL)
+    assert (file.trainer_spec.model_type, file.trainer_spec.byte_fallback, file.trainer_spec.bos_id) == (2, True, 2)
+    assert not file.normalizer_spec.add_dummy_prefix and not file.normalizer_spec.remove_extra_whitespaces
+    for text in (*PROMPTS, "Ünï 😀", "a  red\n\nheart", *("\n" * count for count in range(1, 9))):
+        assert merged_by_score(text, file) == tokenizer.encode(text, add_special_tokens=False), repr(text)
+
+
+def merged_by_score(text: str, file: Any) -> list[int]:
+    """What SentencePiece does: of all neighbours that are a piece together, the best becomes it, the leftmost first."""
+    ids = {piece.piece: number for number, piece in enumerate(file.pieces)}
+    parts = list(text.replace(" ", "▁"))
+    while True:
+        pairs = [(ids.get(left + right), at) for at, (left, right) in enumerate(zip(parts, parts[1:], strict=False))]
+        found = [(-file.pieces[number].score, at) for number, at in pairs if number is not None]
+        if not found:
+            break
+        _, at = min(found)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return [
+        number for part in parts
+        for number in ([ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()])
+    ]  # fmt: skip
+
+
+def test_its_tensors_have_the_names_that_other_programs_read(built: Path) -> None:
+    with safe_open(built / "model.safetensors", framework="pt") as file:
+        tower = [name for name in file.keys() if name.startswith("vision_tower.")]
+    assert tower and all(name.startswith("vision_tower.vision_model.") for name in tower)
