@@ -37,9 +37,9 @@ class Gates(yaml_of(GateSpec)):
 
     def spec_for(self, recipe: TrainSpec) -> GateSpec:
         """The thresholds, and what judges a recipe of its stage where nothing is set."""
-        spec = self.to_spec()
+        spec, by_answers = self.to_spec(), recipe.learns_preferences or recipe.changes_vocabulary
         is_set = "beats_base_by" in self.model_fields_set and getattr(self, "beats_base_by", None) is not None
-        return replace(spec, beats_base_by="answers") if recipe.learns_preferences and not is_set else spec
+        return replace(spec, beats_base_by="answers") if by_answers and not is_set else spec
 
 
 class Sweep(yaml_of(SweepSpec)):

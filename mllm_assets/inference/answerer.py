@@ -20,12 +20,13 @@ from mllm_assets.families.family import processor_family, require_template
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.asking import Sampling, TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.recipe.vocabulary_keys import TOKENS_IN_TEXTS
 from mllm_assets.training.caches import features, tower
 from mllm_assets.training.encoding.collate import Collator, ImageFeatures, Padding
 from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow
-from mllm_assets.training.loop.checkpoints import load_checkpoint, starting_model
+from mllm_assets.training.loop.checkpoints import base_of, load_checkpoint
 from mllm_assets.training.models.device import Device, Precision, out_of_memory_is_an_error, pick_precision
 from mllm_assets.training.models.load import load_model, load_processor, quiet_libraries
 from mllm_assets.training.runs.models import is_checkpoint
@@ -73,7 +74,7 @@ class Answerer:
     ) -> None:
         quiet_libraries()
         is_delta = is_checkpoint(directory)
-        processor = load_processor(starting_model(directory).model_dir if is_delta else directory)
+        processor = load_processor(base_of(directory) if is_delta else directory)
         if turns.template is not None:
             require_template(turns.template, processor_family(processor), str(directory))
         self.device = torch.device(device)
@@ -153,7 +154,7 @@ class Answerer:
         latency_s = (time.perf_counter() - started) / len(rows)
         return [
             Answer(
-                text=self.tokenizer.decode(self._without_thought(ids), skip_special_tokens=True).strip(),
+                text=self._text(self._without_thought(ids)),
                 num_tokens=len(ids),
                 latency_s=latency_s,
             )
@@ -201,6 +202,14 @@ class Answerer:
             end for end in range(len(closing), len(ids) + 1) if closing and ids[end - len(closing) : end] == closing
         ]
         return ids[ends[-1] :] if ends else ids
+
+    def _text(self, ids: list[int]) -> str:
+        """An answer's text: without the tokens that steer the model, and with those that a recipe added for texts."""
+        wanted = self.tokenizer.init_kwargs.get(TOKENS_IN_TEXTS)
+        if wanted:
+            skipped = {*self.tokenizer.all_special_ids} - {*self.tokenizer.convert_tokens_to_ids(wanted)}
+            ids = [id_ for id_ in ids if id_ not in skipped]
+        return self.tokenizer.decode(ids, skip_special_tokens=not wanted).strip()
 
     def _until_stop(self, ids: list[int]) -> list[int]:
         end = next((index for index, token in enumerate(ids) if token in self.stop_ids), len(ids))

@@ -94,11 +94,6 @@ _REFUSED = {
         torch_compile_mode:str?=null""",
     "processes share the work with DDP, fsdp or deepspeed. Delete the line.": """
         accelerator_config:any=null parallelism_config:any=null tpu_num_cores:int?=null""",
-    "tokens belong to the model, so that whoever loads it has them. Delete the line; add them to the model before: "
-    "tokenizer.add_tokens([...]), model.resize_token_embeddings(len(tokenizer)), save both in a folder, and name that "
-    "in model_name_or_path. finetuning_type: freeze with freeze_extra_modules: embed_tokens trains them.": """
-        resize_vocab:bool=false add_tokens:str?=null add_special_tokens:str?=null
-        new_special_tokens_config:str?=null""",
     "a text that holds control tokens is refused, with its row. Delete the line.": "split_special_tokens:bool=false",
     "positions are as the model's config.json says. Set rope_parameters there, and delete the line.": """
         rope_scaling:str?=null""",
@@ -192,7 +187,7 @@ _NO_EFFECT = {
         hyper_parallel_args:str?=null fp8_backend:str=auto
         fp8_enable_fsdp_float8_all_gather:bool=false
         asft_alpha:float=0.1 eaft_alpha:float=1.0 moe_aux_loss_coef:float?=null
-        init_special_tokens:str=noise_init kt_weight_path:str?=null
+        kt_weight_path:str?=null
         kt_expert_checkpoint_path:str?=null kt_use_lora_experts:bool?=null kt_lora_expert_num:int?=null
         kt_lora_expert_intermediate_size:int?=null galore_target:str=all galore_rank:int=16
         galore_update_interval:int=200 galore_scale:float=2.0 galore_proj_type:str=std

@@ -21,7 +21,7 @@ from mllm_assets.redaction import holds_secret, redacted
 _TYPES = typing.get_type_hints(TrainSpec)
 # Relative paths stay inside the project's folder; an absolute one is the recipe author's choice
 _PATHS = {"model_name_or_path", "dataset_dir", "output_dir", "deepspeed", "fsdp_config", "resume_from_checkpoint"}
-_PATHS |= {"adapter_name_or_path", "media_dir"}
+_PATHS |= {"adapter_name_or_path", "media_dir", "new_special_tokens_config"}
 _REQUIRED = {
     "model_name_or_path": "the directory of the model to start from, for example pretrains/gemma3-4b-it",
     "dataset": "the entry of dataset_info.json to train on, for example emoji_train",
@@ -120,12 +120,17 @@ def _spec_of(known: Mapping[str, Entry], problems: _Problems) -> TrainSpec:
 
 
 def with_config_files(recipe: Recipe, root: Path) -> Recipe:
-    """Replace the files that `fsdp_config` and `deepspeed` name by their content, which decides instead of the path.
+    """Replace the files that keys name by their content, which decides instead of the path.
+
+    They are those of `fsdp_config` and `deepspeed`, of JSON, and that of `new_special_tokens_config`, of YAML.
 
     Raises:
         RecipeError: A file is missing or does not hold a JSON object, or a value in it is invalid.
     """
     read: dict[str, Any] = {}
+    if isinstance(name := recipe.spec.new_special_tokens_config, str):
+        found = read_yaml(root / name, f"{recipe.path}: new_special_tokens_config: {root / name}")
+        read["new_special_tokens_config"] = {token: entry.value for token, entry in found.items()}
     for key in ("fsdp_config", "deepspeed"):
         name = getattr(recipe.spec, key)
         if not isinstance(name, str):

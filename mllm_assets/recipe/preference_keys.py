@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mllm_assets.recipe.method_keys import ADDED, MethodKeys
+from mllm_assets.recipe.method_keys import ADDED
+from mllm_assets.recipe.vocabulary_keys import VocabularyKeys
 
 PAIR_KEYS = ("pref_loss", "dpo_label_smoothing", "simpo_gamma")
 MARK_KEYS = ("kto_chosen_weight", "kto_rejected_weight")
@@ -15,7 +16,7 @@ NOT_FOR_PREFERENCES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PreferenceKeys(MethodKeys):
+class PreferenceKeys(VocabularyKeys):
     """`stage: dpo` or `kto`, and how an answer that is preferred pulls."""
 
     stage: Literal["sft", "dpo", "kto"] = field(default="sft", metadata=ADDED)
@@ -55,7 +56,7 @@ class PreferenceKeys(MethodKeys):
     @property
     def idle_keys(self) -> dict[str, str]:
         """The keys that the others leave without effect, each with the reason."""
-        idle = self.idle_method_keys
+        idle = self.idle_method_keys | self.idle_vocabulary_keys
         if not self.learns_pairs:
             idle |= dict.fromkeys(PAIR_KEYS, f"stage is {self.stage}, not dpo")
         if not self.learns_marks:

@@ -28,6 +28,7 @@ from mllm_assets.recipe.method_keys import (
 )
 from mllm_assets.recipe.preference_keys import PreferenceKeys, preference_problems
 from mllm_assets.recipe.ranges import range_problems
+from mllm_assets.recipe.vocabulary_keys import vocabulary_problems
 
 LrScheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -171,6 +172,7 @@ class TrainSpec(PreferenceKeys):
         # What LLaMA-Factory, transformers or this engine would refuse
         groups = (
             method_problems,
+            vocabulary_problems,
             preference_problems,
             range_problems,
             _output_dir_problems,

@@ -124,6 +124,11 @@ CASES: dict[str, dict[str, Any]] = {
         "eval_strategy": "epoch", "num_train_epochs": 1,
     },
     "pan_and_scan": {"image_do_pan_and_scan": True, "num_train_epochs": 1},
+    "new_tokens": {"add_tokens": "heart star,moon", "add_special_tokens": "tree", "num_train_epochs": 1},
+    # its embeddings grow, by random rows
+    "new_tokens_grow": {
+        "add_tokens": ",".join(["heart star", *(f"<place_{i}>" for i in range(60))]), "num_train_epochs": 1,
+    },
     # the last: LLaMA-Factory writes it into the template, where the next case in this process would find it
     "default_system": {"dataset": "conversations", "default_system": "Name what you see.", "num_train_epochs": 1},
 }  # fmt: skip

@@ -17,6 +17,7 @@ from mllm_assets.data.sharegpt.conversation import FUNCTION, IMAGE_PLACEHOLDER, 
 from mllm_assets.errors import DataError
 from mllm_assets.families.tool_formats import tools_text
 from mllm_assets.families.turn_format import Template, fill
+from mllm_assets.recipe.vocabulary_keys import TOKENS_IN_TEXTS
 from mllm_assets.training.encoding.texts import MAX_KEPT_CHARS, NUM_KEPT, TextTokenizer
 
 if TYPE_CHECKING:
@@ -177,8 +178,12 @@ class TurnTokenizer:
 
 
 def control_token_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern that matches each special token of a tokenizer; without any it never matches."""
+    """Return a pattern that matches each special token of a tokenizer; without any it never matches.
+
+    Those that a recipe added are for texts, and are left out.
+    """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special -= {*tokenizer.init_kwargs.get(TOKENS_IN_TEXTS, ())}
     longest_first = sorted(special, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # `(?!)` never matches
 

@@ -37,6 +37,7 @@ from mllm_assets.file_digests import FileDigests
 from mllm_assets.training.models import adapters, freezing
 from mllm_assets.training.models.device import weights_dtype
 from mllm_assets.training.models.load import cast_weights, load_config, load_model, publishing_dtype
+from mllm_assets.training.models.vocabulary import extended_base
 from mllm_assets.training.runs.models import starting_fingerprint
 from mllm_assets.training.runs.run_file import StartingModel, read_starting_model
 
@@ -189,6 +190,16 @@ def starting_model(checkpoint: Path) -> StartingModel:
     return read_starting_model(checkpoint.parent)
 
 
+def base_of(checkpoint: Path, digests: FileDigests | None = None) -> Path:
+    """Return the directory of the model whose parts a checkpoint holds: what its run started from, or that extended.
+
+    Raises:
+        IntegrityError, ModelError: As `starting_model`, or new tokens cannot be added to it once more.
+    """
+    start = starting_model(checkpoint)
+    return extended_base(start.model_dir, start.spec, checkpoint.parent, digests)
+
+
 def load_checkpoint(directory: Path, *, digests: FileDigests | None = None) -> Any:
     """Load a `checkpoint-<step>`, on the CPU, as the model that its run would have published at that step.
 
@@ -213,14 +224,15 @@ def load_checkpoint(directory: Path, *, digests: FileDigests | None = None) -> A
             f"{directory} was trained from the model in {start.model_dir} with the fingerprint {start.fingerprint}, "
             f"and another model is there now. Put the model back, or train again."
         )
-    dtype = publishing_dtype(start.model_dir, weights_dtype(start.spec))
-    trainable = freezing.apply(start.spec, load_model(start.model_dir, dtype=dtype), start.adapters)
+    base = base_of(directory, digests)
+    dtype = publishing_dtype(base, weights_dtype(start.spec))
+    trainable = freezing.apply(start.spec, load_model(base, dtype=dtype), start.adapters)
     saved = load_file(directory / TRAINABLE_FILE)
     if start.spec.pure_bf16:
         saved = {name: tensor.to(dtype) for name, tensor in saved.items()}
     require_fit(trainable.model, saved, directory)
     load_trainable(trainable.model, saved)
     model = adapters.merged(trainable.model) if start.spec.adds_adapters else trainable.model
-    cast_weights(model, load_config(start.model_dir).dtype or torch.float32)
+    cast_weights(model, load_config(base).dtype or torch.float32)
     model.config.text_config.use_cache = model.config.use_cache = True
     return model.requires_grad_(False)

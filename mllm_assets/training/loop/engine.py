@@ -65,6 +65,7 @@ from mllm_assets.training.models.load import (
     weights_digest,
 )
 from mllm_assets.training.models.publishing import publish_model
+from mllm_assets.training.models.vocabulary import FOLDER, extended_base
 from mllm_assets.training.models.weight_files import Sharing
 from mllm_assets.training.runs.models import PUBLISHED, starting_fingerprint
 from mllm_assets.training.runs.run_file import (
@@ -135,13 +136,13 @@ def train_task(task: TrainTask, reporter: "Reporter") -> Manifest:
         "weights_digest": weights_digest(task.run_dir / "model", own.of),
         **trained.facts,
         "reload": reload,
-        "base_weights": {"digest": weights_digest(task.model_dir, setup.inputs.digests.of), "linked": sorted(linked)},
+        "base_weights": {"digest": weights_digest(setup.model_dir, setup.inputs.digests.of), "linked": sorted(linked)},
         "warnings": reporter.warnings,
         "wall_s": time.monotonic() - started_s,
         "peak_memory_gib": peak_memory_gib(setup.device),
     }
-    checkpoints = [path.name for path in task.run_dir.glob("checkpoint-*")]
-    manifest = write_manifest(task.run_dir, result, skip=checkpoints, digest=own.of)
+    apart = [FOLDER, *(path.name for path in task.run_dir.glob("checkpoint-*"))]
+    manifest = write_manifest(task.run_dir, result, skip=apart, digest=own.of)
     reporter.progress("publish", 1, 1)
     return manifest
 
@@ -170,7 +171,9 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
     digests = FileDigests()
     digests.take_untouched(task.model_files)
     require_same_model(task.model_dir, task.pretrained_fingerprint, digests, task.adapters)
-    config = load_config(task.model_dir)
+    kept = task.caches.weights_root
+    model_dir = extended_base(task.model_dir, task.recipe, task.run_dir, digests, kept)
+    config = load_config(model_dir)
     family = FAMILIES[config.model_type]
     require_liger_layers(task.recipe, family)
     for note in notes_on_precision(precision, family):
@@ -178,8 +181,8 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
     shape = model_on_meta(config, dtype=precision.weights, attention=precision.attention)
     return Setup(
         spec=task.recipe,
-        model_dir=task.model_dir,
-        inputs=read_inputs(task.recipe, task.model_dir, unchanged_data(task, digests), task.rows_root, reporter),
+        model_dir=model_dir,
+        inputs=read_inputs(task.recipe, model_dir, unchanged_data(task, digests), task.rows_root, reporter),
         device=device,
         precision=precision,
         shape=freezing.apply(task.recipe, shape, task.adapters),
@@ -197,7 +200,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
     setup = fit_micro_batch(setup, plan, task, reporter)
     needed = memory.estimate(setup, plan)
     memory.require_memory(needed, setup.device, lambda: what_fits(setup))
-    note = note_on_answers(setup, load_config(task.model_dir).dtype or torch.float32)
+    note = note_on_answers(setup, load_config(setup.model_dir).dtype or torch.float32)
     for warning in (*setup.shape.warnings, *([note] if note else [])):
         reporter.warn(warning)
     reporter.notify("\n".join(trainable_lines(setup.shape.table, setup.shape.num_params)))
@@ -256,23 +259,23 @@ def publish(task: TrainTask, prepared: Prepared, trained: Trained) -> dict[str, 
     if trained.weights is not None and not trainer.is_sharded:
         release(trainable.model)
     if trained.weights is not None:  # this process's model is sharded, quantised or rounded, so not what is published
-        dtype = publishing_dtype(task.model_dir, setup.precision.weights)
+        dtype = publishing_dtype(setup.model_dir, setup.precision.weights)
         place = memory.publishing_device(setup, dtype, num_rows=NUM_RELOAD_ROWS)
-        trainable = freezing.apply(setup.spec, load_model(task.model_dir, dtype=dtype, device=place), setup.adapters)
+        trainable = freezing.apply(setup.spec, load_model(setup.model_dir, dtype=dtype, device=place), setup.adapters)
         load_trainable(trainable.model, trained.weights)
     else:
         loss.uninstall(base_model(trainable.model))
-        restore_modules(base_model(trainable.model), prepared.plan, task.model_dir, setup.precision.weights)
+        restore_modules(base_model(trainable.model), prepared.plan, setup.model_dir, setup.precision.weights)
     setup.inputs.digests.require_unchanged()
     rows = (setup.inputs.eval_rows or setup.inputs.train_rows)[:NUM_RELOAD_ROWS]
     batch = setup.collator()(rows)
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes autocast off `forward`
     trainer.accelerator.free_memory()
     if setup.precision.attention is not None:  # what a user loads has the usual one
-        usual = model_on_meta(load_config(task.model_dir)).config._attn_implementation
+        usual = model_on_meta(load_config(setup.model_dir)).config._attn_implementation
         base_model(trainable.model).set_attn_implementation(usual)
     reload = publish_model(
-        trainable.model, setup.inputs.processor, task.run_dir, task.model_dir, batch,
+        trainable.model, setup.inputs.processor, task.run_dir, setup.model_dir, batch,
         with_adapter=trainable.adapter_stands_alone, sharing=_sharing(setup, trainable),
     )  # fmt: skip
     reporting.plot_loss(task.run_dir)

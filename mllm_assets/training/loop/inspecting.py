@@ -13,7 +13,7 @@ from mllm_assets.data.ingest.images import open_picture
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import OutOfMemoryError, RecipeError
 from mllm_assets.layout import Layout
-from mllm_assets.recipe.load import Recipe
+from mllm_assets.recipe.load import Recipe, with_config_files
 from mllm_assets.training.caches.prepare import Setup, plan_caches
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encode import image_token_id
@@ -27,6 +27,7 @@ from mllm_assets.training.loop.reporting import trainable_lines
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import pick_device, pick_precision
 from mllm_assets.training.models.load import load_config, model_on_meta, quiet_libraries
+from mllm_assets.training.models.vocabulary import extended_shape
 from mllm_assets.training.runs.models import find_adapters, find_model_dir
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import CacheSettings
@@ -75,7 +76,9 @@ def look(recipe: Recipe, root: Path, *, device: str = "auto", max_rows: int | No
         MllmAssetsError: What a run would refuse.
     """
     quiet_libraries()
-    spec, model_dir, reporter = recipe.spec, find_model_dir(recipe, root), Reporter()
+    recipe, reporter = with_config_files(recipe, root), Reporter()
+    spec, seen_dir = recipe.spec, root / recipe.spec.output_dir / "inspect"
+    model_dir = extended_shape(find_model_dir(recipe, root), spec, seen_dir / "model")
     if max_rows is not None:
         spec = replace(spec, max_samples=min(max_rows, spec.max_samples or max_rows))
     inputs = read_inputs(spec, model_dir, Dataset.of_recipe(spec, root), Layout(root).rows, reporter)
@@ -89,7 +92,7 @@ def look(recipe: Recipe, root: Path, *, device: str = "auto", max_rows: int | No
         spec=spec, model_dir=model_dir, inputs=inputs, device=found, precision=precision, shape=shape,
         adapters=adapters,
         caches=CacheSettings(
-            features_root=root / spec.output_dir / "inspect", estimates_root=Layout(root).memory_estimates
+            features_root=seen_dir, estimates_root=Layout(root).memory_estimates
         ),
     )  # fmt: skip
     plan = plan_caches(setup)

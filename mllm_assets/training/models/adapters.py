@@ -92,12 +92,13 @@ def resume(model: Any, directory: Path) -> Any:
 
 
 def adapted_modules(model: Any) -> tuple[str, ...]:
-    """The paths, in the model below PEFT's, of modules that merging changes: with adapters, or trained as copies."""
+    """The paths, in the model below PEFT's, of modules that training changes: with adapters, as copies, or in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    modules = model.get_base_model().named_modules()
-    return tuple(path for path, module in modules if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper))
+    base = model.get_base_model()
+    adapted = [path for path, m in base.named_modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+    return (*adapted, *(name.rpartition(".")[0] for name, p in base.named_parameters() if p.requires_grad))
 
 
 def merged(adapted: Any) -> Any:

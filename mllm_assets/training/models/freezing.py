@@ -72,6 +72,11 @@ def apply(spec: TrainSpec, model: nn.Module, adapter_dirs: Sequence[Path] = ()) 
             is_wanted = wanted is None or any(key in name for key in wanted)
             parameter.requires_grad_(is_wanted and not any(key in name for key in frozen))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if spec.changes_vocabulary and not any(p.requires_grad for p in embeddings(model)):
+        notes.append(
+            "the embeddings of new tokens do not train, so that they stay as they began. Set finetuning_type: lora or "
+            "full, or freeze with freeze_extra_modules: embed_tokens."
+        )
     if not trainable:
         raise RecipeError(f"Nothing trains: {_why_nothing_trains(spec)}")
     if not spec.pure_bf16:
@@ -87,7 +92,7 @@ def apply(spec: TrainSpec, model: nn.Module, adapter_dirs: Sequence[Path] = ()) 
         warnings=notes,
         adapter_stands_alone=len(adapter_dirs) == 1
         if spec.continues_adapter
-        else not (adapter_dirs or (spec.pissa_init and spec.finetuning_type == "lora")),
+        else not (adapter_dirs or spec.changes_vocabulary or (spec.pissa_init and spec.finetuning_type == "lora")),
     )
 
 
@@ -182,7 +187,34 @@ def _add_adapters(spec: TrainSpec, model: nn.Module, notes: list[str]) -> nn.Mod
         set_seed(spec.seed)  # part of what stays frozen follows from its draws, wherever the model is loaded again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 reads a name that transformers 5.23 deprecates
-        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+        adapted: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    if trained := embeddings_beside_adapters(spec, model):
+        notes.append(
+            "new tokens are learnt with the embeddings, which train as they are, and not as a copy that an adapter "
+            "holds: the merged model/ is published, and no adapter/."
+        )
+    for weight in trained:
+        weight.requires_grad_(True)
+    return adapted
+
+
+def embeddings(model: Any) -> list[nn.Parameter]:
+    """The weights of a model's input and output embeddings, which may be one."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return list(dict.fromkeys(layer.weight for layer in layers if layer is not None))
+
+
+def embeddings_beside_adapters(spec: TrainSpec, model: nn.Module) -> list[nn.Parameter]:
+    """The embeddings that new tokens need: those that `additional_target` names, or both where it names nothing.
+
+    They train in place, where LLaMA-Factory trains copies, so that one which is input and output stays one.
+    """
+    if not spec.changes_vocabulary:
+        return []
+    named = split_names(spec.additional_target)
+    modules = [m for name, m in model.named_modules() if not named or any(name.endswith(target) for target in named)]
+    owned = {id(p) for module in modules for p in module.parameters(recurse=False)}
+    return [weight for weight in embeddings(model) if id(weight) in owned]
 
 
 def _oft(spec: TrainSpec, layers: list[str], model: nn.Module) -> "PeftConfig":
@@ -244,6 +276,7 @@ def additional_targets(spec: TrainSpec, model: nn.Module) -> list[str] | None:
         known = {name.split(".")[-1] for name, module in modules.items() if any(True for _ in module.parameters())}
         raise _unknown_modules("additional_target", unknown, {name for name in known if name and not name.isdigit()})
     family = model_family(model)
+    wrapped = []
     for target in targets:
         names = [name for name in modules if name.endswith(target)]
         if spec.freeze_vision_tower and any(key in name for name in names for key in family.vision_keys):
@@ -253,12 +286,15 @@ def additional_targets(spec: TrainSpec, model: nn.Module) -> list[str] | None:
             )
         outer: Any = model
         tied = {outer.get_input_embeddings(), outer.get_output_embeddings()}
+        if spec.changes_vocabulary and all(modules[name] in tied for name in names):
+            continue  # it trains in place, see `embeddings_beside_adapters`
         if outer.config.get_text_config().tie_word_embeddings and any(modules[name] in tied for name in names):
             raise RecipeError(
                 f"additional_target names {target}, whose weights the model's input and output share; PEFT would train "
                 "a copy for one of the two. Use finetuning_type: freeze with freeze_extra_modules: embed_tokens."
             )
-    return targets or None
+        wrapped.append(target)
+    return wrapped or None
 
 
 def lora_targets(spec: TrainSpec, model: nn.Module) -> list[str]:

@@ -101,7 +101,7 @@ def share_with(source: Path, model: Any, sharing: Sharing) -> SharedFiles | None
     files: dict[str, dict[str, torch.Tensor]] = {}
     for name, file in held.items():
         files.setdefault(file, {})[name] = named[name]
-    if not all(_describes(source / file, tensors) for file, tensors in files.items()):
+    if not all(_describes(source / file, tensors, changed) for file, tensors in files.items()):
         return None
     unchanged = {file for file, tensors in files.items() if not changed & tensors.keys()}
     rests = {file: {name: t for name, t in tensors.items() if name not in changed} for file, tensors in files.items()}
@@ -154,8 +154,11 @@ def _large(tensors: Mapping[str, torch.Tensor]) -> bool:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) >= KEPT_FROM_BYTES
 
 
-def _describes(path: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a file holds exactly these tensors by name, shape and dtype; only its header is read."""
+def _describes(path: Path, tensors: Mapping[str, torch.Tensor], changed: Collection[str]) -> bool:
+    """Whether a file holds exactly these tensors by name, shape and dtype; only its header is read.
+
+    One that is `changed` may have got another shape: it is not linked.
+    """
     with safe_open(path, framework="pt") as file:
         if set(file.keys()) != tensors.keys():
             return False
@@ -163,6 +166,7 @@ def _describes(path: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
         return all(
             list(tensor.shape) == slices[name].get_shape() and _DTYPES.get(slices[name].get_dtype()) == tensor.dtype
             for name, tensor in tensors.items()
+            if name not in changed
         )
 
 

@@ -64,8 +64,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "adamw_torch_fused, LLaMA-Factory's default.",
         ),
         (
-            "add_tokens: <a>",
-            "r.yaml:5: add_tokens is not supported with this value: tokens belong to the model, so that whoever loads",
+            "quantization_bit: 4\nadd_tokens: <a>",
+            "r.yaml:5: quantization_bit together with new tokens has not been tried. Add the tokens in a run without",
         ),
         (
             "quantization_bit: 4\nfinetuning_type: full",
