@@ -32,7 +32,9 @@ EXACT_FILES = ("trainable.safetensors", "optimizer.pt", "scheduler.pt")
 CASES: dict[str, dict[str, Any]] = {
     "lora_accumulation": {},
     "loader_workers": {"finetuning_type": "full", "gradient_accumulation_steps": 1, "dataloader_num_workers": 2},
-    "cached_features": {"finetuning_type": "full", "freeze_language_model": True},
+    "cached_features": {
+        "finetuning_type": "full", "freeze_language_model": True, "metric_for_best_model": "chrf",  # of its answers
+    },
     "cached_hidden_states": {
         "finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_multi_modal_projector": True,
     },
@@ -197,6 +199,7 @@ class KilledRun:
         yield "weights of the published model", result["weights_digest"] == self.whole["weights_digest"]
         yield "last checkpoint with its optimizer state", self._same_files(f"checkpoint-{self._last_step}")
         yield "evaluation loss", result["eval_loss"] == self.whole["eval_loss"]
+        yield "answers at the last evaluation", result.get("eval_answers") == self.whole.get("eval_answers")
         yield "every step's loss, each once in the log", losses(self.run_dir) == losses(self.whole_dir)
         yield "what was cached", result["caches"] == self.whole["caches"]
 

@@ -120,8 +120,8 @@ KEY_SENTENCES: Mapping[str, str] = {
     "per_device_eval_batch_size": "Rows that are evaluated at once, on each device.",
     "eval_on_each_dataset": "A loss for each entry of `eval_dataset`, as `eval_<entry>_loss`, instead of one for all.",
     "load_best_model_at_end": "Publish the best checkpoint, not the last.",
-    "metric_for_best_model": "By which loss the best is chosen.",
-    "greater_is_better": "Whether more of it is better.",
+    "metric_for_best_model": "What chooses the best: `loss`, or a metric of answers, such as `label_accuracy`.",
+    "greater_is_better": "Whether more of it is better; known of every metric.",
     "early_stopping_steps": "Stop after so many evaluations without a better one.",
     # output and logs
     "output_dir": "Its last part names the folder of the recipe's runs in `outputs/`.",

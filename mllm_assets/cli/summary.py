@@ -158,6 +158,9 @@ def _losses(run_dir: Path, run: Mapping[str, Any]) -> list[str]:
         lines.append(f"  loss curve  {losses[0]:.3f} {_sparkline(losses)} {losses[-1]:.3f}")
     if note := published_note(run):
         lines.append(f"  published   {note.removeprefix(', ')}, with eval loss {run['eval_loss']:.4f}")
+    if asked := run.get("eval_answers"):
+        values = ", ".join(f"{name} {value:.4f}" for name, value in asked.items())
+        lines.append(f"  answers     {values}, of a sample of {run['recipe']['eval_dataset']}")
     return lines
 
 

@@ -52,6 +52,7 @@ def _load(arguments: argparse.Namespace, layout: Layout) -> "Recipe":
 
 def _train(arguments: argparse.Namespace) -> int:
     from mllm_assets.training.loop.local import train
+    from mllm_assets.worker.run_settings import RunSettings
     from mllm_assets.worker.tasks import Accelerator
 
     layout = Layout.from_environment()
@@ -62,7 +63,7 @@ def _train(arguments: argparse.Namespace) -> int:
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
         force=arguments.force,
         feature_cache=not arguments.no_feature_cache,
-        regroup=arguments.regroup_micro_batches,
+        settings=RunSettings(regroup=arguments.regroup_micro_batches),
     )
     print(run.describe())
     return 0

@@ -18,6 +18,7 @@ from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.releases.hub_push import PushSpec
 from mllm_assets.releases.registry import RegistrySpec
 from mllm_assets.training.runs.sweep_spec import SweepSpec
+from mllm_assets.worker.run_settings import AnswerSample, RunSettings
 from mllm_assets.worker.tasks import DEFAULT_MAX_HIDDEN_STATES_GIB, EvaluationSettings
 
 PREFERENCES = "preferences"
@@ -66,6 +67,8 @@ class Settings(YamlModel):
             card says so.
         regroup_micro_batches: Regroup batch size x accumulation into the largest micro-batch that fits. The loss is a
             mean of micro-batch means, so it changes a little from LLaMA-Factory's.
+        metric_samples: Rows of eval_dataset, spread evenly over it, that the model is asked about at each evaluation
+            while it trains, where metric_for_best_model or a sweep's objective is a metric of answers.
         evaluation: How predictions are made.
         gates: Thresholds for a release.
         push_to_hub: Makes <recipe>/hub_model, which pushes the current release.
@@ -82,6 +85,7 @@ class Settings(YamlModel):
     max_hidden_states_gib: float = DEFAULT_MAX_HIDDEN_STATES_GIB
     allow_leakage: bool = False
     regroup_micro_batches: bool = False
+    metric_samples: int = AnswerSample().max_samples
     evaluation: Evaluation = Evaluation()
     gates: Gates = Gates()
     push_to_hub: PushToHub | None = None
@@ -95,12 +99,21 @@ class Settings(YamlModel):
         """The entries on which it is measured what a model forgot."""
         return tuple(getattr(self.evaluation, "unrelated", None) or ())
 
+    @property
+    def for_runs(self) -> RunSettings:
+        """What a training run is told of them."""
+        evaluation = self.evaluation.to_spec()
+        answers = AnswerSample(max_samples=self.metric_samples, max_new_tokens=evaluation.max_new_tokens)
+        return RunSettings(regroup=self.regroup_micro_batches, answers=answers)
+
     def require_valid(self) -> None:
         """Refuse a value that the types let pass.
 
         Raises:
             RecipeError: Says which.
         """
+        if self.metric_samples < 1:
+            raise RecipeError(f"metric_samples is {self.metric_samples}: expected 1 or more. Change it.")
         for part in (self.evaluation, self.gates, self.push_to_hub, self.mlflow_registry, self.sweep):
             if part is not None:
                 part.to_spec()

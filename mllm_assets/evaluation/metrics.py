@@ -25,12 +25,17 @@ from mllm_assets.artifacts import (
 )
 from mllm_assets.errors import DataError, IntegrityError, ModelError
 from mllm_assets.evaluation.intervals import paired_gain
-from mllm_assets.evaluation.scores import NO_LABEL, SEVERAL_LABELS, Answers, definitions, find_label
+from mllm_assets.evaluation.scores import METRICS, NO_LABEL, SEVERAL_LABELS, Answers, definitions, find_label
 from mllm_assets.evaluation.table import read_predictions, with_run
 from mllm_assets.layout import Layout
 
 MOST_COMMON = "most_common_answer"
 METRICS_FILE = "eval_metrics.json"
+
+
+def of_answers() -> dict[str, bool]:
+    """Whether more is better of each registered metric that answers alone give, by its name."""
+    return {name: metric.higher_is_better for name, metric in METRICS.items() if metric.of_answers}
 
 
 def compute_metrics(predictions: pa.Table, train_answers: Sequence[str]) -> dict[str, Any]:

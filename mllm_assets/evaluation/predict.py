@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mllm_assets.artifacts import digest_json, is_sound, read_manifest, staged_directory, write_manifest
-from mllm_assets.data.sharegpt.conversation import ASKING, FUNCTION, IMAGE_PLACEHOLDER
+from mllm_assets.data.sharegpt.conversation import ASKING, IMAGE_PLACEHOLDER
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.errors import IntegrityError
@@ -19,10 +19,9 @@ from mllm_assets.evaluation.answered import AnsweredRows, folder_of, forget
 from mllm_assets.evaluation.forgetting import UNRELATED_FILE
 from mllm_assets.evaluation.gallery import write_gallery
 from mllm_assets.evaluation.in_turn import InTurn
-from mllm_assets.evaluation.samples import EncodedSamples, Samples, load_samples
+from mllm_assets.evaluation.samples import EncodedSamples, Samples, load_samples, reference_of
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, predictions_digest, to_table
 from mllm_assets.families.family import TEMPLATES
-from mllm_assets.families.turn_format import Template
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.inference.answerer import Answerer, use_cached_images
 from mllm_assets.inference.batch_size import rows_at_once
@@ -119,7 +118,7 @@ def rows_of(model: str, measured: Measured, samples: Samples, task: EvaluateTask
                 "row_index": index,
                 "images": [os.path.relpath(path.resolve(), data_dir) for path in row.images],
                 "prompt": _question(row).replace(IMAGE_PLACEHOLDER, "").strip(),
-                "reference": _reference(row, template),
+                "reference": reference_of(row, template),
                 "label": row.label,
                 "answer": text,
                 "loss_nats": loss_nats,
@@ -134,11 +133,6 @@ def rows_of(model: str, measured: Measured, samples: Samples, task: EvaluateTask
 
 def _question(row: Row) -> str:
     return next(message.content for message in reversed(row.messages) if message.role in ASKING)
-
-
-def _reference(row: Row, template: Template) -> str:
-    last = row.messages[-1]
-    return template.written_call(last.content, f"Row {row.id}") if last.role == FUNCTION else last.content
 
 
 def require_named_model(directory: Path, expected: str, digests: FileDigests) -> None:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mllm_assets.data.sharegpt.conversation import FUNCTION
 from mllm_assets.data.sharegpt.dataset import Dataset, Entry
 from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.evaluation.forgetting import unrelated_entries
+from mllm_assets.families.turn_format import Template
 from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.row import EncodedRow
@@ -164,17 +166,23 @@ def load_samples(task: EvaluateTask, dataset: Dataset) -> Samples:
     expected = task.data_digests | task.unrelated_digests
     for name, entry in entries.items():
         entry.require_unchanged(expected.get(name))
-        asked = _good_rows(entry)
+        asked = good_rows(entry)
         places = spread(len(asked), task.settings.max_samples)
         samples.append(EntrySamples(entry, asked if len(places) == len(asked) else [asked[place] for place in places]))
     return Samples(samples)
 
 
-def _good_rows(entry: Entry) -> Sequence[int]:
+def good_rows(entry: Entry) -> Sequence[int]:
     """Those whose answer is not marked as a bad one, which is no reference."""
     if "kto_tag" not in entry.info.columns:
         return range(entry.num_rows)
     return array("i", (index for index, row in enumerate(entry.each()) if row.mark is not False))
+
+
+def reference_of(row: Row, template: Template) -> str:
+    """The right answer of a row, as a model writes it."""
+    last = row.messages[-1]
+    return template.written_call(last.content, f"Row {row.id}") if last.role == FUNCTION else last.content
 
 
 def spread(num_rows: int, max_samples: int | None) -> Sequence[int]:

@@ -56,6 +56,14 @@ class Answers:
                 found[name] = float(self.samples[name].mean())
         return {name: value for name, value in found.items() if value is not None}
 
+    def total(self, name: str) -> float | None:
+        """One metric over all samples, without the others; None where it cannot be computed."""
+        metric = METRICS[name]
+        if metric.total is not None:
+            return metric.total(self)
+        values = metric.score(self) if metric.score else None
+        return None if values is None else float(values.mean())
+
     @cached_property
     def rouge(self) -> dict[str, np.ndarray]:
         """ROUGE-1, ROUGE-2 and ROUGE-L F1 of each answer, 0..1."""
@@ -95,6 +103,7 @@ class Metric:
         total: The value over all samples, where it is not the mean of theirs; None if it cannot be computed.
         gain: How much better the first is than the second, with an interval, where it is not the mean of the samples'
             differences.
+        of_answers: Whether answers and what they should be are enough, without losses.
     """
 
     name: str
@@ -105,6 +114,7 @@ class Metric:
     score: Callable[[Answers], np.ndarray | None] | None = None
     total: Callable[[Answers], float | None] | None = None
     gain: Callable[[Answers, Answers], dict[str, Any]] | None = None
+    of_answers: bool = True
 
 
 METRICS: dict[str, Metric] = {}  # in the order in which they are shown
@@ -241,6 +251,7 @@ for _entry in (
         headline=True,
         score=lambda given: given.losses,
         total=lambda given: token_mean(given.losses, given.num_tokens),
+        of_answers=False,
     ),
     Metric(
         name="loss_shuffled",
@@ -248,6 +259,7 @@ for _entry in (
         definition="the same with each sample's images replaced by another sample's",
         headline=True,
         total=lambda given: token_mean(given.shuffled_losses, given.num_tokens),
+        of_answers=False,
     ),
     Metric(
         name="perplexity",
@@ -256,6 +268,7 @@ for _entry in (
         higher_is_better=False,
         headline=True,
         total=_perplexity,
+        of_answers=False,
     ),
     Metric(
         name="label_accuracy",

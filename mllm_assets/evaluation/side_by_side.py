@@ -16,7 +16,7 @@ from mllm_assets.evaluation.run_lookup import EvaluatedRun, evaluation_of, how_t
 from mllm_assets.evaluation.scores import METRICS, in_order
 from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
-from mllm_assets.training.runs.history import KnownRun, differing_keys, measured_losses
+from mllm_assets.training.runs.history import KnownRun, differing_keys, measured_answers, measured_losses
 
 PAGE_SIZE = 12
 ORDERS = ("as in the entry", "most different losses", "second better first", "first better first", "hardest first")
@@ -150,6 +150,10 @@ def _training(runs: Sequence[KnownRun]) -> list[Line]:
     for key in dict.fromkeys(["loss", *(key for log in logs for line in log for key in measured_losses(line))]):
         last = [next((line[key] for line in reversed(log) if line.get(key) is not None), None) for log in logs]
         lines.append(_line("training", f"last {key}", last, higher_is_better=False))
+    for key in dict.fromkeys(key for log in logs for line in log for key in measured_answers(line)):
+        last = [next((line[key] for line in reversed(log) if line.get(key) is not None), None) for log in logs]
+        metric = METRICS.get(key.removeprefix("eval_"))
+        lines.append(_line("training", f"last {key}", last, metric.higher_is_better if metric else None))
     lines.append(_line("training", "train_wall_s", [some.get("train_wall_s") for some in manifests], None))
     lines.append(_line("training", "samples_per_s", [some.get("samples_per_s") for some in manifests], None))
     params = [some.get("num_trainable_params") for some in manifests]

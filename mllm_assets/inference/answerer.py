@@ -83,7 +83,8 @@ class Answerer:
                 model = load_checkpoint(directory, digests=digests) if is_delta else load_model(directory, dtype=dtype)
             if digests is not None:
                 digests.require_unchanged()
-            self.model: Any = model.to(device=self.device, dtype=dtype if is_delta else None).eval()
+            cast = {"dtype": dtype} if is_delta and dtype is not None else {}  # a quantised model refuses any
+            self.model: Any = model.to(device=self.device, **cast).eval()
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.encoder = Encoder(processor, turns, num_embeddings=self.model.config.get_text_config().vocab_size)
         self.collator = Collator(processor, turns)

@@ -140,7 +140,8 @@ _NO_EFFECT = {
     "rows are encoded while they are read, and nothing is cached.": """
         overwrite_cache:bool=false
         data_shared_file_system:bool=false buffer_size:int=16384 cache_dir:str?=null""",
-    "evaluation entries are always evaluated at the end, and their loss is all that training measures.": """
+    "evaluation entries are always evaluated at the end. Training measures their loss, and of answers what "
+    "metric_for_best_model names, such as label_accuracy.": """
         do_eval:bool=false compute_accuracy:bool=false prediction_loss_only:bool=false
         eval_accumulation_steps:int?=null eval_do_concat_batches:bool=true eval_use_gather_object:bool=false
         batch_eval_metrics:bool=false include_for_metrics:any=null include_inputs_for_metrics:bool=false
@@ -311,7 +312,7 @@ def _reasons(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     if not spec.eval_entries or spec.eval_strategy == "no":
         yield "eval_on_each_dataset", "no eval_dataset is evaluated while training"
     if not spec.evaluation_selects:
-        for key in ("metric_for_best_model", "greater_is_better"):
+        for key in ("greater_is_better",) if spec.measures_answers else ("metric_for_best_model", "greater_is_better"):
             yield key, "evaluation does not choose the weights"
     if TEMPLATES[spec.template].thought is None:
         for key in ("enable_thinking", "preserve_thinking"):

@@ -6,14 +6,13 @@ inherits. A key of LLaMA-Factory that is not a field here is in `keys.py`, with 
 
 import copy
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from mllm_assets.errors import RecipeError, all_of
 from mllm_assets.families.family import TEMPLATES
+from mllm_assets.recipe.answer_metrics import answer_metrics, answer_problems
 from mllm_assets.recipe.asking import CUTOFF_LEN, IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS, TurnSettings
 from mllm_assets.recipe.method_keys import (
     ADDED,
@@ -26,6 +25,7 @@ from mllm_assets.recipe.method_keys import (
     method_problems,
     split_names,
 )
+from mllm_assets.recipe.output_dirs import output_dir_problems
 from mllm_assets.recipe.preference_keys import PreferenceKeys, preference_problems
 from mllm_assets.recipe.ranges import range_problems
 from mllm_assets.recipe.vocabulary_keys import vocabulary_problems
@@ -43,9 +43,6 @@ MixStrategy = Literal["concat", "interleave_under", "interleave_over", "interlea
 Compiler = Literal["inductor", "aot_eager", "eager"]
 SamplingStrategy = Literal["random", "sequential", "group_by_length"]
 TRACKERS = ("mlflow", "wandb")
-NOT_FOR_RUNS = ("data", "pretrains", "releases", "cache", "configs")  # folders of the project with other contents
-_OF_RUNS = re.compile(r"latest|predictions|eval_metrics|[0-9a-f]{16}(-\d+)?")  # what a folder of runs holds
-MAX_NAME_BYTES = 200  # of the file system's 255: a run's directory, its lock and leftovers have longer names
 
 
 class InvalidValueError(RecipeError):
@@ -168,19 +165,19 @@ class TrainSpec(PreferenceKeys):
         if needs_metric and self.metric_for_best_model is None:
             object.__setattr__(self, "metric_for_best_model", "loss")
         if self.greater_is_better is None and self.metric_for_best_model is not None:
-            object.__setattr__(self, "greater_is_better", not self.metric_for_best_model.endswith("loss"))
+            object.__setattr__(self, "greater_is_better", self._higher_is_better)
         # What LLaMA-Factory, transformers or this engine would refuse
         groups = (
             method_problems,
             vocabulary_problems,
             preference_problems,
             range_problems,
-            _output_dir_problems,
             _conflicts,
             _data_problems,
             _evaluation_problems,
         )
-        if problems := [problem for find_problems in groups for problem in find_problems(self)]:
+        problems = [problem for find_problems in groups for problem in find_problems(self)]
+        if problems := [*output_dir_problems(self.output_dir), *problems]:
             raise InvalidValueError(problems)
 
     @property
@@ -234,6 +231,21 @@ class TrainSpec(PreferenceKeys):
         return self.eval_on_each_dataset and bool(self.eval_entries) and self.eval_strategy != "no"
 
     @property
+    def answer_metric(self) -> str | None:
+        """The metric of answers by which the best is chosen; None where it is a loss."""
+        name = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        return None if name.endswith("loss") else name
+
+    @property
+    def measures_answers(self) -> bool:
+        """Whether the model answers at each evaluation while it trains."""
+        return self.eval_strategy != "no" and self.answer_metric is not None
+
+    @property
+    def _higher_is_better(self) -> bool:
+        return self.answer_metric is not None and answer_metrics().get(self.answer_metric, True)
+
+    @property
     def evaluation_selects(self) -> bool:
         """Whether evaluation decides which weights come out: best model, early stop, or a plateau schedule."""
         return (
@@ -262,27 +274,6 @@ class TrainSpec(PreferenceKeys):
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values of all fields; `TrainSpec(**values)` reads them back."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-
-def _output_dir_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
-    """A run writes, renames and deletes in its `output_dir`, so it must be a folder of runs alone."""
-    name, parts = spec.output_dir, PurePosixPath(spec.output_dir).parts
-    example = "Name a folder of its own, for example output_dir: outputs/my_recipe."
-    first = parts[0].casefold() if parts else ""  # as disks that know no capitals have it
-    if any(not character.isprintable() for character in name):
-        yield "output_dir", f"output_dir {name[:40]!r} has a character that is not printable. {example}"
-    elif any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
-        yield "output_dir", f"output_dir has a name of more than {MAX_NAME_BYTES} bytes. {example}"
-    elif any(part != part.strip() for part in parts):
-        yield "output_dir", f"output_dir is {name!r}, with a space where a name begins or ends. {example}"
-    elif not parts or (first == "outputs" and len(parts) == 1):
-        yield "output_dir", f"output_dir is {name!r}, which holds more than the runs of one recipe. {example}"
-    elif set(parts) <= {"/", "//"} or parts[0].startswith("~") or any(part.startswith(".") for part in parts):
-        yield "output_dir", f"output_dir is {name!r}, which is a root, a home or a hidden folder. {example}"
-    elif first in NOT_FOR_RUNS:
-        yield "output_dir", f"output_dir is {name!r}, and {parts[0]}/ has other contents than runs. {example}"
-    elif first == "outputs" and (taken := list(filter(_OF_RUNS.fullmatch, parts[2:]))):
-        yield "output_dir", f"output_dir is {name!r}, and {taken[0]}/ is of another recipe's runs. {example}"
 
 
 def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
@@ -383,9 +374,16 @@ def _evaluation_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
         if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in measured:
             text = f"metric_for_best_model is {metric!r}, and eval_on_each_dataset measures {', '.join(measured)}."
             yield "metric_for_best_model", f"{text} Set it to the one that chooses."
+    elif spec.answer_metric is not None:
+        untried = [key for key in ("fsdp", "deepspeed", "torch_compile") if getattr(spec, key)]
+        yield from answer_problems(spec.answer_metric, holds_rows_out=bool(spec.val_size), untried=untried)
     elif metric not in (None, "loss", "eval_loss"):
-        text = f"metric_for_best_model is {metric!r}: only the loss is measured. Set it to loss."
+        text = f"metric_for_best_model is {metric!r}, and the loss on all of eval_dataset is one. Set it to loss."
         yield "metric_for_best_model", text
+    if metric is not None and spec.greater_is_better != spec._higher_is_better:
+        found, which = ("false", "higher") if spec._higher_is_better else ("true", "lower")
+        text = f"greater_is_better is {found}, and a {which} {metric.removeprefix('eval_')} is better. Delete the line."
+        yield "greater_is_better", text
     if not spec.load_best_model_at_end or spec.save_strategy == "best":
         return
     if spec.eval_strategy != spec.save_strategy:

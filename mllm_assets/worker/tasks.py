@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.recipe.asking import Sampling
 from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.worker.run_settings import AnswerSample
 from mllm_assets.worker.typed_json import KeyProblem, decode, encode
 
 DEFAULT_MAX_HIDDEN_STATES_GIB = 16.0
@@ -170,10 +171,12 @@ class TrainTask(RecipeTask[Manifest]):
         notes: Warnings about the recipe.
         adapters: The directories of `adapter_name_or_path`; `pretrained_fingerprint` covers them.
         regroup: Whether micro-batches may be regrouped to the largest that fits.
+        answers: What the model is asked while it trains, where metrics of answers are measured.
         overrides: Values instead of those of the recipe's file, of what decides about the weights.
     """
 
     entry = "mllm_assets.training.loop.engine:train_task"
+    asks_with: ClassVar[str] = "mllm_assets.evaluation.in_training:AnswersInTraining"  # above the training's room
     recipe_name: str
     model_dir: Path
     data_dir: Path
@@ -188,6 +191,7 @@ class TrainTask(RecipeTask[Manifest]):
     resume_from: Path | None = None
     notes: tuple[str, ...] = ()
     regroup: bool = False
+    answers: AnswerSample = AnswerSample()
     adapters: tuple[Path, ...] = ()
     overrides: dict[str, Any] = field(default_factory=dict)
     model_files: dict[str, tuple[str, int, int]] = field(default_factory=dict)
@@ -195,6 +199,13 @@ class TrainTask(RecipeTask[Manifest]):
     @property
     def lock_dir(self) -> Path | None:
         return self.run_dir
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics of answers that are measured at each evaluation."""
+        if not self.recipe.measures_answers:
+            return self.answers.metrics
+        return tuple(dict.fromkeys((str(self.recipe.answer_metric), *self.answers.metrics)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -126,7 +126,7 @@ def checkpoint_asset(node: Node) -> dg.AssetsDefinition:
             model_dir=model_dir,
             force=config.force,
             num_processes=gpu.num_training_processes,
-            regroup=settings.regroup_micro_batches,
+            settings=settings.for_runs,
         )
         plan = find_plan(planned, project.mirror(context), context.log.warning)
         del dataset, planned  # the rows, while the worker trains
@@ -237,6 +237,7 @@ def _checkpoint_result(
             ),
             "final_loss": rounded(result["final_loss"]),
             **({"eval_loss": rounded(result["eval_loss"])} if result["eval_loss"] is not None else {}),
+            **{f"eval_{name}": rounded(value) for name, value in result.get("eval_answers", {}).items()},
             "num_steps": result["num_steps"],
             "published_step": result.get("published_step", result["num_steps"]),
             **{f"{name}_run": link(run["url"]) for name, run in result["trackers"].items()},

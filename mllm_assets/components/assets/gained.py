@@ -105,7 +105,7 @@ def _plan(
         root=project.layout.root,
         model_dir=model_directory(context, node, project),
         num_processes=gpu.num_processes,
-        regroup=node.settings.regroup_micro_batches,
+        settings=node.settings.for_runs,
     )
     return find_plan(planned, project.mirror(context), context.log.warning)
 

@@ -61,7 +61,7 @@ def sweep_asset(node: Node, spec: SweepSpec) -> dg.AssetsDefinition:
             dataset=dataset,
             model_dir=model_dir,
             num_processes=gpu.num_training_processes,
-            regroup=node.settings.regroup_micro_batches,
+            settings=node.settings.for_runs,
         )
 
         def plan(values: Mapping[str, Any]) -> RunPlan:

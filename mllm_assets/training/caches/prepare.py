@@ -46,6 +46,7 @@ class Setup:
     adapters: tuple[Path, ...] = ()  # on the model
     num_processes: int = 1
     checkpointed: bool | None = None  # whether activations are computed twice; None before that is decided
+    measured: tuple[str, ...] = ()  # metrics of answers that the model gives while it trains
 
     def load(self) -> Any:
         """Load the model's weights, and see that they are still those that the run is named by."""
@@ -221,6 +222,8 @@ def _boundary(setup: Setup) -> int | str:
     if not shape.family.caches_hidden_states:
         known = ", ".join(family.name for family in FAMILIES.values() if family.caches_hidden_states)
         return f"only the hidden states of {known} are cached, and this model is {shape.family.name}"
+    if setup.measured:
+        return "the model answers while it trains, and a new token goes through all layers"
     if setup.spec.packs:
         return "rows are packed, so what enters a layer depends on what a row is packed with"
     if len(setup.adapters) > setup.spec.continues_adapter:

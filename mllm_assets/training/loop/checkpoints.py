@@ -13,10 +13,11 @@ checkpoint is the model that the run started from, with the trained tensors in i
 import json
 import re
 import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,12 +35,17 @@ from mllm_assets.artifacts import (
 from mllm_assets.disk import no_space_is_an_error
 from mllm_assets.errors import IntegrityError, MachineError
 from mllm_assets.file_digests import FileDigests
+from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.models import adapters, freezing
 from mllm_assets.training.models.device import weights_dtype
 from mllm_assets.training.models.load import cast_weights, load_config, load_model, publishing_dtype
 from mllm_assets.training.models.vocabulary import extended_base
 from mllm_assets.training.runs.models import starting_fingerprint
 from mllm_assets.training.runs.run_file import StartingModel, read_starting_model
+from mllm_assets.worker.protocol import is_first_rank
+
+if TYPE_CHECKING:
+    from mllm_assets.worker.protocol import Reporter
 
 TRAINABLE_FILE = "trainable.safetensors"
 
@@ -106,6 +112,30 @@ def seed_run(run_dir: Path, source: Path, *, with_best: bool) -> None:
             with staging_directory(run_dir) as staging:
                 shutil.copytree(path, staging / path.name)
                 publish(staging / path.name, run_dir / path.name)
+
+
+def clean_and_find_resumable(
+    run_dir: Path, resume_from: Path | None, spec: TrainSpec, reporter: "Reporter"
+) -> Resumable:
+    """Remove what a kill left half-written, and warn of the checkpoints that cannot be used.
+
+    A run without checkpoints begins with a copy of `resume_from`, if the recipe names one.
+    """
+    for leftover in run_dir.glob(".*.tmp") if is_first_rank() else ():
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    resumable = find_resumable(run_dir, with_best=spec.evaluation_selects)
+    if resume_from is not None and resumable.path is None:
+        if is_first_rank():
+            seed_run(run_dir, resume_from, with_best=spec.evaluation_selects)
+        while not is_complete(run_dir / resume_from.name):  # where the first rank fails, torchrun ends this one
+            time.sleep(0.1)
+        resumable = replace(find_resumable(run_dir), skipped=resumable.skipped)
+    for skipped in resumable.skipped:
+        reporter.warn(f"{skipped['name']} is skipped: {skipped['reason']}.")
+    return resumable
 
 
 def require_same_conditions(checkpoint: Path, here: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ The run's folder fills in this order: `run.json` (what resume must not change), 
 
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import IntegrityError
 from mllm_assets.families.family import FAMILIES
 from mllm_assets.file_digests import FileDigests
-from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.plugins import resolve
 from mllm_assets.training.caches.prepare import (
     CachePlan,
     Setup,
@@ -31,13 +31,13 @@ from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.inputs import check_reach, read_inputs
 from mllm_assets.training.encoding.kept_pixels import KeptPixels
 from mllm_assets.training.loop import loss, memory, reporting
-from mllm_assets.training.loop.checkpoints import Resumable, find_resumable, load_trainable, seed_run
+from mllm_assets.training.loop.checkpoints import Resumable, clean_and_find_resumable, load_trainable
 from mllm_assets.training.loop.fitting import decide_checkpointing, fit_micro_batch, note_on_answers, what_fits
 from mllm_assets.training.loop.optimizers import require_optimizer
 from mllm_assets.training.loop.preference_tuner import make_tuner
 from mllm_assets.training.loop.preferences import require_one_process
 from mllm_assets.training.loop.reporting import trainable_lines
-from mllm_assets.training.loop.trainer import FineTuner, require_distribution, run_training, training_facts
+from mllm_assets.training.loop.trainer import Asks, FineTuner, require_distribution, run_training, training_facts
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.cards import note_on_idle_cards
 from mllm_assets.training.models.device import (
@@ -188,6 +188,7 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
         shape=freezing.apply(task.recipe, shape, task.adapters),
         adapters=task.adapters,
         caches=task.caches,
+        measured=task.measured if task.recipe.eval_entries else (),
         num_processes=task.accelerator.num_processes,
     )
 
@@ -223,6 +224,10 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
 
     resumable = clean_and_find_resumable(task.run_dir, task.resume_from, setup.spec, reporter)
     trainer = make_tuner(setup, task.run_dir, trainable, collator, resumable, reporter)
+    if setup.measured:
+        asks: Asks = resolve(task.asks_with)(task, setup, base_model(trainable.model), collator.features)
+        trainer.answers = asks
+        reporter.notify(asks.describe())
     if trainer.is_world_process_zero():
         start = StartingModel(task.model_dir, task.pretrained_fingerprint, setup.spec, task.adapters)
         record_starting_model(task.run_dir, start)
@@ -335,30 +340,6 @@ def _outcome_of(task: TrainTask, prepared: Prepared) -> dict[str, Any]:
         "resumed_from_step": resumable.step if resumable.path else None,
         "skipped_checkpoints": resumable.skipped,
     }
-
-
-def clean_and_find_resumable(
-    run_dir: Path, resume_from: Path | None, spec: TrainSpec, reporter: "Reporter"
-) -> Resumable:
-    """Remove what a kill left half-written, and warn of the checkpoints that cannot be used.
-
-    A run without checkpoints begins with a copy of `resume_from`, if the recipe names one.
-    """
-    for leftover in run_dir.glob(".*.tmp") if is_first_rank() else ():
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-    resumable = find_resumable(run_dir, with_best=spec.evaluation_selects)
-    if resume_from is not None and resumable.path is None:
-        if is_first_rank():
-            seed_run(run_dir, resume_from, with_best=spec.evaluation_selects)
-        while not is_complete(run_dir / resume_from.name):  # where the first rank fails, torchrun ends this one
-            time.sleep(0.1)
-        resumable = replace(find_resumable(run_dir), skipped=resumable.skipped)
-    for skipped in resumable.skipped:
-        reporter.warn(f"{skipped['name']} is skipped: {skipped['reason']}.")
-    return resumable
 
 
 def unchanged_data(task: TrainTask, digests: FileDigests) -> Dataset:

@@ -15,6 +15,7 @@ from mllm_assets.recipe.load import Recipe
 from mllm_assets.training.runs.models import find_adapters
 from mllm_assets.training.runs.plan import plan_run, point_latest, published_note, reopen_if_damaged, shown_overrides
 from mllm_assets.worker.launch import run_worker
+from mllm_assets.worker.run_settings import RunSettings
 from mllm_assets.worker.tasks import Accelerator, CacheSettings
 
 
@@ -31,6 +32,7 @@ class LocalRun:
         facts = self.manifest
         done = "trained" if self.trained_now else "was finished already, nothing was trained again"
         losses = f"loss {facts['final_loss']:.4f}" + (f", eval {facts['eval_loss']:.4f}" if facts["eval_loss"] else "")
+        losses += "".join(f", {name} {value:.4f}" for name, value in facts.get("eval_answers", {}).items())
         steps = f"{facts['num_steps']} steps" + published_note(facts)
         lines = [f"{self.directory} {done}: {steps}, {losses}", f"model: {self.directory / 'model'}"]
         if self.overrides:
@@ -47,14 +49,13 @@ def train(
     warn: Callable[[str], None],
     force: bool = False,
     feature_cache: bool = True,
-    regroup: bool = False,
+    settings: RunSettings = RunSettings(),
 ) -> LocalRun:
     """Train, resume, or return a finished run.
 
     `warn` is called before training if the recipe evaluates on pictures that another dataset or stage trains on, and
     if a finished run's model was changed, so that it is made again. With `feature_cache` the output of the frozen parts
-    is kept below `cache/` for the next run. With `regroup` a step's samples are regrouped into the largest micro-batch
-    that fits.
+    is kept below `cache/` for the next run.
 
     Raises:
         MllmAssetsError: Recipe, data, model or machine must change.
@@ -78,7 +79,7 @@ def train(
         dataset=dataset,
         force=force,
         num_processes=accelerator.num_processes,
-        regroup=regroup,
+        settings=settings,
     )
     del dataset  # frees its rows while the worker trains
     plan = reopen_if_damaged(plan, warn)

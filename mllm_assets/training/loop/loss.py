@@ -10,6 +10,8 @@ Not covered: an output layer that trains, has a bias, or caps its logits; sharde
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -151,6 +153,18 @@ def install(model: Any, *, label_smoothing: float = 0.0, keeps_head: bool = Fals
     if is_frozen_head or label_smoothing:
         model.loss_function = loss
     return is_frozen_head
+
+
+@contextmanager
+def own_head(model: Any) -> Iterator[None]:
+    """Let a model return logits for a while, where `install` took its output layer."""
+    replaced = model.lm_head
+    if isinstance(replaced, _NoHead):
+        [model.lm_head] = model._frozen_head
+    try:
+        yield
+    finally:
+        model.lm_head = replaced
 
 
 def uninstall(model: Any) -> None:

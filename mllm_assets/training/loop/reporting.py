@@ -24,9 +24,11 @@ from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.runs.history import (
     TRAINER_LOG,
+    answer_curves,
     columns,
     curve,
     folded,
+    is_of_preferences,
     measured_curves,
     measured_losses,
     read_log,
@@ -51,17 +53,16 @@ RUN_ID_VARIABLES = {
 }
 
 
-def _is_of_preferences(key: str) -> bool:
-    return "rewards/" in key or "logps/" in key or key in ("kl", "eval_kl")
-
-
 class RunLog(TrainerCallback):
     """Appends LLaMA-Factory's keys to `trainer_log.jsonl`, at full precision, and reports progress.
 
     After a resume, lines beyond the checkpoint are removed first: those steps are computed again.
     """
 
-    def __init__(self, run_dir: Path, reporter: "Reporter", *, num_samples_per_step: int) -> None:
+    def __init__(
+        self, run_dir: Path, reporter: "Reporter", *, num_samples_per_step: int, measured: Sequence[str] = ()
+    ) -> None:
+        self._answers = [f"eval_{name}" for name in measured]
         self.path = run_dir / TRAINER_LOG
         self.reporter = reporter
         self.num_samples_per_step = num_samples_per_step
@@ -97,7 +98,8 @@ class RunLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
-        losses = {key: float(logs[key]) for key in ("loss", *measured_losses(logs)) if key in logs}
+        keys = ("loss", *measured_losses(logs), *self._answers)
+        losses = {key: float(logs[key]) for key in keys if key in logs}
         self.facts |= losses
         if not state.is_world_process_zero or not losses:
             return
@@ -114,9 +116,9 @@ class RunLog(TrainerCallback):
             "current_steps": state.global_step,
             "total_steps": state.max_steps,
             "loss": logs.get("loss"),
-            **{key: logs[key] for key in measured_losses(logs)},
+            **{key: logs[key] for key in (*measured_losses(logs), *self._answers) if key in logs},
             "accuracy": logs.get("rewards/accuracies"),
-            **{key: value for key, value in logs.items() if _is_of_preferences(key)},
+            **{key: value for key, value in logs.items() if is_of_preferences(key)},
             "lr": logs.get("learning_rate"),
             "epoch": state.epoch,
             "percentage": round(state.global_step / max(state.max_steps, 1) * 100, 2),
@@ -178,7 +180,7 @@ def check_finite(step: int, batches: Sequence[tuple[Sequence[str], float]], grad
 
 
 def plot_loss(run_dir: Path) -> Path | None:
-    """Draw `training_loss.png` from the log: training loss, the same smoothed, and evaluation losses.
+    """Draw `training_loss.png` from the log: training loss, the same smoothed, evaluation losses, metrics of answers.
 
     A second panel leaves out the first quarter of the steps, whose fall makes the rest look flat. None where there are
     not two points to draw a curve through.
@@ -194,15 +196,22 @@ def plot_loss(run_dir: Path) -> Path | None:
     first_step = max(step for some in (losses, *evaluated.values()) for step, _ in some) / 4
     panels = {"all steps": 0.0}
     panels |= {"the last three quarters": first_step} if sum(step >= first_step for step, _ in losses) > 2 else {}
+    answers = answer_curves(log)
     figure = Figure(figsize=PLOT_SIZE_IN, dpi=100, layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False).flat
-    for axes, (title, first_step) in zip(all_axes, panels.items(), strict=True):
+    all_axes = figure.subplots(1, len(panels) + bool(answers), squeeze=False).flat
+    for axes, (title, first_step) in zip(all_axes, panels.items(), strict=False):
         axes.plot(*columns(losses, first_step), color="#1f77b4", alpha=0.35, label="loss")
         axes.plot(*columns(smooth, first_step), color="#1f77b4", label="loss, smoothed")
         for (name, points), color in zip(evaluated.items(), cycle(EVAL_COLORS), strict=False):
             axes.plot(*columns(points, first_step), color=color, marker="o", markersize=4, label=name)
         axes.set_title(title, fontsize=10, loc="left")
-        axes.set(xlabel="step", ylabel="loss (nats a token)")
+        axes.set(ylabel="loss (nats a token)")
+    for (name, points), color in zip(answers.items(), cycle(EVAL_COLORS), strict=False):
+        figure.axes[-1].plot(*columns(points), color=color, marker="o", markersize=4, label=name)
+        figure.axes[-1].set_title("answers to a sample", fontsize=10, loc="left")
+        figure.axes[-1].legend()
+    for axes in figure.axes:
+        axes.set(xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.3)
     figure.axes[0].legend()

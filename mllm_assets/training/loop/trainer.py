@@ -2,10 +2,9 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -29,6 +28,7 @@ from mllm_assets.training.loop.delta_trainer import DeltaTrainer
 from mllm_assets.training.loop.learning_rates import LearningRates
 from mllm_assets.training.loop.muon import Muon
 from mllm_assets.training.loop.optimizers import keep_embeddings_in_32_bits
+from mllm_assets.training.loop.padding import PaddingCount
 from mllm_assets.training.loop.reporting import resume_line
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import out_of_memory_is_an_error
@@ -40,32 +40,18 @@ if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
 
 SAMPLE_IDS, NUM_TOKENS, NUM_PADDING = "sample_ids", "num_tokens", "num_padding"
-NOTABLE_PADDING = 0.1  # a tenth of a step is spent on nothing
 
 
-@dataclass(slots=True)
-class PaddingCount:
-    """How much of the batches of this process was computed for nothing, since it started or resumed."""
+class Asks(Protocol):
+    """Asks the model that trains, and leaves it and all that is drawn as they were."""
 
-    num_tokens: int = 0
-    num_padding: int = 0
+    def measure(self) -> dict[str, float]:
+        """Metrics of its answers now, by name."""
+        ...
 
-    def add(self, num_tokens: int, num_padding: int) -> None:
-        self.num_tokens += num_tokens
-        self.num_padding += num_padding
-
-    @property
-    def share(self) -> float | None:
-        """Of all places of the batches; None before the first."""
-        num_places = self.num_tokens + self.num_padding
-        return self.num_padding / num_places if num_places else None
-
-    def notice(self, strategy: str) -> str | None:
-        """What the log says of it, where it is worth a change."""
-        if not self.share or self.share < NOTABLE_PADDING:
-            return None
-        cure = " group_by_length: true puts rows of about one length together." if strategy == "random" else ""
-        return f"padding: {self.share:.0%} of the places in the batches hold no token.{cure}"
+    def describe(self) -> str:
+        """What is measured, for the log."""
+        ...
 
 
 class FineTuner(DeltaTrainer):
@@ -74,10 +60,14 @@ class FineTuner(DeltaTrainer):
     Attributes:
         has_other_length: Whether it resumes a run of another number of steps.
         rates: What learns at which rate.
+        answers: Measures answers at each evaluation; None where only losses are measured.
+        measured: The names of its metrics.
     """
 
     has_other_length = False
     rates: LearningRates | None = None
+    answers: Asks | None = None
+    measured: tuple[str, ...] = ()
     padding: PaddingCount
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -127,6 +117,12 @@ class FineTuner(DeltaTrainer):
         self.gather_function = self.accelerator.gather
         return super().evaluate(*args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.answers is not None and output.metrics is not None:
+            output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in self.answers.measure().items()})
+        return output
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -157,6 +153,9 @@ class FineTuner(DeltaTrainer):
             shares = {"num_stable_steps": num_left // 3, "num_decay_steps": num_left - num_left // 3}
             kwargs: Any = self.args.lr_scheduler_kwargs or {}
             self.args.lr_scheduler_kwargs = {**shares, **kwargs}
+        if self.args.lr_scheduler_type == "reduce_lr_on_plateau" and self.args.greater_is_better:
+            kwargs = self.args.lr_scheduler_kwargs or {}
+            self.args.lr_scheduler_kwargs = {"mode": "max", **kwargs}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -251,9 +250,9 @@ def make_trainer(
             data_collator=partial(with_sample_ids, collator),
             train_dataset=setup.inputs.train_rows,  # pyright: ignore[reportArgumentType]
             eval_dataset=setup.inputs.eval_parts or setup.inputs.eval_rows or None,  # pyright: ignore[reportArgumentType]
-            callbacks=_callbacks(setup.spec, run_dir, args, resumable, reporter),
+            callbacks=_callbacks(setup, run_dir, args, resumable, reporter),
         )
-    trainer.digests = setup.inputs.digests
+    trainer.digests, trainer.measured = setup.inputs.digests, setup.measured
     trainer.rates = LearningRates(spec=setup.spec, family=trainable.family)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -296,10 +295,11 @@ def _arguments(setup: Setup, run_dir: Path, model: Any) -> TrainingArguments:
 
 
 def _callbacks(
-    spec: TrainSpec, run_dir: Path, args: TrainingArguments, resumable: Resumable, reporter: "Reporter"
+    setup: Setup, run_dir: Path, args: TrainingArguments, resumable: Resumable, reporter: "Reporter"
 ) -> list[Any]:
-    samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    callbacks: list[Any] = [reporting.RunLog(run_dir, reporter, num_samples_per_step=samples)]
+    spec, samples = setup.spec, args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    log = reporting.RunLog(run_dir, reporter, num_samples_per_step=samples, measured=setup.measured)
+    callbacks: list[Any] = [log]
     if spec.early_stopping_steps:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=spec.early_stopping_steps))
     if args.process_index == 0:
@@ -348,7 +348,8 @@ def training_facts(
     published_step = (args.load_best_model_at_end and state.best_global_step) or state.global_step
     history = [line for line in state.log_history if line["step"] <= published_step]
     logged = {key: line[key] for line in history for key in ("loss", *measured_losses(line)) if key in line}
-    chosen = args.metric_for_best_model or "loss"
+    chosen = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    asked = {name: line[f"eval_{name}"] for line in history for name in trainer.measured if f"eval_{name}" in line}
     num_steps_here = state.global_step - resumable.step
     share = num_steps_here / state.global_step if state.global_step else 0.0
     num_samples = num_steps_here * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -357,8 +358,9 @@ def training_facts(
         "published_step": published_step,
         "num_epochs": state.epoch,
         "final_loss": logged.pop("loss", train_loss),
-        "eval_loss": logged.get(f"eval_{chosen.removeprefix('eval_')}"),
+        "eval_loss": logged.get("eval_loss" if chosen in trainer.measured else f"eval_{chosen}"),
         "eval_losses": {name: loss for name, loss in logged.items() if name != "eval_loss"},
+        **({"eval_answers": asked} if asked else {}),
         "train_wall_s": train_wall_s,
         "samples_per_s": num_samples / train_wall_s,
         "tokens_per_s": float(state.num_input_tokens_seen) * share / train_wall_s,

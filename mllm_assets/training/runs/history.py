@@ -123,6 +123,22 @@ def measured_losses(line: Mapping[str, Any]) -> list[str]:
     return [key for key in line if key.startswith("eval_") and key.endswith("loss")]
 
 
+def measured_answers(line: Mapping[str, Any]) -> list[str]:
+    """The metrics of answers in a line of a `trainer_log.jsonl`, such as `eval_label_accuracy`."""
+    of_evaluation = (key for key in line if key.startswith("eval_") and not key.endswith("loss"))
+    return [key for key in of_evaluation if not is_of_preferences(key)]
+
+
+def is_of_preferences(key: str) -> bool:
+    """Whether a key of a log is what `stage: dpo` or `kto` measures beside the loss."""
+    return "rewards/" in key or "logps/" in key or key in ("kl", "eval_kl")
+
+
+def answer_curves(log: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The curve of each metric of answers, by its key."""
+    return {key: curve(log, key) for key in dict.fromkeys(key for line in log for key in measured_answers(line))}
+
+
 def measured_curves(log: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """The curve of each of the evaluation's losses, by its key."""
     return {key: curve(log, key) for key in dict.fromkeys(key for line in log for key in measured_losses(line))}

@@ -35,6 +35,7 @@ from mllm_assets.training.runs.models import (
     starting_fingerprint,
 )
 from mllm_assets.training.runs.run_file import DATA_DIGESTS, RUN_FILE, read_run_file, spec_of_run
+from mllm_assets.worker.run_settings import RunSettings
 from mllm_assets.worker.tasks import TrainTask
 
 # Raise it when the same recipe on the same data would give other weights than before
@@ -91,12 +92,12 @@ def plan_run(
     dataset: Dataset | None = None,
     force: bool = False,
     num_processes: int = 1,
-    regroup: bool = False,
+    settings: RunSettings = RunSettings(),
 ) -> RunPlan:
     """Name a recipe's run, and find what exists of it.
 
     By default `model_dir` is what `model_name_or_path` names, and `dataset` the recipe's, with the images' recorded
-    digests. `force` trains a finished run again, not an unfinished one. `regroup` allows the largest micro-batch.
+    digests. `force` trains a finished run again, not an unfinished one.
 
     Raises:
         MllmAssetsError: The model, an entry or its rows are missing or wrong.
@@ -104,20 +105,19 @@ def plan_run(
     overrides = overridden(recipe)
     recipe = with_config_files(recipe, root)
     spec = recipe.spec
-    resume_from = find_named_checkpoint(recipe, root)
+    resume_from, adapters = find_named_checkpoint(recipe, root), find_adapters(recipe, root)
     dataset = dataset or Dataset.of_recipe(spec, root, read_part=None)
     model_dir = model_dir or find_model_dir(recipe, root)
     digests = {name: dataset.entry(name).digest for name in dict.fromkeys((*spec.train_entries, *spec.eval_entries))}
-    read, adapters = FileDigests(), find_adapters(recipe, root)
-    pretrained_fingerprint = starting_fingerprint(model_dir, adapters, read=read)
+    pretrained_fingerprint = starting_fingerprint(model_dir, adapters, read=(read := FileDigests()))
     if resume_from:
-        _require_same_run(recipe, resume_from, digests, pretrained_fingerprint, regroup=regroup)
+        _require_same_run(recipe, resume_from, digests, pretrained_fingerprint, regroup=settings.regroup)
     name = run_fingerprint(
         spec,
         data_digests=digests,
         pretrained_fingerprint=pretrained_fingerprint,
         num_processes=num_processes,
-        regroup=regroup,
+        settings=settings,
         resume_digest=checkpoint_digest(resume_from) if resume_from else None,
     )
     directory = _choose(_folder_of_runs(recipe, root), name, force=force)
@@ -139,7 +139,8 @@ def plan_run(
         stages=tuple(stage.to_dict(root) for stage in (*earlier_stages(model_dir, adapters, root), own)),
         resume_from=resume_from,
         notes=recipe.notes,
-        regroup=regroup,
+        regroup=settings.regroup,
+        answers=settings.answers,
         overrides=overrides,
     )
     return RunPlan(task, state)
@@ -333,16 +334,17 @@ def run_fingerprint(
     data_digests: Mapping[str, str],
     pretrained_fingerprint: str,
     num_processes: int = 1,
-    regroup: bool = False,
+    settings: RunSettings = RunSettings(),
     resume_digest: str | None = None,
 ) -> str:
     """Name what a run computes: 16 hex digits.
 
     Covers the semantic keys, the content of the training entries in the recipe's order, the model, the number of
     processes, which multiplies the batch, and the checkpoint that `resume_from_checkpoint` names (`resume_digest`).
-    The evaluation entries count only if evaluation chooses the weights. Paths, names of entries, logging, loader
-    processes and save intervals do not count.
+    The evaluation entries, and how much the model is asked about them, count only if evaluation chooses the weights.
+    Paths, names of entries, logging, loader processes and save intervals do not count.
     """
+    asked, chooses_by_answers = settings.answers, spec.measures_answers and spec.evaluation_selects
     return digest_json(
         {
             **({"resume_from": resume_digest} if resume_digest else {}),
@@ -352,6 +354,7 @@ def run_fingerprint(
             "eval": [data_digests[name] for name in spec.eval_entries] if spec.evaluation_selects else [],
             "model": pretrained_fingerprint,
             "num_processes": num_processes,
-            **({"regroup": True} if regroup else {}),
+            **({"regroup": True} if settings.regroup else {}),
+            **({"answers": [asked.max_samples, asked.max_new_tokens]} if chooses_by_answers else {}),
         }
     )[:16]

@@ -87,6 +87,16 @@ def test_derived_defaults_are_those_of_llamafactory_and_transformers() -> None:
     assert spec_of().metric_for_best_model is None
 
 
+def test_a_metric_of_answers_brings_its_direction_along() -> None:
+    evaluated = {"eval_strategy": "steps", "eval_dataset": "v", "load_best_model_at_end": True}
+    for name, is_better in (("label_accuracy", True), ("eval_exact_match", True), ("character_error_rate", False)):
+        spec = spec_of(**evaluated, metric_for_best_model=name)
+        assert spec.greater_is_better is is_better
+        assert spec.answer_metric == name.removeprefix("eval_") and spec.measures_answers
+    assert not spec_of(**evaluated).measures_answers
+    assert not spec_of(metric_for_best_model="label_accuracy").measures_answers  # nothing is evaluated
+
+
 def test_warmup_ratio_becomes_a_share_of_warmup_steps() -> None:
     """`warmup_ratio` is gone from transformers 5; there a `warmup_steps` below 1 is the share."""
     assert spec_of(warmup_ratio=0.05).training_arguments()["warmup_steps"] == 0.05

@@ -167,7 +167,28 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "r.yaml: metric_for_best_model is 'loss', and eval_on_each_dataset measures eval_a_loss, eval_b_loss. Set "
             "it to the one that chooses.",
         ),
-        ("metric_for_best_model: bleu", "r.yaml:5: metric_for_best_model is 'bleu': only the loss is measured. Set it"),
+        ("metric_for_best_model: eval_b_loss", "r.yaml:5: metric_for_best_model is 'eval_b_loss', and the loss on all"),
+        (
+            "metric_for_best_model: blue",
+            "r.yaml:5: metric_for_best_model is 'blue': expected loss, or one of label",
+        ),
+        ("metric_for_best_model: perplexity", "r.yaml:5: metric_for_best_model is 'perplexity': expected loss, or one"),
+        (
+            "metric_for_best_model: anls\ngreater_is_better: false",
+            "r.yaml:6: greater_is_better is false, and a higher anls is better. Delete the line.",
+        ),
+        (
+            "metric_for_best_model: loss\ngreater_is_better: true",
+            "r.yaml:6: greater_is_better is true, and a lower loss is better. Delete the line.",
+        ),
+        (
+            "metric_for_best_model: anls\nval_size: 0.1\neval_strategy: steps",
+            "r.yaml:5: metric_for_best_model is anls, which is of answers to an entry, and val_size holds rows out.",
+        ),
+        (
+            "metric_for_best_model: anls\nfsdp: true",
+            "r.yaml:6: fsdp together with metric_for_best_model: anls has not been tried. Set metric_for_best_",
+        ),
         (
             "eval_dataset: v\neval_strategy: epoch\nload_best_model_at_end: true",
             "r.yaml:7: load_best_model_at_end needs equal strategies: eval_strategy is epoch, save_strategy steps. "

@@ -1,7 +1,7 @@
 """The table before the first step, and what is said of padding after the last."""
 
+from mllm_assets.training.loop.padding import PaddingCount
 from mllm_assets.training.loop.reporting import trainable_lines
-from mllm_assets.training.loop.trainer import PaddingCount
 
 
 def test_padding_is_named_with_its_cure_where_a_tenth_of_the_batches_is_nothing_else() -> None:

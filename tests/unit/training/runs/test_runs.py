@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.training.runs.plan import RunPlan, describe_resume, plan_run, point_latest
 from mllm_assets.training.runs.run_file import DATA_DIGESTS, StartingModel, pin_setting, record_starting_model
+from mllm_assets.worker.run_settings import AnswerSample, RunSettings
 from mllm_assets.worker.tasks import from_json, to_json
 
 
@@ -99,6 +101,19 @@ def test_changed_data_is_another_run(recipe: Recipe, project: Path) -> None:
     rows[0]["messages"][-1]["content"] += "!"
     path.write_text(json.dumps(rows))
     assert plan_run(recipe, root=project).fingerprint != before.fingerprint
+
+
+def test_how_much_is_asked_names_a_run_that_answers_choose_and_no_other(recipe: Recipe, project: Path) -> None:
+    more = RunSettings(answers=AnswerSample(max_samples=8))
+
+    def names(**values: Any) -> set[str]:
+        chosen = load_recipe(recipe.path, {"eval_strategy": "steps", "save_strategy": "steps", **values})
+        return {plan_run(chosen, root=project, settings=settings).fingerprint for settings in (RunSettings(), more)}
+
+    by_answers = {"metric_for_best_model": "rouge_l", "load_best_model_at_end": True}
+    assert len(names(**by_answers)) == 2
+    assert len(names(**{**by_answers, "load_best_model_at_end": False})) == 1
+    assert len(names(load_best_model_at_end=True)) == 1
 
 
 def test_latest_points_to_the_finished_run_only(recipe: Recipe, project: Path) -> None:
