@@ -316,13 +316,20 @@ def find_damage(
     return None
 
 
-def require_sound(directory: Path, cure: str, *, only: Collection[str] = ()) -> None:
+def require_sound(
+    directory: Path,
+    cure: str,
+    *,
+    deep: bool = True,
+    only: Collection[str] = (),
+    digest: Callable[[Path], str] = sha256_file,
+) -> None:
     """Refuse a complete artefact that is not as it was written; see `find_damage`.
 
     Raises:
         IntegrityError: Names the file, and says `cure`.
     """
-    if damage := find_damage(directory, only=only):
+    if damage := find_damage(directory, deep=deep, only=only, digest=digest):
         raise IntegrityError(f"{directory} is damaged: {damage}. {cure}")
 
 

@@ -1,11 +1,17 @@
 """Files that a training reads: each image is hashed once over all processes, and what changed is found by it."""
 
+import builtins
+import io
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from traceback import walk_stack
+from typing import Any
 
 import pytest
 from transformers import AutoModelForImageTextToText
@@ -155,6 +161,21 @@ def test_a_run_loads_its_base_once_and_hashes_each_file_of_base_and_model_once(
     assert [hashed[path] for path in weights] == [1, 1]
 
 
+def count_opens(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[Path], Counter[Path]]:
+    """How often Python opens each file from now on: here, and inside of transformers."""
+    ours, transformers, opened = Counter[Path](), Counter[Path](), io.open
+
+    def counted(file: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(file, str | Path):
+            callers = [frame.f_code.co_filename for frame, _ in islice(walk_stack(sys._getframe(1)), 3)]
+            (transformers if any("/transformers/" in name for name in callers) else ours)[Path(file)] += 1
+        return opened(file, *args, **options)
+
+    for module in (io, builtins):
+        monkeypatch.setattr(module, "open", counted)
+    return ours, transformers
+
+
 def test_a_line_loads_its_base_once_to_train_and_once_to_ask_base_and_tuned_model(
     published: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +195,7 @@ def test_a_line_loads_its_base_once_to_train_and_once_to_ask_base_and_tuned_mode
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", counted_load)
     for module in (artifacts, file_digests):
         monkeypatch.setattr(module, "sha256_file", counted_sha256)
+    ours, transformers = count_opens(monkeypatch)
     keys = {"finetuning_type": "full", "freeze_language_model": True, "freeze_multi_modal_projector": False}
     values = {"max_steps": 3, "save_strategy": "no", **keys}
     task = plan_run(load_recipe(published.root / "configs" / "r.yaml", values), root=published.root).task
@@ -184,16 +206,19 @@ def test_a_line_loads_its_base_once_to_train_and_once_to_ask_base_and_tuned_mode
     assert manifest["base_weights"]["linked"] == [frozen.name]
     assert loads == {base: 1, model: 1}
     assert (hashed[base / "model.safetensors"], hashed[own], hashed[frozen]) == (1, 1, 0)
+    assert ours[base / "config.json"] <= 2 and ours[base / "model.safetensors"] == 2, "digest, content"
+    assert transformers[base / "config.json"] <= 3, "its own, and for tokenizer and image processor"
 
     ask = evaluation(
         model_dir=model, base_model_dir=base, data_dir=task.data_dir, entries=["made_val"],
         directory=tmp_path / "once", features_root=published.features, max_new_tokens=2,
     )  # fmt: skip
-    loads.clear()
-    hashed.clear()
+    for counted in (loads, hashed, ours, transformers):
+        counted.clear()
     once = evaluate_task(ask, Reporter()).manifest
     assert loads == {base: 1}
     assert +hashed == {base / "model.safetensors": 1, own: 1}
+    assert max(ours[path] for path in (base / "config.json", model / "config.json", base / "model.safetensors")) <= 2
 
     monkeypatch.setattr(InTurn, "announce", lambda *_: None)
     alone = evaluate_task(replace(ask, directory=tmp_path / "alone"), Reporter()).manifest

@@ -44,10 +44,8 @@ from mllm_assets.evaluation.metric_page import (
 )
 from mllm_assets.evaluation.metrics import ReleasedPredictions, metric_rows, sample_metrics, score_predictions
 from mllm_assets.evaluation.table import read_predictions, store_table
-from mllm_assets.file_digests import FileDigests
 from mllm_assets.releases.approvals import Subject, approval_gate, read_decisions
 from mllm_assets.releases.versions import judged_release, version_folders
-from mllm_assets.training.runs.models import model_fingerprint
 from mllm_assets.worker.tasks import EvaluateTask, EvaluationSettings
 
 
@@ -90,8 +88,6 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
             context.log.info(f"{layout.relative(directory)} already holds these predictions.")
             result = read_manifest(directory)
         else:
-            for model in (task.base_model_dir, task.model_dir):
-                model_fingerprint(model, FileDigests())  # a flipped bit loads without an error
             result = gpu.run(context, task).manifest
         answers, page = read_predictions(directory), directory / GALLERY
         rows = store_table(answers, sample_metrics(answers), **run_columns(context, node.name, weights_digest))

@@ -51,11 +51,16 @@ def as_trained(context: dg.AssetExecutionContext, node: Node) -> TrainSpec:
 
 
 def upstream_path(
-    context: dg.AssetExecutionContext, key: dg.AssetKey, project: ProjectResource, *, name: str = "path"
+    context: dg.AssetExecutionContext,
+    key: dg.AssetKey,
+    project: ProjectResource,
+    *,
+    name: str = "path",
+    deep: bool = True,
 ) -> Path:
     """Return the directory that `key` published, pulled from the artefact store if another machine made it.
 
-    It is never a link that a later run may move.
+    It is never a link that a later run may move. Sizes of its files are compared with the manifest, if `deep` digests.
 
     Raises:
         IntegrityError: It is gone, or a file in it is not as it was written. Gives the command that makes it again.
@@ -69,7 +74,7 @@ def upstream_path(
         raise IntegrityError(f"{directory} of {key.to_user_string()} is gone. {again}")
     # whoever loads a run's model verifies that
     if key.path[-1] != "checkpoint" and is_complete(directory):
-        require_sound(directory, again)
+        require_sound(directory, again, deep=deep)
     return directory
 
 
@@ -106,9 +111,14 @@ def line_versions(context: dg.AssetExecutionContext, node: Node) -> dict[str, st
     return found
 
 
-def model_directory(context: dg.AssetExecutionContext, node: Node, project: ProjectResource) -> Path:
-    """The directory of the model that a recipe starts from, as last published."""
-    return upstream_path(context, node.model, project, name="model_path")
+def model_directory(
+    context: dg.AssetExecutionContext, node: Node, project: ProjectResource, *, deep: bool = False
+) -> Path:
+    """The directory of the model that a recipe starts from, as last published.
+
+    A worker that trains it or asks it reads every byte itself, and compares.
+    """
+    return upstream_path(context, node.model, project, name="model_path", deep=deep)
 
 
 def find_origin(context: dg.AssetExecutionContext, node: Node) -> Origin:

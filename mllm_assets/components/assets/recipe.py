@@ -77,7 +77,7 @@ def vision_features_asset(node: Node) -> dg.AssetsDefinition:
             mirror.pull_features(node.name)
         task = FeaturesTask(
             recipe=spec,
-            model_dir=model_directory(context, node, project),
+            model_dir=model_directory(context, node, project, deep=True),
             data_dir=layout.root / spec.dataset_dir,
             media_dir=media_dir_of(spec, layout.root),
             features_root=layout.features,

@@ -22,7 +22,6 @@ from mllm_assets.artifacts import (
     point_symlink,
     publish,
     read_manifest,
-    sha256_file,
     staging_directory,
     write_manifest,
 )
@@ -51,6 +50,7 @@ from mllm_assets.data.quality.store import QualityStore
 from mllm_assets.data.sharegpt.dataset import IMAGE_LIST
 from mllm_assets.data.sharegpt.row_files import write_rows
 from mllm_assets.errors import IntegrityError
+from mllm_assets.file_digests import FileDigests
 from mllm_assets.layout import Layout
 from mllm_assets.progress import doing, followed
 
@@ -163,8 +163,9 @@ def make_version(
         fates = _write_sides(spec, images, rows, quality, assignments, staging, page)
         images.write_list(staging / IMAGE_LIST)
         del images  # frees its digests: DuckDB needs the memory next
-        digests = {side: sha256_file(path)[:16] for side, path in side_files(staging, spec.output.format).items()}
-        digest = digest_json([*digests.values(), sha256_file(staging / IMAGE_LIST)])[:16]
+        read = FileDigests()  # each file is read once, for the version's name and its manifest
+        digests = {side: read.of(path)[:16] for side, path in side_files(staging, spec.output.format).items()}
+        digest = digest_json([*digests.values(), read.of(staging / IMAGE_LIST)])[:16]
         result = SplitResult(
             directory=layout.version(spec.name, digest),
             digest=digest,
@@ -183,7 +184,7 @@ def make_version(
             reject_reasons=_reject_reasons(samples),
             augmentations=dict(sorted(Counter(fate for _, fate in fates).items())),
         )
-        write_manifest(staging, _manifest(spec, result, assessment))
+        write_manifest(staging, _manifest(spec, result, assessment), digest=read.of)
         publish(staging, result.directory)
         page.write(result.directory, quality, dataset=spec.name)
     pa.default_memory_pool().release_unused()

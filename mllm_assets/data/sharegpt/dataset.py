@@ -194,7 +194,9 @@ class Entry:
         if not is_ours and not (is_complete(folder) and (folder / IMAGE_LIST).is_file()):
             return None
         name = f"{folder.parent.name}/train" if is_ours else "the dataset's train asset"
-        require_sound(folder, f"Materialise {name} again.", only=[self.file.name, IMAGE_LIST])
+        require_sound(
+            folder, f"Materialise {name} again.", only=[self.file.name, IMAGE_LIST], digest=self.dataset.digests.of
+        )
         return folder
 
     @cached_property

@@ -1,11 +1,13 @@
 """Loading a model of a known family, its processor, and its shape on the `meta` device."""
 
+import copy
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from mllm_assets.artifacts import digest_json, sha256_file
 from mllm_assets.errors import ModelError
 from mllm_assets.families.family import FAMILIES, Family, find_family
+from mllm_assets.file_digests import state_of
 from mllm_assets.hub.snapshot import require_safe_shards
 from mllm_assets.training.models import masks
 from mllm_assets.training.models.device import is_out_of_memory
@@ -73,6 +76,13 @@ def load_config(directory: Path) -> Any:
             f"{directory} is not a model directory: it has no config.json. Point to a Hugging Face model directory, "
             f"for example the `model` folder of a run, or download one into pretrains/."
         )
+    return copy.deepcopy(_config(directory, state_of(path.stat())))
+
+
+@lru_cache(maxsize=8)
+def _config(directory: Path, state: tuple[int, int]) -> Any:
+    """A run asks for the same two configurations a dozen times; `state` is the file's, so that a new one is read."""
+    path = directory / "config.json"
     values = _read_settings(path)
     find_family(values.get("model_type"), str(directory))
     _require_plain_weights(values, path)
@@ -179,6 +189,7 @@ def load_model(
         _require_weights_for(config, directory)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory,
+            config=config,
             dtype="auto" if dtype is None else dtype,
             output_loading_info=True,
             local_files_only=True,

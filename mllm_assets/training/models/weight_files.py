@@ -91,7 +91,7 @@ def share_with(source: Path, model: Any, sharing: Sharing) -> SharedFiles | None
     Nor is there anything where the model's tensors have other names, shapes or dtypes than the files.
     """
     state = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    if not sharing.trained or any(name not in state for name in sharing.trained):
+    if not sharing.trained or not state.keys() > set(sharing.trained):
         return None
     changed = revert_weight_conversion(model, {name: state[name] for name in sharing.trained}).keys()
     named = revert_weight_conversion(model, state)
