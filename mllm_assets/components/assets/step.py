@@ -13,7 +13,7 @@ import dagster as dg
 from mllm_assets.components.facts import as_texts, fitted
 from mllm_assets.components.reporting import CHECK_FAILED, MADE_PREFIX, facts_text
 from mllm_assets.components.resources import ProjectResource
-from mllm_assets.data.quality.store import table_for, utc_now
+from mllm_assets.data.quality.store import copied_once, table_for, utc_now
 from mllm_assets.errors import MllmAssetsError
 from mllm_assets.progress import progress_to
 from mllm_assets.redaction import holds_secret, redacted, redacted_value
@@ -37,7 +37,7 @@ def step(body: Callable[..., Results]) -> Callable[..., Results]:
 
     @functools.wraps(body)  # Dagster reads the parameters off the body
     def run(context: dg.AssetExecutionContext, project: ProjectResource, **arguments: Any) -> Results:
-        with as_dagster_failures():
+        with as_dagster_failures(), copied_once():
             if notice := _forgotten(context.run.run_id, Path(context.instance.root_directory)):
                 context.log.warning(notice)
             with progress_to(context.log.info), measured(price_per_hour=project.price_per_hour) as usage:

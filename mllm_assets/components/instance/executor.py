@@ -36,6 +36,7 @@ from mllm_assets.components.reporting import (
     shown_step,
 )
 from mllm_assets.components.slots import describe_holders
+from mllm_assets.data.quality.store import copied_once
 
 POLL_EVERY_S = 0.5
 TERMINAL = "terminal"  # the logger's name in a run's configuration
@@ -91,7 +92,7 @@ class PatientInProcessExecutor(InProcessExecutor):
 
 
 def _steps(job_context: PlanExecutionContext, execution_plan: ExecutionPlan) -> Iterator[dg.DagsterEvent]:
-    with PatientClaims(job_context) as claims:
+    with PatientClaims(job_context) as claims, copied_once():
         steps = inner_plan_execution_iterator(job_context, execution_plan, claims)
         # The first event starts the processes that mirror the output, and they inherit what is blocked: Ctrl-C on a
         # terminal reaches them too, and ended them before the last lines, with two tracebacks

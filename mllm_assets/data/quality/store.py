@@ -2,10 +2,11 @@
 
 DuckDB lets one process open a file for writing and refuses all others meanwhile, readers included. All access from
 this project therefore goes through the file lock; a lock error from someone else (an open `duckdb` shell) is
-retried with jitter for `timeout_s`. Every write leaves a copy of the finished file beside it, and a reader that
-cannot open the database within `patience_s` reads that copy.
+retried with jitter for `timeout_s`. Every run, and every write outside of one, leaves a copy of the finished file
+beside it, and a reader that cannot open the database within `patience_s` reads that copy.
 """
 
+import logging
 import random
 import re
 import shutil
@@ -29,6 +30,7 @@ from mllm_assets.data.quality.views import VIEWS, view_sql
 from mllm_assets.disk import full_disk_is_an_error, is_full_disk
 from mllm_assets.errors import IntegrityError, MachineError
 
+log = logging.getLogger(__name__)
 Params = Sequence[Any] | Mapping[str, Any] | None
 # What does not fit is written to a folder next to the file. One thread: each has row groups of its own in memory.
 CONFIG: dict[str, str | bool | int | float | list[str]] = {"memory_limit": "256MB", "threads": 1}
@@ -98,8 +100,13 @@ class QualityStore:
 
     @property
     def snapshot(self) -> Path:
-        """The database as the last write left it."""
+        """The database as the last write left it, or the last run: see `copied_once`."""
         return self.path.with_name(f".{self.path.name}.snapshot")
+
+    @property
+    def _is_ahead(self) -> bool:
+        """Whether the copy lacks what this process wrote."""
+        return any(self.path in written for written in _blocks)
 
     def write(self, tables: Mapping[str, pa.Table | pa.RecordBatchReader]) -> None:
         """Add rows to several tables in one transaction. Writing twice changes nothing.
@@ -115,7 +122,7 @@ class QualityStore:
             assert set(rows.schema.names) == set(TABLES[name].columns), (name, rows.schema.names)
         with full_disk_is_an_error(self.path.parent) as outcome:
             outcome.text = f"Nothing was added to {self.path.name}."
-            with self._opened(self.timeout_s, read_only=False, check=True) as connection:
+            with self._opened(self.timeout_s, read_only=False, check=not self._is_ahead) as connection:
                 migrate(connection, self.path)
                 connection.begin()
                 for name, rows in tables.items():
@@ -123,7 +130,10 @@ class QualityStore:
                 connection.commit()
                 outcome.text = f"The rows are in {self.path.name}, but not yet in {self.snapshot.name} beside it."
                 connection.execute("CHECKPOINT")
-                self._copy(outcome.text)
+                if _blocks:
+                    _blocks[-1][self.path] = self
+                else:
+                    self._copy(outcome.text)
 
     def query(self, sql: str, params: Params = None) -> list[dict[str, Any]]:
         """Rows of a read-only query, a dict each; raises like `query_arrow`."""
@@ -148,10 +158,15 @@ class QualityStore:
         try:
             return self._reading(read)
         except MachineError:
-            if not self.snapshot.exists():
+            if self._is_ahead or not self.snapshot.exists():
                 raise
         with duckdb.connect(str(self.snapshot), read_only=True, config=CONFIG) as connection:
             return read(connection)
+
+    def copy(self) -> None:
+        """Leave a copy of the finished file; raises as `write`."""
+        with self._opened(self.timeout_s, read_only=True, check=False):
+            self._copy(f"The rows are in {self.path.name}.")
 
     def _copy(self, outcome: str) -> None:
         """Closing a handle of a file drops this process's own lock on it, so the copy comes last.
@@ -178,7 +193,7 @@ class QualityStore:
         check = False  # it takes longer than most queries
         while True:
             if self.path.exists():
-                wait_s = self.patience_s if self.snapshot.exists() else self.timeout_s
+                wait_s = self.patience_s if self.snapshot.exists() and not self._is_ahead else self.timeout_s
                 try:
                     with self._opened(min(wait_s, self.timeout_s), read_only=True, check=check) as connection:
                         if schema_version(connection, self.path) == SCHEMA_VERSION:
@@ -256,6 +271,30 @@ class QualityStore:
             f"{self.path} was in use by another program for more than {wait_s:g} s. Close what has it open "
             "(for example a duckdb shell) and run again."
         )
+
+
+_blocks: list[dict[Path, QualityStore]] = []  # of `copied_once`, the inner one last, with what was written
+
+
+@contextmanager
+def copied_once() -> Iterator[None]:
+    """Let all writes of this process leave one copy between them, when the outermost block ends, and compare it once.
+
+    Both take as long as the file is large, and a run writes a dozen times.
+    """
+    _blocks.append({})
+    try:
+        yield
+    finally:
+        written = _blocks.pop()
+        if _blocks:
+            _blocks[-1].update(written)
+        else:
+            for store in written.values():
+                try:
+                    store.copy()
+                except (MachineError, OSError) as error:  # the rows are written, and the next write tries again
+                    log.warning(str(error))
 
 
 def _write_rows(

@@ -6,9 +6,11 @@ from typing import Any
 
 import duckdb
 import pytest
+from filelock import FileLock
 
+from mllm_assets.data.quality import damage
 from mllm_assets.data.quality.schema import SCHEMA_VERSION, TABLES
-from mllm_assets.data.quality.store import QualityStore, table_for
+from mllm_assets.data.quality.store import QualityStore, copied_once, table_for
 from mllm_assets.errors import IntegrityError, MachineError
 
 pytestmark = pytest.mark.not_fast
@@ -93,3 +95,25 @@ def test_a_lock_that_is_never_released_says_what_to_close(tmp_path: Path) -> Non
         pytest.raises(MachineError, match="in use by another program for more than 0.2 s. Close what has it open"),
     ):
         store.write({})
+
+
+def test_the_writes_of_a_run_leave_one_copy_and_are_compared_with_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of a dozen writes read the file and its copy and wrote the copy, which takes as long as they are large."""
+    store = QualityStore(tmp_path / "quality.duckdb", timeout_s=0.2, patience_s=0.1)
+    store.write({"eval_metrics": table_for("eval_metrics", [metric(0.1)])})
+    hashed, copied = list[Path](), store.snapshot.stat().st_ino
+    sha256 = damage.sha256_file
+    monkeypatch.setattr(damage, "sha256_file", lambda path: hashed.append(path) or sha256(path))
+    with copied_once():
+        with copied_once():
+            store.write({"eval_metrics": table_for("eval_metrics", [metric(0.2)])})
+        QualityStore(store.path, query_memory="64MB").write({"eval_metrics": table_for("eval_metrics", [metric(0.3)])})
+        assert store.snapshot.stat().st_ino == copied
+        assert store.query("SELECT value FROM eval_metrics") == [{"value": 0.3}]
+        with FileLock(f"{store.path}.lock"), pytest.raises(MachineError, match="was in use by another program"):
+            store.query("FROM eval_metrics")  # not the copy, which lacks what this run wrote
+    assert hashed == [store.path, store.snapshot]
+    with duckdb.connect(str(store.snapshot), read_only=True) as connection:
+        assert connection.execute("SELECT value FROM eval_metrics").fetchall() == [(0.3,)]
