@@ -92,6 +92,11 @@ class Layout:
         return self.root / "cache" / "folds"
 
     @property
+    def evaluations(self) -> Path:
+        """What models that no recipe judges so were asked, and their answers."""
+        return self.root / "cache" / "evaluations"
+
+    @property
     def ray_jobs(self) -> Path:
         """Requests and results of jobs that are on a Ray cluster; each job's folder goes with it."""
         return self.root / "cache" / "ray_jobs"

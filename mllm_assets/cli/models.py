@@ -9,7 +9,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_assets.cli.options import Verbs, add_device_option, announce_home, at_least_one
+from mllm_assets.cli.options import (
+    Verbs,
+    add_device_option,
+    add_sampling_options,
+    announce_home,
+    at_least_one,
+    given_sampling,
+)
 from mllm_assets.errors import DataError, MachineError
 from mllm_assets.inference.addresses import BOARD_PORT, is_loopback, listen
 from mllm_assets.layout import Layout
@@ -39,10 +46,7 @@ def add_commands(verbs: Verbs) -> None:
     generate.add_argument("--system", help="system message")
     generate.add_argument("--template", help="turn format it was trained in, if its run does not say it")
     generate.add_argument("--max-new-tokens", type=at_least_one, default=100)
-    generate.add_argument("--do-sample", action="store_true", help="sample instead of greedy decoding")
-    generate.add_argument("--temperature", type=float, help="of the sampling, 1.0 by default")
-    generate.add_argument("--top-p", type=float, help="of the sampling, 1.0 by default")
-    generate.add_argument("--seed", type=int, help="of the sampling")
+    add_sampling_options(generate)
     generate.add_argument("--batch-size", type=at_least_one, default=8, help="of a folder's images, 8 by default")
     add_device_option(generate)
     generate.add_argument("--json", action="store_true", help="print a JSON object; for a folder one per line")
@@ -91,11 +95,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     system = model.turns.system if arguments.system is None else arguments.system
     turns = replace(model.turns, system=system, template=arguments.template or model.turns.template)
     model = replace(model, turns=turns)
-    given = {name: getattr(arguments, name) for name in ("temperature", "top_p", "seed")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and not arguments.do_sample:
-        print(f"note: without --do-sample {', '.join(given)} has no effect", file=sys.stderr)
-    sampling = Sampling(max_new_tokens=arguments.max_new_tokens, do_sample=arguments.do_sample, **given)
+    sampling = Sampling(max_new_tokens=arguments.max_new_tokens, **given_sampling(arguments))
     if folders:
         return _generate_of_folder(folders[0], arguments, model, sampling)
 

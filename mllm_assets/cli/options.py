@@ -36,6 +36,23 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default=DEVICE_OF_ENVIRONMENT, type=_device)
 
 
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How answers are drawn; see `given_sampling`."""
+    parser.add_argument("--do-sample", action="store_true", help="sample instead of greedy decoding")
+    parser.add_argument("--temperature", type=float, help="of the sampling, 1.0 by default")
+    parser.add_argument("--top-p", type=float, help="of the sampling, 1.0 by default")
+    parser.add_argument("--seed", type=int, help="of the sampling")
+
+
+def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, by the names of `Sampling`; says which have no effect."""
+    given = {name: getattr(arguments, name) for name in ("temperature", "top_p", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not arguments.do_sample:
+        print(f"note: without --do-sample {', '.join(given)} has no effect", file=sys.stderr)
+    return {"do_sample": arguments.do_sample, **given}
+
+
 def _device(text: str) -> str:
     """Read the variable only when the command runs, so that a wrong one does not stop others, such as `doctor`."""
     return device_from_environment() if text == DEVICE_OF_ENVIRONMENT else text

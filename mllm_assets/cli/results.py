@@ -5,9 +5,22 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mllm_assets.cli.options import Verbs, add_device_option, at_least_one, help_without_verb
+from mllm_assets.cli.options import (
+    Verbs,
+    add_device_option,
+    add_sampling_options,
+    at_least_one,
+    given_sampling,
+    help_without_verb,
+)
+from mllm_assets.errors import RecipeError
 from mllm_assets.layout import Layout
+from mllm_assets.training.runs.models import HOW_TO_NAME
+
+if TYPE_CHECKING:
+    from mllm_assets.worker.tasks import Accelerator, EvaluationSettings
 
 
 def add_commands(verbs: Verbs) -> None:
@@ -16,19 +29,7 @@ def add_commands(verbs: Verbs) -> None:
     summary.add_argument("overrides", nargs="*", metavar="key=value", help="values of the run instead of the recipe's")
     summary.set_defaults(run=_summary)
 
-    evaluate = verbs.add_parser("evaluate", help="metrics of a run's checkpoints over steps, and the best of them")
-    evaluate.add_argument(
-        "of",
-        metavar="RUN",
-        help="run directory, <recipe>/<fingerprint>, or a recipe's name for its newest finished run",
-    )
-    evaluate.add_argument("--checkpoint", default="all", help="a step; by default all")
-    evaluate.add_argument("--max-samples", type=at_least_one, help="of each entry, spread over it; all by default")
-    evaluate.add_argument("--max-new-tokens", type=at_least_one, default=64)
-    evaluate.add_argument("--batch-size", type=at_least_one, help="rows at once; 16, and 64 where a GPU holds them")
-    add_device_option(evaluate)
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.set_defaults(run=_evaluate)
+    _add_evaluate(verbs)
 
     compare = verbs.add_parser("compare", help="a page with the answers of two evaluated runs to the same samples")
     compare.add_argument(
@@ -67,6 +68,33 @@ def add_commands(verbs: Verbs) -> None:
     rollback.epilog = "example: mllm-assets releases rollback emoji_sft"
 
 
+def _add_evaluate(verbs: Verbs) -> None:
+    evaluate = verbs.add_parser(
+        "evaluate", help="metrics of a run's checkpoints over steps; with --on those of any model on any entry"
+    )
+    evaluate.add_argument(
+        "of",
+        metavar="RUN|MODEL",
+        help="run directory, <recipe>/<fingerprint>, or a recipe's name for its newest finished run; "
+        f"with --on {HOW_TO_NAME}",
+    )
+    evaluate.add_argument(
+        "--on",
+        action="append",
+        default=[],
+        metavar="ENTRY",
+        help="an entry of dataset_info.json, may be given several times; without it the recipe's eval_dataset",
+    )
+    evaluate.add_argument("--checkpoint", help="a step; by default all. With --on name it: emoji_sft@checkpoint-40")
+    evaluate.add_argument("--max-samples", type=at_least_one, help="of each entry, spread over it; all by default")
+    evaluate.add_argument("--max-new-tokens", type=at_least_one, default=64)
+    add_sampling_options(evaluate)
+    evaluate.add_argument("--batch-size", type=at_least_one, help="rows at once; 16, and 64 where a GPU holds them")
+    add_device_option(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.set_defaults(run=_evaluate)
+
+
 def _summary(arguments: argparse.Namespace) -> int:
     from mllm_assets.cli.summary import summarise
 
@@ -75,25 +103,44 @@ def _summary(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from mllm_assets.evaluation.checkpoint_metrics import PLOT_FILE, describe, evaluate_checkpoints, find_run
     from mllm_assets.worker.tasks import Accelerator, EvaluationSettings
 
-    layout = Layout.from_environment()
-    run_dir = find_run(layout, arguments.of)
-    result = evaluate_checkpoints(
-        layout,
-        run_dir,
-        arguments.checkpoint,
-        accelerator=Accelerator(device=arguments.device),
-        settings=EvaluationSettings(
-            max_samples=arguments.max_samples,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-        ),
+    layout, accelerator = Layout.from_environment(), Accelerator(device=arguments.device)
+    settings = EvaluationSettings(
+        max_samples=arguments.max_samples,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        **given_sampling(arguments),
     )
+    if arguments.on:
+        return _evaluate_model(arguments, layout, accelerator, settings)
+
+    from mllm_assets.evaluation.checkpoint_metrics import PLOT_FILE, describe, evaluate_checkpoints, find_run
+
+    run_dir, wanted = find_run(layout, arguments.of), arguments.checkpoint or "all"
+    result = evaluate_checkpoints(layout, run_dir, wanted, accelerator=accelerator, settings=settings)
     print(json.dumps(result.to_dict(), indent=2) if arguments.json else describe(result))
     if len(result.steps) > 1:
         print(f"drawn in {layout.relative(run_dir / PLOT_FILE)}", file=sys.stderr)
+    return 0
+
+
+def _evaluate_model(
+    arguments: argparse.Namespace, layout: Layout, accelerator: "Accelerator", settings: "EvaluationSettings"
+) -> int:
+    from mllm_assets.evaluation.one_model import describe, evaluate_model
+    from mllm_assets.releases.find import find_named_model
+
+    if arguments.checkpoint:
+        raise RecipeError(
+            "--checkpoint is of a run's own evaluation. With --on name the checkpoint as the model: "
+            f"{arguments.of}@checkpoint-{arguments.checkpoint.removeprefix('checkpoint-')}"
+        )
+    entries = list(dict.fromkeys(name for text in arguments.on for name in text.split(",") if name))
+    model = find_named_model(arguments.of, layout)
+    result = evaluate_model(layout, model, entries, accelerator=accelerator, settings=settings)
+    print(json.dumps(result.to_dict(), indent=2) if arguments.json else describe(result))
+    print(f"answers, to open in a browser: {layout.relative(result.gallery)}", file=sys.stderr)
     return 0
 
 

@@ -21,7 +21,7 @@ from mllm_assets.layout import Layout
 
 NAME = re.compile(r"\b[0-9a-f]{16}(?:-\d+)?\b")
 RUN, METRICS = "run", "metrics"
-CACHES = ("features", "hidden states", "encoded rows", "frozen weights", "folds")
+CACHES = ("features", "hidden states", "encoded rows", "frozen weights", "folds", "evaluations")
 DATA_AND_CACHES = ("dataset version", "measurements", "source", "corrections", *CACHES)
 PLACES = {
     RUN: "outputs/*/*",
@@ -39,6 +39,7 @@ PLACES = {
     "encoded rows": "cache/rows/*",
     "frozen weights": "cache/frozen_weights/*",
     "folds": "cache/folds/*",
+    "evaluations": "cache/evaluations/*",
 }
 LINKS = ("outputs/*/*", "releases/*/*", "data/*", "data/.corrections/*/*")
 WITH_NAMES = (MANIFEST, "run.json", "checkpoint_metrics.json")

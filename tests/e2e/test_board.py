@@ -229,3 +229,18 @@ def test_no_other_file_is_served(address: str, project: Project, path: str) -> N
         assert httpx.get(f"{address}/{prefix}{project.root / path}").status_code in (403, 404)
     assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
     assert os.path.exists(project.root / path)
+
+
+def test_any_model_is_evaluated_on_any_entry(page: Page, address: str, project: Project) -> None:
+    """A base model on the test split: no recipe asks that, and the judged recipe has its own on val."""
+    open_tab(page, address, "Evaluate")
+    choose(page, "Model to evaluate", "pretrained/gemma3_tiny")
+    page.get_by_label("Samples each (0: all)").fill("8")
+    page.get_by_role("button", name="Evaluate", exact=True).click()
+    expect(page.get_by_text("emoji_val, 8 samples")).to_be_visible(timeout=120_000)
+    row = page.locator("tr:visible", has=page.get_by_role("rowheader", name="label_accuracy", exact=True))
+    assert len(row.locator("td").all_inner_texts()) == 2
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name="all answers as a page").click()
+    expect(opened.value.locator("img").first).to_be_visible()
+    assert len(list((project.root / "cache" / "evaluations").iterdir())) == 1

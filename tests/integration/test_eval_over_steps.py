@@ -86,6 +86,24 @@ def test_every_checkpoint_is_scored_drawn_and_the_best_is_named(root: Path, caps
     assert (root / "outputs" / "quickly" / "predictions").stat().st_mtime_ns == before, "it was asked before"
 
 
+def test_any_model_is_evaluated_on_any_entry(root: Path, capsys, monkeypatch) -> None:
+    """Checkpoint and base model on the entry that was trained on, which no recipe asks about."""
+    options = ("--device", "cpu", "--max-new-tokens", "4", "--max-samples", "3", "--json")
+    losses = {}
+    for model in ("quickly@checkpoint-6", "quickly@checkpoint-2", "pretrained/model"):
+        code, output = said(capsys, monkeypatch, root, "evaluate", model, "--on", "gemma3_vlm_train", *options)
+        assert code == 0, output.err
+        [(entry, facts)] = json.loads(output.out)["entries"].items()
+        assert (entry, facts["num_samples"]) == ("gemma3_vlm_train", 3)
+        losses[model] = facts["metrics"]["loss"]
+    assert sorted(losses, key=lambda name: losses[name]) == list(losses), "six steps learn more than two"
+    assert len(list((root / "cache" / "evaluations").iterdir())) == 3
+    code, output = said(capsys, monkeypatch, root, "evaluate", "quickly", "--on", "gemma3_vlm_vla")
+    assert code == 2 and "The nearest are gemma3_vlm_val" in output.err
+    code, output = said(capsys, monkeypatch, root, "evaluate", "quickly", "--on", "a", "--checkpoint", "4")
+    assert code == 2 and "name the checkpoint as the model: quickly@checkpoint-4" in output.err
+
+
 def test_figures_of_some_samples_say_so(root: Path, capsys, monkeypatch) -> None:
     """They were in the run's folder like those of all samples."""
     options = ("--device", "cpu", "--max-new-tokens", "4", "--max-samples", "3")

@@ -1,4 +1,4 @@
-"""Runs that a page starts and stops: each is a `mllm-assets run` of its own, so that Dagster keeps its history."""
+"""Runs and evaluations that a page starts and stops, each a command of its own: of runs Dagster keeps the history."""
 
 import os
 import shlex
@@ -95,11 +95,23 @@ class Launches:
         if wrong := [text for text in overrides if "=" not in text or text.startswith("-")]:
             raise RecipeError(f"{wrong[0]!r}: expected key=value, for example max_steps=60.")
         title = " ".join([recipe, *overrides])
+        return self._begin(title, ["run", f"{recipe}.yaml", *overrides], shown=["run", recipe, *overrides])
+
+    def evaluate(self, model: str, entries: Sequence[str], options: Sequence[str]) -> Launch:
+        """Ask a model about entries, with options of `mllm-assets evaluate`.
+
+        Raises:
+            RecipeError: It is being asked already.
+        """
+        command = ["evaluate", model, *(f"--on={entry}" for entry in entries), *options]
+        return self._begin(f"{model} on {', '.join(entries)}", command, shown=command)
+
+    def _begin(self, title: str, arguments: Sequence[str], *, shown: Sequence[str]) -> Launch:
         with self._lock:
             if any(launch.title == title and launch.is_running for launch in self._launches):
                 raise RecipeError(f"{title} is running already: see its log.")
             process = subprocess.Popen(
-                [sys.executable, "-m", "mllm_assets.cli", "run", f"{recipe}.yaml", *overrides],
+                [sys.executable, "-m", "mllm_assets.cli", *arguments],
                 cwd=self._project,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -110,10 +122,14 @@ class Launches:
                 start_new_session=True,  # Ctrl-C reaches the page only, which then stops its runs in order
             )
             launch = Launch(title=title, process=process)
-            launch.lines.append(f"$ mllm-assets run {shlex.join([recipe, *overrides])}")
+            launch.lines.append(f"$ mllm-assets {shlex.join(shown)}")
             self._launches.append(launch)
         threading.Thread(target=_read, args=[launch], daemon=True).start()
         return launch
+
+    def find(self, title: str | None) -> Launch | None:
+        """The newest of a title."""
+        return next((launch for launch in reversed(self._launches) if launch.title == title), None)
 
     def stop(self, title: str) -> str:
         """Stop a run, see `Launch.stop`.

@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 
 from mllm_assets.artifacts import is_complete
 from mllm_assets.cli.board.approve_tab import approve_tab
+from mllm_assets.cli.board.evaluate_tab import evaluate_tab
 from mllm_assets.cli.board.launches import Launches
 from mllm_assets.cli.board.results_tabs import gallery_tab, runs_tab
 from mllm_assets.cli.board.review_tab import review_tab
@@ -92,8 +93,11 @@ def build_board(layout: Layout, launches: Launches, *, device: str = "auto", is_
                 gallery_tab(tab, layout)
             with gr.Tab("Approve", id="approve") as tab:
                 approve_tab(tab, layout)
+            models = Models(layout, device, {})
+            with gr.Tab("Evaluate", id="evaluate") as tab:
+                evaluate_tab(tab, layout, launches, models.names, device=device, links_pages=is_local)
             with gr.Tab("Chat", id="chat") as tab:
-                _chat_tab(tab, Models(layout, device, {}))
+                _chat_tab(tab, models)
             with gr.Tab("Start", id="start") as tab:
                 start_tab(page, tab, layout, launches)
     return page.queue(max_size=MAX_WAITING)

@@ -42,7 +42,7 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
                 check = gr.Button("Estimate and show rows", scale=3)
                 write = gr.Button("Write the recipe", scale=2)
                 start = gr.Button("Write and start", variant="primary", scale=2)
-    told = gr.HTML()
+    message = gr.HTML()
     gr.Markdown("### Runs that this page started")
     with gr.Row():
         run = gr.Dropdown(label="Run", scale=3)
@@ -60,9 +60,9 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
     others = [part.change for part in fields if part is not name]
     gr.on(others, lambda *values: _draft(parts, values), fields, text, show_progress="hidden")
     name.change(_renamed, [text, name], text, show_progress="hidden")  # which keeps what was edited
-    copy.click(_told(lambda stem: _copied(layout, stem), num_kept=2), recipe, [name, text, told])
-    check.click(lambda name, text: _looked(layout, name, text), [name, text], told, concurrency_limit=1)
-    write.click(lambda name, text: _written(layout, name, text), [name, text], told)
+    copy.click(told(lambda stem: _copied(layout, stem), num_kept=2), recipe, [name, text, message])
+    check.click(lambda name, text: _looked(layout, name, text), [name, text], message, concurrency_limit=1)
+    write.click(lambda name, text: _written(layout, name, text), [name, text], message)
 
     def begin(recipe: str | None, overrides: str) -> list[Any]:
         launch = launches.start(recipe or "", overrides.split())
@@ -75,12 +75,12 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
     def problem_free(title: str) -> str:
         return f'<div class="board-done">{title.partition(" ")[0]} was started; its curve is in Runs.</div>'
 
-    start.click(_told(write_and_begin), [name, text], [run, told])
-    start_other.click(_told(begin), [recipe, overrides], [run, told])
-    stop.click(_told(lambda title: [gr.update(), _stopping(launches, title)]), run, [run, told])
+    start.click(told(write_and_begin), [name, text], [run, message])
+    start_other.click(told(begin), [recipe, overrides], [run, message])
+    stop.click(told(lambda title: [gr.update(), stopped(launches, title)]), run, [run, message])
 
     def follow(title: str | None) -> list[Any]:
-        shown = next((one for one in reversed(launches.all) if one.title == title), None)
+        shown = launches.find(title)
         titles = list(dict.fromkeys(one.title for one in launches.all))
         if shown is None:
             return [gr.update(choices=titles), "Nothing was started from this page yet.", ""]
@@ -93,7 +93,7 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
 
 def _choices_of(layout: Layout) -> dict[str, Any]:
     """The components of a draft's fields."""
-    entries, models = _entries(layout), _models(layout)
+    entries, models = known_entries(layout), _models(layout)
     defaults = RecipeDraft(name="my_recipe", model="", template="", entry="")
     evaluation = next((entry for entry in entries if entry.endswith("_val")), "")
     train = next((entry for entry in entries if entry.endswith("_train")), next(iter(entries), None))
@@ -118,7 +118,8 @@ def _choices_of(layout: Layout) -> dict[str, Any]:
     return parts
 
 
-def _entries(layout: Layout) -> list[str]:
+def known_entries(layout: Layout) -> list[str]:
+    """The entries of `data/dataset_info.json`, by name; none where it cannot be read."""
     try:
         return sorted(read_dataset_info(layout.data))
     except MllmAssetsError:
@@ -159,7 +160,7 @@ def _copied(layout: Layout, stem: str | None) -> list[Any]:
     return [name, text, f'<div class="board-done">{escape(done)}</div>']
 
 
-def _told(action: Any, num_kept: int = 1) -> Any:
+def told(action: Any, num_kept: int = 1) -> Any:
     """An action whose refusal is shown where its result would be; what is before that stays as it is."""
 
     def tell(*values: Any) -> list[Any]:
@@ -171,7 +172,8 @@ def _told(action: Any, num_kept: int = 1) -> Any:
     return tell
 
 
-def _stopping(launches: Launches, title: str | None) -> str:
+def stopped(launches: Launches, title: str | None) -> str:
+    """Stop what this page started; returns what is said about it."""
     if not title:
         raise RecipeError("Choose a run that this page started.")
     return f'<div class="board-done">{launches.stop(title)}</div>'

@@ -11,6 +11,8 @@ from mllm_assets.data.curate.review import ReviewedSample
 from mllm_assets.data.ingest.images import PictureError
 from mllm_assets.data.quality.browse import SamplePage
 from mllm_assets.data.quality.report import thumbnail
+from mllm_assets.evaluation.one_model import Scored
+from mllm_assets.evaluation.scores import in_order
 from mllm_assets.evaluation.side_by_side import Line, Pair
 from mllm_assets.pages import page_template
 from mllm_assets.releases.candidate import Considered
@@ -106,6 +108,12 @@ def titles_of(runs: Sequence[KnownRun]) -> list[str]:
 def considered_view(considered: Considered, gates: Mapping[str, str]) -> str:
     """A model that a person decides about, and what was decided."""
     return _rendered("considered", considered=considered, gates=gates)
+
+
+def scored_view(scored: Scored) -> str:
+    """What a model scored on entries, beside the most common answer."""
+    entries = [(name, facts, in_order(facts["metrics"])) for name, facts in scored.entries.items()]
+    return _rendered("scored", model=scored.model, entries=entries)
 
 
 def review_view(sample: ReviewedSample | None, number: int, num_matching: int) -> str:

@@ -15,7 +15,7 @@ from mllm_assets.layout import Layout
 NAME = r"(?!\.+/)[\w.-]+"
 VERSION = rf"data/\.versions/{NAME}/{NAME}"
 PAGE = re.compile(
-    rf"outputs/{NAME}/predictions/{NAME}/gallery\.html|data/\.quality/{NAME}/{NAME}/report\.html|{VERSION}/{REPORT}"
+    rf"outputs/{NAME}/predictions/{NAME}/gallery\.html|cache/evaluations/{NAME}/gallery\.html|data/\.quality/{NAME}/{NAME}/report\.html|{VERSION}/{REPORT}"
 )
 # what a version's report reads; the other pages hold their own pictures
 PICTURE = re.compile(rf"data/images/[\w-]+\.(?:{'|'.join(EXTENSIONS.values())})")
