@@ -44,7 +44,7 @@ class Gates(yaml_of(GateSpec)):
 
 
 class Sweep(yaml_of(SweepSpec)):
-    """Trials of a recipe with other values, of which the one with the lowest loss on `eval_dataset` is chosen."""
+    """Trials of a recipe with other values, of which the best on `eval_dataset` is chosen."""
 
 
 class PushToHub(yaml_of(PushSpec)):

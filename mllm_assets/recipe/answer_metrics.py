@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mllm_assets.plugins import resolve
 
+UNTRIED = ("fsdp", "deepspeed", "torch_compile")  # together with answers while a model trains
 REGISTERED = "mllm_assets.evaluation.metrics:of_answers"
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mllm_assets.errors import RecipeError, all_of
 from mllm_assets.families.family import TEMPLATES
-from mllm_assets.recipe.answer_metrics import answer_metrics, answer_problems
+from mllm_assets.recipe.answer_metrics import UNTRIED, answer_metrics, answer_problems
 from mllm_assets.recipe.asking import CUTOFF_LEN, IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS, TurnSettings
 from mllm_assets.recipe.method_keys import (
     ADDED,
@@ -375,7 +375,7 @@ def _evaluation_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
             text = f"metric_for_best_model is {metric!r}, and eval_on_each_dataset measures {', '.join(measured)}."
             yield "metric_for_best_model", f"{text} Set it to the one that chooses."
     elif spec.answer_metric is not None:
-        untried = [key for key in ("fsdp", "deepspeed", "torch_compile") if getattr(spec, key)]
+        untried = [key for key in UNTRIED if getattr(spec, key)]
         yield from answer_problems(spec.answer_metric, holds_rows_out=bool(spec.val_size), untried=untried)
     elif metric not in (None, "loss", "eval_loss"):
         text = f"metric_for_best_model is {metric!r}, and the loss on all of eval_dataset is one. Set it to loss."

@@ -43,8 +43,8 @@ def test_the_same_trials_come_out_after_a_kill_and_the_best_is_a_recipe(project:
     assert pruned and all("is above the median" in trial["why"] and trial["step"] < 8 for trial in pruned), whole
     assert "trial 6 of 6" in output
     metadata = project.metadata("tried", "sweep")
-    best = min((trial for trial in whole if trial["eval_loss"] is not None), key=lambda trial: trial["eval_loss"])
-    assert metadata["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-4)
+    best = min((trial for trial in whole if trial["scores"]), key=lambda trial: trial["scores"]["eval_loss"])
+    assert metadata["eval_loss"] == pytest.approx(best["scores"]["eval_loss"], rel=1e-4)
     assert metadata["num_pruned"] == len(pruned)
     assert len(list(project.layout.features.glob("*"))) == 1, "one tower, one set of pictures: computed once"
     [winner] = project.layout.outputs.glob("tried/sweep/*/tried_swept.yaml")

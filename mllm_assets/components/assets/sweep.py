@@ -21,7 +21,8 @@ from mllm_assets.recipe.load import load_recipe
 from mllm_assets.training.runs.plan import RunPlan, plan_run, semantic_values
 from mllm_assets.training.runs.sweep import OnPoll, run_sweep
 from mllm_assets.training.runs.sweep_result import PICTURES, publish_sweep, read_trials, winner_file
-from mllm_assets.training.runs.sweep_spec import SweepSpec, check_against, shown
+from mllm_assets.training.runs.sweep_spec import LOSS, SweepSpec, check_against, shown
+from mllm_assets.worker.run_settings import AnswerSample
 from mllm_assets.worker.tasks import Manifest
 
 MAX_WHY_SHOWN = 80
@@ -39,7 +40,7 @@ def sweep_asset(node: Node, spec: SweepSpec) -> dg.AssetsDefinition:
         pool="gpu",
         code_version=digest_json([asdict(spec), semantic_values(node.recipe.spec)])[:16],
         description=f"{node.name}: at most {spec.num_trials} runs with other values of {', '.join(spec.parameters)}, "
-        "and the one with the lowest loss on eval_dataset as a recipe.",
+        f"and the best of them by {spec.compared_by[0].key} on eval_dataset as a recipe.",
     )
     @step
     def sweep(
@@ -54,35 +55,52 @@ def sweep_asset(node: Node, spec: SweepSpec) -> dg.AssetsDefinition:
             upstream_path(context, key, project)
         dataset = Dataset.of_recipe(recipe.spec, layout.root, read_part=None)
         check_for_leaks(recipe, model_dir, dataset, project, allowed=node.settings.allow_leakage)
-        caches = caches_of(context, node, project)
+        caches, settings = caches_of(context, node, project), node.settings.for_runs
+        settings = replace(settings, answers=replace(settings.answers, metrics=spec.asked))
         planned = partial(
             plan_run,
             root=layout.root,
             dataset=dataset,
             model_dir=model_dir,
             num_processes=gpu.num_training_processes,
-            settings=node.settings.for_runs,
+            settings=settings,
         )
 
         def plan(values: Mapping[str, Any]) -> RunPlan:
-            trial = load_recipe(node.recipe.path, values)
-            return find_plan(partial(planned, trial), project.mirror(context), context.log.warning)
+            trial = partial(planned, load_recipe(node.recipe.path, values))
+            found = find_plan(trial, project.mirror(context), context.log.warning)
+            # one that was finished before anybody asked has no answers
+            if found.state == "finished" and not answered(read_manifest(found.directory), settings.answers):
+                return find_plan(partial(trial, force=True), project.mirror(context), context.log.warning)
+            return found
 
         def train(plan: RunPlan, on_poll: OnPoll | None) -> Manifest:
             if plan.state == "finished":
                 return read_manifest(plan.directory)
             return gpu.run(context, replace(plan.task, caches=caches), on_poll)
 
-        name = f"{node.name}/{plan({}).fingerprint}/{digest_json(_choices(spec))[:16]}"
+        own = planned(recipe).fingerprint.partition("-")[0]
+        name = f"{node.name}/{own}/{digest_json(_choices(spec, settings.answers))[:16]}"
         trials = run_sweep(spec, name, layout.sweeps_db, plan=plan, train=train, notify=context.log.info)
         return _result(publish_sweep(layout, recipe, spec, trials), project, winner_file(recipe))
 
     return sweep
 
 
-def _choices(spec: SweepSpec) -> dict[str, Any]:
+def answered(manifest: Manifest, answers: AnswerSample) -> bool:
+    """Whether a finished run was asked all that a sweep compares, and as much."""
+    asked = manifest.get("asked") or {}
+    how = {"max_samples": answers.max_samples, "max_new_tokens": answers.max_new_tokens}
+    return not answers.metrics or (how.items() <= asked.items() and {*answers.metrics} <= {*asked["metrics"]})
+
+
+def _choices(spec: SweepSpec, answers: AnswerSample) -> dict[str, Any]:
     """What a study depends on: with more trials or hours the same one goes on."""
-    return {name: value for name, value in asdict(spec).items() if name not in ("num_trials", "max_hours")}
+    left_out = ["num_trials", "max_hours", "objective", "objectives"]
+    choices = {name: value for name, value in asdict(spec).items() if name not in left_out}
+    if [objective.key for objective in spec.compared_by] != [LOSS]:
+        choices["compared_by"] = [objective.key for objective in spec.compared_by]
+    return choices | ({"answers": asdict(answers)} if spec.asked else {})
 
 
 def _result(directory: Path, project: ProjectResource, winner: str) -> dg.MaterializeResult:
@@ -93,10 +111,10 @@ def _result(directory: Path, project: ProjectResource, winner: str) -> dg.Materi
         data_version=dg.DataVersion(manifest["digest"]),
         metadata={
             "best": shown(manifest["best_values"]),
-            "eval_loss": rounded(manifest["eval_loss"]),
+            **{key: rounded(value) for key, value in manifest["scores"].items()},
             "num_trials": manifest["num_trials"],
             "num_pruned": manifest["num_pruned"],
-            "trials": in_window(_table(read_trials(directory))),
+            "trials": in_window(_table(read_trials(directory), manifest["objectives"])),
             **{
                 name: in_window(png_markdown(name, path.read_bytes())) for name, path in drawn.items() if path.is_file()
             },
@@ -108,20 +126,21 @@ def _result(directory: Path, project: ProjectResource, winner: str) -> dg.Materi
     )
 
 
-def _table(trials: Sequence[Mapping[str, Any]]) -> str:
+def _table(trials: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> str:
     """The trials, the best first, then those that were given up."""
-    ordered = sorted(trials, key=lambda one: (one["eval_loss"] is None, one["eval_loss"] or 0.0, one["number"]))
+    several = len(objectives) > 1
     return markdown_table(
-        ("trial", "values", "eval_loss", "step", "what became of it"),
+        ("trial", "values", *objectives, *(["Pareto-best"] if several else []), "step", "what became of it"),
         (
             (
                 one["number"],
                 shown(one["values"]),
-                "" if one["eval_loss"] is None else f"{one['eval_loss']:.4f}",
+                *(f"{one['scores'][key]:.4f}" if one["scores"] else "" for key in objectives),
+                *(["yes" if one["is_unbeaten"] else ""] if several else []),
                 one["step"],
                 f"{one['state']}: {_short(one['why'])}" if one["why"] else one["state"],
             )
-            for one in ordered
+            for one in sorted(trials, key=lambda one: (one["place"] is None, one["place"] or one["number"]))
         ),
     )
 

@@ -336,6 +336,7 @@ def _outcome_of(task: TrainTask, prepared: Prepared) -> dict[str, Any]:
         "num_params": shape.num_params,
         "caches": dict(prepared.plan.facts),
         "trackers": reporting.tracker_runs(task.run_dir),
+        **({"asked": {**asdict(task.answers), "metrics": list(prepared.setup.measured)}} if task.measured else {}),
         "memory_estimate_gib": prepared.needed.total_gib,
         "resumed_from_step": resumable.step if resumable.path else None,
         "skipped_checkpoints": resumable.skipped,

@@ -2,11 +2,12 @@
 
 The study is a database that survives the process: a trial that was interrupted is taken up first, and its run resumes
 from its checkpoint. What is chosen next depends on the seed and the trials before it only, so an interruption changes
-nothing. Losses are those on the evaluation entries, in the order of the steps.
+nothing. What is compared is measured on the evaluation entries, in the order of the steps.
 """
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mllm_assets.errors import MachineError, MllmAssetsError, OutOfMemoryError, RecipeError
 from mllm_assets.training.runs.history import TRAINER_LOG, read_log
 from mllm_assets.training.runs.plan import RunPlan
-from mllm_assets.training.runs.sweep_spec import Range, SweepSpec, shown
+from mllm_assets.training.runs.sweep_spec import Objective, Range, SweepSpec, shown
 from mllm_assets.worker.tasks import Manifest
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ Train = Callable[[RunPlan, OnPoll | None], Manifest]
 INSTALL = "pip install 'mllm-assets[sweep]'"
 NUM_BEFORE_PRUNING = 3  # trials that are trained to the end before a median counts
 MAX_WHY_CHARS = 2000
-_WHY, _RUN, _WALL_S = "why", "run", "wall_s"
+_WHY, _RUN, _WALL_S, _STEP = "why", "run", "wall_s", "step"
 
 
 class Pruned(Exception):
@@ -40,7 +41,7 @@ class Trial:
         number: From 1, in the order in which they were begun.
         values: Of the parameters.
         run: The name of its run's directory, which `outputs/<recipe>/` holds.
-        eval_loss: Of the published step; None unless it is finished.
+        scores: By objective, of the published step; empty unless it is finished.
         step: The last one that was evaluated.
         why: It was pruned or failed.
     """
@@ -49,9 +50,13 @@ class Trial:
     values: Mapping[str, Any]
     state: Literal["finished", "pruned", "failed"]
     run: str
-    eval_loss: float | None
+    scores: Mapping[str, float]
     step: int
     why: str = ""
+
+    def places(self, objectives: Sequence[Objective]) -> tuple[float, ...]:
+        """Its scores so that less is better, the first objective first."""
+        return tuple(self.scores[one.key] * (-1 if one.higher_is_better else 1) for one in objectives)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,7 +65,7 @@ class _Watched:
 
     trial: "optuna.Trial"
     log: Path
-    prunes: bool
+    spec: SweepSpec
     reported: int = 0  # the last step
     size: int = -1
 
@@ -71,13 +76,18 @@ class _Watched:
             return
         self.size = size
         for line in read_log(self.log):
-            step, loss = int(line["current_steps"]), line.get("eval_loss")
-            if loss is None or step <= self.reported:
+            first, *others = self.spec.compared_by
+            step, value = int(line["current_steps"]), line.get(first.key)
+            if value is None or step <= self.reported:
                 continue
             self.reported = step
-            self.trial.report(float(loss), step)
-            if self.prunes and self.trial.should_prune():
-                raise Pruned(f"eval_loss {loss:.4f} at step {step} is above the median of the trials before it")
+            if others:  # Optuna takes one value of a step
+                continue
+            self.trial.report(float(value), step)
+            if self.spec.prunes and self.trial.should_prune():
+                side = "below" if first.higher_is_better else "above"
+                why = f"{first.key} {value:.4f} at step {step} is {side} the median of the trials before it"
+                raise Pruned(why)
 
 
 def run_sweep(
@@ -106,6 +116,8 @@ def run_sweep(
     study = _open(spec, name, database)
     grid = spec.grid()
     num_trials = len(grid) or spec.num_trials
+    if spec.pruner == "median" and not spec.prunes:
+        notify("No trial is given up early: Optuna compares one objective for that, and there are several.")
     _take_up_interrupted(study)
     while (done := len(_ended(study))) < num_trials:
         wall_s = sum(trial.user_attrs.get(_WALL_S, 0.0) for trial in study.trials)
@@ -116,28 +128,44 @@ def run_sweep(
             study.enqueue_trial(grid[done])
         trial = _ask(study, spec, done)
         notify(f"trial {done + 1} of {num_trials}: {shown(trial.params)}")
-        _run_trial(study, trial, plan, train, prunes=spec.pruner == "median")
-        made = trials_of(study)[-1]
-        best = best_of(trials_of(study))
+        _run_trial(study, trial, plan, train, spec)
+        made = trials_of(study, spec)
+        best = best_of(made, spec)
         notify(
-            f"trial {done + 1} of {num_trials} {made.state}"
-            + (f": eval_loss {made.eval_loss:.4f}" if made.eval_loss is not None else f": {made.why}")
-            + (f"; the best is trial {best.number} with {best.eval_loss:.4f}" if best else "")
+            f"trial {done + 1} of {num_trials} {made[-1].state}: {shown(made[-1].scores) or made[-1].why}"
+            + (f"; the best is trial {best.number} with {shown(best.scores)}" if best else "")
         )
-    found = trials_of(study)
-    if best_of(found) is None:
+    found = trials_of(study, spec)
+    if best_of(found, spec) is None:
         raise RecipeError(f"No trial of the sweep was trained to its end. The last one: {found[-1].why}")
     return found
 
 
-def best_of(trials: list[Trial]) -> Trial | None:
-    """The finished trial with the lowest loss, the first of equal ones."""
-    finished = [trial for trial in trials if trial.eval_loss is not None]
-    return min(finished, key=lambda trial: trial.eval_loss or 0.0, default=None)
+def best_of(trials: list[Trial], spec: SweepSpec) -> Trial | None:
+    """The finished trial that is best by the first objective, by the next ones among equals, then the first."""
+    finished = [trial for trial in trials if trial.scores]
+    return min(finished, key=lambda trial: trial.places(spec.compared_by), default=None)
 
 
-def trials_of(study: "optuna.Study") -> list[Trial]:
+def keys_of(spec: SweepSpec) -> list[str]:
+    """The names of the objectives in logs and tables."""
+    return [objective.key for objective in spec.compared_by]
+
+
+def unbeaten(trials: list[Trial], spec: SweepSpec) -> list[Trial]:
+    """The Pareto-best: finished trials that no other one equals or beats in all objectives, and beats in one."""
+    finished = [trial for trial in trials if trial.scores]
+    places = [trial.places(spec.compared_by) for trial in finished]
+
+    def is_beaten(own: tuple[float, ...]) -> bool:
+        return any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in places)
+
+    return [trial for trial, own in zip(finished, places, strict=True) if not is_beaten(own)]
+
+
+def trials_of(study: "optuna.Study", spec: SweepSpec) -> list[Trial]:
     """The trials of a study that ended by themselves."""
+    keys = keys_of(spec)
     states = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
     return [
         Trial(
@@ -145,8 +173,8 @@ def trials_of(study: "optuna.Study") -> list[Trial]:
             values=trial.params,
             state=states[trial.state.name],  # pyright: ignore[reportArgumentType]
             run=trial.user_attrs.get(_RUN, ""),
-            eval_loss=trial.value if trial.state.name == "COMPLETE" else None,
-            step=max(trial.intermediate_values, default=0),
+            scores=dict(zip(keys, trial.values, strict=True)) if trial.state.name == "COMPLETE" else {},
+            step=trial.user_attrs.get(_STEP, max(trial.intermediate_values, default=0)),
             why=trial.user_attrs.get(_WHY, ""),
         )
         for number, trial in enumerate(_ended(study), start=1)
@@ -164,7 +192,8 @@ def _open(spec: SweepSpec, name: str, database: Path) -> "optuna.Study":
     return optuna.create_study(
         study_name=name,
         storage=f"sqlite:///{database}",
-        pruner=prunes if spec.pruner == "median" else optuna.pruners.NopPruner(),
+        directions=["maximize" if one.higher_is_better else "minimize" for one in spec.compared_by],
+        pruner=prunes if spec.prunes else optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
 
@@ -224,19 +253,22 @@ def _run_trial(
     trial: "optuna.Trial",
     plan: Callable[[Mapping[str, Any]], RunPlan],
     train: Train,
-    *,
-    prunes: bool,
+    spec: SweepSpec,
 ) -> None:
-    began_s, why, loss = time.monotonic(), "", None
+    began_s, why, values = time.monotonic(), "", None
     try:
         planned = plan(trial.params)
         trial.set_user_attr(_RUN, planned.directory.name)
-        watched = _Watched(trial=trial, log=planned.directory / TRAINER_LOG, prunes=prunes)
-        loss = train(planned, watched.look)["eval_loss"]
+        watched = _Watched(trial=trial, log=planned.directory / TRAINER_LOG, spec=spec)
+        manifest = train(planned, watched.look)
         watched.look()  # what was logged after the last poll
-        state = "COMPLETE"
-        if loss is None:
+        trial.set_user_attr(_STEP, watched.reported)
+        measured = [objective.of(manifest) for objective in spec.compared_by]
+        state, values = "COMPLETE", [float(value) for value in measured if value is not None]
+        if len(values) < len(measured):
             state, why = "FAIL", "it was not evaluated: eval_steps is above its number of steps."
+        elif not all(map(math.isfinite, values)):
+            state, why = "FAIL", f"{shown(dict(zip(keys_of(spec), values, strict=True)))} is not finite."
     except Pruned as pruned:
         state, why = "PRUNED", str(pruned)
     except MllmAssetsError as error:
@@ -246,4 +278,4 @@ def _run_trial(
     trial.set_user_attr(_WALL_S, time.monotonic() - began_s)
     if why:
         trial.set_user_attr(_WHY, why)
-    study.tell(trial, float(loss) if state == "COMPLETE" and loss is not None else None, state=_state(state))
+    study.tell(trial, values if state == "COMPLETE" else None, state=_state(state))

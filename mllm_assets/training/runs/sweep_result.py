@@ -23,11 +23,11 @@ from mllm_assets.artifacts import (
 from mllm_assets.errors import IntegrityError
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe
-from mllm_assets.training.runs.sweep import Trial, best_of
-from mllm_assets.training.runs.sweep_spec import SweepSpec
+from mllm_assets.training.runs.sweep import Trial, best_of, keys_of, unbeaten
+from mllm_assets.training.runs.sweep_spec import SweepSpec, shown
 
 TRIALS_FILE = "trials.json"
-PICTURES = ("parallel_coordinates", "importances")
+PICTURES = ("parallel_coordinates", "importances", "pareto_front")
 _INCHES = (8.8, 4.2)  # at 100 dpi as wide as the window in which Dagster shows it
 
 
@@ -38,7 +38,8 @@ class ChosenBy:
     recipe: str
     num_trials: int
     num_pruned: int
-    entries: tuple[str, ...]  # that the losses were of
+    entries: tuple[str, ...]  # that they were compared on
+    objectives: tuple[str, ...] = ("eval_loss",)
 
 
 def publish_sweep(layout: Layout, recipe: Recipe, spec: SweepSpec, trials: list[Trial]) -> Path:
@@ -47,17 +48,23 @@ def publish_sweep(layout: Layout, recipe: Recipe, spec: SweepSpec, trials: list[
     Raises:
         IntegrityError: No trial was finished.
     """
-    best = best_of(trials)
+    best = best_of(trials, spec)
     if best is None:
         raise IntegrityError(f"No trial of the sweep of {recipe.name} was finished.")
-    found = [asdict(trial) for trial in trials]
+    ranked = sorted((trial for trial in trials if trial.scores), key=lambda trial: trial.places(spec.compared_by))
+    places = {trial.number: place for place, trial in enumerate(ranked, start=1)}
+    best_numbers = {trial.number for trial in unbeaten(trials, spec)}
+    found = [
+        {**asdict(trial), "place": places.get(trial.number), "is_unbeaten": trial.number in best_numbers}
+        for trial in trials
+    ]
     digest = digest_json([recipe.name, asdict(spec), found])
     target = layout.sweep(recipe.name, digest[:16])
     if is_sound(target):
         return target
     with staged_directory(target) as staging:
         write_json_atomic(staging / TRIALS_FILE, found)
-        write_text_atomic(staging / winner_file(recipe), winner_recipe(recipe, trials, best))
+        write_text_atomic(staging / winner_file(recipe), winner_recipe(recipe, spec, trials, best))
         for name, png in _pictures(spec, trials).items():
             (staging / f"{name}.png").write_bytes(png)
         write_manifest(
@@ -67,7 +74,8 @@ def publish_sweep(layout: Layout, recipe: Recipe, spec: SweepSpec, trials: list[
                 "recipe": recipe.name,
                 "best_run": best.run,
                 "best_values": dict(best.values),
-                "eval_loss": best.eval_loss,
+                "objectives": keys_of(spec),
+                "scores": dict(best.scores),
                 "eval_entries": list(recipe.spec.eval_entries),
                 "num_trials": len(trials),
                 "num_pruned": sum(trial.state == "pruned" for trial in trials),
@@ -81,13 +89,15 @@ def winner_file(recipe: Recipe) -> str:
     return f"{recipe.name}_swept.yaml"
 
 
-def winner_recipe(recipe: Recipe, trials: list[Trial], best: Trial) -> str:
+def winner_recipe(recipe: Recipe, spec: SweepSpec, trials: list[Trial], best: Trial) -> str:
     """The recipe with the best values, as its file."""
     values = {**recipe.values, **best.values, "output_dir": f"outputs/{recipe.name}_swept"}
     entries = ", ".join(recipe.spec.eval_entries)
+    first, *others = keys_of(spec)
+    also = f" before {' and '.join(others)}" if others else ""
     head = (
-        f"### The best of {len(trials)} trials of the sweep of {recipe.path.name}, by the loss on {entries}: "
-        f"{best.eval_loss:.4f}.\n### That figure is too good, since it was chosen by it: the test split judges.\n"
+        f"### The best of {len(trials)} trials of the sweep of {recipe.path.name} by {first}{also} on {entries}: "
+        f"{shown(best.scores)}.\n### That is too good, since it was chosen by it: the test split judges.\n"
     )
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -107,6 +117,7 @@ def chosen_by(layout: Layout, fingerprint: str) -> ChosenBy | None:
                 num_trials=manifest["num_trials"],
                 num_pruned=manifest["num_pruned"],
                 entries=tuple(manifest["eval_entries"]),
+                objectives=tuple(manifest.get("objectives", ["eval_loss"])),
             )
     return None
 
@@ -122,8 +133,10 @@ def _pictures(spec: SweepSpec, trials: list[Trial]) -> dict[str, bytes]:
 
     from mllm_assets.training.runs.sweep import distributions_of
 
-    distributions = distributions_of(spec)
-    study = optuna.create_study()
+    distributions, keys = distributions_of(spec), keys_of(spec)
+    study = optuna.create_study(
+        directions=["maximize" if one.higher_is_better else "minimize" for one in spec.compared_by]
+    )
     for trial in trials:
         if trial.state == "finished":
             study.add_trial(
@@ -131,17 +144,21 @@ def _pictures(spec: SweepSpec, trials: list[Trial]) -> dict[str, bytes]:
                     state=TrialState.COMPLETE,
                     params=dict(trial.values),
                     distributions=distributions,
-                    value=trial.eval_loss,
+                    values=[trial.scores[key] for key in keys],
                 )
             )
+    # what Optuna draws of one value is drawn of the objective that decides
+    one = {"target": lambda trial: trial.values[0], "target_name": keys[0]}
     found: dict[str, bytes] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna's experimental ones
         if len(study.trials) > 1:
-            found["parallel_coordinates"] = _png(drawn.plot_parallel_coordinate(study, target_name="eval_loss"))
+            found["parallel_coordinates"] = _png(drawn.plot_parallel_coordinate(study, **one))
+        if len(study.trials) > 1 and len(keys) in (2, 3):
+            found["pareto_front"] = _png(drawn.plot_pareto_front(study, target_names=keys))
         if len(study.trials) > 3 and len(distributions) > 1:
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-            found["importances"] = _png(drawn.plot_param_importances(study, evaluator=evaluator))
+            found["importances"] = _png(drawn.plot_param_importances(study, evaluator=evaluator, **one))
     return found
 
 

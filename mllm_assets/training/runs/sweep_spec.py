@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm_assets.errors import RecipeError, all_of
+from mllm_assets.recipe.answer_metrics import UNTRIED, answer_metrics
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.recipe.spec import TrainSpec
 
 MAX_TRIALS = 10_000
+LOSS = "eval_loss"
 # what the asset depends on: one model is loaded, and one set of entries looked at for leaks
 _INPUTS = {"model_name_or_path", "adapter_name_or_path", "dataset", "media_dir"}
 # with another value of these the loss on val is of other tokens, or of another task
@@ -38,15 +40,36 @@ class Range:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """What trials are compared by, on `eval_dataset`: `eval_loss`, or a metric of answers."""
+
+    key: str  # as in `trainer_log.jsonl`
+    higher_is_better: bool
+
+    @property
+    def metric(self) -> str | None:
+        """The metric of answers; None of the loss."""
+        return None if self.key == LOSS else self.key.removeprefix("eval_")
+
+    def of(self, manifest: Mapping[str, Any]) -> float | None:
+        """Its value of a finished run's published step; None where that was not measured."""
+        return manifest.get(LOSS) if self.metric is None else manifest.get("eval_answers", {}).get(self.metric)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SweepSpec:
-    """A sweep over keys of a recipe. What is chosen is the lowest loss on `eval_dataset`.
+    """A sweep over keys of a recipe. What is chosen is the lowest loss on `eval_dataset`, or the best of `objective`.
 
     Attributes:
         parameters: Recipe key -> a list of values, or `{low, high, log, step}`.
+        objective: By what trials are compared on `eval_dataset`: `eval_loss`, or a metric of answers to some of its
+            rows, such as `label_accuracy`.
+        objectives: Several of them instead, for which Optuna looks for trials that no other one beats in all. Of those
+            the first objective decides, the next ones where it is equal. No trial is given up early.
         num_trials: How many trials are trained. Lists alone whose combinations are not more make a grid.
         max_hours: No further trial starts after so many hours of training; null: never.
-        pruner: `median` gives up a trial whose loss on `eval_dataset` is above the median of those before it at the
-            same step; `none` trains all to the end.
+        pruner: `median` gives up a trial whose figure on `eval_dataset` is worse than the median of those before it at
+            the same step; `none` trains all to the end.
         seed: Of the choice of values. The same seed, data and recipe choose the same.
     """
 
@@ -55,8 +78,11 @@ class SweepSpec:
     max_hours: float | None = None
     pruner: Literal["median", "none"] = "median"
     seed: int = 0
+    objective: str = LOSS
+    objectives: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._require_objectives()
         if not self.parameters:
             raise RecipeError("sweep: parameters is empty. Name a key of the recipe: learning_rate: [1e-4, 1e-3].")
         if not 1 <= self.num_trials <= MAX_TRIALS:
@@ -66,6 +92,36 @@ class SweepSpec:
         if not 0 <= self.seed < 2**31:
             raise RecipeError(f"sweep: seed is {self.seed}: expected 0 to {2**31 - 1:,}.")
         self.tried()
+
+    def _require_objectives(self) -> None:
+        names, known = [_log_key(name) for name in self.objectives or [self.objective]], ["loss", *answer_metrics()]
+        if self.objectives and self.objective != LOSS:
+            raise RecipeError("sweep: objective and objectives are both set. Name all in objectives.")
+        if len(set(names)) < len(names):
+            raise RecipeError(f"sweep: objectives names one twice: {', '.join(self.objectives)}. Leave it out.")
+        for name in names:
+            if name.removeprefix("eval_") not in known:
+                text = f"sweep: objective {name.removeprefix('eval_')!r}: expected one of eval_loss, "
+                raise RecipeError(f"{text}{', '.join(answer_metrics())}. Correct it.")
+
+    @property
+    def compared_by(self) -> tuple[Objective, ...]:
+        """What decides, the first one first."""
+        keys = [_log_key(name) for name in self.objectives or [self.objective]]
+        return tuple(
+            Objective(key=key, higher_is_better=key != LOSS and answer_metrics()[key.removeprefix("eval_")])
+            for key in keys
+        )
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The metrics of answers among them."""
+        return tuple(objective.metric for objective in self.compared_by if objective.metric)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether trials are given up early; Optuna compares one value for that."""
+        return self.pruner == "median" and len(self.compared_by) == 1
 
     def tried(self) -> dict[str, list[Any] | Range]:
         """The values or the range of each key.
@@ -91,6 +147,10 @@ class SweepSpec:
         if len(lists) < len(tried) or math.prod(map(len, lists)) > self.num_trials:
             return []
         return [dict(zip(tried, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def _log_key(name: str) -> str:
+    return f"eval_{name.removeprefix('eval_')}"
 
 
 def _tried(value: Any) -> list[Any] | Range:
@@ -146,6 +206,10 @@ def check_against(spec: SweepSpec, recipe: Recipe) -> None:
 def _problems(spec: SweepSpec, recipe: Recipe) -> Iterator[str]:
     if recipe.spec.eval_strategy == "no" or not recipe.spec.eval_entries:
         yield f"{recipe.path}: a sweep compares losses on eval_dataset. Set eval_dataset and eval_strategy: steps."
+    for metric in spec.asked:
+        for key in UNTRIED:
+            if getattr(recipe.spec, key):
+                yield f"{recipe.path}: {key} together with the objective {metric} has not been tried. Delete one."
     if recipe.spec.evaluates_each:
         yield f"{recipe.path}: a sweep compares one loss of each trial. Delete eval_on_each_dataset."
     scopes = {item.name: item.metadata["scope"] for item in dataclasses.fields(TrainSpec)}

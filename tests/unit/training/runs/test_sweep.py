@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from mllm_assets.artifacts import read_manifest
 from mllm_assets.errors import MachineError, OutOfMemoryError, RecipeError
-from mllm_assets.training.runs.sweep import OnPoll, Trial, best_of, run_sweep
+from mllm_assets.layout import Layout
+from mllm_assets.recipe.load import load_recipe
+from mllm_assets.training.runs.sweep import OnPoll, Trial, best_of, run_sweep, unbeaten
+from mllm_assets.training.runs.sweep_result import PICTURES, publish_sweep, read_trials
 from mllm_assets.training.runs.sweep_spec import SweepSpec
 
 pytest.importorskip("optuna")
@@ -44,11 +48,12 @@ class World:
         plan.directory.mkdir()
         with (plan.directory / "trainer_log.jsonl").open("w") as log:
             for step in (1, 2, 3):
-                log.write(json.dumps({"current_steps": step, "eval_loss": loss + 3 - step}) + "\n")
+                line = {"current_steps": step, "eval_loss": loss + 3 - step, "eval_anls": (1 - loss) * step / 3}
+                log.write(json.dumps(line) + "\n")
                 log.flush()
                 if on_poll:
                     on_poll()
-        return {"eval_loss": loss}
+        return {"eval_loss": loss, "eval_answers": {"anls": 1 - loss, "rouge_l": plan.values["x"]}}
 
     def sweep(self, spec: SweepSpec = SPEC) -> list[Trial]:
         return run_sweep(
@@ -64,8 +69,8 @@ def world(tmp_path: Path) -> World:
 def test_the_best_is_the_lowest_loss_and_a_finished_sweep_trains_nothing(world: World) -> None:
     trials = world.sweep()
     assert [trial.number for trial in trials] == list(range(1, 9)) and len(world.trained) == 8
-    best = best_of(trials)
-    assert best is not None and best.eval_loss == min(abs(x - 0.3) for x in world.trained)
+    best = best_of(trials, SPEC)
+    assert best is not None and best.scores["eval_loss"] == min(abs(x - 0.3) for x in world.trained)
     assert world.said[0].startswith("trial 1 of 8: x ") and "; the best is trial" in world.said[-1]
     assert world.sweep() == trials and len(world.trained) == 8
 
@@ -91,7 +96,7 @@ def test_more_trials_go_on_with_the_same_sweep(world: World) -> None:
 def test_what_is_above_the_median_is_given_up_with_its_reason(world: World) -> None:
     trials = world.sweep(SweepSpec(parameters=SPEC.parameters, num_trials=8, seed=5))
     pruned = [trial for trial in trials if trial.state == "pruned"]
-    assert pruned and all(trial.number > 3 and trial.eval_loss is None for trial in pruned)
+    assert pruned and all(trial.number > 3 and not trial.scores for trial in pruned)
     assert "at step 1 is above the median of the trials before it" in pruned[0].why
 
 
@@ -129,10 +134,55 @@ def test_a_grid_is_tried_once_each(world: World) -> None:
     assert sorted((trial.values["x"], trial.values["kind"]) for trial in trials) == [
         (x, kind) for x in (0.1, 0.2, 0.4) for kind in "ab"
     ]
-    best = best_of(trials)
+    best = best_of(trials, SPEC)
     assert best is not None and best.values["x"] in (0.2, 0.4)
 
 
 def test_no_trial_starts_after_the_hours(world: World) -> None:
     trials = world.sweep(SweepSpec(parameters=SPEC.parameters, num_trials=8, max_hours=1e-9))
     assert len(trials) == 1 and "max_hours is 1e-09" in world.said[-1]
+
+
+def test_the_best_by_a_metric_of_answers_is_the_highest_and_what_is_below_the_median_is_given_up(world: World) -> None:
+    spec = SweepSpec(parameters=SPEC.parameters, num_trials=8, seed=5, objective="anls")
+    trials = world.sweep(spec)
+    best = best_of(trials, spec)
+    assert best is not None and best.scores == {"eval_anls": 1 - min(abs(x - 0.3) for x in world.trained)}
+    pruned = [trial for trial in trials if trial.state == "pruned"]
+    assert pruned and "at step 1 is below the median of the trials before it" in pruned[0].why
+
+
+def test_of_several_objectives_the_first_decides_and_no_trial_is_given_up(world: World) -> None:
+    spec = SweepSpec(parameters=SPEC.parameters, num_trials=8, objectives=("anls", "eval_rouge_l"))
+    trials = world.sweep(spec)
+    assert all(trial.state == "finished" and trial.step == 3 for trial in trials)
+    assert world.said[0] == "No trial is given up early: Optuna compares one objective for that, and there are several."
+    best, front = best_of(trials, spec), unbeaten(trials, spec)
+    assert best is not None and best in front
+    assert best.scores["eval_anls"] == max(trial.scores["eval_anls"] for trial in trials)
+    pairs = [(trial.scores["eval_anls"], trial.scores["eval_rouge_l"]) for trial in trials]
+    for trial, own in zip(trials, pairs, strict=True):
+        beaten = any(other[0] >= own[0] and other[1] >= own[1] and other != own for other in pairs)
+        assert (trial in front) is not beaten
+    assert world.sweep(spec) == trials and len(world.trained) == 8
+
+
+def test_the_result_of_several_objectives_shows_them_all(world: World, tmp_path: Path) -> None:
+    spec = SweepSpec(parameters=SPEC.parameters, num_trials=5, objectives=("loss", "anls"))
+    (tmp_path / "r.yaml").write_text(
+        "model_name_or_path: m\ndataset: a\ntemplate: gemma3\ndo_train: true\neval_dataset: v\neval_strategy: steps\n"
+    )
+    recipe, trials = load_recipe(tmp_path / "r.yaml"), world.sweep(spec)
+    directory = publish_sweep(Layout(tmp_path), recipe, spec, trials)
+    best = best_of(trials, spec)
+    assert best is not None and read_manifest(directory)["scores"] == dict(best.scores)
+    read = read_trials(directory)
+    assert [trial["number"] for trial in read if trial["place"] == 1] == [best.number]
+    assert {trial["number"] for trial in read if trial["is_unbeaten"]} == {one.number for one in unbeaten(trials, spec)}
+    assert all((directory / f"{name}.png").is_file() for name in PICTURES)
+    assert "by eval_loss before eval_anls on v: eval_loss 0." in (directory / "r_swept.yaml").read_text()
+
+
+def test_a_trial_whose_objective_was_not_measured_is_told(world: World) -> None:
+    with pytest.raises(RecipeError, match="No trial .* The last one: it was not evaluated"):
+        world.sweep(SweepSpec(parameters=SPEC.parameters, num_trials=2, objective="exact_match"))

@@ -116,3 +116,38 @@ def test_lists_that_fit_are_a_grid() -> None:
     ]
     assert SweepSpec(parameters={"a": [1, 2], "b": ["x", "y"]}, num_trials=3).grid() == []
     assert SweepSpec(parameters={"a": {"low": 1, "high": 2}}, num_trials=3).grid() == []
+
+
+def test_objectives_bring_their_direction_and_the_first_decides() -> None:
+    spec = SweepSpec(parameters={"seed": [1, 2]}, objectives=("eval_loss", "label_accuracy", "character_error_rate"))
+    assert [(one.key, one.higher_is_better) for one in spec.compared_by] == [
+        ("eval_loss", False),
+        ("eval_label_accuracy", True),
+        ("eval_character_error_rate", False),
+    ]
+    assert spec.asked == ("label_accuracy", "character_error_rate") and not spec.prunes
+    assert [one.key for one in SweepSpec(parameters={"seed": [1, 2]}).compared_by] == ["eval_loss"]
+    assert SweepSpec(parameters={"seed": [1, 2]}, objective="eval_anls").prunes
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"objective": "accuracy"}, "objective 'accuracy': expected one of eval_loss, label_accuracy, "),
+        ({"objective": "perplexity"}, "objective 'perplexity': expected one of"),
+        ({"objectives": ("anls", "eval_anls")}, "names one twice: anls, eval_anls. Leave it out."),
+        ({"objective": "anls", "objectives": ("loss",)}, "objective and objectives are both set."),
+    ],
+)
+def test_an_objective_that_cannot_be_compared_is_named(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        SweepSpec(parameters={"seed": [1, 2]}, **values)
+    assert expected in str(caught.value)
+
+
+def test_answers_are_not_compared_where_asking_was_not_tried(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "torch_compile": True}))
+    check_against(SweepSpec(parameters={"seed": [1, 2]}), load_recipe(path))
+    with pytest.raises(RecipeError, match="torch_compile together with the objective anls has not been tried"):
+        check_against(SweepSpec(parameters={"seed": [1, 2]}, objective="anls"), load_recipe(path))
