@@ -13,10 +13,10 @@ from mllm_assets.recipe.load import load_recipe
 RECORDED = Path(__file__).parents[2] / "tests" / "golden" / "llamafactory_examples.json"
 INTRODUCTION = """# LLaMA-Factory's examples
 
-The recipes of LLaMA-Factory 0.9.5's `examples/` that train a vision-language model by `stage: sft`, `dpo` or `kto`,
-read here with another `model_name_or_path` and nothing else changed. There is none of `kto` with pictures. Which keys
-have no effect and why, or what to write instead, is below. The recipes of `ascend` are read, but mixtures of experts
-are not among the [models](../models.md) that were tried."""
+The recipes of LLaMA-Factory 0.9.5's `examples/` that train a vision-language model by `stage: sft`, `dpo`, `kto` or
+`rm`, read here with another `model_name_or_path` alone. There is none of `kto` or `rm` with pictures.
+Which keys have no effect and why, or what to write instead, is below. The recipes of `ascend` are read, but mixtures of
+experts are not among the [models](../models.md) that were tried."""
 
 
 def verdict(values: dict[str, Any]) -> tuple[bool, list[str]]:

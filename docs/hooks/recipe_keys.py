@@ -99,7 +99,7 @@ KEY_SENTENCES: Mapping[str, str] = {
     "use_cpu": "Train on the CPU although there is a GPU.",
     # preferences
     "stage": "What a sample is: `sft`, an answer to learn; `dpo`, a preferred answer and a rejected one; `kto`, an "
-    "answer that is marked good or bad.",
+    "answer that is marked good or bad; `rm`, a pair to learn scores from.",
     "pref_beta": "How much a preference counts against the distance from the model that the run starts from.",
     "pref_loss": "The loss of a pair; `orpo` and `simpo` need no reference.",
     "resize_vocab": "Embeddings get rows for all tokens of the tokenizer, a multiple of 64, and train beside LoRA.",

@@ -15,6 +15,7 @@ from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.training.models.device import Device
 from mllm_assets.training.models.load import weights_digest
 from mllm_assets.training.models.load_parts import places_in, put_in
+from mllm_assets.training.models.value_head import VALUE_HEAD_FILE
 
 
 class InTurn:
@@ -58,7 +59,7 @@ class InTurn:
         shared = manifest.get("base_weights") or {"linked": []}
         if not shared["linked"] or shared["digest"] != weights_digest(base_dir, self.digests.of):
             return None, {}
-        written = {path.name for path in directory.glob("*.safetensors")} - set(shared["linked"])
+        written = {path.name for path in directory.glob("*.safetensors")} - {*shared["linked"], VALUE_HEAD_FILE}
         places = places_in(base.model, directory, written)
         if places is None:  # the tower trained, and its output is cached
             return None, {}

@@ -26,7 +26,7 @@ from mllm_assets.artifacts import (
 from mllm_assets.errors import DataError, IntegrityError, ModelError
 from mllm_assets.evaluation.intervals import paired_gain
 from mllm_assets.evaluation.scores import METRICS, NO_LABEL, SEVERAL_LABELS, Answers, definitions, find_label
-from mllm_assets.evaluation.table import read_predictions, with_run
+from mllm_assets.evaluation.table import is_of_pairs, read_predictions, with_run
 from mllm_assets.layout import Layout
 
 MOST_COMMON = "most_common_answer"
@@ -65,6 +65,9 @@ def compute_metrics(predictions: pa.Table, train_answers: Sequence[str]) -> dict
     for row in predictions.to_pylist():
         by_entry.setdefault(row["entry"], []).append(row)
     entries = {entry: _entry_metrics(entry, rows, most_common) for entry, rows in sorted(by_entry.items())}
+    if is_of_pairs(predictions):
+        for scored in entries.values():
+            scored["primary"] = "exact_match"  # how often the preferred answer is ahead
     return {"entries": entries, "definitions": definitions()}
 
 

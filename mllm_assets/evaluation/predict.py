@@ -1,5 +1,6 @@
 """The table of predictions: what the base and the tuned model give for each evaluation sample, and its gallery."""
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from mllm_assets.inference.batch_size import rows_at_once
 from mllm_assets.inference.batches import Batch, Pass, in_batches
 from mllm_assets.training.encoding.kept_pixels import KeptPixels
 from mllm_assets.training.encoding.row import EncodedRow
+from mllm_assets.training.models import value_head
 from mllm_assets.training.models.device import Device, pick_device
 from mllm_assets.training.models.load import weights_digest
 from mllm_assets.training.runs.models import checkpoint_digest, find_model, is_checkpoint, model_fingerprint
@@ -35,6 +37,9 @@ from mllm_assets.worker.tasks import ROWS_AT_ONCE, WHOLE, EvaluateTask, Evaluati
 
 if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
+
+
+PREFERRED, REJECTED = "preferred", "rejected"  # in place of an answer that is one of a pair
 
 
 def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
@@ -68,7 +73,8 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
         return Evaluation(manifest={}, measured=measured)
     num_answers = [sum(len(some.answers) for some in part.measured.values()) for part in task.parts]
     rows = [row for name, some in measured.items() for row in rows_of(name, some, samples, task)]
-    table = to_table([row for row in rows if row["entry"] in task.entries])
+    own = [row for row in rows if row["entry"] in task.entries]
+    table = to_table(own, of_pairs=task.recipe.learns_scores)
     unrelated = to_table([row for row in rows if row["entry"] not in task.entries])
     with staged_directory(task.directory) as staging:
         pq.write_table(table, staging / PREDICTIONS_FILE)
@@ -109,6 +115,8 @@ def rows_of(model: str, measured: Measured, samples: Samples, task: EvaluateTask
     for number, (entry, index, row) in enumerate(samples):
         loss_nats, num_supervised_tokens = measured.losses[str(number)]
         text, num_answer_tokens, latency_s = measured.answers[str(number)]
+        if row.rejected is not None and task.recipe.learns_scores:
+            text = row.rejected.content if text == REJECTED else reference_of(row, template)
         shuffled = measured.shuffled_losses.get(str(number))
         rows.append(
             {
@@ -166,6 +174,8 @@ def measure(
     models.announce(directory)
     require_named_model(directory, task.model_digests[model], digests)
     answerer = models.load(directory)
+    if task.recipe.learns_scores:
+        value_head.load(answerer.model, directory)
 
     asked = samples.encoded(answerer.encoder, task.rows_root, reporter)
     if task.features_root is not None and answerer.collator.features is None:
@@ -174,7 +184,7 @@ def measure(
     answerer.collator.keep_pixels(kept_pixels)
     answerer.asking_collator.keep_pixels(kept_pixels)
     part = task.part or WHOLE
-    passes = _passes(answerer, asked, settings, device)
+    passes = _passes(answerer, asked, settings, device, of_pairs=task.recipe.learns_scores)
     kept = AnsweredRows(folder_of(task, device), model, part, {n: len(p.rows) for n, p in passes.items()})
     found: dict[str, dict[int, tuple[Any, ...]]] = {}
     for name, one in passes.items():
@@ -198,6 +208,8 @@ def measure(
         kept.add(one.name, positions, values)
         found[one.name] |= zip(positions, values, strict=True)
         progress.add(len(positions))
+    if task.recipe.learns_scores:
+        found["answers"] = {index: _preferred(loss) for index, (loss, _) in found["losses"].items()}
     return Measured(
         losses={str(index): value for index, value in found["losses"].items()},
         shuffled_losses={str(asked.paired[i]): value for i, value in found["shuffled_losses"].items()},
@@ -211,8 +223,10 @@ def _passes(
     asked: EncodedSamples,
     settings: EvaluationSettings,
     device: Device,
+    *,
+    of_pairs: bool,
 ) -> dict[str, Pass]:
-    """What is asked, by the names of `Measured`."""
+    """What is asked, by the names of `Measured`; of pairs no answer, since the loss says which is preferred."""
 
     def answer(rows: Sequence[EncodedRow], batch: Batch | None) -> Sequence[Any]:
         # a seed for each batch: the same answers however many workers share the batches
@@ -220,7 +234,7 @@ def _passes(
         return [astuple(answer) for answer in answerer.answers(rows, settings.sampling(seed), batch=batch)]
 
     def score(rows: Sequence[EncodedRow], batch: Batch | None) -> Sequence[Any]:
-        return answerer.losses(rows, batch=batch)
+        return (answerer.pair_losses if of_pairs else answerer.losses)(rows, batch=batch)
 
     unit = settings.batch_size or ROWS_AT_ONCE
     scored = answered = unit
@@ -230,11 +244,20 @@ def _passes(
             answered = rows_at_once(answerer, asked.prompts, device, num_new_tokens=settings.max_new_tokens)
     score_how = {"collator": answerer.collator, "run": score, "size": scored, "unit": unit}
     ask_how = {"collator": answerer.asking_collator, "run": answer, "size": answered, "unit": unit}
-    return {
+    scored_passes = {
         "losses": Pass(name="losses", rows=asked.own, **score_how),
         "shuffled_losses": Pass(name="shuffled_losses", rows=asked.swapped, **score_how),
+    }
+    if of_pairs:
+        return scored_passes
+    return scored_passes | {
         "answers": Pass(name="answers", rows=asked.prompts, is_divisible=not settings.do_sample, **ask_how),
     }
+
+
+def _preferred(loss_nats: float) -> tuple[str, int, float]:
+    """Which answer of a pair a model prefers, as `Measured.answers` has an answer."""
+    return PREFERRED if loss_nats < math.log(2) else REJECTED, 0, 0.0
 
 
 class _Progress:

@@ -17,6 +17,7 @@ import numpy as np
 from mllm_assets.data.sharegpt.conversation import FUNCTION
 from mllm_assets.data.sharegpt.dataset import Dataset, Entry
 from mllm_assets.data.sharegpt.rows import Row
+from mllm_assets.errors import RecipeError
 from mllm_assets.evaluation.forgetting import unrelated_entries
 from mllm_assets.families.turn_format import Template
 from mllm_assets.training.encoding.encode import Encoder
@@ -56,10 +57,11 @@ class EntrySamples:
     Args:
         entry: The entry.
         indices: Which of its rows.
+        in_pairs: They are asked about as pairs of answers.
     """
 
-    def __init__(self, entry: Entry, indices: Sequence[int]) -> None:
-        self.entry, self.indices = entry, indices
+    def __init__(self, entry: Entry, indices: Sequence[int], *, in_pairs: bool = False) -> None:
+        self.entry, self.indices, self._in_pairs = entry, indices, in_pairs
         self._kept = [parse() for parse in self._chosen()] if len(indices) <= PART_ROWS else None
 
     def __len__(self) -> int:
@@ -82,7 +84,8 @@ class EntrySamples:
     def encoded(self, encoder: Encoder, rows_root: Path | None, reporter: "Reporter") -> EncodedSamples:
         """Encode them, as far as they are not below `rows_root`."""
         make = partial(self._encoded, encoder, rows_root, reporter)
-        own = make("own", lambda parse: encoder.encode(parse()), self.unparsed, len(self))
+        told, apart = (encoder.encode_pair, ["pairs"]) if self._in_pairs else (encoder.encode, [])
+        own = make(["own", *apart] if apart else "own", lambda parse: told(parse()), self.unparsed, len(self))
         pictures = own.numbered_pictures()
         partners = shuffled_partners(pictures.numbers, pictures.ends, seed=SHUFFLE_SEED)
         paired = np.flatnonzero(partners >= 0)
@@ -92,8 +95,8 @@ class EntrySamples:
 
         # encoded again: an image of another size may take another number of tokens
         swapped = make(
-            ["swapped", SHUFFLE_SEED],
-            lambda one: encoder.encode(replace(one[0](), images=pictures.of(int(one[1])))),
+            ["swapped", SHUFFLE_SEED, *apart],
+            lambda one: told(replace(one[0](), images=pictures.of(int(one[1])))),
             with_partners,
             len(paired),
         )
@@ -110,9 +113,9 @@ class EntrySamples:
         rows: Callable[[], Iterable[Any]],
         count: int,
     ) -> EncodedRows:
-        folder = self.entry.dataset.folder
+        folder, in_pairs = self.entry.dataset.folder, self._in_pairs and what != "prompts"
         if rows_root is None or self._kept is not None:
-            return EncodedRows.of(map(encode, rows()), encoder.image_token_id, folder)
+            return EncodedRows.of(map(encode, rows()), encoder.image_token_id, folder, in_pairs=in_pairs)
         digests = self.entry.dataset.digests
         files = None if encoder.sees_sizes else list(self.entry.file_digests)
         source = Source(
@@ -122,6 +125,7 @@ class EntrySamples:
             require_unchanged=lambda: digests.require_unchanged(files),
             folder=folder,
             image_token_id=encoder.image_token_id,
+            in_pairs=in_pairs,
         )
         named = rows_fingerprint(encoder, ["asked", what, self.entry.identity, len(self)])
         return stored_rows(rows_root / named, source, digests, reporter)
@@ -159,16 +163,24 @@ def load_samples(task: EvaluateTask, dataset: Dataset) -> Samples:
 
     Raises:
         IntegrityError: An image or an entry changed. Names it.
+        RecipeError: A reward model is asked about an entry without pairs.
     """
-    samples = []
+    samples, in_pairs = [], task.recipe.learns_scores
     entries = {name: dataset.entry(name) for name in task.entries}
-    entries |= unrelated_entries(dataset, task.settings.unrelated, task.recipe.train_entries)
+    if not in_pairs:  # which are never of pairs
+        entries |= unrelated_entries(dataset, task.settings.unrelated, task.recipe.train_entries)
     expected = task.data_digests | task.unrelated_digests
     for name, entry in entries.items():
         entry.require_unchanged(expected.get(name))
+        if in_pairs and not entry.info.ranking:
+            raise RecipeError(
+                f"stage is rm, whose model is judged by pairs of answers, and the entry {name} has none: it does not "
+                "set `ranking`. Name an entry of pairs in eval_dataset."
+            )
         asked = good_rows(entry)
         places = spread(len(asked), task.settings.max_samples)
-        samples.append(EntrySamples(entry, asked if len(places) == len(asked) else [asked[place] for place in places]))
+        chosen = asked if len(places) == len(asked) else [asked[place] for place in places]
+        samples.append(EntrySamples(entry, chosen, in_pairs=in_pairs))
     return Samples(samples)
 
 

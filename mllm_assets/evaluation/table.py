@@ -31,11 +31,17 @@ SCHEMA = pa.schema(
     ]
 )
 
+OF_PAIRS = {"asked": "pairs"}  # the table's metadata where each answer is the one of a pair that a model prefers
 STORE_COLUMNS = [name for name in SCHEMA.names if name != "images"]
 
 
-def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(list(rows), schema=SCHEMA)
+def to_table(rows: Sequence[dict[str, Any]], *, of_pairs: bool = False) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata(OF_PAIRS) if of_pairs else SCHEMA)
+
+
+def is_of_pairs(predictions: pa.Table) -> bool:
+    """Whether each answer is the one of a pair that a model prefers."""
+    return (predictions.schema.metadata or {}).get(b"asked") == b"pairs"
 
 
 def read_predictions(directory: Path, *, columns: Sequence[str] | None = None, model: str | None = None) -> pa.Table:

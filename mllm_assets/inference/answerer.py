@@ -27,6 +27,7 @@ from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow
 from mllm_assets.training.loop.checkpoints import base_of, load_checkpoint
+from mllm_assets.training.models import value_head
 from mllm_assets.training.models.device import Device, Precision, out_of_memory_is_an_error, pick_precision
 from mllm_assets.training.models.load import load_model, load_processor, quiet_libraries
 from mllm_assets.training.runs.models import is_checkpoint
@@ -130,6 +131,26 @@ class Answerer:
         counts = (batch["shift_labels"] != IGNORE_INDEX).sum(dim=1).tolist()
         losses_BS = token_losses(self.model, self._to_device(batch)).double().cpu()
         return [(float(row_S[:count].mean()), count) for row_S, count in zip(losses_BS, counts, strict=True)]
+
+    @torch.inference_mode()
+    def pair_losses(
+        self, rows: Sequence[EncodedRow], *, batch: dict[str, torch.Tensor] | None = None
+    ) -> list[tuple[float, int]]:
+        """The loss in nats of each pair, below log 2 where the preferred answer is ahead, and 1, as `losses`.
+
+        A reward model's head says what is ahead, and of any other model what is likelier a token.
+        """
+        with out_of_memory_is_an_error(f"scoring {len(rows)} pairs at once", ASK_FEWER):
+            there = self._to_device(self.collator(rows) if batch is None else batch)
+            if hasattr(self.model, value_head.NAME):
+                value_head.take_output_layer(self.model)
+                scores_B = value_head.scores(self.model, self.model, there)
+                value_head.put_back(self.model)
+            else:
+                counts_B = (there["shift_labels"] != IGNORE_INDEX).sum(dim=1)
+                scores_B = -token_losses(self.model, there).sum(dim=1) / counts_B
+            chosen_P, rejected_P = scores_B.double().chunk(2)
+            return [(loss, 1) for loss in functional.softplus(rejected_P - chosen_P).tolist()]
 
     @torch.inference_mode()
     def answers(

@@ -255,7 +255,10 @@ def value_advice(name: str, value: Any) -> str:
     if name == "optim" and isinstance(value, str):
         return "Set optim: adamw_torch_fused, LLaMA-Factory's default."
     if name == "stage":
-        return "Set stage: sft for answers to learn, dpo for pairs of which one is preferred, kto for marked answers."
+        return (
+            "Set stage: sft for answers to learn, dpo for pairs of which one is preferred, kto for marked "
+            "answers, rm for a reward model of pairs."
+        )
     if name == "pref_loss":
         return "Set pref_loss: sigmoid, which LLaMA-Factory 0.9.5 computes for hinge, ipo and kto_pair as well."
     if name == "flash_attn" and text == "fa3":

@@ -17,9 +17,9 @@ NOT_FOR_PREFERENCES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferenceKeys(VocabularyKeys):
-    """`stage: dpo` or `kto`, and how an answer that is preferred pulls."""
+    """`stage: dpo`, `kto` or `rm`, and how an answer that is preferred pulls."""
 
-    stage: Literal["sft", "dpo", "kto"] = field(default="sft", metadata=ADDED)
+    stage: Literal["sft", "dpo", "kto", "rm"] = field(default="sft", metadata=ADDED)
     pref_beta: float = field(default=0.1, metadata=ADDED)
     pref_loss: Literal["sigmoid", "orpo", "simpo"] = field(default="sigmoid", metadata=ADDED)
     pref_ftx: float = field(default=0.0, metadata=ADDED)
@@ -31,7 +31,12 @@ class PreferenceKeys(VocabularyKeys):
     @property
     def learns_pairs(self) -> bool:
         """Whether a sample is a preferred answer and a rejected one."""
-        return self.stage == "dpo"
+        return self.stage in ("dpo", "rm")
+
+    @property
+    def learns_scores(self) -> bool:
+        """Whether a head is trained that scores answers: a reward model."""
+        return self.stage == "rm"
 
     @property
     def learns_marks(self) -> bool:
@@ -46,7 +51,7 @@ class PreferenceKeys(VocabularyKeys):
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares with the model that the run starts from."""
-        return self.learns_marks or (self.learns_pairs and self.pref_loss not in ("orpo", "simpo"))
+        return self.learns_marks or (self.stage == "dpo" and self.pref_loss not in ("orpo", "simpo"))
 
     @property
     def averages_tokens(self) -> bool:
@@ -57,16 +62,19 @@ class PreferenceKeys(VocabularyKeys):
     def idle_keys(self) -> dict[str, str]:
         """The keys that the others leave without effect, each with the reason."""
         idle = self.idle_method_keys | self.idle_vocabulary_keys
-        if not self.learns_pairs:
+        if self.stage != "dpo":
             idle |= dict.fromkeys(PAIR_KEYS, f"stage is {self.stage}, not dpo")
         if not self.learns_marks:
             idle |= dict.fromkeys(MARK_KEYS, f"stage is {self.stage}, not kto")
+        if not self.learns_preferences or self.learns_scores:
+            idle |= dict.fromkeys(PREFERENCE_KEYS, f"stage is {self.stage}, not dpo or kto")
         if not self.learns_preferences:
-            return idle | dict.fromkeys(PREFERENCE_KEYS, f"stage is {self.stage}, not dpo or kto")
-        if self.learns_pairs and self.pref_loss != "simpo":
+            return idle
+        if self.stage == "dpo" and self.pref_loss != "simpo":
             idle["simpo_gamma"] = f"pref_loss is {self.pref_loss}, not simpo"
         why = f"stage is {self.stage}, where nothing is dropped: answers are compared with the reference"
-        idle["lora_dropout"] = why
+        if not self.learns_scores:
+            idle["lora_dropout"] = why
         return idle | dict.fromkeys(
             ("train_on_prompt", "mask_history"), f"stage is {self.stage}, which learns last answers only"
         )
@@ -84,7 +92,7 @@ def preference_problems(spec: PreferenceKeys) -> Iterator[tuple[str, str]]:
         yield "dpo_label_smoothing", f"{text} Change it or delete the line."
     if not spec.learns_preferences:
         return
-    if spec.learns_pairs and spec.dpo_label_smoothing and spec.pref_loss != "sigmoid":
+    if spec.stage == "dpo" and spec.dpo_label_smoothing and spec.pref_loss != "sigmoid":
         text = (
             f"dpo_label_smoothing is of pref_loss: sigmoid, and pref_loss is {spec.pref_loss}. Delete one of the two."
         )

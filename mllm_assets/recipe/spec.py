@@ -375,7 +375,7 @@ def _evaluation_problems(spec: TrainSpec) -> Iterator[tuple[str, str]]:
             text = f"metric_for_best_model is {metric!r}, and eval_on_each_dataset measures {', '.join(measured)}."
             yield "metric_for_best_model", f"{text} Set it to the one that chooses."
     elif spec.answer_metric is not None:
-        untried = [key for key in UNTRIED if getattr(spec, key)]
+        untried = [key for key in UNTRIED if getattr(spec, key)] + ["stage"] * spec.learns_scores
         yield from answer_problems(spec.answer_metric, holds_rows_out=bool(spec.val_size), untried=untried)
     elif metric not in (None, "loss", "eval_loss"):
         text = f"metric_for_best_model is {metric!r}, and the loss on all of eval_dataset is one. Set it to loss."

@@ -184,10 +184,12 @@ class EncodedRows(Sequence[EncodedRow]):
         self.reference: np.ndarray | None = None
 
     @classmethod
-    def of(cls, rows: Iterable[EncodedRow], image_token_id: int = -1, folder: Path = Path("/")) -> "EncodedRows":
+    def of(
+        cls, rows: Iterable[EncodedRow], image_token_id: int = -1, folder: Path = Path("/"), *, in_pairs: bool = False
+    ) -> "EncodedRows":
         """Hold rows in memory."""
         columns = RowColumns(image_token_id, folder).batches(rows)
-        return cls([Batch(batch, image_token_id, folder) for batch in columns])
+        return cls([Batch(batch, image_token_id, folder) for batch in columns], in_pairs=in_pairs)
 
     @property
     def _num_stored(self) -> int:

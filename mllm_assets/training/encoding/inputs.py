@@ -225,12 +225,12 @@ def _require_kind(entry: Entry, spec: TrainSpec) -> None:
         return
     if spec.learns_pairs:
         raise RecipeError(
-            f"stage is dpo, which learns pairs of answers, and the entry {entry.name} has none: it does not set "
-            "`ranking`. Name an entry of pairs, or set stage: sft."
+            f"stage is {spec.stage}, which learns pairs of answers, and the entry {entry.name} has none: it does not "
+            "set `ranking`. Name an entry of pairs, or set stage: sft."
         )
     raise RecipeError(
         f"The entry {entry.name} sets `ranking`: its rows are pairs of answers, which stage: sft does not learn. Set "
-        "stage: dpo, or name an entry of answers."
+        "stage: dpo or rm, or name an entry of answers."
     )
 
 
@@ -245,7 +245,9 @@ def encoded_entry(
     count = min(entry.num_rows, spec.max_samples or entry.num_rows)
     digests = entry.dataset.digests
     files = None if encoder.sees_sizes else list(entry.file_digests)
-    encode = {"sft": encoder.encode, "dpo": encoder.encode_pair, "kto": encoder.encode_marked}[spec.stage]
+    encode = encoder.encode_pair if spec.learns_pairs else encoder.encode
+    if spec.learns_marks:
+        encode = encoder.encode_marked
     source = Source(
         count=count,
         rows=lambda: islice(entry.unparsed(), count),

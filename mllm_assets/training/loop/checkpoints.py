@@ -36,7 +36,7 @@ from mllm_assets.disk import no_space_is_an_error
 from mllm_assets.errors import IntegrityError, MachineError
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.training.models import adapters, freezing
+from mllm_assets.training.models import adapters, freezing, value_head
 from mllm_assets.training.models.device import weights_dtype
 from mllm_assets.training.models.load import cast_weights, load_config, load_model, publishing_dtype
 from mllm_assets.training.models.vocabulary import extended_base
@@ -263,6 +263,8 @@ def load_checkpoint(directory: Path, *, digests: FileDigests | None = None) -> A
     require_fit(trainable.model, saved, directory)
     load_trainable(trainable.model, saved)
     model = adapters.merged(trainable.model) if start.spec.adds_adapters else trainable.model
+    head = value_head.detach(model)  # stays in float32
     cast_weights(model, load_config(base).dtype or torch.float32)
+    value_head.put_on(model, head)
     model.config.text_config.use_cache = model.config.use_cache = True
     return model.requires_grad_(False)

@@ -38,7 +38,7 @@ from mllm_assets.training.loop.preference_tuner import make_tuner
 from mllm_assets.training.loop.preferences import require_one_process
 from mllm_assets.training.loop.reporting import trainable_lines
 from mllm_assets.training.loop.trainer import Asks, FineTuner, require_distribution, run_training, training_facts
-from mllm_assets.training.models import freezing
+from mllm_assets.training.models import freezing, value_head
 from mllm_assets.training.models.cards import note_on_idle_cards
 from mllm_assets.training.models.device import (
     notes_on_precision,
@@ -215,11 +215,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
         trainable = freezing.apply(setup.spec, model, setup.adapters)
     del model
     install_caches(base_model(trainable.model), plan)
-    loss.install(
-        base_model(trainable.model),
-        label_smoothing=setup.spec.label_smoothing_factor,
-        keeps_head=bool(setup.spec.fsdp or setup.spec.deepspeed),  # they need it where they can spread it
-    )
+    loss.install_for(setup.spec, base_model(trainable.model))
     install_kernels(trainable.model, setup.spec, setup.device.kind)
 
     resumable = clean_and_find_resumable(task.run_dir, task.resume_from, setup.spec, reporter)
@@ -291,7 +287,8 @@ def _sharing(setup: Setup, trainable: freezing.TrainableSet) -> Sharing | None:
     """What is published may share files with the model in `model_dir`; not where adapters were merged into it first."""
     if len(setup.adapters) > setup.spec.continues_adapter:
         return None
-    return Sharing(trained=trainable.names, kept=setup.caches.weights_root, digests=setup.inputs.digests)
+    trained = [name for name in trainable.names if not name.startswith(f"{value_head.NAME}.")]
+    return Sharing(trained=trained, kept=setup.caches.weights_root, digests=setup.inputs.digests)
 
 
 def _withdraw_if_changed(run_dir: Path, digests: FileDigests) -> None:

@@ -18,6 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.models import value_head
+
 LOSS_BLOCK = 32768  # most of a frozen output layer that is multiplied at once
 BLOCK = {"cpu": 2048}  # of the vocabulary; on other devices LOSS_BLOCK
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # what accelerate sets for its workers
@@ -167,8 +170,18 @@ def own_head(model: Any) -> Iterator[None]:
         model.lm_head = replaced
 
 
+def install_for(spec: TrainSpec, model: Any) -> bool:
+    """Give a model a recipe's loss; as `install`. Of a reward model no logit is computed."""
+    if spec.learns_scores:
+        value_head.take_output_layer(model)
+        return False
+    is_spread = bool(spec.fsdp or spec.deepspeed)  # they need the output layer where they can spread it
+    return install(model, label_smoothing=spec.label_smoothing_factor, keeps_head=is_spread)
+
+
 def uninstall(model: Any) -> None:
-    """Put back what `install` replaced."""
+    """Put back what `install_for` replaced."""
+    value_head.put_back(model)
     if isinstance(model.lm_head, _NoHead):
         [model.lm_head] = model._frozen_head
         del model._frozen_head

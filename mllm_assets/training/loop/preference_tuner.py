@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import Setup
@@ -25,7 +26,8 @@ from mllm_assets.training.loop.preferences import (
     with_reference,
 )
 from mllm_assets.training.loop.trainer import FineTuner, make_trainer
-from mllm_assets.training.models import freezing
+from mllm_assets.training.models import freezing, value_head
+from mllm_assets.training.models.load import base_model
 
 if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
@@ -103,6 +105,21 @@ class MarkTuner(PreferenceTuner):
         return told | {"kl": sums["kl"] / len(facts)}
 
 
+class ScoreTuner(PreferenceTuner):
+    """Learns a head that scores a preferred answer above a rejected one. A reward is a score."""
+
+    def found(self, model: nn.Module, inputs: dict[str, Any]) -> Found:
+        chosen_P, rejected_P = value_head.scores(model, base_model(self.model), inputs).chunk(2)
+        ahead_P = chosen_P - rejected_P
+        facts = {
+            "rewards/chosen": chosen_P.detach().mean(),
+            "rewards/rejected": rejected_P.detach().mean(),
+            "rewards/accuracies": (ahead_P > 0).float().mean(),
+            "rewards/margins": ahead_P.detach().mean(),
+        }
+        return Found(-functional.logsigmoid(ahead_P).mean(), facts)
+
+
 @torch.no_grad()
 def other_logps(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """The log-probabilities of other rows' answers to a batch's questions."""
@@ -131,6 +148,8 @@ def make_tuner(
     spec, inputs = setup.spec, setup.inputs
     if not spec.learns_preferences:
         return make_trainer(setup, run_dir, trainable, collator, resumable, reporter)
+    if spec.learns_scores:
+        return make_trainer(setup, run_dir, trainable, collator, resumable, reporter, partial(ScoreTuner, spec))
     drop_nothing(trainable.model)
     batches = MarkedCollator(collator) if spec.learns_marks else collator
     kind = partial(MarkTuner if spec.learns_marks else PairTuner, spec)

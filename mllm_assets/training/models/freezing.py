@@ -19,7 +19,8 @@ from mllm_assets.errors import RecipeError, nearest
 from mllm_assets.families.family import FAMILIES, Family
 from mllm_assets.recipe.method_keys import split_names
 from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.training.models import adapters
+from mllm_assets.training.models import adapters, value_head
+from mllm_assets.training.models.load import base_model
 from mllm_assets.training.models.quantization import num_values
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def apply(spec: TrainSpec, model: nn.Module, adapter_dirs: Sequence[Path] = ()) 
         for name, parameter in model.named_parameters():
             is_wanted = wanted is None or any(key in name for key in wanted)
             parameter.requires_grad_(is_wanted and not any(key in name for key in frozen))
+    if spec.learns_scores:
+        value_head.attach(base_model(model))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if spec.changes_vocabulary and not any(p.requires_grad for p in embeddings(model)):
         notes.append(

@@ -10,8 +10,9 @@ import torch
 
 from mllm_assets.disk import no_space_is_an_error
 from mllm_assets.errors import IntegrityError
+from mllm_assets.training.models import value_head
 from mllm_assets.training.models.adapters import adapted_modules, merged
-from mllm_assets.training.models.load import batch_loss, cast_weights, load_config, load_model, release
+from mllm_assets.training.models.load import base_model, batch_loss, cast_weights, load_config, load_model, release
 from mllm_assets.training.models.older_transformers import add_old_spelling
 from mllm_assets.training.models.weight_files import SharedFiles, Sharing, share_with
 
@@ -64,7 +65,7 @@ def publish_model(
     """
     config_dtype = load_config(source).dtype or torch.float32
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    staging = run_dir / ".model.tmp"
+    staging, head = run_dir / ".model.tmp", value_head.detach(base_model(model))
     shutil.rmtree(run_dir / "model", ignore_errors=True)
     shutil.rmtree(run_dir / "adapter", ignore_errors=True)
     with no_space_is_an_error(staging, "the trained model", num_bytes):
@@ -81,6 +82,7 @@ def publish_model(
             shared = share_with(source, model, sharing) if sharing else None
             linked = save_model(model, processor, staging / "model", source=source, shared=shared)
             for part in sorted(staging.iterdir()):
+                value_head.save(head, part)
                 part.rename(run_dir / part.name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -87,8 +87,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ),
         (
             "stage: ppo",
-            "r.yaml:5: stage: expected one of sft, dpo, kto, got the text 'ppo'. Set stage: sft for answers to learn, "
-            "dpo for pairs of which one is preferred, kto for marked answers.",
+            "r.yaml:5: stage: expected one of sft, dpo, kto, rm, got the text 'ppo'. Set stage: sft for answers to "
+            "learn, dpo for pairs of which one is preferred, kto for marked answers, rm for a reward model of pairs.",
         ),
         (
             "stage: dpo\npref_loss: ipo",
