@@ -65,7 +65,8 @@ class ProjectResource(dg.ConfigurableResource):
 
     root: str = Field(description="Folder that holds data/, pretrains/, outputs/, releases/ and cache/.")
     store: str = Field(
-        default="", description="Mirrors artefacts for other machines: s3://bucket/prefix or file:///folder."
+        default="",
+        description="Mirrors artefacts for other machines: s3://, gs:// or abfs://bucket/prefix, or file:///folder.",
     )
     price_per_hour: float = Field(
         default=0.0, ge=0, description="What this machine costs an hour; each asset's metadata then says its share."

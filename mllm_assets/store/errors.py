@@ -1,17 +1,15 @@
 """The artefact store's errors as messages that say what to do and hold no secret."""
 
 import re
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mllm_assets.errors import SourceError
 from mllm_assets.redaction import redacted
+from mllm_assets.store.clouds import CLOUDS, NO_BUCKET, NO_CREDENTIALS, error_code, is_refusal, library_errors
 
 T = TypeVar("T")
 SETTING = "MLLM_ASSETS_STORE"
-# A request is retried after 5xx, 429 and broken connections; an attempt to connect ends after some seconds
-S3_CONFIG = {"retries": {"max_attempts": 3, "mode": "standard"}, "connect_timeout": 5, "read_timeout": 60}
 
 
 class NotThere(SourceError):
@@ -23,32 +21,35 @@ def connect(url: str) -> tuple[Any, str]:
 
     Raises:
         SourceError: The address is not valid, holds a secret, or its extra is not installed.
+        NoAccount: The environment does not say whose storage it is.
     """
     protocol, _, path = url.partition("://")
-    if protocol not in ("s3", "file") or not path.strip("/"):
+    cloud = CLOUDS.get(protocol)
+    if not (cloud or protocol == "file") or not path.strip("/"):
+        others = ", ".join(one.address for one in CLOUDS.values())
         raise SourceError(
-            f"{SETTING} is {_without_secrets(url)!r}, which is not a store. Set it to s3://bucket/prefix, or to "
-            "file:///folder where all machines see that folder."
+            f"{SETTING} is {_without_secrets(url)!r}, which is not a store. Set it to {others}, or to file:///folder "
+            "where all machines see that folder."
         )
-    if protocol == "s3" and not re.fullmatch(r"[A-Za-z0-9.\-]+(/[^?#@]*)?", path):
-        raise SourceError(
-            f"{SETTING} must be s3://bucket/prefix and nothing more: keys belong in AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, another endpoint in AWS_ENDPOINT_URL."
-        )
-    from fsspec import filesystem
+    if cloud is None:
+        from fsspec import filesystem
 
-    if protocol == "file":
         return filesystem("file", auto_mkdir=True), path
+    if not re.fullmatch(r"[A-Za-z0-9._\-]+(/[^?#@]*)?", path):
+        raise SourceError(
+            f"{SETTING} must be {cloud.address} and nothing more: keys belong in the environment, for {protocol} in "
+            f"{cloud.keys}; another endpoint too."
+        )
     try:
-        fs = filesystem("s3", config_kwargs=S3_CONFIG, use_listings_cache=False, anon=False)
+        return cloud.open(), path
     except ImportError as error:
         raise SourceError(
-            f"{SETTING} is {url}, but s3fs is not installed ({error}). Install it: pip install 'mllm-assets[s3]'"
+            f"{SETTING} is {url}, but {cloud.package} is not installed ({error}). Install it: "
+            f"pip install 'mllm-assets[{cloud.extra}]'"
         ) from None
-    return fs, path
 
 
-def explained(url: str, action: Callable[[], T], *, what: str = "") -> T:
+def explained(url: str, action: Callable[[], T], *, what: str = "", writes: bool = False) -> T:
     """Run a request to the store; an error becomes a message that names `what` was requested, and says what to do.
 
     Raises:
@@ -57,45 +58,37 @@ def explained(url: str, action: Callable[[], T], *, what: str = "") -> T:
     """
     try:
         return action()
-    except (OSError, *_library_errors()) as error:
-        kind, message = _explanation(url, error, what)
+    except (OSError, *library_errors()) as error:
+        kind, message = _explanation(url, error, what, writes=writes)
     raise kind(message)  # outside of the block: a chained error may carry signed addresses into a traceback
 
 
-def _explanation(url: str, error: BaseException, what: str) -> tuple[type[SourceError], str]:
-    code = getattr(error.__cause__ or error, "response", {}).get("Error", {}).get("Code", "")
-    name = type(error).__name__
-    bucket = url.removeprefix("s3://").split("/")[0]
-    if code == "NoSuchBucket":
+def _explanation(url: str, error: BaseException, what: str, *, writes: bool) -> tuple[type[SourceError], str]:
+    protocol, _, path = url.partition("://")
+    cloud, code, name = CLOUDS.get(protocol), error_code(error), type(error).__name__
+    if cloud and (code in NO_BUCKET or (writes and isinstance(error, FileNotFoundError))):
         return SourceError, (
-            f"The bucket {bucket!r} of {SETTING}={url} does not exist. Create it, or correct the setting; with "
-            "an endpoint other than Amazon's, AWS_ENDPOINT_URL must name it."
+            f"The {cloud.bucket} {path.split('/')[0]!r} of {SETTING}={url} does not exist. Create it, or correct the "
+            f"setting; {cloud.network} decide which server is asked."
         )
     if isinstance(error, FileNotFoundError):
         return NotThere, f"{what or 'The object'} is not in {url}. Materialise its asset again where it was made."
-    if name in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"):
+    if cloud and name in NO_CREDENTIALS:
         return SourceError, (
-            f"No credentials for {url}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) in the "
-            "environment of the process that materialises, the daemon's included."
-        )
-    if isinstance(error, PermissionError):
-        return SourceError, (
-            f"{url} refuses this machine ({code or error}). Its credentials need the right to list the bucket and to "
-            "read and write below the prefix; AWS_* of the environment say which are used."
+            f"No credentials for {url}. Set {cloud.keys} in the environment of the process that materialises, the "
+            "daemon's included."
         )
     cause = " ".join(_without_secrets(str(error)).split()) or name
+    if cloud and is_refusal(error, code):
+        return SourceError, (
+            f"{url} refuses this machine ({code or cause[:300]}). Its credentials need the right to list the "
+            f"{cloud.bucket} and to read and write below the prefix; {cloud.keys} say which are used."
+        )
+    check = f"the network, {cloud.network}" if cloud else "the folder"
     return SourceError, (
-        f"{url} cannot be reached, or the connection broke ({cause[:300]}). What was made here is kept. Check "
-        f"the network, AWS_ENDPOINT_URL and AWS_DEFAULT_REGION, then materialise again: only what is missing is sent."
+        f"{url} cannot be reached, or the connection broke ({cause[:300]}). What was made here is kept. Check {check}, "
+        "then materialise again: only what is missing is sent."
     )
-
-
-def _library_errors() -> tuple[type[BaseException], ...]:
-    """The errors of the loaded libraries; a folder's are those of the system."""
-    found = []
-    for module, names in {"botocore.exceptions": ("BotoCoreError", "ClientError"), "aiohttp": ("ClientError",)}.items():
-        found += [getattr(sys.modules[module], name) for name in names if module in sys.modules]
-    return tuple(found)
 
 
 def _without_secrets(text: str) -> str:

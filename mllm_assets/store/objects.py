@@ -96,7 +96,7 @@ class Store:
             digest, path = item
             if sha256_file(path) != digest:
                 raise IntegrityError(f"{path} does not match its digest, so it is not mirrored. Make it again.")
-            self._ask(lambda fs, base: fs.put_file(str(path), f"{base}/{_object(digest)}"))
+            self._ask(lambda fs, base: fs.put_file(str(path), f"{base}/{_object(digest)}"), writes=True)
             return path.stat().st_size
 
         return Sent(len(missing), sum(_all(send, missing.items())))
@@ -212,16 +212,16 @@ class Store:
         text = json.dumps(value, indent=1, sort_keys=True).encode()
 
         def write(fs: Any, base: str) -> None:
-            if self.url.startswith("s3:"):
+            if not self.url.startswith("file:"):
                 fs.pipe_file(f"{base}/{path}", text)  # one request, so it is atomic
             else:
                 with fs.transaction, fs.open(f"{base}/{path}", "wb") as file:  # renamed into place
                     file.write(text)
 
-        self._ask(write)
+        self._ask(write, writes=True)
 
-    def _ask(self, action: Callable[[Any, str], Any], *, what: str = "") -> Any:
-        return explained(self.url, lambda: action(*self._connection), what=what)
+    def _ask(self, action: Callable[[Any, str], Any], *, what: str = "", writes: bool = False) -> Any:
+        return explained(self.url, lambda: action(*self._connection), what=what, writes=writes)
 
 
 def _object(digest: str) -> str:
