@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from mllm_assets.artifacts import MANIFEST, write_json_atomic, write_text_atomic
-from mllm_assets.disk import link_or_copy
 from mllm_assets.errors import IntegrityError
 from mllm_assets.families.family import TEMPLATES
+from mllm_assets.file_digests import FileDigests
 
 ADAPTER = "adapter"
 PARTS = {"model": "", ADAPTER: f"{ADAPTER}/"}  # folder of the run -> where it goes in the release
@@ -42,8 +42,10 @@ def has_adapter(run: Mapping[str, Any]) -> bool:
     return f"{ADAPTER}/adapter_config.json" in run["files"]
 
 
-def copy_files(run_dir: Path, files: Mapping[str, str], staging: Path) -> None:
+def copy_files(run_dir: Path, files: Mapping[str, str], staging: Path, digests: FileDigests) -> None:
     """Put the run's files into a release; the large ones are linked, because they never change again.
+
+    A file with two names is read once: `digests` knows it by the second one too.
 
     Raises:
         IntegrityError: One is missing.
@@ -56,7 +58,9 @@ def copy_files(run_dir: Path, files: Mapping[str, str], staging: Path) -> None:
             continue  # left by a library; the card says it all
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.stat().st_size > _LINK_ABOVE_BYTES:
-            link_or_copy(source, target)
+            digest = digests.link(source, target)
+            if target.samefile(source):
+                digests.take(target, digest)
         else:
             shutil.copyfile(source, target)
 

@@ -97,14 +97,15 @@ def publish(
         IntegrityError: The run is not finished, a file of its model changes while it is copied, or the metrics are of
             another model.
     """
-    name, run_dir = candidate.recipe_name, candidate.run_dir
+    name, run_dir, digests = candidate.recipe_name, candidate.run_dir, FileDigests()
     run = read_manifest(run_dir)
     _require_same_weights(candidate, run)
     files = model_files(run_dir, run)
     with releases_lock(layout, name):
         decisions = read_decisions(layout, name)
+        reload = reload_gate(run["reload"], find_damage(run_dir, only=PARTS, digest=digests.of), gates)
         results = _passed_gates(
-            candidate, run, gates, judged_release(layout, name), decisions, allow_leakage=allow_leakage
+            candidate, reload, gates, judged_release(layout, name), decisions, allow_leakage=allow_leakage
         )
         digest = digest_json(files)
         for release in list_releases(layout, name):
@@ -114,7 +115,7 @@ def publish(
         version = f"v{version_number(folders[-1].name) + 1 if folders else 1}"
         directory = layout.releases(name) / version
         with staged_directory(directory) as staging:
-            copy_files(run_dir, files, staging)
+            copy_files(run_dir, files, staging, digests)
             _write_next_to_model(candidate, run, staging, layout.relative(directory))
             card = ModelCard(
                 recipe_name=name,
@@ -127,7 +128,7 @@ def publish(
                 verification=dict(verify(staging)) if verify else {},
             )
             card.write(staging)
-            require_same_bytes(run_dir, files, seal(staging, _payload(card, digest)))
+            require_same_bytes(run_dir, files, seal(staging, _payload(card, digest), digests.of))
         release = Release(directory=directory, version=version, digest=digest)
         make_current(layout, release)
     return release
@@ -144,7 +145,7 @@ def _require_same_weights(candidate: Candidate, run: Mapping[str, Any]) -> None:
 
 def _passed_gates(
     candidate: Candidate,
-    run: Mapping[str, Any],
+    reload: GateResult,
     gates: GateSpec,
     current: tuple[Release, pa.Table] | None,
     decisions: list[Decision],
@@ -154,7 +155,7 @@ def _passed_gates(
     judgement = candidate.judgement
     release_gains = gains_over_release(judgement.predictions, current[1]) if current else None
     results = [
-        reload_gate(run["reload"], find_damage(candidate.run_dir, only=PARTS), gates),
+        reload,
         leakage_gate(candidate.lineage["leaks"], allowed=allow_leakage),
         *evaluate_gates(judgement.metrics, gates, release_gains),
     ]

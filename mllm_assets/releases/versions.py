@@ -5,7 +5,7 @@ an earlier version, the newest release is the current one.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from mllm_assets.artifacts import (
     lock_path,
     point_symlink,
     read_manifest,
+    sha256_file,
     write_manifest,
 )
 from mllm_assets.errors import IntegrityError, ModelError
@@ -262,13 +263,13 @@ def _recipe_of(directory: Path) -> str:
         return "RECIPE"
 
 
-def seal(directory: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
+def seal(directory: Path, payload: Mapping[str, Any], digest: Callable[[Path], str] = sha256_file) -> dict[str, Any]:
     """Write a release's manifest, and take the write permission off all files.
 
     Large files share their blocks, and so their permissions, with the run that they were made by. Folders stay
     writable: whoever wants a release gone deletes its folder.
     """
-    manifest = write_manifest(directory, payload)
+    manifest = write_manifest(directory, payload, digest=digest)
     for path in directory.rglob("*"):
         if path.is_file():
             path.chmod(path.stat().st_mode & ~0o222)

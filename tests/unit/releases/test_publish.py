@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from huggingface_hub import ModelCard
 
-from mllm_assets import disk
-from mllm_assets.artifacts import find_damage, read_manifest, write_manifest
+from mllm_assets import disk, file_digests
+from mllm_assets.artifacts import find_damage, read_manifest, sha256_file, write_manifest
 from mllm_assets.errors import GateError, IntegrityError
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.metrics import compute_metrics, read_metrics
@@ -108,10 +108,12 @@ def test_a_release_is_a_model_directory_with_card_metrics_and_manifest(tmp_path:
 
 
 def test_weights_share_their_blocks_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A release of an 8 GB model must not cost another 8 GB."""
+    """A release of an 8 GB model must not cost another 8 GB, nor be read twice for its digest."""
     monkeypatch.setattr(disk, "_clone", lambda *_: False)  # whose blocks cannot be compared by name
-    run = make_run(tmp_path / "run")
+    run, hashed, sha256 = make_run(tmp_path / "run"), list[str](), sha256_file
+    monkeypatch.setattr(file_digests, "sha256_file", lambda path: hashed.append(path.name) or sha256(path))
     made = release(run, tmp_path)
+    assert hashed.count("model.safetensors") == 1
     assert (made.directory / "model.safetensors").samefile(run / "model" / "model.safetensors")
     assert not (made.directory / "config.json").samefile(run / "model" / "config.json")
 
