@@ -16,7 +16,7 @@ from mllm_assets.disk import CURE, NO_SPACE
 from mllm_assets.errors import MllmAssetsError, did_you_mean
 from mllm_assets.plugins import load_plugins
 from mllm_assets.redaction import redacted_output
-from mllm_assets.worker.launch import WorkerCrashed
+from mllm_assets.worker.launch import SPIN, SPIN_TURNS, WorkerCrashed
 from mllm_assets.worker.run import refuse_hub_kernels
 
 GROUPS = (running, training, models, results, approving, data, reviewing, operations)
@@ -50,6 +50,7 @@ EXIT_READER_GONE = 128 + signal.SIGPIPE  # what a shell shows for a program that
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Exit code 2 means that the user must fix something; the message says what."""
     refuse_hub_kernels()
+    os.environ.setdefault(SPIN, SPIN_TURNS)  # before torch loads: `generate` and `serve` compute in this process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name, or a text, may hold half a character
             stream.reconfigure(errors="backslashreplace")

@@ -23,6 +23,10 @@ from mllm_assets.worker.protocol import EXIT_OK, EXIT_USER_ERROR, error_from_pay
 from mllm_assets.worker.tasks import Accelerator, Task, result_from_json, to_json
 
 POLL_S = 0.2
+# Threads that spin long while they wait starve each other on a busy machine; those that never spin are slow on a quiet
+# one. 40 steps of the emoji recipe with 2 threads on 2 cores, quiet / next to two busy processes: libgomp's default
+# 3.9 s / above 50 s, OMP_WAIT_POLICY=PASSIVE 5.5 / 17.8 s, 1000 turns 3.7 / 19.1 s.
+SPIN, SPIN_TURNS = "GOMP_SPINCOUNT", "1000"
 R = TypeVar("R")
 
 
@@ -177,10 +181,7 @@ def worker_command(
 
 def thread_variables(accelerator: Accelerator) -> dict[str, str]:
     """Environment variables for the CPU threads of a worker."""
-    # Threads that spin long while they wait starve each other on a busy machine; those that never spin are slow on a
-    # quiet one. 40 steps of the emoji recipe with 2 threads on 2 cores, quiet / next to two busy processes: libgomp's
-    # default 3.9 s / above 50 s, OMP_WAIT_POLICY=PASSIVE 5.5 / 17.8 s, 1000 turns 3.7 / 19.1 s.
-    variables = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
+    variables = {SPIN: os.environ.get(SPIN, SPIN_TURNS)}
     if accelerator.num_threads:
         variables |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(accelerator.num_threads))
     return variables

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from mllm_assets.cli import EXIT_READER_GONE, _parser, main, parse
+from mllm_assets.worker.launch import thread_variables
+from mllm_assets.worker.tasks import Accelerator
 
 
 def test_the_device_of_the_environment_counts_unless_an_option_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +25,17 @@ def test_the_device_of_the_environment_counts_unless_an_option_says_otherwise(mo
     arguments = _parser().parse_args(["train", "r.yaml"])
     assert (arguments.device, arguments.num_processes) == ("cuda", 2)
     assert _parser().parse_args(["train", "r.yaml", "--device", "cpu"]).device == "cpu"
+
+
+@pytest.mark.parametrize("wanted", [None, "30"])
+def test_threads_of_a_command_spin_as_shortly_as_a_workers(wanted: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine answers took twice the CPU time, for libgomp's threads waited for one another awake."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", wanted or "")
+    if wanted is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ["GOMP_SPINCOUNT"] == (wanted or thread_variables(Accelerator(device="cpu"))["GOMP_SPINCOUNT"])
 
 
 def test_an_unknown_device_in_the_environment_is_refused(
