@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from mllm_assets import __version__
-from mllm_assets.cli import approving, data, models, operations, results, reviewing, running, training
+from mllm_assets.cli import approving, data, models, operations, results, reviewing, running, server_check, training
 from mllm_assets.cli.options import Parser, help_without_verb
 from mllm_assets.disk import CURE, NO_SPACE
 from mllm_assets.errors import MllmAssetsError, did_you_mean
@@ -19,7 +19,7 @@ from mllm_assets.redaction import redacted_output
 from mllm_assets.worker.launch import SPIN, SPIN_TURNS, WorkerCrashed
 from mllm_assets.worker.run import refuse_hub_kernels
 
-GROUPS = (running, training, models, results, approving, data, reviewing, operations)
+GROUPS = (running, training, models, server_check, results, approving, data, reviewing, operations)
 EXAMPLES = {
     "run": "emoji_sft max_steps=60 --dry-run",
     "enable": "gemma3_lora_sft",
@@ -29,6 +29,7 @@ EXAMPLES = {
     "chat": "emoji_sft",
     "board": "",
     "serve": "emoji_sft",
+    "check-server": "http://127.0.0.1:8000/v1 --model emoji_sft --on emoji_val",
     "summary": "emoji_sft max_steps=50",
     "evaluate": "emoji_sft --max-samples 100",
     "compare": "emoji_sft emoji_projector_sft",

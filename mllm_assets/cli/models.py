@@ -142,7 +142,7 @@ def _generate_of_folder(folder: Path, arguments: argparse.Namespace, model: "Nam
 def _serve(arguments: argparse.Namespace) -> int:
     from mllm_assets.releases.find import find_named_model
 
-    _require("pip install 'mllm-assets[serve]'", "fastapi", "uvicorn", "openai")
+    require_modules("pip install 'mllm-assets[serve]'", "fastapi", "uvicorn", "openai")
     api_key = None
     if not arguments.no_auth:
         api_key = _api_key("give --no-auth for a server that only this machine's programs can reach")
@@ -173,7 +173,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     from mllm_assets.releases.find import find_named_model
 
-    _require(UI_INSTALL, "gradio")
+    require_modules(UI_INSTALL, "gradio")
     password = _password(arguments.host)
     with listen(arguments.host, arguments.port) as free:  # before libraries and models, which take long to load
         port = free.getsockname()[1]
@@ -202,7 +202,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _board(arguments: argparse.Namespace) -> int:
-    _require(UI_INSTALL, "gradio")
+    require_modules(UI_INSTALL, "gradio")
     password = _password(arguments.host)
     with listen(arguments.host, arguments.port) as free:
         port = free.getsockname()[1]
@@ -238,7 +238,7 @@ def _api_key(otherwise: str) -> str:
     return key
 
 
-def _require(how: str, *modules: str) -> None:
+def require_modules(how: str, *modules: str) -> None:
     """Raise a `MachineError` that says what to install, before anything loads, if a module is missing."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
