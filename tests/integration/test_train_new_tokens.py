@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.training.encoding.turns import control_token_pattern
 from mllm_assets.training.loop.engine import train_task
 from mllm_assets.training.models.load import load_model, load_processor
 from mllm_assets.training.models.vocabulary import FOLDER, extended_base
@@ -120,5 +121,10 @@ def test_how_rows_begin_follows_from_the_seed_and_the_descriptions(parity_dir: P
         is_same = [torch.allclose(begun[len(tokenizer) + n], described, atol=1e-6) for n in range(60)]
         assert is_same == [is_mean] * 60
     assert extended_base(base, spec_of(resize_vocab=True), tmp_path / "none") == base, "it has rows for all its tokens"
+    part = tokenizer.tokenize("arrow and star")[-1]  # is in the vocabulary, as a part of words
+    special = extended_base(base, spec_of(add_special_tokens=part), tmp_path / "part")
+    there = load_processor(special).tokenizer
+    assert there.convert_tokens_to_ids(part) == tokenizer.convert_tokens_to_ids(part)
+    assert control_token_pattern(there).search(f"a {part}") is None, "rows may hold it"
     manifest = json.loads((tmp_path / "0" / FOLDER / "manifest.json").read_text())
     assert manifest["new_tokens"]["<place_0>"] == len(tokenizer) + 1

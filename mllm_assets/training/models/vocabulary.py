@@ -35,7 +35,7 @@ MULTIPLE = 64  # of rows, where an embedding grows
 class Extension:
     """A processor with the recipe's new tokens in its tokenizer, and how many rows the embeddings need for it.
 
-    `new_ids` are of the tokens that it did not have before.
+    `new_ids` are of the tokens that it did not have before; one that was part of words keeps its id and row.
     """
 
     processor: Any
@@ -47,10 +47,10 @@ class Extension:
         """Add the tokens; None where the model has them, and rows for them, already."""
         processor = load_processor(base)
         tokenizer = processor.tokenizer
-        known = set(tokenizer.get_vocab())
-        new_special = [token for token in dict.fromkeys(spec.special_tokens) if token not in known]
+        known, before = set(tokenizer.get_vocab()), _split_off(tokenizer)
         tokenizer.add_tokens(list(spec.plain_tokens), special_tokens=False)
         tokenizer.add_tokens(list(spec.special_tokens), special_tokens=True)
+        new_special = [token for token in dict.fromkeys(spec.special_tokens) if not before.get(token)]
         in_texts = [*tokenizer.init_kwargs.get(TOKENS_IN_TEXTS, ()), *new_special]
         if in_texts:
             tokenizer.init_kwargs[TOKENS_IN_TEXTS] = in_texts
@@ -58,7 +58,7 @@ class Extension:
         num_rows = load_config(base).get_text_config().vocab_size
         if len(tokenizer) > num_rows:
             num_rows = math.ceil(len(tokenizer) / MULTIPLE) * MULTIPLE
-        elif not new_ids:
+        elif _split_off(tokenizer) == before:
             return None
         return cls(processor=processor, new_ids=new_ids, num_rows=num_rows)
 
@@ -111,6 +111,11 @@ class Extension:
         encode, new = self.processor.tokenizer.encode, set(self.new_ids.values())
         texts = {self.new_ids[token]: text for token, text in spec.token_descriptions.items() if token in self.new_ids}
         return {row: [i for i in encode(text, add_special_tokens=False) if i not in new] for row, text in texts.items()}
+
+
+def _split_off(tokenizer: Any) -> dict[str, bool]:
+    """The tokens at which a text is split before the rest is read; whether each is special."""
+    return {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
 
 
 def extended_base(
