@@ -16,10 +16,11 @@ from mllm_assets.evaluation.scores import in_order
 from mllm_assets.evaluation.side_by_side import Line, Pair
 from mllm_assets.pages import page_template
 from mllm_assets.releases.candidate import Considered
-from mllm_assets.training.runs.history import KnownRun, curve, measured_curves, smoothed
+from mllm_assets.training.runs.history import KnownRun, answer_curves, curve, measured_curves, smoothed
 
 THUMBNAIL_PX = 224
 COLORS = ("#4f43dd", "#d9730d", "#1a7f4b", "#c2255c", "#0b7285", "#8a6d00", "#7048e8", "#5d6b7a")
+NUM_ANSWERS_SHOWN = 3  # of the evaluations of a run
 WIDTH, HEIGHT, LEFT, BOTTOM = 1120, 320, 58, 34  # of the picture of curves, in its own units
 
 
@@ -59,19 +60,26 @@ def table_view(runs: Sequence[KnownRun], lines: Sequence[Line], titles: Sequence
 
 
 def curves_view(runs: Sequence[KnownRun], titles: Sequence[str], *, smooth: float, logarithmic: bool) -> str:
-    """The losses of runs over their steps, in one picture: training as a line, evaluation as dots."""
-    series = []
+    """The losses of runs over their steps, in one picture: training as a line, evaluation as dots.
+
+    Metrics of answers are texts below it, the newest of each, since they have other units.
+    """
+    series, answers = [], []
     for index, (run, title) in enumerate(zip(runs, titles, strict=True)):
         log = run.log
         losses = curve(log, "loss")
         lines = {"logged": losses if smooth else [], "loss": smoothed(losses, smooth)}
         lines["eval_loss"] = [*chain(*measured_curves(log).values())]
+        for key, measured in answer_curves(log).items():
+            shown = ", ".join(f"{value:.4f} at step {step}" for step, value in measured[-NUM_ANSWERS_SHOWN:])
+            answers.append((title, f"{key}: {shown}"))
         usable = {key: [p for p in points if math.isfinite(p[1]) and (p[1] > 0 or not logarithmic)]
                   for key, points in lines.items()}  # fmt: skip
         series.append((title, COLORS[index % len(COLORS)], usable))
     points = [point for _, _, lines in series for some in lines.values() for point in some]
     if not points:
-        return _rendered("curves", series=[], ticks_x=[], ticks_y=[], width=WIDTH, height=HEIGHT, left=LEFT, bottom=0)
+        return _rendered("curves", series=[], ticks_x=[], ticks_y=[], width=WIDTH, height=HEIGHT, left=LEFT, bottom=0,
+                         answers=answers)  # fmt: skip
     scale: Callable[[float], float] = math.log10 if logarithmic else float
     values = [scale(value) for _, value in points]
     low, high = (min(values), max(values)) if logarithmic else (min(0.0, *values), max(values))
@@ -91,8 +99,9 @@ def curves_view(runs: Sequence[KnownRun], titles: Sequence[str], *, smooth: floa
     ticks_y = [(y(height), f"{10**height if logarithmic else height:.3g}") for height in heights]
     ticks_x = [(x(last * part / 5), f"{round(last * part / 5)}") for part in range(6)]
     return _rendered(
-        "curves", series=drawn, ticks_x=ticks_x, ticks_y=ticks_y, width=WIDTH, height=HEIGHT, left=LEFT, bottom=BOTTOM
-    )
+        "curves", series=drawn, ticks_x=ticks_x, ticks_y=ticks_y, width=WIDTH, height=HEIGHT, left=LEFT, bottom=BOTTOM,
+        answers=answers,
+    )  # fmt: skip
 
 
 def titles_of(runs: Sequence[KnownRun]) -> list[str]:
