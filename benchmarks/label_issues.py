@@ -2,7 +2,7 @@
 
 450 drawn shapes to train on, of which 36 (8 %) get a wrong name, in a project of its own with the tiny model, whose
 tower is random. Needs the extra `labels`. With `--captions` each has a caption, "a blue star on grey paper", and the
-wrong ones have another picture's, which is ranked by the loss of models that did not see it.
+wrong ones have another picture's, which is ranked by the loss of models that did not see it: 3 folds of 100 steps of 8.
 """
 
 import json
@@ -114,8 +114,11 @@ def main() -> None:
         wrong = draw_captioned(shapes, seed) if captions else draw_all(shapes, seed, colored=colored)
         command(project, "add-dataset", "shapes")
         [settings] = project.glob("*/defs/datasets/shapes/defs.yaml")
-        settings.write_text(settings.read_text() + "  label_issues:\n    recipe: shapes_sft\n")
+        folds = "    num_folds: 3\n    max_steps: 100\n" if captions else ""
+        settings.write_text(settings.read_text() + "  label_issues:\n    recipe: shapes_sft\n" + folds)
         recipe = (project / "configs" / "emoji_sft.yaml").read_text().replace("emoji_", "shapes_")
+        if captions:
+            recipe = recipe.replace("per_device_train_batch_size: 16", "per_device_train_batch_size: 8")
         (project / "configs" / "shapes_sft.yaml").write_text(recipe)
         command(project, "run", "shapes/label_issues")
         [ranking] = project.glob("outputs/shapes_sft/label_issues/*/issues.json")
