@@ -13,6 +13,7 @@ from mllm_assets.data.sharegpt.entries import read_dataset_info
 from mllm_assets.errors import DataError, MllmAssetsError, RecipeError, did_you_mean
 from mllm_assets.evaluation.forgetting import PLAIN_QUESTIONS, require_not_trained_on
 from mllm_assets.evaluation.gates import GateSpec
+from mllm_assets.families.turn_format import AUTO
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.releases.hub_push import PushSpec
@@ -139,7 +140,8 @@ class Node:
     @property
     def has_features(self) -> bool:
         """Whether an asset computes the output of the frozen vision tower."""
-        return self.settings.feature_cache and self.recipe.spec.freeze_vision_tower
+        spec = self.recipe.spec
+        return self.settings.feature_cache and spec.freeze_vision_tower and spec.template != AUTO
 
     @property
     def gates(self) -> GateSpec:

@@ -13,7 +13,7 @@ from mllm_assets.evaluation.gallery import GALLERY
 from mllm_assets.evaluation.metrics import MOST_COMMON, compute_metrics
 from mllm_assets.evaluation.scores import in_order
 from mllm_assets.evaluation.table import read_predictions
-from mllm_assets.families.family import find_family, require_template
+from mllm_assets.families.family import family_of, require_template
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
@@ -97,7 +97,7 @@ def _facts(scored: Mapping[str, Any]) -> dict[str, Any]:
 def _spec(model: NamedModel, entries: Sequence[str]) -> TrainSpec:
     """The entries as a recipe has them, asked as the model's training did, or as its family is usually asked."""
     turns = model.turns
-    family = find_family(_model_type(model.directory), str(model.directory))
+    family = family_of(_model_type(model.directory))
     template = turns.template or next(iter(family.templates))
     require_template(template, family, str(model.directory))
     names = (name for name in TurnSettings.__slots__ if name not in ("template", "system"))
@@ -114,7 +114,7 @@ def _spec(model: NamedModel, entries: Sequence[str]) -> TrainSpec:
     )
 
 
-def _model_type(directory: Path) -> str | None:
+def _model_type(directory: Path) -> str:
     if is_checkpoint(directory):
         directory = read_starting_model(directory.parent).model_dir
     path = directory / "config.json"

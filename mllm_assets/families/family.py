@@ -5,7 +5,7 @@ because its freezing rules and recipes are written in them. SmolVLM, which it do
 terms, with its own chat template.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from mllm_assets.families.image_slots import (
     repeated_token,
     token_per_patch,
 )
-from mllm_assets.families.turn_format import GEMMA4_TURNS, Template, gemma_turns, qwen_turns
+from mllm_assets.families.turn_format import AUTO, GEMMA4_TURNS, Template, gemma_turns, qwen_turns
 
 SUPPORTED = "5.23"  # the oldest transformers that this package runs with
 
@@ -53,6 +53,7 @@ class Family:
         vision_cut: Its `vision_cuts.VisionCut`, where the frozen tower's output is kept; None computes it at each step.
         packed_masks: What `neat_packing` masks attention with, as `trainer.gemma3_masks`; None refuses to pack rows.
         caches_hidden_states: Whether what enters the lowest layer that trains is kept; needs `vision_cut`.
+        is_described: Whether it is one of those here; of others the model's own files and modules say all.
         transformers_since: The oldest transformers that computes the same from the same files. 4.57 has other positions
             for SmolVLM's patches, and its logits of PaliGemma differ by up to 0.002.
     """
@@ -78,6 +79,7 @@ class Family:
     vision_cut: str | None = None
     packed_masks: str | None = None
     caches_hidden_states: bool = False
+    is_described: bool = True
     transformers_since: str = SUPPORTED
 
     @property
@@ -88,7 +90,8 @@ class Family:
 FAMILIES: dict[str, Family] = {}  # by `model_type`
 
 
-TEMPLATES: dict[str, Template] = {}  # of all families
+# of all families; what `auto` writes is the chat template's
+TEMPLATES: dict[str, Template] = {}
 
 
 _CUTS = "mllm_assets.training.caches.vision_cuts"
@@ -246,24 +249,40 @@ for _entry in (
     register(_entry)
 
 
+TEMPLATES[AUTO] = Template(user="{content}", in_llamafactory=False)
+
+
 def known_families() -> str:
     """Return the families in words, for messages: `Gemma 3 (gemma3), ...`."""
     return ", ".join(f"{family.name} ({family.model_type})" for family in FAMILIES.values())
 
 
-def find_family(model_type: str | None, where: str) -> Family:
-    """Return the family of a `model_type`.
+def require_images(model_type: object, loadable: Collection[str], where: str) -> None:
+    """Refuse a `model_type` that is of no family, and that the library does not load as a model of pictures and text.
 
     Raises:
-        ModelError: The family is not known. Lists those that are.
+        ModelError: Lists the families.
     """
-    family = FAMILIES.get(model_type or "")
-    if family is None:
+    if model_type not in FAMILIES and model_type not in loadable:
         raise ModelError(
-            f"{where} holds a model of type {model_type!r}: expected one of {known_families()}. "
-            f"Use a model of one of these families with images, for example google/gemma-3-4b-it."
+            f"{where} holds a model of type {model_type!r}: expected one of {known_families()}, or another one that "
+            "transformers' AutoModelForImageTextToText loads. "
+            "Use a model of one of these families with images, for example google/gemma-3-4b-it."
         )
-    return family
+
+
+def family_of(model_type: str) -> Family:
+    """Return the family of a `model_type` that `require_images` let pass."""
+    return FAMILIES.get(model_type) or Family(
+        name=model_type,
+        model_type=model_type,
+        templates={AUTO: TEMPLATES[AUTO]},
+        example="",
+        processor="",
+        image_token="",
+        sees_ahead=True,
+        is_described=False,
+    )
 
 
 def processor_family(processor: Any) -> Family:
@@ -272,6 +291,8 @@ def processor_family(processor: Any) -> Family:
     Raises:
         ModelError: No family has it, although the model's type may be known, as for a LLaVA with a Pixtral tower.
     """
+    if (own := getattr(processor, "family", None)) is not None:
+        return own
     name = getattr(processor, "class_name", type(processor).__name__)
     by_processor = {family.processor: family for family in FAMILIES.values()}
     if name not in by_processor:

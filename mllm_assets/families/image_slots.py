@@ -70,6 +70,14 @@ class FixedSlots(ImageSlots):
 
 
 @dataclass(frozen=True, slots=True)
+class AsTheyAre(ImageSlots):
+    """Pictures that the processor alone knows to represent."""
+
+    def slot(self, width: int, height: int) -> ImageSlot:
+        raise NotImplementedError("the model's processor writes the text of pictures")
+
+
+@dataclass(frozen=True, slots=True)
 class PanAndScanSlots(ImageSlots):
     """Gemma 3 with `image_do_pan_and_scan`: the whole image, and the crops of one that is long.
 

@@ -9,6 +9,8 @@ from typing import Literal
 
 from mllm_assets.families.tool_formats import DEFAULT_REASONING, call_text
 
+AUTO = "auto"  # turns as the model's own chat template writes them, for families that are not described here
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:

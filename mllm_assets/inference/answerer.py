@@ -22,9 +22,9 @@ from mllm_assets.recipe.asking import Sampling, TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.recipe.vocabulary_keys import TOKENS_IN_TEXTS
 from mllm_assets.training.caches import features, tower
-from mllm_assets.training.encoding.collate import Collator, ImageFeatures, Padding
-from mllm_assets.training.encoding.encode import Encoder
+from mllm_assets.training.encoding.collate import ImageFeatures, Padding
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
+from mllm_assets.training.encoding.rendered import collator_of, encoder_of
 from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow
 from mllm_assets.training.loop.checkpoints import base_of, load_checkpoint
 from mllm_assets.training.models import value_head
@@ -87,11 +87,11 @@ class Answerer:
             cast = {"dtype": dtype} if is_delta and dtype is not None else {}  # a quantised model refuses any
             self.model: Any = model.to(device=self.device, **cast).eval()
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.encoder = Encoder(processor, turns, num_embeddings=self.model.config.get_text_config().vocab_size)
-        self.collator = Collator(processor, turns)
-        self.asking_collator = Collator(
-            processor, turns, padding=Padding(side="left", multiple_of=1), select_logits=False
-        )
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self.encoder = encoder_of(processor)(processor, turns, num_embeddings=vocab_size)
+        kind = collator_of(processor)
+        self.collator = kind(processor, turns)
+        self.asking_collator = kind(processor, turns, padding=Padding(side="left", multiple_of=1), select_logits=False)
         self.collator.digests = self.asking_collator.digests = digests
         self.stop_ids = self._find_stop_ids()
         # text models without a maximum length, such as those without attention, do not have it
@@ -128,9 +128,12 @@ class Answerer:
             return self._losses(self.collator(rows) if batch is None else batch)
 
     def _losses(self, batch: dict[str, torch.Tensor]) -> list[tuple[float, int]]:
-        counts = (batch["shift_labels"] != IGNORE_INDEX).sum(dim=1).tolist()
+        learnt_BS = shifted_labels(batch) != IGNORE_INDEX
         losses_BS = token_losses(self.model, self._to_device(batch)).double().cpu()
-        return [(float(row_S[:count].mean()), count) for row_S, count in zip(losses_BS, counts, strict=True)]
+        return [
+            (float(row_S[learnt_S].mean()), int(learnt_S.sum()))
+            for row_S, learnt_S in zip(losses_BS, learnt_BS.cpu(), strict=True)
+        ]
 
     @torch.inference_mode()
     def pair_losses(
@@ -248,7 +251,14 @@ def token_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Loss in nats of each supervised token, losses_BS, of a batch on the model's device."""
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
     logits_BVS = model(**inputs, use_cache=False).logits.float().transpose(1, 2)
-    return functional.cross_entropy(logits_BVS, batch["shift_labels"], reduction="none")
+    return functional.cross_entropy(logits_BVS, shifted_labels(batch), reduction="none")
+
+
+def shifted_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Labels at the places of the logits that predict them; of a batch whose logits are selected it holds them."""
+    if "shift_labels" in batch:
+        return batch["shift_labels"]
+    return functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def use_cached_images(

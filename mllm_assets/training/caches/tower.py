@@ -15,7 +15,7 @@ from torch import nn
 
 from mllm_assets.artifacts import digest_json
 from mllm_assets.errors import RecipeError
-from mllm_assets.families.family import FAMILIES, Family
+from mllm_assets.families.family import Family, family_of
 from mllm_assets.plugins import resolve
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.vision_cuts import VisionCut
@@ -30,7 +30,7 @@ def cut_of(model: Any) -> VisionCut:
     Raises:
         RecipeError: Its family has no `vision_cut`.
     """
-    family = FAMILIES[model.config.model_type]
+    family = family_of(model.config.model_type)
     if family.vision_cut is None:
         raise RecipeError(f"Vision features of {family.name} are not cached. Set feature_cache: false for the recipe.")
     return resolve(family.vision_cut)()

@@ -343,6 +343,8 @@ def image_token_id(processor: Any) -> int:
     Raises:
         ModelError: The tokenizer does not have it as one token.
     """
+    if not processor_family(processor).is_described:
+        return processor.image_token_id
     token, tokenizer = processor_family(processor).image_token, processor.tokenizer
     ids = tokenizer.encode(token, add_special_tokens=False)
     if len(ids) != 1:

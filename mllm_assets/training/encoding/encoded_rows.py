@@ -67,7 +67,7 @@ class Batch:
             labels[begin:end] = tokens[begin:end]
         grids = self._of("grids", number).tolist()
         return EncodedRow(
-            id=self._id(number),
+            id=self._text("id", number),
             input_ids=array("i", tokens.tobytes()),
             labels=array("i", labels.tobytes()),
             images=self.images(number),
@@ -76,6 +76,7 @@ class Batch:
             num_patches=self._number("num_patches", number) or None,
             num_crops=self._number("num_crops", number),
             mark={0: None, 1: True, -1: False}[self._number("mark", number)],
+            text=self._text("text", number),
         )
 
     def images(self, number: int) -> tuple[Path, ...]:
@@ -91,10 +92,10 @@ class Batch:
         ends = np.cumsum(column.value_lengths().to_numpy())
         for kind, place in zip(kinds.tolist(), first.tolist(), strict=True):
             number = int(numbers[np.searchsorted(ends, place, "right")])
-            yield self.folder, encoded.dictionary[kind].as_py(), self._id(number)
+            yield self.folder, encoded.dictionary[kind].as_py(), self._text("id", number)
 
-    def _id(self, number: int) -> str:
-        return self.columns["id"][number].as_py().decode("utf-8", "surrogatepass")
+    def _text(self, column: str, number: int) -> str:
+        return self.columns[column][number].as_py().decode("utf-8", "surrogatepass")
 
     def _number(self, name: str, number: int) -> int:
         return int(self._numbers[name][number])

@@ -13,6 +13,7 @@ from mllm_assets.data.ingest.images import departure_text
 from mllm_assets.data.sharegpt.dataset import Dataset, Entry
 from mllm_assets.errors import DataError, RecipeError
 from mllm_assets.families.family import FAMILIES, processor_family, require_attention, require_template
+from mllm_assets.families.turn_format import AUTO
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import Collator
@@ -21,6 +22,7 @@ from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.image_files import departures
 from mllm_assets.training.encoding.marked import note_on_marks, with_others
 from mllm_assets.training.encoding.packing import pack
+from mllm_assets.training.encoding.rendered import collator_of, encoder_of
 from mllm_assets.training.encoding.row import IGNORE_INDEX
 from mllm_assets.training.encoding.row_files import Source, rows_fingerprint, shown, stored_rows
 from mllm_assets.training.encoding.turns import smallest_cutoff_len
@@ -121,6 +123,11 @@ def check_reach(shape: TrainableSet, rows: EncodedRows, spec: TrainSpec, reporte
         raise RecipeError(
             f"Nothing would be learnt: only {parts} trains, which sees pictures alone, and {count}. Name a dataset "
             "with an `images` column, or train the language model: freeze_language_model: false."
+        )
+    if is_all and not shape.family.is_described:  # a batch without a picture would have no gradient at all
+        raise RecipeError(
+            f"Only {parts} trains, which sees pictures alone, and {count}. With template: {AUTO} each row needs one: "
+            "take the others out, or train the language model: freeze_language_model: false."
         )
     reporter.warn(f"{count}: from the others {parts} learns nothing.")
 
@@ -281,9 +288,12 @@ def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
     Raises:
         RecipeError: The recipe's template is of another family than the model, or its `flash_attn` cannot compute it.
     """
-    require_template(spec.template, processor_family(processor), str(model_dir))
-    require_attention(spec.flash_attn, processor_family(processor))
-    return Encoder(
+    family = processor_family(processor)
+    require_template(spec.template, family, str(model_dir))
+    require_attention(spec.flash_attn, family)
+    if not family.is_described:
+        _require_plain(spec)
+    return encoder_of(processor)(
         processor,
         replace(spec.turns, cutoff_len=spec.row_cutoff_len),
         train_on_prompt=spec.train_on_prompt,
@@ -293,12 +303,31 @@ def make_encoder(spec: TrainSpec, processor: Any, model_dir: Path) -> Encoder:
     )
 
 
+def _require_plain(spec: TrainSpec) -> None:
+    """Refuse what needs to know the model's family.
+
+    Raises:
+        RecipeError: Names the keys.
+    """
+    wanted = {
+        "stage": spec.stage != "sft",
+        "label_smoothing_factor": bool(spec.label_smoothing_factor),
+        "image_do_pan_and_scan": spec.image_do_pan_and_scan,
+        "add_tokens or resize_vocab": bool(spec.plain_tokens or spec.special_tokens or spec.resize_vocab),
+    }
+    if refused := [key for key, is_set in wanted.items() if is_set]:
+        raise RecipeError(
+            f"template: {AUTO} trains answers by the model's own chat template, processor and loss, without "
+            f"{' and '.join(refused)}. Delete it, or name a model of another family."
+        )
+
+
 def make_collator(spec: TrainSpec, processor: Any, digests: FileDigests | None = None, **cached: Any) -> Collator:
     """Return the recipe's collator of pixels, or of cached `features` or `hidden_states`.
 
     With `digests` it refuses an image that changed since its digest was taken.
     """
-    collator = Collator(processor, spec.turns, separate_packed_rows=spec.neat_packing, **cached)
+    collator = collator_of(processor)(processor, spec.turns, separate_packed_rows=spec.neat_packing, **cached)
     collator.digests = digests
     return collator
 

@@ -27,6 +27,7 @@ class EncodedRow:
     sequence, and are empty if rows are not packed. Of a pair the row is the preferred answer, and `other` the same
     question with the rejected one. An answer with a `mark`, good or bad, has as `other` its question with the answer of
     another row. `reference` are both answers' log-probabilities in the model that the run starts from.
+    `text` is what the model's chat template wrote, where its processor makes the batches (`rendered.py`).
     """
 
     id: str
@@ -41,6 +42,7 @@ class EncodedRow:
     other: "EncodedRow | None" = None
     mark: bool | None = None
     reference: tuple[float, float] | None = None
+    text: str = ""
 
     @classmethod
     def of_picture(cls, path: Path, row_id: str) -> "EncodedRow":

@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         *(pa.field(name, pa.list_(kind)) for name, kind in LISTS.items()),
         *(pa.field(name, pa.int32()) for name in COUNTS),
         pa.field("content", pa.uint64()),  # of tokens and images
+        pa.field("text", pa.binary()),  # of rendered rows
     ]
 )
 
@@ -59,6 +60,7 @@ class RowColumns:
         self._lengths = {name: array("i") for name in ("tokens", "images", "grids")}
         self._counts = {name: array("i") for name in OF_ROWS}
         self._content = bytearray()
+        self._texts: list[bytes] = []
 
     def batches(self, rows: Iterable[EncodedRow]) -> Iterator[pa.RecordBatch]:
         """Yield the rows in batches; behind each that has an `other` comes that."""
@@ -86,6 +88,7 @@ class RowColumns:
         self._counts["num_patches"].append(row.num_patches or 0)
         self._counts["num_crops"].append(row.num_crops)
         self._counts["mark"].append(MARKS[row.mark])
+        self._texts.append(row.text.encode("utf-8", "surrogatepass"))
         content = hashlib.blake2b(row.input_ids, digest_size=8)
         content.update(b"\0".join(images))
         self._content += content.digest()
@@ -118,6 +121,7 @@ class RowColumns:
               for name in LISTS for at in [lists[name][1]]),
             *(pa.array(counts[name], pa.int32()) for name in COUNTS),
             pa.array(np.frombuffer(self._content, np.uint64).copy()),
+            pa.array(self._texts, pa.binary()),
         ]  # fmt: skip
         self._clear()
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)

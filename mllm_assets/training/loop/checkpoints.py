@@ -266,5 +266,5 @@ def load_checkpoint(directory: Path, *, digests: FileDigests | None = None) -> A
     head = value_head.detach(model)  # stays in float32
     cast_weights(model, load_config(base).dtype or torch.float32)
     value_head.put_on(model, head)
-    model.config.text_config.use_cache = model.config.use_cache = True
+    model.config.get_text_config().use_cache = model.config.use_cache = True
     return model.requires_grad_(False)

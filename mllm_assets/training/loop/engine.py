@@ -16,7 +16,7 @@ from transformers import set_seed
 from mllm_assets.artifacts import is_complete, read_manifest, write_manifest
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import IntegrityError
-from mllm_assets.families.family import FAMILIES
+from mllm_assets.families.family import family_of
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.plugins import resolve
 from mllm_assets.training.caches.prepare import (
@@ -174,7 +174,7 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
     kept = task.caches.weights_root
     model_dir = extended_base(task.model_dir, task.recipe, task.run_dir, digests, kept)
     config = load_config(model_dir)
-    family = FAMILIES[config.model_type]
+    family = family_of(config.model_type)
     require_liger_layers(task.recipe, family)
     for note in notes_on_precision(precision, family):
         reporter.warn(note)
@@ -215,7 +215,8 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
         trainable = freezing.apply(setup.spec, model, setup.adapters)
     del model
     install_caches(base_model(trainable.model), plan)
-    loss.install_for(setup.spec, base_model(trainable.model))
+    if setup.shape.family.is_described:
+        loss.install_for(setup.spec, base_model(trainable.model))
     install_kernels(trainable.model, setup.spec, setup.device.kind)
 
     resumable = clean_and_find_resumable(task.run_dir, task.resume_from, setup.spec, reporter)

@@ -161,9 +161,11 @@ def install(model: Any, *, label_smoothing: float = 0.0, keeps_head: bool = Fals
 @contextmanager
 def own_head(model: Any) -> Iterator[None]:
     """Let a model return logits for a while, where `install` took its output layer."""
-    replaced = model.lm_head
-    if isinstance(replaced, _NoHead):
-        [model.lm_head] = model._frozen_head
+    replaced = getattr(model, "lm_head", None)
+    if not isinstance(replaced, _NoHead):
+        yield
+        return
+    [model.lm_head] = model._frozen_head
     try:
         yield
     finally:
@@ -181,6 +183,8 @@ def install_for(spec: TrainSpec, model: Any) -> bool:
 
 def uninstall(model: Any) -> None:
     """Put back what `install_for` replaced."""
+    if not hasattr(model, "lm_head"):  # of no described family
+        return
     value_head.put_back(model)
     if isinstance(model.lm_head, _NoHead):
         [model.lm_head] = model._frozen_head

@@ -83,7 +83,8 @@ def estimate(setup: Setup, plan: CachePlan) -> MemoryEstimate:
     values that a layer keeps are counted, which is right within a third.
     """
     checkpointed = may_checkpoint(setup.spec, setup.device) if setup.checkpointed is None else setup.checkpointed
-    if setup.device.kind == "cuda" and not setup.inputs.rows.counted("num_patches").any():
+    counts = not setup.shape.family.is_described or setup.inputs.rows.counted("num_patches").any()
+    if setup.device.kind == "cuda" and not counts:
         return _simulated(simulate(setup, plan, checkpointed=checkpointed), setup)
     return _counted(setup, plan, checkpointed=checkpointed)
 
@@ -116,18 +117,10 @@ def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEsti
     )
     width = 4 if setup.precision.weights == torch.float32 else 2
     batch = setup.spec.per_device_train_batch_size * (2 if setup.spec.learns_pairs else 1)
-    text, vision = model.config.text_config, model.config.vision_config
+    text = model.config.get_text_config()
     kept = _kept(batch * int(rows.counted("num_tokens").max()), text, text.num_hidden_layers, checkpointed) * width
-    # what the tower sees of a row; families whose images all have as many patches do not count them
-    patches = batch * (
-        int(rows.counted("num_patches").max())
-        or int((rows.counted("images") + rows.counted("num_crops")).max())
-        * (vision.image_size // vision.patch_size) ** 2
-    )
-    if setup.shape.tower_trains:
-        kept += _kept(patches, vision, getattr(vision, family.vision_layers_key), checkpointed) * width
-    elif not plan.tower:
-        kept += patches * (HIDDEN_KEPT * vision.hidden_size + INTERMEDIATE_KEPT * vision.intermediate_size) * width
+    if family.is_described:  # of others nothing is known of the tower
+        kept += _kept_by_tower(setup, plan, batch, checkpointed) * width
     num_supervised = int(rows.counted("num_supervised").max())
     head_trains = any("embed_tokens" in name or "lm_head" in name for name in names)
     logits = batch * num_supervised * (3 * text.vocab_size if head_trains else LOSS_BLOCK) * 4
@@ -139,6 +132,23 @@ def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEsti
         activations_gib=(kept + logits) / GIB,
         merge_gib=sum(p.numel() * p.element_size() for p in model.parameters()) / GIB if merges_here else 0.0,
     )
+
+
+def _kept_by_tower(setup: Setup, plan: CachePlan, batch: int, checkpointed: bool) -> int:
+    """The values that the vision tower keeps of a batch."""
+    rows, vision = setup.inputs.rows, setup.shape.model.config.vision_config
+    # what the tower sees of a row; families whose images all have as many patches do not count them
+    patches = batch * (
+        int(rows.counted("num_patches").max())
+        or int((rows.counted("images") + rows.counted("num_crops")).max())
+        * (vision.image_size // vision.patch_size) ** 2
+    )
+    if setup.shape.tower_trains:
+        num_layers = getattr(vision, setup.shape.family.vision_layers_key)
+        return _kept(patches, vision, num_layers, checkpointed)
+    if plan.tower:
+        return 0
+    return patches * (HIDDEN_KEPT * vision.hidden_size + INTERMEDIATE_KEPT * vision.intermediate_size)
 
 
 def publishing_device(setup: Setup, dtype: torch.dtype, *, num_rows: int) -> str:
@@ -219,7 +229,8 @@ def require_memory(needed: MemoryEstimate, device: Device, find_cure: Callable[[
 
 def _kept(num_tokens: int, config: Any, num_layers: int, checkpointed: bool) -> int:
     """Return the number of values that one stack of layers keeps for its backward pass."""
-    a_layer = num_tokens * (HIDDEN_KEPT * config.hidden_size + INTERMEDIATE_KEPT * config.intermediate_size)
+    intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    a_layer = num_tokens * (HIDDEN_KEPT * config.hidden_size + INTERMEDIATE_KEPT * intermediate)
     if checkpointed:
         return num_tokens * config.hidden_size * num_layers + a_layer
     return a_layer * num_layers

@@ -241,7 +241,7 @@ def make_trainer(
 ) -> FineTuner:
     """Return a trainer with the recipe's arguments and this project's reporting."""
     args = _arguments(setup, run_dir, base_model(trainable.model))
-    base_model(trainable.model).config.text_config.use_cache = False  # the top-level flag is not enough
+    base_model(trainable.model).config.get_text_config().use_cache = False  # the top-level flag is not enough
     cure = "End other programs on the device, or train less of the model: finetuning_type: lora."
     with out_of_memory_is_an_error("while the model was put on the device", cure):
         trainer = kind(

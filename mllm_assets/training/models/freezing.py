@@ -16,11 +16,12 @@ from torch import nn
 from transformers import set_seed
 
 from mllm_assets.errors import RecipeError, nearest
-from mllm_assets.families.family import FAMILIES, Family
+from mllm_assets.families.family import Family, family_of
 from mllm_assets.recipe.method_keys import split_names
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.models import adapters, value_head
 from mllm_assets.training.models.load import base_model
+from mllm_assets.training.models.parts import with_parts
 from mllm_assets.training.models.quantization import num_values
 
 if TYPE_CHECKING:
@@ -111,8 +112,9 @@ def _why_nothing_trains(spec: TrainSpec) -> str:
 
 
 def model_family(model: Any) -> Family:
-    """Return the family of a model of a known type."""
-    return FAMILIES[model.config.model_type]
+    """Return the family of a model, with the names of its parts."""
+    family = family_of(model.config.model_type)
+    return family if family.is_described else with_parts(family, model)
 
 
 def _frozen_keys(spec: TrainSpec, family: Family) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -13,19 +12,18 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from mllm_assets.artifacts import digest_json, sha256_file
 from mllm_assets.errors import ModelError
-from mllm_assets.families.family import FAMILIES, Family, find_family
+from mllm_assets.families.family import Family, family_of, require_images
 from mllm_assets.file_digests import state_of
 from mllm_assets.hub.snapshot import require_safe_shards
 from mllm_assets.training.models import masks
 from mllm_assets.training.models.device import is_out_of_memory
+from mllm_assets.training.models.own_processor import OwnProcessor, copy_processor_files
 from mllm_assets.training.models.quantization import Quantization, keep_trainable
-
-PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-                   "merges.txt", "chat_template.*", "spiece.model")  # fmt: skip
 
 MAX_LAYERS, MAX_NUMBER = 1000, 2**40  # in a configuration
 MAX_PARAMS_A_BYTE = 4  # two where they have 4 bits
@@ -84,7 +82,7 @@ def _config(directory: Path, state: tuple[int, int]) -> Any:
     """A run asks for the same two configurations a dozen times; `state` is the file's, so that a new one is read."""
     path = directory / "config.json"
     values = _read_settings(path)
-    find_family(values.get("model_type"), str(directory))
+    require_images(values.get("model_type"), MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, str(directory))
     _require_plain_weights(values, path)
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -147,11 +145,15 @@ def load_processor(directory: Path) -> Any:
         ModelError: Its files are missing or damaged.
     """
     config = load_config(directory)
-    family = FAMILIES[config.model_type]
+    family = family_of(config.model_type)
     try:
+        if not family.is_described:
+            return OwnProcessor(directory, family, config)
         if family.loads_whole_processor:
             return AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         return ImageTextProcessor(directory, family, config.vision_config)
+    except ModelError:
+        raise
     except Exception as error:  # as for a configuration
         raise ModelError(
             f"{directory} has no usable processor ({_reason(error)}). "
@@ -316,9 +318,7 @@ class ImageTextProcessor:
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Copy the processor's files unchanged, those for video included."""
-        for pattern in PROCESSOR_FILES:
-            for path in self.directory.glob(pattern):
-                shutil.copyfile(path, Path(directory) / path.name)
+        copy_processor_files(self.directory, Path(directory))
 
     def settings(self) -> dict[str, Any]:
         """Return the content of `processor_config.json`."""

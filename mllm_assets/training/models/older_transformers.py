@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from mllm_assets.artifacts import write_json_atomic
-from mllm_assets.families.family import FAMILIES, SUPPORTED
+from mllm_assets.families.family import SUPPORTED, family_of
 
 QWEN_IMAGES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast")
 
@@ -25,7 +25,7 @@ def add_old_spelling(directory: Path, tokenizer: Any) -> None:
     Models of a family with which version 4 does not compute the same stay as they are.
     """
     config = json.loads((directory / "config.json").read_bytes())
-    if not FAMILIES[config["model_type"]].in_transformers_4:
+    if not family_of(config["model_type"]).in_transformers_4:
         return
     text = config.get("text_config", config)
     text |= _positions(text.get("rope_parameters") or {})
@@ -42,7 +42,7 @@ def oldest_reader(directory: Path) -> str:
     Version 4 calls what is in a tower `vision_tower.vision_model.*`, as the files on the Hub do.
     """
     config = json.loads((directory / "config.json").read_bytes())
-    family = FAMILIES[config["model_type"]]
+    family = family_of(config["model_type"])
     in_towers = [name for name in tensor_names(directory) if "vision_tower." in name]
     if family.in_transformers_4 and not all("vision_tower.vision_model." in name for name in in_towers):
         return SUPPORTED

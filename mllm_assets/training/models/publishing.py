@@ -30,7 +30,7 @@ def save_model(
     The generation settings of `source` are kept; `use_cache` is on again. Weight files that are `shared` are linked;
     returns their digests, by name.
     """
-    model.config.text_config.use_cache = True
+    model.config.get_text_config().use_cache = True
     model.config.use_cache = True
     linked: dict[str, str] = {}
     if shared is None:
