@@ -280,8 +280,18 @@ def family_of(model_type: str) -> Family:
         example="",
         processor="",
         image_token="",
-        sees_ahead=True,
         is_described=False,
+    )
+
+
+def note_on_own_files(family: Family) -> tuple[str, ...]:
+    """What is said of a run of a family that is not described here."""
+    if family.is_described:
+        return ()
+    return (
+        f"{family.name} is no family that is described here: the model's own chat template, processor and loss are "
+        "used. Pictures are processed anew for each batch, nothing is cached, and a row longer than cutoff_len is "
+        "refused, not cut.",
     )
 
 
@@ -323,6 +333,11 @@ def require_attention(flash_attn: str, family: Family) -> None:
     Raises:
         RecipeError: Names what computes it.
     """
+    if flash_attn == "fa2" and not family.is_described:
+        raise RecipeError(
+            f"flash_attn is fa2, whose kernels let a token see only what is before it, and whether that is so in "
+            f"{family.name} is not known here. Set flash_attn: auto."
+        )
     if flash_attn == "fa2" and family.sees_ahead:
         raise RecipeError(
             f"flash_attn is fa2, whose kernels let a token see only what is before it, and in {family.name} the tokens "

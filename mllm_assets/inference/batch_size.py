@@ -24,9 +24,12 @@ def rows_at_once(answerer: Answerer, rows: EncodedRows, device: Device, *, num_n
     """Return how many rows to score at once, or with `num_new_tokens` to answer.
 
     More than usual on a GPU whose free memory holds them, each as large as the largest. Families whose `forward` reads
-    values of its inputs, as Qwen's grids of patches, cannot be seen on fake tensors.
+    values of its inputs, as Qwen's grids of patches, cannot be seen on fake tensors; of those that are not described
+    here nobody knows.
     """
     if device.kind != "cuda" or len(rows) <= ROWS_AT_ONCE or rows.counted("num_patches").any():
+        return ROWS_AT_ONCE
+    if not answerer.collator.family.is_described:
         return ROWS_AT_ONCE
     model = answerer.model
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))

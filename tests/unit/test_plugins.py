@@ -89,7 +89,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_family_from_outside_is_found_by_model_processor_and_recipe(outside: Path) -> None:
-    found = family.find_family("tiny_vl", "a folder")
+    found = family.family_of("tiny_vl")
     assert found is family.processor_family(type("TinyProcessor", (), {})())
     family.require_template("tiny_turns", found, "a folder")
     assert family.find_template(None, found).user == "Q {content} A"

@@ -16,7 +16,7 @@ from transformers import set_seed
 from mllm_assets.artifacts import is_complete, read_manifest, write_manifest
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import IntegrityError
-from mllm_assets.families.family import family_of
+from mllm_assets.families.family import family_of, note_on_own_files
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.plugins import resolve
 from mllm_assets.training.caches.prepare import (
@@ -176,7 +176,7 @@ def open_run(task: TrainTask, reporter: "Reporter") -> Setup:
     config = load_config(model_dir)
     family = family_of(config.model_type)
     require_liger_layers(task.recipe, family)
-    for note in notes_on_precision(precision, family):
+    for note in (*notes_on_precision(precision, family), *note_on_own_files(family)):
         reporter.warn(note)
     shape = model_on_meta(config, dtype=precision.weights, attention=precision.attention)
     return Setup(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mllm_assets.artifacts import write_json_atomic
+from mllm_assets.errors import RecipeError
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.loop.engine import Prepared, open_run, prepare_run, train
 from mllm_assets.training.loop.preferences import sequence_logps
@@ -31,6 +32,11 @@ def folds_task(task: FoldsTask, reporter: "Reporter") -> FoldLosses:
     """
     run = replace(task.run, accelerator=task.accelerator, run_dir=task.directory)
     setup = open_run(run, reporter)
+    if not setup.shape.family.is_described:
+        raise RecipeError(
+            f"label_issues ranks the rows of a recipe whose model's family is described, and {setup.shape.family.name} "
+            "is not. Name another recipe in the dataset's label_issues."
+        )
     rows, asked = setup.inputs.train_rows, set(task.asked)
     ids = [row.id for row in rows]
     losses: dict[str, float] = {}

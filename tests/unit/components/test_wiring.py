@@ -93,6 +93,12 @@ def test_an_output_of_another_recipe_leads_to_its_checkpoint(tmp_path: Path) -> 
     assert chains_of([first, second]) == {"first": ["first", "second"]}
 
 
+def test_a_model_of_no_described_family_has_no_asset_of_features(tmp_path: Path) -> None:
+    """They are not cached, and the asset could only fail: `freeze_vision_tower` is true where nothing is said."""
+    assert resolve(write_recipe(tmp_path), KNOWN_ASSETS).has_features
+    assert not resolve(write_recipe(tmp_path, template="auto"), KNOWN_ASSETS).has_features
+
+
 def test_an_unknown_dataset_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"mine\.yaml: dataset names 'emoji_trian'.*Did you mean 'emoji_train'\?"):
         resolve(write_recipe(tmp_path, dataset="emoji_trian"), KNOWN_ASSETS)

@@ -100,4 +100,4 @@ def test_a_family_without_a_format_of_tools_refuses_them(models: Path, tmp_path:
     with pytest.raises(DataError, match="has tools, and LLaMA-Factory has no format"):
         encoder.encode(calls)
     assert encoder.encode(plain).num_supervised
-    assert [name for name, template in TEMPLATES.items() if template.tools is None] == ["smolvlm"]
+    assert [name for name, template in TEMPLATES.items() if template.tools is None] == ["smolvlm", "auto"]
