@@ -225,6 +225,15 @@ def test_a_recipe_of_another_family_is_refused_before_anything_is_written(
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
+def test_a_projector_alone_needs_a_picture_in_each_row_of_a_family_that_is_not_described(
+    model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
+) -> None:
+    """A batch of rows without one has no gradient; described families get a blank picture in it."""
+    task = make_task(model_of("idefics3"), data_dir, tmp_path / "run", **PROJECTOR)
+    with pytest.raises(RecipeError, match=r"Only connector trains, .* 11 of 12 rows of few .* each row needs one"):
+        train_task(task, Reporter())
+
+
 def test_hidden_states_of_other_families_are_not_cached_and_the_run_says_so(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
 ) -> None:
