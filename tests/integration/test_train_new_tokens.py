@@ -126,5 +126,10 @@ def test_how_rows_begin_follows_from_the_seed_and_the_descriptions(parity_dir: P
     there = load_processor(special).tokenizer
     assert there.convert_tokens_to_ids(part) == tokenizer.convert_tokens_to_ids(part)
     assert control_token_pattern(there).search(f"a {part}") is None, "rows may hold it"
+    assert not (special / "added_tokens.json").exists()
+    with_pieces = shutil.copytree(base, tmp_path / "with_pieces")
+    (with_pieces / "tokenizer.model").write_bytes(b"read by llama.cpp's converter, which does not read tokenizer.json")
+    extended = extended_base(with_pieces, spec_of(add_tokens="<place>"), tmp_path / "sp")
+    assert json.loads((extended / "added_tokens.json").read_text()) == {"<place>": len(tokenizer)}
     manifest = json.loads((tmp_path / "0" / FOLDER / "manifest.json").read_text())
     assert manifest["new_tokens"]["<place_0>"] == len(tokenizer) + 1

@@ -17,6 +17,7 @@ from mllm_assets.training.models.older_transformers import add_old_spelling
 from mllm_assets.training.models.weight_files import SharedFiles, Sharing, share_with
 
 SENTENCEPIECE = "tokenizer.model"  # which transformers 5 does not write again, and llama.cpp's converter asks for
+ADDED_TOKENS = "added_tokens.json"  # the tokens that it then takes beside those of tokenizer.model
 # Of a loss that the same bits of weights give twice. A kernel may be another one for memory that begins elsewhere, and
 # adds up in another order.
 RELOAD_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -39,7 +40,7 @@ def save_model(
         linked = shared.write(model, directory)
     processor.save_pretrained(directory)
     add_old_spelling(directory, processor.tokenizer)
-    for name in ("generation_config.json", "chat_template.jinja", SENTENCEPIECE):
+    for name in ("generation_config.json", "chat_template.jinja", SENTENCEPIECE, ADDED_TOKENS):
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
     return linked

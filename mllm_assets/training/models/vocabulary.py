@@ -5,6 +5,7 @@ What is added, in which order, and how embeddings begin are LLaMA-Factory's (0.9
 row, where LLaMA-Factory counts back from the last row, which is another one's if the embedding had room.
 """
 
+import json
 import math
 import shutil
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mllm_assets.artifacts import is_complete, staged_directory, write_manifest
+from mllm_assets.artifacts import is_complete, staged_directory, write_json_atomic, write_manifest
 from mllm_assets.disk import no_space_is_an_error
 from mllm_assets.errors import IntegrityError, ModelError
 from mllm_assets.file_digests import FileDigests
@@ -22,7 +23,7 @@ from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.recipe.vocabulary_keys import TOKENS_IN_TEXTS
 from mllm_assets.training.models.load import load_config, load_model, load_processor, model_on_meta
 from mllm_assets.training.models.older_transformers import add_old_spelling
-from mllm_assets.training.models.publishing import save_model
+from mllm_assets.training.models.publishing import ADDED_TOKENS, SENTENCEPIECE, save_model
 from mllm_assets.training.models.weight_files import Sharing, share_with
 from mllm_assets.training.runs.models import model_fingerprint
 from mllm_assets.worker.protocol import is_first_rank
@@ -150,7 +151,7 @@ def extended_base(
             linked, own = save_model(model, extension.processor, staging, source=base, shared=shared), FileDigests()
             for name, digest in linked.items():
                 own.take(staging / name, digest)
-            _write_tokenizer(extension.processor, staging)
+            _write_tokenizer(extension, staging)
             facts = {"of": model_fingerprint(base, digests), "new_tokens": extension.new_ids}
             write_manifest(staging, facts, digest=own.of)
     model_fingerprint(directory, digests)  # which know its files from now on
@@ -167,7 +168,7 @@ def extended_shape(base: Path, spec: TrainSpec, directory: Path) -> Path:
     directory.mkdir(parents=True)
     model.config.save_pretrained(directory)
     extension.processor.save_pretrained(directory)
-    _write_tokenizer(extension.processor, directory)
+    _write_tokenizer(extension, directory)
     return directory
 
 
@@ -183,7 +184,12 @@ def _is_as_written(directory: Path, digests: FileDigests) -> bool:
     return True
 
 
-def _write_tokenizer(processor: Any, directory: Path) -> None:
+def _write_tokenizer(extension: Extension, directory: Path) -> None:
     """Write the tokenizer with its new tokens over the base's files."""
-    processor.tokenizer.save_pretrained(directory)
-    add_old_spelling(directory, processor.tokenizer)
+    tokenizer = extension.processor.tokenizer
+    tokenizer.save_pretrained(directory)
+    add_old_spelling(directory, tokenizer)
+    if (directory / SENTENCEPIECE).is_file():  # which stays as it was; llama.cpp's converter reads the others here
+        path = directory / ADDED_TOKENS
+        known = json.loads(path.read_bytes()) if path.is_file() else {}
+        write_json_atomic(path, {**known, **extension.new_ids})
