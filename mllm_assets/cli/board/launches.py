@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from mllm_assets.errors import RecipeError, did_you_mean
 from mllm_assets.redaction import redacted
 
 MAX_LINES = 200  # of a run's output that are kept
+PROCESSES = "MLLM_ASSETS_NUM_PROCESSES"
 GRACE_S = 60  # a run that is stopped ends its worker first
 PATIENCE_S = 30  # longer than a worker's grace; a second Stop kills then
 
@@ -83,8 +84,8 @@ class Launches:
     def all(self) -> Sequence[Launch]:
         return tuple(self._launches)
 
-    def start(self, recipe: str, overrides: Sequence[str] = ()) -> Launch:
-        """Start a recipe of `configs/`, by its name.
+    def start(self, recipe: str, overrides: Sequence[str] = (), *, num_processes: int | None = None) -> Launch:
+        """Start a recipe of `configs/`, by its name; `num_processes` instead of what the environment says.
 
         Raises:
             RecipeError: There is none of this name, it is running already, or an override is not `key=value`.
@@ -95,7 +96,10 @@ class Launches:
         if wrong := [text for text in overrides if "=" not in text or text.startswith("-")]:
             raise RecipeError(f"{wrong[0]!r}: expected key=value, for example max_steps=60.")
         title = " ".join([recipe, *overrides])
-        return self._begin(title, ["run", f"{recipe}.yaml", *overrides], shown=["run", recipe, *overrides])
+        is_other = num_processes and str(num_processes) != os.environ.get(PROCESSES, "1")
+        environment = {PROCESSES: str(num_processes)} if is_other else {}
+        command = ["run", f"{recipe}.yaml", *overrides]
+        return self._begin(title, command, shown=["run", recipe, *overrides], environment=environment)
 
     def evaluate(self, model: str, entries: Sequence[str], options: Sequence[str]) -> Launch:
         """Ask a model about entries, with options of `mllm-assets evaluate`.
@@ -104,9 +108,11 @@ class Launches:
             RecipeError: It is being asked already.
         """
         command = ["evaluate", model, *(f"--on={entry}" for entry in entries), *options]
-        return self._begin(f"{model} on {', '.join(entries)}", command, shown=command)
+        return self._begin(f"{model} on {', '.join(entries)}", command, shown=command, environment={})
 
-    def _begin(self, title: str, arguments: Sequence[str], *, shown: Sequence[str]) -> Launch:
+    def _begin(
+        self, title: str, arguments: Sequence[str], *, shown: Sequence[str], environment: Mapping[str, str]
+    ) -> Launch:
         with self._lock:
             if any(launch.title == title and launch.is_running for launch in self._launches):
                 raise RecipeError(f"{title} is running already: see its log.")
@@ -118,11 +124,12 @@ class Launches:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                env={**os.environ, "MLLM_ASSETS_ROOT": str(self._root), "NO_COLOR": "1"},
+                env={**os.environ, "MLLM_ASSETS_ROOT": str(self._root), "NO_COLOR": "1", **environment},
                 start_new_session=True,  # Ctrl-C reaches the page only, which then stops its runs in order
             )
             launch = Launch(title=title, process=process)
-            launch.lines.append(f"$ mllm-assets {shlex.join(shown)}")
+            variables = "".join(f"{name}={value} " for name, value in environment.items())
+            launch.lines.append(f"$ {variables}mllm-assets {shlex.join(shown)}")
             self._launches.append(launch)
         threading.Thread(target=_read, args=[launch], daemon=True).start()
         return launch

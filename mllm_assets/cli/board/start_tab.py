@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby
@@ -10,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from mllm_assets.cli.board.launches import Launches
+from mllm_assets.cli.board.launches import PROCESSES, Launches
 from mllm_assets.cli.board.views import problem_view
 from mllm_assets.data.sharegpt.entries import read_dataset_info
 from mllm_assets.errors import MllmAssetsError, RecipeError
@@ -48,6 +49,7 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
         run = gr.Dropdown(label="Run", scale=3)
         recipe = gr.Dropdown(label="Or start a recipe of configs/", scale=2)
         overrides = gr.Textbox(label="with other values", placeholder="max_steps=60 seed=1", scale=2)
+        processes = _processes()
         start_other = gr.Button("Start", scale=0, min_width=90)
         copy = gr.Button("Edit a copy", scale=0, min_width=165)
         stop = gr.Button("Stop", variant="stop", scale=0, min_width=90)
@@ -64,20 +66,18 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
     check.click(lambda name, text: _looked(layout, name, text), [name, text], message, concurrency_limit=1)
     write.click(lambda name, text: _written(layout, name, text), [name, text], message)
 
-    def begin(recipe: str | None, overrides: str) -> list[Any]:
-        launch = launches.start(recipe or "", overrides.split())
-        return [gr.update(choices=[one.title for one in launches.all], value=launch.title), problem_free(launch.title)]
+    def begin(recipe: str | None, overrides: str, processes: float) -> list[Any]:
+        launch = launches.start(recipe or "", overrides.split(), num_processes=max(1, int(processes or 1)))
+        return [gr.update(choices=[one.title for one in launches.all], value=launch.title), _started(launch.title)]
 
-    def write_and_begin(name: str, text: str) -> list[Any]:
+    def write_and_begin(name: str, text: str, processes: float) -> list[Any]:
         path = write_draft(layout.root, name, text)
-        return begin(path.stem, "")
+        return begin(path.stem, "", processes)
 
-    def problem_free(title: str) -> str:
-        return f'<div class="board-done">{title.partition(" ")[0]} was started; its curve is in Runs.</div>'
-
-    start.click(told(write_and_begin), [name, text], [run, message])
-    start_other.click(told(begin), [recipe, overrides], [run, message])
-    stop.click(told(lambda title: [gr.update(), stopped(launches, title)]), run, [run, message])
+    shown = [run, message]
+    start.click(told(write_and_begin), [name, text, processes], shown)
+    start_other.click(told(begin), [recipe, overrides, processes], shown)
+    stop.click(told(lambda title: [gr.update(), stopped(launches, title)]), run, shown)
 
     def follow(title: str | None) -> list[Any]:
         shown = launches.find(title)
@@ -89,6 +89,17 @@ def start_tab(page: Any, tab: Any, layout: Layout, launches: Launches) -> None:
     timer.tick(follow, run, [run, state, log], show_progress="hidden")
     configs = [lambda: gr.update(choices=sorted(path.stem for path in layout.configs.glob("*.yaml")))]
     gr.on([tab.select, start.click, write.click], configs[0], None, recipe, show_progress="hidden")
+
+
+def _started(title: str) -> str:
+    return f'<div class="board-done">{title.partition(" ")[0]} was started; its curve is in Runs.</div>'
+
+
+def _processes() -> Any:
+    told_so = os.environ.get(PROCESSES, "")
+    return gr.Number(
+        int(told_so) if told_so.isdecimal() else 1, label="Processes, one a GPU", precision=0, minimum=1, min_width=90
+    )
 
 
 def _choices_of(layout: Layout) -> dict[str, Any]:

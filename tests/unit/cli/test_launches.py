@@ -5,8 +5,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from mllm_assets.cli.board.launches import Launch
+import psutil
+
+from mllm_assets.cli.board.launches import PROCESSES, Launch, Launches
 
 DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
@@ -45,3 +48,15 @@ def test_a_run_that_hears_ends_at_once() -> None:
         launch.stop()
         launch.process.wait()
         assert launch.state == "stopped"
+
+
+def test_a_run_is_told_how_many_processes_train(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").touch()
+    launches = Launches(tmp_path, tmp_path)
+    launch = launches.start("mine", ["max_steps=1"], num_processes=2)
+    try:
+        assert psutil.Process(launch.process.pid).environ()[PROCESSES] == "2"
+        assert launch.lines[0] == f"$ {PROCESSES}=2 mllm-assets run mine max_steps=1"
+    finally:
+        launches.stop_all()
