@@ -9,7 +9,7 @@ Source: llamafactory 0.9.5, `model/model_utils/quantization.py`.
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ BLOCK_SIZE = 64  # 4-bit weights that share one scale
 SCALES_PER_BLOCK = 256  # scales that share one scale themselves, with double_quantization
 
 
+def _installed() -> str:
+    """Its version; a step that would be quantised is simulated without it too, to say what would fit."""
+    try:
+        return version("bitsandbytes")
+    except PackageNotFoundError:
+        return "missing"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantization:
     """How frozen linear layers are held: `bits` 4 or 8; `type` (nf4, fp4) and `double` are of 4 bits only."""
@@ -35,7 +43,7 @@ class Quantization:
     def describe(self) -> str:
         """Name everything that decides the quantised values, and the library that computes with them."""
         kind = f"4-bit {self.type}{', double' if self.double else ''}" if self.bits == 4 else "8-bit"
-        return f"{kind}, bitsandbytes {version('bitsandbytes')}"
+        return f"{kind}, bitsandbytes {_installed()}"
 
     def notes(self, device_kind: str) -> Iterator[str]:
         """Yield what a user should know before a quantised run starts."""

@@ -109,7 +109,7 @@ def test_an_unknown_entry_is_named_with_the_nearest(layout: Layout) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n "a": {},\n}', "dataset_info.json, line 3, column 1"),
+        ('{\n "a": {},\n "b" 1}', "dataset_info.json, line 3, column 6"),
         ("[]", "expected an object of datasets by name, got list"),
         ('{"a": 1}', "entry 'a' should be an object, got int"),
         ('{"a": {"split": "x"}}', "entry 'a' has no `file_name`"),
