@@ -47,6 +47,7 @@ def tick(project: Project, instance: dg.DagsterInstance) -> "dg.SensorExecutionD
     return sensor.evaluate_tick(dg.build_sensor_context(instance))
 
 
+@pytest.mark.slow
 def test_a_line_stops_before_the_release_until_somebody_says_yes(
     waiting: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from mllm_assets.components.slots import end_dead_runs
 from tests.clock import STEPS_S, clock_set_by
 from tests.integration.conftest import REPOSITORY, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.attack("clock")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.attack("clock")]
 
 RUN = """import pathlib, sys, time
 import dagster as dg

@@ -47,6 +47,7 @@ def supervisor_after(task: BuildTask) -> psutil.Process:
     return psutil.Process(kept.supervisor.pid)
 
 
+@pytest.mark.slow
 def test_tasks_share_a_process_until_a_variable_or_the_folder_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from tests.integration.conftest import Project
 pytestmark = pytest.mark.integration
 
 
+@pytest.mark.slow
 def test_a_launch_prints_a_line_an_asset_and_the_event_log_stays_whole(project: Project) -> None:
     """Forty lines of DEBUG for one asset hid the two that a person looks for."""
     process = project.start("dagster_dg_cli.cli", "launch", "--assets", 'key:"emoji/raw"')

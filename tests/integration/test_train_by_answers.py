@@ -59,6 +59,7 @@ def asked(parity_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainTa
     return task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", [{"total": draws}], indirect=True)
 def test_asking_changes_no_bit_of_what_is_trained(parity_dir: Path, tmp_path: Path, metric: Metric) -> None:
     """LoRA's dropout and the order of the rows are drawn from the states that asking must leave alone."""
@@ -72,6 +73,7 @@ def test_asking_changes_no_bit_of_what_is_trained(parity_dir: Path, tmp_path: Pa
     assert found[1]["eval_answers"]["own"] == losses(own.run_dir, "eval_own")[8]
 
 
+@pytest.mark.slow
 def test_what_is_logged_is_what_the_published_model_answers_when_it_is_asked_again(
     asked: TrainTask, parity_dir: Path, tmp_path: Path
 ) -> None:

@@ -110,6 +110,7 @@ def pairs(folder: Path, **overrides: Any) -> TrainSpec:
     return spec_of(config, folder, **{**SAVED, **overrides})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_stage", [pairs, marks])
 def test_no_step_runs_the_tower_and_the_trajectory_stays(
     parity_dir: Path, tmp_path: Path, of_stage: Callable[..., TrainSpec]

@@ -125,6 +125,7 @@ def asked(folder: Path, **settings: Any) -> tuple[dict[str, Any], list[str]]:
     return evaluate_task(task, reporter).manifest, reporter.warnings
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_halved_is_said_and_changes_no_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
