@@ -36,6 +36,7 @@ def test_dg_lists_the_components_that_a_user_configures() -> None:
         assert f"mllm_assets.components.{name}" in listed
 
 
+@pytest.mark.slow
 def test_dg_launch_materialises_from_the_root(tmp_path: Path) -> None:
     run("dg", "launch", "--assets", 'key:"emoji/raw"', env={"MLLM_ASSETS_ROOT": str(tmp_path)})
     assert list((tmp_path / "data" / ".raw" / "emoji").glob("*/manifest.json"))

@@ -123,6 +123,7 @@ def mixed_dir(parity_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", EACH)
 def test_every_family_answers_from_cached_images_as_from_pictures(
     mixed_dir: Path, tmp_path: Path, model_type: str, num_seen: list[int]

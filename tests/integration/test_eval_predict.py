@@ -217,6 +217,7 @@ def test_the_worker_returns_the_manifest_and_the_errors_class(blind_model: Path,
         run_worker(replace(task, model_dir=tmp_path, directory=tmp_path / "q"))
 
 
+@pytest.mark.slow
 def test_the_demos_evaluation_answers_in_batches_and_computes_one_token_a_step(tmp_path: Path) -> None:
     """120 samples, both models, all 64 tokens of a model that never ends its turn: the demo has 3 minutes in all."""
     tiny_gemma.build(tmp_path / "tiny")

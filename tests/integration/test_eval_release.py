@@ -113,6 +113,7 @@ def test_the_card_shows_how_to_use_the_model_and_the_code_runs(run_dir: Path, tm
     subprocess.run([sys.executable, "-W", "error::SyntaxWarning", "-c", code], check=True, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_other_weights_than_the_checkpoints_are_found(run_dir: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(run_dir / "model", other)

@@ -204,6 +204,7 @@ def test_loader_processes_read_the_cache_too(parity_dir: Path, tmp_path: Path, m
     assert train_task(task, Reporter())["num_steps"] == 2
 
 
+@pytest.mark.slow
 def test_parts_of_pictures_are_cached_with_them_and_give_the_trajectory_of_the_tower(
     parity_dir: Path, tmp_path: Path
 ) -> None:

@@ -213,6 +213,7 @@ def test_a_checkpoint_of_another_trainable_set_is_refused(parity_dir: Path, unpu
         train_task(make_task(parity_dir, unpublished, lora_rank=4), Reporter())
 
 
+@pytest.mark.slow
 @pytest.mark.attack("full disk")
 def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(parity_dir: Path, tmp_path: Path) -> None:
     """The limit is the kernel's: from step 7 on no file may grow beyond 64 KiB, a third of the optimizer's."""

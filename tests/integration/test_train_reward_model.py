@@ -68,6 +68,7 @@ def test_the_head_is_published_beside_a_model_that_loads_strictly(parity_dir: Pa
     assert (run_dir / "adapter" / VALUE_HEAD_FILE).read_bytes() == (run_dir / "model" / VALUE_HEAD_FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_cached_features_leave_the_losses_as_they_are(parity_dir: Path, tmp_path: Path) -> None:
     spec = spec_of(tmp_path, max_samples=4, save_strategy="no")
     plain = trained(parity_dir, tmp_path / "plain", spec)

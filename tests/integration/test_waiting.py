@@ -47,6 +47,7 @@ def start(tmp_path: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_waiting_run_names_the_holder_sleeps_heeds_sigterm_and_goes_on_when_freed(tmp_path: Path) -> None:
     """Dagster's in-process executor waits in silence, takes a whole core for it, and ignores SIGTERM."""
     (tmp_path / "project.py").write_text(DEFINITIONS)

@@ -104,6 +104,7 @@ assets = [made_of(number) for number in range(4)]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.not_fast
 def test_the_processes_of_a_runs_steps_do_not_build_the_definitions_again(root: Path) -> None:
     """With 500 datasets and recipes that took 24 CPU-seconds in each."""

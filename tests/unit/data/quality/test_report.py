@@ -59,6 +59,7 @@ def test_a_report_is_made_once_and_is_small_whatever_the_captions(tmp_path: Path
     assert report.html.stat().st_mtime_ns == made_at
 
 
+@pytest.mark.slow
 def test_ten_thousand_long_texts_are_assessed_and_reported_in_bounded_memory(tmp_path: Path) -> None:
     """60 MB of texts: those of all samples were joined to choose twelve, and 2,048 at once are read."""
     pictures = [encode(picture(seed, 96)) for seed in range(50)]
