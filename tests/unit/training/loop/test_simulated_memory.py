@@ -1,5 +1,6 @@
 """What a run takes on a GPU, from a whole step of gemma-3-4b's shape on fake tensors, and what follows from it."""
 
+import importlib.metadata
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -168,3 +169,18 @@ def test_a_refusal_names_the_mildest_change_of_the_recipe_that_fits(
     assert not memory.estimate(setup, plan_caches(setup)).fits(setup.device)
     found = what_fits(setup)
     assert found == expected or str(found).startswith(str(expected)), found
+
+
+def test_what_would_fit_is_said_where_bitsandbytes_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal ended in a traceback about a package that the recipe does not need."""
+    found = importlib.metadata.distribution
+
+    def without(name: str) -> importlib.metadata.Distribution:
+        if name == "bitsandbytes":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", without)
+    setup = gemma_3_4b("lora", free_gib=2.8, num_layers=4, **ROWS)
+    said = what_fits(replace(setup, checkpointed=True))
+    assert said and said.startswith("With quantization_bit: 4, per_device_train_batch_size: 1"), said
