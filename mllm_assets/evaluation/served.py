@@ -120,9 +120,11 @@ def compare_served(
         MachineError: The server does not answer, refuses, or has several models.
         DataError: A row cannot be asked.
     """
+    places = spread(len(asked := good_rows(entry)), max_samples)
+    if not places:
+        raise DataError(f"{entry.name} has no row to ask about. Name another entry.")
     name = served_name or _only_model(client)
     found = []
-    places = spread(len(asked := good_rows(entry)), max_samples)
     rows = _rows(entry, [asked[place] for place in places])
     for row in followed(rows, "asked here and there", len(places)):
         encoded = answerer.encoder.encode_prompt(row)

@@ -108,3 +108,15 @@ def test_a_server_that_is_not_there_is_told(root: Path, capsys: pytest.CaptureFi
     url = f"http://127.0.0.1:{free_port()}/v1"
     assert main(["check-server", url, "--model", "pretrained/model", "--on", "gemma3_vlm_val", "--device", "cpu"]) == 2
     assert "does not answer as an OpenAI-compatible server does" in (told := capsys.readouterr().err) and url in told
+
+
+def test_an_entry_without_rows_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ended in a division by zero."""
+    info = root / "data" / "dataset_info.json"
+    changed(info, lambda values: values | {"none": values["gemma3_vlm_val"] | {"file_name": "none.json"}})
+    (root / "data" / "none.json").write_text("[]")
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    assert main(["check-server", url, "--model", "pretrained/model", "--on", "none", "--device", "cpu"]) == 2
+    assert "none" in (told := capsys.readouterr().err) and "Traceback" not in told
+    assert main(["evaluate", "pretrained/model", "--on", "none", "--device", "cpu"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
