@@ -128,8 +128,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _evaluate_model(
     arguments: argparse.Namespace, layout: Layout, accelerator: "Accelerator", settings: "EvaluationSettings"
 ) -> int:
-    from mllm_assets.evaluation.one_model import describe, evaluate_model
+    from mllm_assets.artifacts import is_sound
+    from mllm_assets.evaluation.one_model import describe, evaluation_of_model, scores_of
     from mllm_assets.releases.find import find_named_model
+    from mllm_assets.worker.launch import run_worker
 
     if arguments.checkpoint:
         raise RecipeError(
@@ -138,7 +140,10 @@ def _evaluate_model(
         )
     entries = list(dict.fromkeys(name for text in arguments.on for name in text.split(",") if name))
     model = find_named_model(arguments.of, layout)
-    result = evaluate_model(layout, model, entries, accelerator=accelerator, settings=settings)
+    task = evaluation_of_model(layout, model, entries, settings=settings, accelerator=accelerator)
+    if not is_sound(task.directory):  # asked before with the same settings it is read
+        run_worker(task)
+    result = scores_of(task, layout.root)
     print(json.dumps(result.to_dict(), indent=2) if arguments.json else describe(result))
     print(f"answers, to open in a browser: {layout.relative(result.gallery)}", file=sys.stderr)
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_assets import __version__
-from mllm_assets.artifacts import digest_json, is_sound, parse_manifest
+from mllm_assets.artifacts import digest_json, parse_manifest
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import ModelError
 from mllm_assets.evaluation.gallery import GALLERY
@@ -19,7 +19,6 @@ from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.runs.models import NamedModel, checkpoint_digest, is_checkpoint, model_fingerprint
 from mllm_assets.training.runs.run_file import read_starting_model
-from mllm_assets.worker.launch import run_worker
 from mllm_assets.worker.tasks import Accelerator, EvaluateTask, EvaluationSettings
 
 
@@ -44,15 +43,15 @@ class Scored:
         return self.directory / GALLERY
 
 
-def evaluate_model(
+def evaluation_of_model(
     layout: Layout,
     model: NamedModel,
     entries: Sequence[str],
     *,
-    accelerator: Accelerator,
     settings: EvaluationSettings,
-) -> Scored:
-    """Ask a model about entries of `data/dataset_info.json`; what was asked before with the same settings is read.
+    accelerator: Accelerator,
+) -> EvaluateTask:
+    """Asks a model about entries of `data/dataset_info.json`, in a directory named by all that answers depend on.
 
     Raises:
         RecipeError: No such entry, or the turn format is of another family. Names the nearest.
@@ -64,7 +63,7 @@ def evaluate_model(
     of_checkpoint = is_checkpoint(model.directory)
     digest = checkpoint_digest(model.directory) if of_checkpoint else model_fingerprint(model.directory)
     identity = {"engine_version": __version__, "model": digest, "data": data, **settings.conditions(spec)}
-    task = EvaluateTask(
+    return EvaluateTask(
         recipe=spec,
         entries=spec.eval_entries,
         recipe_name=model.name,
@@ -80,13 +79,21 @@ def evaluate_model(
         rows_root=layout.rows,
         accelerator=accelerator,
     )
-    if not is_sound(task.directory):
-        run_worker(task)
-    answers = [text for name in spec.eval_entries for text in dataset.entry(name).answers]
-    scored = compute_metrics(read_predictions(task.directory), answers)["entries"]
-    return Scored(
-        model=model.name, entries={name: _facts(one) for name, one in scored.items()}, directory=task.directory
-    )
+
+
+def scores_of(task: EvaluateTask, root: Path) -> Scored:
+    """The scores of an evaluation that was made.
+
+    Raises:
+        IntegrityError: It was not, or its table is damaged.
+        DataError: There is no row.
+    """
+    predictions = read_predictions(task.directory)
+    dataset = Dataset.of_recipe(task.recipe, root, read_part=None)
+    answers = [text for name in task.entries for text in dataset.entry(name).answers]
+    scored = compute_metrics(predictions, answers)["entries"]
+    entries = {name: _facts(one) for name, one in scored.items()}
+    return Scored(model=task.recipe_name, entries=entries, directory=task.directory)
 
 
 def _facts(scored: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from mllm_assets.cli.board.start_tab import known_entries, stopped, told
 from mllm_assets.cli.board.views import problem_view, scored_view
 from mllm_assets.cli.board.written_pages import find_page
 from mllm_assets.errors import MllmAssetsError, RecipeError
-from mllm_assets.evaluation.one_model import evaluate_model
+from mllm_assets.evaluation.one_model import evaluation_of_model, scores_of
 from mllm_assets.inference.addresses import PAGES
 from mllm_assets.inference.chat_page import gr
 from mllm_assets.layout import Layout
@@ -113,7 +113,8 @@ def _figures(layout: Layout, one: Asked, *, links_pages: bool) -> list[Any]:
     """A link to the page of answers, and the scores: of a finished evaluation, which is read and not made."""
     try:
         found = find_named_model(one.model, layout)
-        scored = evaluate_model(layout, found, one.entries, accelerator=Accelerator(), settings=one.settings)
+        task = evaluation_of_model(layout, found, one.entries, settings=one.settings, accelerator=Accelerator())
+        scored = scores_of(task, layout.root)
     except MllmAssetsError as error:
         return [problem_view(error), ""]
     page = layout.relative(scored.gallery)
