@@ -23,7 +23,10 @@ from transformers import (
     PaliGemmaConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3_5Config,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
 )
@@ -38,8 +41,12 @@ MARKERS: dict[str, list[str]] = {
                 *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))],
     "paligemma": ["<image>", "<start_of_turn>", "<end_of_turn>"],
 }  # fmt: skip
+MARKERS["gemma4_moe"] = MARKERS["gemma4"]
+MARKERS["qwen2_vl"] = MARKERS["qwen2_5_vl"]
 MARKERS["qwen3_vl"] = [*MARKERS["qwen2_5_vl"], "<think>", "</think>"]
-NO_BOS = ("qwen2_5_vl", "qwen3_vl")
+MARKERS["qwen3_vl_moe"] = MARKERS["qwen3_5"] = MARKERS["qwen3_vl"]
+NO_BOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16}
 TEXT: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 4096,
@@ -93,11 +100,11 @@ def build_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )  # fmt: skip
     bpe.train_from_iterator(["What is in this picture? Describe it. A red heart, a blue car, a smiling face."], trainer)
-    named = {
+    named: dict[str, str] = {
         "gemma4": {"boi_token": "<|image>", "image_token": "<|image|>", "eoi_token": "<image|>",
                    "boa_token": "<|audio>", "audio_token": "<|audio|>", "eoa_token": "<audio|>"},
         "paligemma": {"image_token": "<image>"},
-    }.get(model_type, {})  # fmt: skip
+    }.get(model_type.removesuffix("_moe"), {})  # fmt: skip
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
@@ -108,11 +115,11 @@ def build_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _gemma4(vocab_size: int, ids: dict[str, int]) -> Any:
+def _gemma4(vocab_size: int, ids: dict[str, int], **of_text: Any) -> Any:
     text = Gemma4TextConfig(
         vocab_size=vocab_size, vocab_size_per_layer_input=vocab_size, hidden_size_per_layer_input=8,
         layer_types=["sliding_attention", "full_attention"], global_head_dim=16, sliding_window=512,
-        use_bidirectional_attention="vision", **TEXT,
+        use_bidirectional_attention="vision", **TEXT, **of_text,
     )  # fmt: skip
     vision = Gemma4VisionConfig(
         **VISION, num_key_value_heads=2, head_dim=8, patch_size=4, pooling_kernel_size=2, position_embedding_size=128
@@ -122,6 +129,10 @@ def _gemma4(vocab_size: int, ids: dict[str, int]) -> Any:
         eoi_token_id=ids["<image|>"], image_token_id=ids["<|image|>"], video_token_id=ids["<|video|>"],
         boa_token_id=ids["<|audio>"], audio_token_id=ids["<|audio|>"], eoa_token_index=ids["<audio|>"],
     )  # fmt: skip
+
+
+def _gemma4_moe(vocab_size: int, ids: dict[str, int]) -> Any:
+    return _gemma4(vocab_size, ids, enable_moe_block=True, top_k_experts=2, **EXPERTS)
 
 
 def _qwen_ids(ids: dict[str, int]) -> dict[str, int]:
@@ -136,6 +147,29 @@ def _qwen2_5_vl(vocab_size: int, ids: dict[str, int]) -> Any:
     # windows of 2 x 2 merged patches, so that a picture has several and their order matters
     vision = QWEN_VISION | {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1], "spatial_merge_size": 2}
     return Qwen2_5_VLConfig(text_config=text | {"vocab_size": vocab_size}, vision_config=vision, **_qwen_ids(ids))
+
+
+def _qwen2_vl(vocab_size: int, ids: dict[str, int]) -> Any:
+    text = {key: value for key, value in QWEN_TEXT.items() if key != "head_dim"}
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    return Qwen2VLConfig(text_config=text | {"vocab_size": vocab_size}, vision_config=vision, **_qwen_ids(ids))
+
+
+def _qwen3_vl_moe(vocab_size: int, ids: dict[str, int]) -> Any:
+    text = QWEN_TEXT | EXPERTS | {"vocab_size": vocab_size, "num_experts_per_tok": 2}
+    vision = QWEN_VISION | {"patch_size": 4, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    return Qwen3VLMoeConfig(text_config=text, vision_config=vision, **_qwen_ids(ids))
+
+
+def _qwen3_5(vocab_size: int, ids: dict[str, int]) -> Any:
+    """One layer of linear attention, one of full, as every fourth is in the real ones."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+    text = TEXT | {
+        "vocab_size": vocab_size, "layer_types": ["linear_attention", "full_attention"], "rope_parameters": rope,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    }  # fmt: skip
+    vision = QWEN_VISION | {"patch_size": 4, "num_position_embeddings": 64}
+    return Qwen3_5Config(text_config=text, vision_config=vision, **_qwen_ids(ids))
 
 
 def _qwen3_vl(vocab_size: int, ids: dict[str, int]) -> Any:
@@ -165,7 +199,8 @@ def _paligemma(vocab_size: int, ids: dict[str, int]) -> Any:
 
 
 CONFIGS: dict[str, Callable[[int, dict[str, int]], Any]] = {
-    "gemma4": _gemma4, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "llava": _llava, "smolvlm": _smolvlm,
+    "gemma4": _gemma4, "gemma4_moe": _gemma4_moe, "qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl, "qwen3_vl_moe": _qwen3_vl_moe, "qwen3_5": _qwen3_5, "llava": _llava, "smolvlm": _smolvlm,
     "paligemma": _paligemma,
 }  # fmt: skip
 
@@ -215,6 +250,9 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         }
     },
 }  # fmt: skip
+PROCESSORS["gemma4_moe"] = PROCESSORS["gemma4"]
+PROCESSORS["qwen2_vl"] = {"preprocessor_config.json": QWEN_IMAGES | {"processor_class": "Qwen2VLProcessor"}}
+PROCESSORS["qwen3_vl_moe"] = PROCESSORS["qwen3_5"] = PROCESSORS["qwen3_vl"]
 
 _QWEN_CHAT = """{%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\\n' }}
@@ -230,8 +268,8 @@ _QWEN_CHAT = """{%- for message in messages -%}
 # SmolVLM's is the real one (HuggingFaceTB/SmolVLM-Instruct): its turn format is taken from it
 CHAT_TEMPLATES: dict[str, str] = {
     "gemma4": "",
-    "qwen2_5_vl": _QWEN_CHAT,
-    "qwen3_vl": _QWEN_CHAT,
+    "gemma4_moe": "",
+    **dict.fromkeys(NO_BOS, _QWEN_CHAT),
     "llava": "",
     "paligemma": "",
     "smolvlm": "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
@@ -240,4 +278,5 @@ CHAT_TEMPLATES: dict[str, str] = {
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
 }
-FAMILIES = tuple(CONFIGS)
+VARIANTS = ("gemma4_moe",)  # of a family: with experts
+FAMILIES = tuple(name for name in CONFIGS if name not in VARIANTS)

@@ -21,7 +21,15 @@ from mllm_assets.families.image_slots import (
     repeated_token,
     token_per_patch,
 )
-from mllm_assets.families.turn_format import AUTO, GEMMA4_TURNS, Template, gemma_turns, qwen_turns
+from mllm_assets.families.turn_format import (
+    AUTO,
+    GEMMA4_TURNS,
+    QWEN2_TURNS,
+    QWEN_THOUGHT,
+    Template,
+    gemma_turns,
+    qwen_turns,
+)
 
 SUPPORTED = "5.23"  # the oldest transformers that this package runs with
 
@@ -109,6 +117,10 @@ def register(family: Family) -> Family:
     return family
 
 
+_QWEN3_TURNS = {"qwen3_vl_nothink": qwen_turns(), "qwen3_vl": qwen_turns(thought=QWEN_THOUGHT)}
+_QWEN3_VISION = ("visual.pos_embed", "visual.patch_embed", "visual.blocks", "visual.deepstack_merger_list")
+
+
 def _qwen(**differences: Any) -> Family:
     return Family(
         image_token="<|image_pad|>",
@@ -160,7 +172,7 @@ for _entry in (
     _qwen(
         name="Qwen2.5-VL",
         model_type="qwen2_5_vl",
-        templates={"qwen2_vl": qwen_turns(default_system="You are a helpful assistant.")},
+        templates={"qwen2_vl": QWEN2_TURNS},
         example="Qwen/Qwen2.5-VL-3B-Instruct",
         processor="Qwen2_5_VLProcessor",
         vision_keys=("visual.patch_embed", "visual.blocks"),
@@ -168,17 +180,44 @@ for _entry in (
         transformers_since="4.57",
     ),
     _qwen(
+        name="Qwen2-VL",
+        model_type="qwen2_vl",
+        templates={"qwen2_vl": QWEN2_TURNS},
+        example="Qwen/Qwen2-VL-2B-Instruct",
+        processor="Qwen2VLProcessor",
+        vision_keys=("visual.patch_embed", "visual.blocks"),
+        vision_cut=f"{_CUTS}:QwenCut",
+    ),
+    _qwen(
         name="Qwen3-VL",
         model_type="qwen3_vl",
-        templates={
-            "qwen3_vl_nothink": qwen_turns(),
-            "qwen3_vl": qwen_turns(thought=("<think>\n", "\n</think>\n\n")),
-        },
+        templates=_QWEN3_TURNS,
         example="Qwen/Qwen3-VL-4B-Instruct",
         processor="Qwen3VLProcessor",
-        vision_keys=("visual.pos_embed", "visual.patch_embed", "visual.blocks", "visual.deepstack_merger_list"),
+        vision_keys=_QWEN3_VISION,
         vision_cut=f"{_CUTS}:Qwen3Cut",
         transformers_since="4.57",
+    ),
+    _qwen(
+        name="Qwen3-VL MoE",
+        model_type="qwen3_vl_moe",
+        templates=_QWEN3_TURNS,
+        example="Qwen/Qwen3-VL-30B-A3B-Instruct",
+        processor="Qwen3VLProcessor",
+        vision_keys=_QWEN3_VISION,
+        vision_cut=f"{_CUTS}:Qwen3Cut",
+    ),
+    _qwen(
+        name="Qwen3.5",
+        model_type="qwen3_5",
+        templates={
+            "qwen3_5_nothink": qwen_turns(tools="qwen3_5"),
+            "qwen3_5": qwen_turns(thought=QWEN_THOUGHT, tools="qwen3_5"),
+        },
+        example="Qwen/Qwen3.5-4B",
+        processor="Qwen3VLProcessor",
+        vision_keys=("visual.pos_embed", "visual.patch_embed", "visual.blocks"),
+        vision_cut=f"{_CUTS}:Qwen35Cut",
     ),
     Family(
         name="LLaVA",
@@ -303,7 +342,7 @@ def processor_family(processor: Any) -> Family:
     """
     if (own := getattr(processor, "family", None)) is not None:
         return own
-    name = getattr(processor, "class_name", type(processor).__name__)
+    name = type(processor).__name__
     by_processor = {family.processor: family for family in FAMILIES.values()}
     if name not in by_processor:
         raise ModelError(

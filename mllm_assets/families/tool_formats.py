@@ -29,6 +29,20 @@ _QWEN = (
     "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML "
     'tags:\n<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>'
 )
+_QWEN35 = (
+    "\n\n# Tools\n\nYou have access to the following functions:\n\n<tools>{tools}\n</tools>\n\n"
+    "If you choose to call a function ONLY reply in the following format with NO suffix:\n\n"
+    "<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n"
+    "<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\nmultiple lines\n"
+    "</parameter>\n</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n"
+    "- Function calls MUST follow the specified format: "
+    "an inner <function=...></function> block must be nested within <tool_call></tool_call> XML tags\n"
+    "- Required parameters MUST be specified\n"
+    "- You may provide optional reasoning for your function call in natural language "
+    "BEFORE the function call, but NOT after\n"
+    "- If there is no function call available, answer the question like normal with your current knowledge "
+    "and do not tell the user about function calls\n</IMPORTANT>"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +106,12 @@ def call_text(name: str, content: str, where: str, *, reasoning: tuple[str, str]
     try:
         found = json.loads(calls)
         read = [Call(call["name"], call["arguments"]) for call in (found if isinstance(found, list) else [found])]
-    except (ValueError, KeyError, TypeError):
+        return before + FORMATS[name].call(read)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(
             f'{where}: expected a call as JSON, {{"name": ..., "arguments": ...}} or a list of them, got {calls:.60}. '
             "Correct the row."
         ) from None
-    return before + FORMATS[name].call(read)
 
 
 def _json(value: Any) -> str:
@@ -136,6 +150,21 @@ def _qwen_tools(tools: Sequence[Mapping[str, Any]]) -> str:
 def _qwen_calls(calls: Sequence[Call]) -> str:
     texts = [_json({"name": call.name, "arguments": call.arguments}) for call in calls]
     return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
+
+
+def _qwen35_tools(tools: Sequence[Mapping[str, Any]]) -> str:
+    return _QWEN35.format(tools="".join(f"\n{_json(_function(tool))}" for tool in tools))
+
+
+def _qwen35_calls(calls: Sequence[Call]) -> str:
+    return "\n".join(
+        f"<tool_call>\n<function={call.name}>{_qwen35_arguments(call)}\n</function>\n</tool_call>" for call in calls
+    )
+
+
+def _qwen35_arguments(call: Call) -> str:
+    values = {key: value if isinstance(value, str) else _json(value) for key, value in call.arguments.items()}
+    return "".join(f"\n<parameter={key}>\n{value}\n</parameter>" for key, value in values.items())
 
 
 def _gemma4_tools(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -190,5 +219,6 @@ def _gemma4_value(value: Any) -> str:
 FORMATS: Mapping[str, ToolFormat] = {
     "default": ToolFormat(_tools_in_words, _calls_in_words),
     "qwen": ToolFormat(_qwen_tools, _qwen_calls),
+    "qwen3_5": ToolFormat(_qwen35_tools, _qwen35_calls),
     "gemma4": ToolFormat(_gemma4_tools, _gemma4_calls),
 }

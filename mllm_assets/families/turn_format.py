@@ -49,7 +49,7 @@ class Template:
     stop: str | None = None
     thought: tuple[str, str] | None = None
     images_first: bool = False
-    tools: Literal["default", "qwen", "gemma4"] | None = None
+    tools: Literal["default", "qwen", "qwen3_5", "gemma4"] | None = None
     observation: str | None = None
     function: str | None = None
     in_llamafactory: bool = True
@@ -91,7 +91,12 @@ def gemma_turns(*, system: str, images_first: bool = False) -> Template:
     )
 
 
-def qwen_turns(*, default_system: str = "", thought: tuple[str, str] | None = None) -> Template:
+def qwen_turns(
+    *,
+    default_system: str = "",
+    thought: tuple[str, str] | None = None,
+    tools: Literal["qwen", "qwen3_5"] = "qwen",
+) -> Template:
     """Qwen's turns."""
     return Template(
         user="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
@@ -100,11 +105,13 @@ def qwen_turns(*, default_system: str = "", thought: tuple[str, str] | None = No
         default_system=default_system,
         stop="<|im_end|>",
         thought=thought,
-        tools="qwen",
+        tools=tools,
         observation="<|im_start|>user\n<tool_response>\n{content}\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
     )
 
 
+QWEN_THOUGHT = ("<think>\n", "\n</think>\n\n")
+QWEN2_TURNS = qwen_turns(default_system="You are a helpful assistant.")
 GEMMA4_TURNS = Template(
     user="<|turn>user\n{content}<turn|>\n<|turn>model\n",
     assistant="{content}<turn|>\n",

@@ -31,12 +31,17 @@ ROWS: list[dict[str, Any]] = [
 # LLaMA-Factory's templates per tiny model; it has none for SmolVLM
 TEMPLATES = {
     "gemma4": ["gemma4"],
+    "gemma4_moe": [],
+    "qwen2_vl": [],
     "qwen2_5_vl": ["qwen2_vl"],
     "qwen3_vl": ["qwen3_vl", "qwen3_vl_nothink"],
+    "qwen3_vl_moe": [],
+    "qwen3_5": ["qwen3_5", "qwen3_5_nothink"],
     "llava": ["llava"],
     "paligemma": ["paligemma", "paligemma_chat"],
 }
-REASONING = {"gemma4": "<|channel>thought\nTwice two.<channel|>", "qwen3_vl": "<think>\nTwice two.\n</think>\n\n"}
+THOUGHT = "<think>\nTwice two.\n</think>\n\n"
+REASONING = {"gemma4": "<|channel>thought\nTwice two.<channel|>", "qwen3_vl": THOUGHT, "qwen3_5": THOUGHT}
 METHODS: dict[str, dict[str, Any]] = {
     "projector": {"finetuning_type": "full", "freeze_multi_modal_projector": False, "freeze_language_model": True},
     "language_model": {"finetuning_type": "full"},
@@ -96,7 +101,7 @@ def record_there(root: Path) -> None:
     }
     for model_type, templates in TEMPLATES.items():
         for template in templates:
-            for thinking in (True, None, False) if template in ("gemma4", "qwen3_vl") else (True,):
+            for thinking in (True, None, False) if template in REASONING else (True,):
                 name = template if thinking is True else f"{template}:enable_thinking={thinking}"
                 recorded["rows"][name] = _rows(root, model_type, template, thinking)
     (root / "families.json").write_text(json.dumps(recorded, sort_keys=True, indent=None) + "\n")

@@ -20,7 +20,7 @@ from mllm_assets.errors import RecipeError
 from mllm_assets.evaluation.forgetting import PLAIN_QUESTIONS, measure_forgetting
 from mllm_assets.evaluation.predict import evaluate_task
 from mllm_assets.evaluation.table import PREDICTIONS_FILE
-from mllm_assets.families.family import FAMILIES, family_of
+from mllm_assets.families.family import Family, family_of
 from mllm_assets.inference.generate import generate
 from mllm_assets.recipe.asking import Sampling
 from mllm_assets.recipe.spec import TrainSpec
@@ -39,7 +39,7 @@ LORA = {"finetuning_type": "lora", "lora_dropout": 0.1, "lora_rank": 4}
 LAST_LAYER = {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_multi_modal_projector": False}
 EVERYTHING = {"finetuning_type": "full", "freeze_multi_modal_projector": False, "freeze_vision_tower": False}
 # Qwen3-VL represents all in `make test`: pictures of any size, deepstack, token types, no processor without torchvision
-EACH = [name if name == "qwen3_vl" else pytest.param(name, marks=pytest.mark.slow) for name in tiny_families.FAMILIES]
+EACH = [name if name == "qwen3_vl" else pytest.param(name, marks=pytest.mark.slow) for name in tiny_families.CONFIGS]
 # Idefics3 represents those that train by their own files alone: tiles in a dimension of their own, padded by row
 ANY = [name if name == "idefics3" else pytest.param(name, marks=pytest.mark.slow) for name in tiny_any.MODELS]
 
@@ -74,11 +74,14 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return build
 
 
+def described(model_dir: Path) -> Family:
+    return family_of(json.loads((model_dir / "config.json").read_text())["model_type"])
+
+
 def make_task(model_dir: Path, data_dir: Path, run_dir: Path, *, cached: bool = False, **values: Any) -> TrainTask:
-    model_type = json.loads((model_dir / "config.json").read_text())["model_type"]
     recipe = {
         "model_name_or_path": "model", "dataset": "few", "eval_dataset": "few", "do_train": True,
-        "template": next(iter(family_of(model_type).templates)), "learning_rate": 1e-2, "lr_scheduler_type": "cosine",
+        "template": next(iter(described(model_dir).templates)), "learning_rate": 1e-2, "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "logging_steps": 1,
         "save_steps": 3, "eval_strategy": "steps", "eval_steps": 6,
     }  # fmt: skip
@@ -102,7 +105,7 @@ class CountsTower(Reporter):
         self.at_step: dict[int, int] = {}
 
     def see(self, module: torch.nn.Module, _: Any) -> None:
-        self._num_passes += type(module).__name__.endswith(("Block", "EncoderLayer"))
+        self._num_passes += type(module).__name__.endswith(("VisionBlock", "EncoderLayer"))
 
     def progress(self, stage: str, done: int, total: int, **facts: float) -> None:
         if stage == "train":
@@ -140,7 +143,7 @@ def test_cached_or_not_the_losses_are_the_same(
         for directory in (model_of(model_type), tmp_path / "plain" / "model", tmp_path / "cached" / "model")
     )
     assert before.keys() == after[0].keys() == after[1].keys()
-    keys = tuple(key.rsplit(".", 1)[-1] for key in FAMILIES[model_type].vision_keys)
+    keys = tuple(key.rsplit(".", 1)[-1] for key in described(model_of(model_type)).vision_keys)
     frozen = [name for name in before if any(f"{key}." in name for key in keys)]
     assert frozen and all(before[name].equal(after[1][name]) for name in frozen), "the published model has its tower"
 
@@ -183,7 +186,7 @@ def test_a_tower_that_trains_is_not_cached_and_the_published_model_answers(
     result, num_passes = train_counted(task)
     assert result["caches"]["vision_features"] == (
         "the vision tower trains, so its output changes at every step"
-        if model_type in FAMILIES
+        if described(model_of(model_type)).is_described
         else f"the vision features of {model_type} are not cached"
     )
     assert num_passes > 0 and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
@@ -252,7 +255,7 @@ def test_predictions_with_pictures_of_other_sizes_in_the_place_of_a_rows_own(
     """A picture of another size takes another number of tokens in some families."""
     task = evaluation(
         model_dir=model_of(model_type), data_dir=data_dir, entries=["few"], directory=tmp_path / "predictions",
-        max_new_tokens=2, batch_size=4, template=next(iter(family_of(model_type).templates)),
+        max_new_tokens=2, batch_size=4, template=next(iter(described(model_of(model_type)).templates)),
         unrelated=(PLAIN_QUESTIONS,),
     )  # fmt: skip
     manifest = evaluate_task(task, Reporter()).manifest

@@ -129,14 +129,33 @@ class Gemma4Cut(VisionCut):
         return _listed(core.embed_vision(inputs_embeds=rows_RW))
 
 
-class Qwen2Cut(VisionCut):
-    """Qwen2.5-VL before its merger, which LLaMA-Factory counts as the projector: the patches of a token side by side.
-
-    The tower leaves the patches in the order of its windows; the rows are in the image's.
-    """
+class QwenCut(VisionCut):
+    """Qwen2-VL before its merger, which LLaMA-Factory counts as the projector: the patches of a token side by side."""
 
     tower = "visual"
     parts = ("visual.patch_embed", "visual.blocks")
+
+    def rows(self, core: Any, inputs: Inputs) -> list[torch.Tensor]:
+        grids = inputs["image_grid_thw"]
+        hidden = core.visual(inputs["pixel_values"], grid_thw=grids).last_hidden_state
+        return list(self._merged(core, hidden).split(self._num_tokens(core, grids)))
+
+    def project(self, core: Any, rows_RW: torch.Tensor) -> BaseModelOutputWithPooling:
+        return _listed(core.visual.merger(rows_RW.reshape(len(rows_RW) * self._patches(core), -1)))
+
+    def _patches(self, core: Any) -> int:
+        """How many become one token."""
+        return core.config.vision_config.spatial_merge_size**2
+
+    def _merged(self, core: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.reshape(len(hidden) // self._patches(core), -1)
+
+    def _num_tokens(self, core: Any, grids: torch.Tensor) -> list[int]:
+        return (grids.prod(dim=-1) // self._patches(core)).tolist()
+
+
+class Qwen2Cut(QwenCut):
+    """Qwen2.5-VL: the tower leaves the patches in the order of its windows; the rows are in the image's."""
 
     def rows(self, core: Any, inputs: Inputs) -> list[torch.Tensor]:
         from transformers.vision_utils import get_vision_window_index
@@ -147,17 +166,14 @@ class Qwen2Cut(VisionCut):
         rows_RW = self._merged(core, hidden)[torch.argsort(order).to(hidden.device)]
         return list(rows_RW.split(self._num_tokens(core, grids)))
 
-    def project(self, core: Any, rows_RW: torch.Tensor) -> BaseModelOutputWithPooling:
-        return _listed(core.visual.merger(rows_RW.reshape(-1, core.config.vision_config.hidden_size)))
 
-    def _merged(self, core: Any, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.reshape(len(hidden) // core.visual.spatial_merge_unit, -1)
+class Qwen35Cut(QwenCut):
+    """Qwen3.5: Qwen3-VL's tower without deepstack layers."""
 
-    def _num_tokens(self, core: Any, grids: torch.Tensor) -> list[int]:
-        return (grids.prod(dim=-1) // core.visual.spatial_merge_unit).tolist()
+    parts = ("visual.patch_embed", "visual.pos_embed", "visual.blocks")
 
 
-class Qwen3Cut(Qwen2Cut):
+class Qwen3Cut(QwenCut):
     """Qwen3-VL before its merger, and after the frozen mergers of the deepstack layers."""
 
     parts = ("visual.patch_embed", "visual.pos_embed", "visual.blocks", "visual.deepstack_merger_list")
@@ -172,7 +188,7 @@ class Qwen3Cut(Qwen2Cut):
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
         vision = core.config.vision_config
-        width = core.visual.spatial_merge_unit * vision.hidden_size
+        width = self._patches(core) * vision.hidden_size
         merged_RW, *deepstack = rows_RW.split(
             [width, *[vision.out_hidden_size] * len(vision.deepstack_visual_indexes)], dim=-1
         )

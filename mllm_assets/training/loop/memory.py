@@ -148,7 +148,7 @@ def _kept_by_tower(setup: Setup, plan: CachePlan, batch: int, checkpointed: bool
         return _kept(patches, vision, num_layers, checkpointed)
     if plan.tower:
         return 0
-    return patches * (HIDDEN_KEPT * vision.hidden_size + INTERMEDIATE_KEPT * vision.intermediate_size)
+    return _kept(patches, vision, 1, False)
 
 
 def publishing_device(setup: Setup, dtype: torch.dtype, *, num_rows: int) -> str:
@@ -229,8 +229,9 @@ def require_memory(needed: MemoryEstimate, device: Device, find_cure: Callable[[
 
 def _kept(num_tokens: int, config: Any, num_layers: int, checkpointed: bool) -> int:
     """Return the number of values that one stack of layers keeps for its backward pass."""
-    intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    a_layer = num_tokens * (HIDDEN_KEPT * config.hidden_size + INTERMEDIATE_KEPT * intermediate)
+    hidden = getattr(config, "embed_dim", config.hidden_size)  # Qwen2-VL names the output the other
+    intermediate = getattr(config, "intermediate_size", 4 * hidden)
+    a_layer = num_tokens * (HIDDEN_KEPT * hidden + INTERMEDIATE_KEPT * intermediate)
     if checkpointed:
-        return num_tokens * config.hidden_size * num_layers + a_layer
+        return num_tokens * hidden * num_layers + a_layer
     return a_layer * num_layers

@@ -308,7 +308,7 @@ class ImageTextProcessor:
     """Tokenizer and image processor of a model whose complete processor would need more, such as torchvision."""
 
     def __init__(self, directory: Path, family: Family, vision_config: Any) -> None:
-        self.class_name = family.processor
+        self.family = family
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         self.image_processor: Any = AutoImageProcessor.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False

@@ -324,7 +324,7 @@ def test_padding_and_selected_logits_do_not_change_the_loss(root: Path, model_ty
     assert loss(rows, select_logits=False) == pytest.approx(together, abs=2e-6)
 
 
-@pytest.mark.parametrize("model_type", tiny_families.FAMILIES)
+@pytest.mark.parametrize("model_type", tiny_families.CONFIGS)
 def test_the_loss_depends_on_the_image(root: Path, model_type: str) -> None:
     directory = model_dir(root, model_type)
     processor, model = load_processor(directory), load_model(directory)
