@@ -1,6 +1,8 @@
 """Tiny random models of families that this package does not describe: they train by their own files alone."""
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,33 @@ from transformers import (
     AyaVisionProcessor,
     CLIPVisionConfig,
     CohereConfig,
+    DeepseekVLConfig,
+    DeepseekVLProcessor,
+    Glm4vConfig,
+    Idefics2Config,
+    Idefics2Processor,
     Idefics3Config,
     Idefics3Processor,
+    InternVLConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    Ovis2Config,
+    Ovis2Processor,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 
-from tests.tiny_families import TEXT, VISION
+from tests.tiny_families import QWEN_TEXT, QWEN_VISION, TEXT, VISION
 
 TILE = {"height": 32, "width": 32}
 GRIDS = [[32, 64], [64, 32], [64, 64]]
@@ -38,6 +54,22 @@ CHAT_TEMPLATE = """{{ bos_token }}{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
 Made = tuple[Any, Any]  # configuration and processor
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutVideos:
+    """The files of a processor whose part for videos needs torchvision, as somebody publishes them."""
+
+    tokenizer: PreTrainedTokenizerFast
+    images: Any
+    settings: dict[str, Any]
+    chat_template: str
+
+    def save_pretrained(self, directory: Path) -> None:
+        self.tokenizer.save_pretrained(directory)
+        self.images.save_pretrained(directory)
+        (directory / "processor_config.json").write_text(json.dumps(self.settings))
+        (directory / "chat_template.jinja").write_text(self.chat_template)
 
 
 def build(model_type: str, directory: Path) -> Path:
@@ -59,11 +91,11 @@ def build(model_type: str, directory: Path) -> Path:
     return directory
 
 
-def _tokenizer(*markers: str) -> PreTrainedTokenizerFast:
+def _tokenizer(*markers: str, **named: str) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<bos>", "<|im_start|>", "<|im_end|>", "<image>", *markers]
+    special = ["<pad>", "<bos>", "<|im_start|>", "<|im_end|>", "<image>", *markers, *named.values()]
     trainer = trainers.BpeTrainer(
         vocab_size=420, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -71,7 +103,7 @@ def _tokenizer(*markers: str) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(["What is in this picture? Describe it. A red heart, a blue car, a smiling face."], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<|im_end|>",
-        extra_special_tokens=["<|im_start|>", "<image>", *markers], model_max_length=4096,
+        extra_special_tokens=named or ["<|im_start|>", "<image>", *markers], model_max_length=4096,
     )  # fmt: skip
 
 
@@ -124,4 +156,107 @@ def _llava_next() -> Made:
     return config, processor
 
 
-MODELS: dict[str, Callable[[], Made]] = {"idefics3": _idefics3, "aya_vision": _aya_vision, "llava_next": _llava_next}
+def _internvl() -> Made:
+    tokenizer = _tokenizer(
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
+    )
+    images = GotOcr2ImageProcessorPil(size=TILE, crop_to_patches=True, max_patches=4)
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(tokenizer)},
+        vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+    settings = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+    return config, WithoutVideos(tokenizer, images, settings, _chat_template("<IMG_CONTEXT>"))
+
+
+def _glm4v() -> Made:
+    markers = ["<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>",
+               "<|end_of_video|>"]  # fmt: skip
+    tokenizer = _tokenizer(*markers)
+    ids = dict(zip(markers, tokenizer.convert_tokens_to_ids(markers), strict=True))
+    size = {"shortest_edge": 256, "longest_edge": 2304}
+    images = Glm4vImageProcessorPil(size=size, patch_size=4, temporal_patch_size=2, merge_size=2)
+    config = Glm4vConfig(
+        text_config={**QWEN_TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
+        vision_config={**QWEN_VISION, "patch_size": 4, "image_size": 32},
+        image_token_id=ids["<|image|>"], video_token_id=ids["<|video|>"],
+        image_start_token_id=ids["<|begin_of_image|>"], image_end_token_id=ids["<|end_of_image|>"],
+        video_start_token_id=ids["<|begin_of_video|>"], video_end_token_id=ids["<|end_of_video|>"],
+    )  # fmt: skip
+    template = _chat_template("<|begin_of_image|><|image|><|end_of_image|>")
+    return config, WithoutVideos(tokenizer, images, {"processor_class": "Glm4vProcessor"}, template)
+
+
+def _llava_onevision() -> Made:
+    tokenizer = _tokenizer("<video>")
+    images = LlavaOnevisionImageProcessorPil(size=TILE, image_grid_pinpoints=GRIDS)
+    config = LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(tokenizer)},
+        vision_config={
+            "model_type": "siglip_vision_model", **VISION, "image_size": 32, "patch_size": 8, "vision_use_head": False,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=GRIDS,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    settings = {
+        "processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 16, "vision_feature_select_strategy": "full",
+    }  # fmt: skip
+    return config, WithoutVideos(tokenizer, images, settings, CHAT_TEMPLATE)
+
+
+def _idefics2() -> Made:
+    tokenizer = _tokenizer("<fake_token_around_image>", "<end_of_utterance>")
+    images = Idefics2ImageProcessorPil(size={"shortest_edge": 24, "longest_edge": 32}, do_image_splitting=False)
+    config = Idefics2Config(
+        text_config={"model_type": "mistral", **TEXT, "vocab_size": len(tokenizer)},
+        vision_config={**VISION, "image_size": 32, "patch_size": 8},
+        perceiver_config={
+            "hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
+            "resampler_head_dim": 8, "num_key_value_heads": 1,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    return config, Idefics2Processor(images, tokenizer, image_seq_len=4, chat_template=CHAT_TEMPLATE)
+
+
+def _ovis2() -> Made:
+    indicators = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+    tokenizer = _tokenizer("<IMG_ATOM>", *indicators)
+    images = Ovis2ImageProcessorPil(size=TILE, crop_to_patches=True, max_patches=4)
+    config = Ovis2Config(
+        text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(tokenizer)},
+        vision_config={**VISION, "image_size": 32, "patch_size": 8, "vocab_size": 24, "hidden_stride": 2},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_ATOM>"),
+        visual_indicator_token_ids=tokenizer.convert_tokens_to_ids(indicators),
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+    )
+    return config, Ovis2Processor(images, tokenizer, image_seq_length=4, chat_template=CHAT_TEMPLATE)
+
+
+def _deepseek_vl() -> Made:
+    tokenizer = _tokenizer(image_token="<image_placeholder>")
+    images = DeepseekVLImageProcessorPil(size=TILE, min_size=8)
+    config = DeepseekVLConfig(
+        text_config={"model_type": "llama", **TEXT, "vocab_size": len(tokenizer)},
+        vision_config={**VISION, "image_size": 32, "patch_size": 8, "vision_use_head": False},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image_placeholder>"),
+    )
+    template = _chat_template("<image_placeholder>")
+    return config, DeepseekVLProcessor(images, tokenizer, num_image_tokens=16, chat_template=template)
+
+
+def _chat_template(picture: str) -> str:
+    return CHAT_TEMPLATE.replace("'<image>'", f"'{picture}'")
+
+
+MODELS: dict[str, Callable[[], Made]] = {
+    "idefics3": _idefics3, "aya_vision": _aya_vision, "llava_next": _llava_next, "internvl": _internvl,
+    "glm4v": _glm4v, "llava_onevision": _llava_onevision, "idefics2": _idefics2, "ovis2": _ovis2,
+    "deepseek_vl": _deepseek_vl,
+}  # fmt: skip
+WITH_VIDEOS = ("internvl", "glm4v", "llava_onevision")

@@ -105,7 +105,7 @@ class CountsTower(Reporter):
         self.at_step: dict[int, int] = {}
 
     def see(self, module: torch.nn.Module, _: Any) -> None:
-        self._num_passes += type(module).__name__.endswith(("VisionBlock", "EncoderLayer"))
+        self._num_passes += type(module).__name__.endswith(("VisionBlock", "VisionLayer", "EncoderLayer"))
 
     def progress(self, stage: str, done: int, total: int, **facts: float) -> None:
         if stage == "train":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from mllm_assets.artifacts import digest_json, sha256_file
 from mllm_assets.errors import DataError, ModelError
@@ -27,6 +28,33 @@ def _files(directory: Path) -> list[Path]:
     return sorted({path for pattern in PROCESSOR_FILES for path in directory.glob(pattern)})
 
 
+def _read(directory: Path, config: Any) -> Any:
+    """The model's processor; where torchvision is missing, without the part for videos, which needs it.
+
+    Raises:
+        ModelError: It needs torchvision for pictures too.
+    """
+    try:
+        return AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ImportError, ValueError) as error:
+        if "torchvision" not in str(error).lower():
+            raise
+        try:
+            return _without_videos(directory, config)
+        except (ImportError, KeyError, TypeError, ValueError):
+            raise ModelError(
+                f"The processor in {directory} needs torchvision. Install it beside your torch: "
+                "pip install torchvision."
+            ) from error
+
+
+def _without_videos(directory: Path, config: Any) -> Any:
+    kind: Any = PROCESSOR_MAPPING[type(config)]
+    parts = [name for name in kind.get_attributes() if name != "video_processor"]
+    pictures_only: Any = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: list(parts))})
+    return pictures_only.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
 class OwnProcessor:
     """A model's own processor, its parts, and batches of rendered texts with their pictures.
 
@@ -36,20 +64,12 @@ class OwnProcessor:
         config: Its configuration.
 
     Raises:
-        ModelError: It reads no pictures, or needs torchvision, which is not installed.
+        ModelError: It reads no pictures, or needs torchvision for them, which is not installed.
     """
 
     def __init__(self, directory: Path, family: Family, config: Any) -> None:
         self.directory, self.family = directory, family
-        try:
-            self.whole: Any = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except ImportError as error:
-            if "torchvision" not in str(error).lower():
-                raise
-            raise ModelError(
-                f"The processor in {directory} needs torchvision, as that of every model which takes videos too. "
-                "Install it beside your torch: pip install torchvision."
-            ) from error
+        self.whole = _read(directory, config)
         if not hasattr(self.whole, "image_processor") or not hasattr(self.whole, "tokenizer"):
             raise ModelError(
                 f"The processor in {directory} is a {type(self.whole).__name__}, which reads no pictures with a text. "

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from mllm_assets.errors import ModelError
 from mllm_assets.families.family import Family
 
-# Names of what turns a tower's output into tokens, where that is inside the tower, as in Qwen's
+# Names of what turns a tower's output into tokens, where that is inside the tower, as in Qwen's, or a model of its own
 PROJECTORS = ("merger", "projector", "connector", "aligner")
 
 
@@ -46,7 +46,7 @@ def _beside(module: nn.Module, path: str, decoder: nn.Module, head: nn.Module | 
             continue
         if any(inner is decoder for inner in child.modules()):
             yield from _beside(child, f"{path}{name}.", decoder, head)
-        elif not any(isinstance(inner, PreTrainedModel) for inner in child.modules()):
+        elif _joins(name) or not any(isinstance(inner, PreTrainedModel) for inner in child.modules()):
             yield f"{path}{name}", False
         else:
             yield from _of_tower(child, f"{path}{name}")
@@ -54,9 +54,13 @@ def _beside(module: nn.Module, path: str, decoder: nn.Module, head: nn.Module | 
 
 def _of_tower(tower: nn.Module, path: str) -> Iterator[tuple[str, bool]]:
     names = [name for name, _ in (*tower.named_children(), *tower.named_parameters(recurse=False))]
-    inner = [name for name in names if any(word in name for word in PROJECTORS)]
+    inner = [name for name in names if _joins(name)]
     if not inner:
         yield path, True
         return
     for name in names:
         yield f"{path}.{name}", name not in inner
+
+
+def _joins(name: str) -> bool:
+    return any(word in name for word in PROJECTORS)
