@@ -59,7 +59,8 @@ class Family:
         sees_each_alone: Whether the pixels of an image are of one size, whatever other images are in its batch.
         loads_whole_processor: Whether its processor needs no video part, which transformers has only with torchvision.
         vision_cut: Its `vision_cuts.VisionCut`, where the frozen tower's output is kept; None computes it at each step.
-        packed_masks: What `neat_packing` masks attention with, as `trainer.gemma3_masks`; None refuses to pack rows.
+        packed_masks: What `neat_packing` masks attention with, of `packed_rows`; None refuses to pack rows.
+        packed_positions: What makes the positions of packed rows where they are not those of the tokens in their row.
         caches_hidden_states: Whether what enters the lowest layer that trains is kept; needs `vision_cut`.
         is_described: Whether it is one of those here; of others the model's own files and modules say all.
         transformers_since: The oldest transformers that computes the same from the same files. 4.57 has other positions
@@ -86,6 +87,7 @@ class Family:
     loads_whole_processor: bool = True
     vision_cut: str | None = None
     packed_masks: str | None = None
+    packed_positions: str | None = None
     caches_hidden_states: bool = False
     is_described: bool = True
     transformers_since: str = SUPPORTED
@@ -103,6 +105,7 @@ TEMPLATES: dict[str, Template] = {}
 
 
 _CUTS = "mllm_assets.training.caches.vision_cuts"
+_PACKED = "mllm_assets.training.loop.packed_rows"
 
 
 def register(family: Family) -> Family:
@@ -119,6 +122,9 @@ def register(family: Family) -> Family:
 
 _QWEN3_TURNS = {"qwen3_vl_nothink": qwen_turns(), "qwen3_vl": qwen_turns(thought=QWEN_THOUGHT)}
 _QWEN3_VISION = ("visual.pos_embed", "visual.patch_embed", "visual.blocks", "visual.deepstack_merger_list")
+
+
+_PACKED_GRIDS = {"packed_masks": f"{_PACKED}:causal_masks", "packed_positions": f"{_PACKED}:grid_positions"}
 
 
 def _qwen(**differences: Any) -> Family:
@@ -149,7 +155,7 @@ for _entry in (
         sees_each_alone=True,
         vision_cut=f"{_CUTS}:Gemma3Cut",
         transformers_since="4.57",
-        packed_masks="mllm_assets.training.loop.trainer:gemma3_masks",
+        packed_masks=f"{_PACKED}:gemma3_masks",
         caches_hidden_states=True,
     ),
     Family(
@@ -167,6 +173,7 @@ for _entry in (
         sees_ahead=True,
         loads_whole_processor=False,
         vision_cut=f"{_CUTS}:Gemma4Cut",
+        packed_masks=f"{_PACKED}:gemma4_masks",
         transformers_since="5.5",
     ),
     _qwen(
@@ -177,6 +184,7 @@ for _entry in (
         processor="Qwen2_5_VLProcessor",
         vision_keys=("visual.patch_embed", "visual.blocks"),
         vision_cut=f"{_CUTS}:Qwen2Cut",
+        **_PACKED_GRIDS,
         transformers_since="4.57",
     ),
     _qwen(
@@ -187,6 +195,7 @@ for _entry in (
         processor="Qwen2VLProcessor",
         vision_keys=("visual.patch_embed", "visual.blocks"),
         vision_cut=f"{_CUTS}:QwenCut",
+        **_PACKED_GRIDS,
     ),
     _qwen(
         name="Qwen3-VL",
@@ -196,6 +205,7 @@ for _entry in (
         processor="Qwen3VLProcessor",
         vision_keys=_QWEN3_VISION,
         vision_cut=f"{_CUTS}:Qwen3Cut",
+        **_PACKED_GRIDS,
         transformers_since="4.57",
     ),
     _qwen(
@@ -206,6 +216,7 @@ for _entry in (
         processor="Qwen3VLProcessor",
         vision_keys=_QWEN3_VISION,
         vision_cut=f"{_CUTS}:Qwen3Cut",
+        **_PACKED_GRIDS,
     ),
     _qwen(
         name="Qwen3.5",
@@ -236,6 +247,7 @@ for _entry in (
         image_token="<image>",
         slots=token_per_patch,
         vision_cut=f"{_CUTS}:LlavaCut",
+        packed_masks=f"{_PACKED}:causal_masks",
         transformers_since="4.57",
     ),
     Family(
@@ -261,6 +273,7 @@ for _entry in (
         language_keys=("text_model", "lm_head"),
         loads_whole_processor=False,
         vision_cut=f"{_CUTS}:SmolVLMCut",
+        packed_masks=f"{_PACKED}:causal_masks",
     ),
     Family(
         name="PaliGemma",

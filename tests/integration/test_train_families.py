@@ -204,6 +204,21 @@ def test_a_tower_that_trains_is_not_cached_and_the_published_model_answers(
     assert answer.text == again.text
 
 
+def test_rows_with_pictures_are_packed_and_learnt_from_cached_features(
+    model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
+) -> None:
+    packed = {"neat_packing": True, "cutoff_len": 400, "per_device_train_batch_size": 1, **LORA}
+    result = train_task(make_task(model_of("qwen3_vl"), data_dir, tmp_path / "run", cached=True, **packed), Reporter())
+    assert (
+        result["caches"]["vision_features"] == "cached" and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    )
+    plain = make_task(
+        model_of("qwen3_vl"), data_dir, tmp_path / "plain", **(packed | {"neat_packing": False, "packing": True})
+    )
+    with pytest.raises(RecipeError, match=r"positions of pictures in Qwen3-VL .* Set neat_packing: true"):
+        train_task(plain, Reporter())
+
+
 def test_features_are_shared_by_recipes_and_not_by_families(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
 ) -> None:

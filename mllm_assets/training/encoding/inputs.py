@@ -137,11 +137,17 @@ def _check_packing(spec: TrainSpec, processor: Any, reporter: "Reporter") -> Non
     if family.packed_masks is None:
         known = ", ".join(other.name for other in FAMILIES.values() if other.packed_masks)
         raise RecipeError(
-            f"packing is only done for {known}, and the model is {family.name}: its positions do not restart in the "
-            f"middle of a sequence. Delete packing and neat_packing."
+            f"packing is only done for {known}, and the model is {family.name}, whose rows cannot be kept apart "
+            "in one sequence. Delete packing and neat_packing."
+        )
+    if family.packed_positions is not None and not spec.neat_packing:
+        raise RecipeError(
+            f"packing is set, and the positions of pictures in {family.name} are made for rows that are kept apart. "
+            "Set neat_packing: true, or delete packing."
         )
     if spec.neat_packing:
-        reporter.warn("neat_packing: packed rows do not see each other. LLaMA-Factory 0.9.5 fails with it on Gemma 3.")
+        fails = " LLaMA-Factory 0.9.5 fails with it on Gemma 3." if family.model_type == "gemma3" else ""
+        reporter.warn(f"neat_packing: packed rows do not see each other.{fails}")
     else:
         reporter.warn(
             "packing: a row sees the rows packed in front of it, as in LLaMA-Factory. "

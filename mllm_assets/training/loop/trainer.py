@@ -1,7 +1,7 @@
 """transformers' `Trainer` with the recipe's arguments, LLaMA-Factory's loss and this project's reporting."""
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,8 +16,6 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.training_args import ParallelMode
 
 from mllm_assets.errors import MachineError, RecipeError
-from mllm_assets.families.family import FAMILIES
-from mllm_assets.plugins import resolve
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import Setup
 from mllm_assets.training.encoding.collate import OTHERS, Collator, MarkedCollator
@@ -28,6 +26,7 @@ from mllm_assets.training.loop.delta_trainer import DeltaTrainer
 from mllm_assets.training.loop.learning_rates import LearningRates
 from mllm_assets.training.loop.muon import Muon
 from mllm_assets.training.loop.optimizers import keep_embeddings_in_32_bits
+from mllm_assets.training.loop.packed_rows import rows_apart
 from mllm_assets.training.loop.padding import PaddingCount
 from mllm_assets.training.loop.reporting import resume_line
 from mllm_assets.training.models import freezing
@@ -107,9 +106,7 @@ class FineTuner(DeltaTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "position_ids" in inputs and "attention_mask" not in inputs:
-            config = base_model(self.model).config
-            masks = resolve(str(FAMILIES[config.model_type].packed_masks))
-            inputs = {**inputs, "attention_mask": masks(inputs, config.text_config)}
+            inputs = {**inputs, **rows_apart(base_model(self.model), inputs)}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -366,21 +363,3 @@ def training_facts(
         "tokens_per_s": float(state.num_input_tokens_seen) * share / train_wall_s,
         "padding_share": trainer.padding.share,
     }
-
-
-def gemma3_masks(inputs: Mapping[str, torch.Tensor], text_config: Any) -> dict[str, torch.Tensor]:
-    """Return the masks that keep packed rows apart, from a batch without a mask: a family's `packed_masks`.
-
-    Gemma 3 has two kinds of layers, each with a mask (B, 1, T, T), true where a token is seen. Positions are 0 at the
-    first token of each row; padding, all 0, is rows of one token. Image tokens, of type 1, see all of their image.
-    """
-    row_BT = (inputs["position_ids"] == 0).cumsum(-1)
-    is_image_BT = inputs["token_type_ids"] == 1
-    begins_BT = is_image_BT & ~torch.nn.functional.pad(is_image_BT, (1, 0))[:, :-1]
-    image_BT = torch.where(is_image_BT, begins_BT.cumsum(-1), 0)
-    same_row = row_BT[:, :, None] == row_BT[:, None, :]
-    same_image = (image_BT[:, :, None] == image_BT[:, None, :]) & is_image_BT[:, :, None]
-    places = torch.arange(row_BT.shape[1], device=row_BT.device)
-    distance = places[:, None] - places[None, :]
-    seen = (same_row & ((distance >= 0) | same_image))[:, None]
-    return {"full_attention": seen, "sliding_attention": seen & (distance < text_config.sliding_window)}

@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import Gemma3ForConditionalGeneration
 
 from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.data.sharegpt.rows import Message, Row
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.inputs import mixed, pack, read_inputs, warn_of_first_rows
 from mllm_assets.training.encoding.row import EncodedRow
-from mllm_assets.training.loop.trainer import gemma3_masks
+from mllm_assets.training.loop.packed_rows import rows_apart
 from mllm_assets.training.models.load import batch_loss, load_config, load_model, load_processor
 from mllm_assets.worker.protocol import Reporter
+from tests import tiny_families
 
 RECORDINGS = Path(__file__).parents[3] / "golden" / "llamafactory"
 
@@ -40,9 +43,8 @@ def num_supervised(row: EncodedRow) -> int:
 
 def neat_loss(model: Any, collator: Collator, rows: Sequence[EncodedRow]) -> float:
     batch = collator(rows)
-    masks = gemma3_masks(batch, model.config.text_config)
     with torch.no_grad():
-        return float(model.eval()(**batch, attention_mask=masks, use_cache=False).loss)
+        return float(model.eval()(**(batch | rows_apart(model, batch)), use_cache=False).loss)
 
 
 def loss_apart(model: Any, collator: Collator, rows: list[EncodedRow]) -> float:
@@ -65,6 +67,39 @@ def test_neat_packing_gives_the_loss_of_the_rows_apart(
     neat = neat_loss(model, Collator(processor, separate_packed_rows=True), [packed])
     assert neat == pytest.approx(expected, abs=2e-6)
     assert abs(batch_loss(model, Collator(processor)([packed])) - expected) > 1e-4
+
+
+PACKING = [name for name in tiny_families.CONFIGS if name not in ("paligemma", "qwen3_5")]
+
+
+@pytest.mark.parametrize("model_type", PACKING)
+def test_rows_with_pictures_of_every_family_are_as_good_packed_as_apart(
+    parity_dir: Path, tmp_path: Path, model_type: str
+) -> None:
+    """Pictures of several sizes, two in a row, none in another, and a sequence that is padded."""
+    processor = load_processor(tiny_families.build(model_type, tmp_path))
+    sizes = {"a.png": (80, 60), "b.png": (30, 90), "c.png": (64, 64)}
+    for name, size in sizes.items():
+        Image.radial_gradient("L").resize(size).convert("RGB").save(tmp_path / name)
+    texts = [
+        ("<image>What?", "a.png"),
+        ("1 + 1?",),
+        ("<image>Or<image>?", "b.png", "c.png"),
+        ("<image>And this?", "a.png"),
+    ]
+    rows = [
+        Row(
+            f"r[{at}]",
+            (Message("user", text), Message("assistant", f"Answer {at}.")),
+            tuple(tmp_path / n for n in names),
+        )
+        for at, (text, *names) in enumerate(texts)
+    ]
+    encoded = [Encoder(processor).encode(row) for row in rows]
+    packed = EncodedRows.of(encoded).packed([[0, 1], [2, 3]])
+    model = load_model(tmp_path)
+    neat = neat_loss(model, Collator(processor, separate_packed_rows=True), packed)
+    assert neat == pytest.approx(loss_apart(model, Collator(processor), encoded), abs=2e-6)
 
 
 def test_sequences_of_different_length_make_a_neat_batch(

@@ -9,7 +9,7 @@ from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches import tower
 from mllm_assets.training.loop import loss, preference_tuner, preferences, simulation
 from mllm_assets.training.loop.checkpoints import load_trainable
-from mllm_assets.training.loop.trainer import gemma3_masks
+from mllm_assets.training.loop.packed_rows import gemma3_masks
 from mllm_assets.training.models import freezing
 from mllm_assets.training.models.device import Precision
 from mllm_assets.training.models.load import base_model, cast_weights, without_waiting_checks
