@@ -119,6 +119,10 @@ class Layout:
         """What corrections gained."""
         return self.outputs / recipe / "what_it_gained" / digest
 
+    def copies(self, recipe: str, digest: str) -> Path:
+        """A release in another form: 8-bit weights, GGUF."""
+        return self.outputs / recipe / "copies" / digest
+
     def sweep(self, recipe: str, digest: str) -> Path:
         return self.outputs / recipe / "sweep" / digest
 

@@ -28,6 +28,16 @@ SOURCE = {
     "license": "Its licence as the YAML says; it is in the model card.",
 }
 
+COPIES = {
+    "version": "The release that it was made from.",
+    "model_card": "What it is, how it is used, and the figures of the comparison.",
+    "size_mib": "Size of its weights.",
+    "size_of_release_mib": "Size of the release's weights.",
+    "agreement": "The share of rows to which it gave the release's greedy answer.",
+    "loss_distance_nats": "How far its mean loss is from the release's.",
+    "path": PATH,
+}
+
 # of every asset; of several that one step makes, the first has the figures and the others 0
 COST_KEYS: Mapping[str, str] = {
     "cost_wall_s": "Wall clock of the step's body.",
@@ -116,6 +126,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "data_digests": "Digest of each entry that it was trained on.",
         "path": PATH,
     },
+    "quantized": COPIES,
     "what_it_gained": {
         "gained": "Each metric without and with corrections, and the gain with its interval, for each entry.",
         "num_changed": "Training rows whose answers people changed.",

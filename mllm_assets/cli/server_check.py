@@ -50,20 +50,21 @@ def _check_server(arguments: argparse.Namespace) -> int:
 
     from openai import OpenAI
 
-    from mllm_assets.evaluation.served import compare_served
+    from mllm_assets.evaluation.agreement import Agreement
+    from mllm_assets.evaluation.same_answers import Loaded, compare
+    from mllm_assets.evaluation.served import Served
     from mllm_assets.inference.generate import open_model
 
     key = os.environ.get(KEY_VARIABLE) or "none"
     client = OpenAI(base_url=arguments.url, api_key=key, max_retries=1, timeout=TIMEOUT_S)
     with progress_to(lambda line: print(line, file=sys.stderr, flush=True)):
-        found = compare_served(
-            open_model(model, device=arguments.device),
-            entry,
-            client,
-            served_name=arguments.served_name,
+        answerer = open_model(model, device=arguments.device)
+        served = Served(client, arguments.served_name, answerer.encoder.turns.system)
+        asked_for = Agreement(
             max_samples=arguments.max_samples,
             max_new_tokens=arguments.max_new_tokens,
             min_agreement=arguments.min_agreement,
         )
+        found = compare(Loaded(answerer, scores=False), served, entry, asked_for)
     print(json.dumps(found.to_dict(), indent=1) if arguments.json else found.describe())
     return 0 if found.passed else 1

@@ -11,6 +11,7 @@ from mllm_assets.components.reporting import MAX_TAG_LENGTH, failing_asset
 from mllm_assets.components.yaml_model import YamlModel, yaml_of
 from mllm_assets.data.sharegpt.entries import read_dataset_info
 from mllm_assets.errors import DataError, MllmAssetsError, RecipeError, did_you_mean
+from mllm_assets.evaluation.agreement import Agreement
 from mllm_assets.evaluation.forgetting import PLAIN_QUESTIONS, require_not_trained_on
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.families.turn_format import AUTO
@@ -56,6 +57,10 @@ class MlflowRegistry(yaml_of(RegistrySpec)):
     """The release as a version of a registered model of MLflow, at MLFLOW_TRACKING_URI."""
 
 
+class Quantized(yaml_of(Agreement)):
+    """The release with 8-bit weights, and how alike it must answer."""
+
+
 class Settings(YamlModel):
     """Settings of one recipe that LLaMA-Factory has no key for.
 
@@ -75,6 +80,8 @@ class Settings(YamlModel):
         push_to_hub: Makes <recipe>/hub_model, which pushes the current release.
         mlflow_registry: Makes <recipe>/mlflow_model, a version of a registered model for each release; {} takes the
             defaults.
+        quantized: Makes <recipe>/quantized, the current release with 8-bit weights, compared with it; {} takes the
+            defaults.
         preferences: Makes <recipe>/preferences, the entry <recipe>_preferences for a recipe of stage: dpo: pairs of the
             references and the model's own wrong answers to what it was trained on.
         sweep: Makes <recipe>/sweep, which trains the recipe with other values and chooses the best.
@@ -92,6 +99,7 @@ class Settings(YamlModel):
     push_to_hub: PushToHub | None = None
     preferences: bool = False
     mlflow_registry: MlflowRegistry | None = None
+    quantized: Quantized | None = None
     sweep: Sweep | None = None
     what_it_gained: bool = False
 
@@ -115,7 +123,7 @@ class Settings(YamlModel):
         """
         if self.metric_samples < 1:
             raise RecipeError(f"metric_samples is {self.metric_samples}: expected 1 or more. Change it.")
-        for part in (self.evaluation, self.gates, self.push_to_hub, self.mlflow_registry, self.sweep):
+        for part in (self.evaluation, self.gates, self.push_to_hub, self.mlflow_registry, self.quantized, self.sweep):
             if part is not None:
                 part.to_spec()
 

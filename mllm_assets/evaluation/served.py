@@ -1,153 +1,59 @@
-"""Whether a server, such as vLLM, answers as the model that it was given: the same prompts, the same greedy answers.
-
-A wrong chat template, another system text or other image settings in a served copy show as prompts of another length or
-as other answers. Of a server there is no loss; what it says is compared row by row.
-"""
+"""A model behind a server that speaks OpenAI's protocol, such as vLLM, asked about rows. A server gives no loss."""
 
 import base64
 import mimetypes
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from openai import APIError, OpenAI
 
 from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER, SYSTEM
-from mllm_assets.data.sharegpt.dataset import Entry
 from mllm_assets.data.sharegpt.rows import Message, Row
 from mllm_assets.errors import DataError, MachineError
-from mllm_assets.evaluation.samples import good_rows, spread
-from mllm_assets.inference.answerer import Answerer
-from mllm_assets.progress import followed
-from mllm_assets.recipe.asking import Sampling
-
-NUM_SHOWN = 3  # rows that differ
+from mllm_assets.evaluation.agreement import Told
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AskedTwice:
-    """One row: how many tokens its prompt has here and there (None where the server does not say), and both answers."""
+class Served:
+    """A server's model; without a name its only one.
 
-    sample_id: str
-    prompt: str
-    num_prompt_tokens: int
-    num_served_prompt_tokens: int | None
-    answer: str
-    served_answer: str
-
-    @property
-    def agrees(self) -> bool:
-        return self.answer.strip() == self.served_answer.strip()
-
-    @property
-    def has_same_length(self) -> bool:
-        return self.num_served_prompt_tokens in (None, self.num_prompt_tokens)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServedComparison:
-    """What a server said beside what the model says.
-
-    Attributes:
-        min_agreement: The share of equal answers that is asked for.
-    """
-
-    rows: Sequence[AskedTwice]
-    min_agreement: float
-
-    @property
-    def agreement(self) -> float:
-        """The share of rows with the same answer."""
-        return sum(row.agrees for row in self.rows) / len(self.rows)
-
-    @property
-    def num_other_prompts(self) -> int:
-        """Rows whose prompts have another length there."""
-        return sum(not row.has_same_length for row in self.rows)
-
-    @property
-    def passed(self) -> bool:
-        return not self.num_other_prompts and self.agreement >= self.min_agreement
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        found = {name: getattr(self, name) for name in ("passed", "agreement", "min_agreement", "num_other_prompts")}
-        return {**found, "rows": [asdict(row) for row in self.rows]}
-
-    def describe(self) -> str:
-        """Lines for a terminal: the figures, what is likely wrong, and rows that differ."""
-        count = len(self.rows)
-        unknown = all(row.num_served_prompt_tokens is None for row in self.rows)
-        told = "the server does not count them" if unknown else f"{count - self.num_other_prompts} of {count}"
-        lines = [
-            f"prompts of the same length   {told}",
-            f"equal answers                {sum(row.agrees for row in self.rows)} of {count}, "
-            f"{self.min_agreement:.0%} is asked for",
-        ]
-        if self.num_other_prompts:
-            lines.append(
-                "The served copy makes other prompts: compare its chat template, system text and image settings."
-            )
-        elif not self.passed:
-            lines.append("Prompts are as long, answers differ: compare weights, image mean and precision.")
-        for row in islice((row for row in self.rows if not (row.agrees and row.has_same_length)), NUM_SHOWN):
-            lines += [
-                f"  {row.sample_id}: {row.prompt!r}",
-                f"    here   {row.num_prompt_tokens} tokens, {row.answer!r}",
-                f"    there  {row.num_served_prompt_tokens or '?'} tokens, {row.served_answer!r}",
-            ]
-        return "\n".join(lines)
-
-
-def compare_served(
-    answerer: Answerer,
-    entry: Entry,
-    client: OpenAI,
-    *,
-    served_name: str | None,
-    max_samples: int | None,
-    max_new_tokens: int,
-    min_agreement: float,
-) -> ServedComparison:
-    """Ask a loaded model and a server the same, the likeliest token at each place.
-
-    `max_samples` rows, spread over the entry, are asked, what follows their last question left out. Without
-    `served_name` the server's only model is asked.
+    Args:
+        client: Of the server.
+        name: The model there.
+        system: The system text for rows without one.
 
     Raises:
-        MachineError: The server does not answer, refuses, or has several models.
-        DataError: A row cannot be asked.
+        MachineError: The server does not answer, or has several models.
     """
-    places = spread(len(asked := good_rows(entry)), max_samples)
-    if not places:
-        raise DataError(f"{entry.name} has no row to ask about. Name another entry.")
-    name = served_name or _only_model(client)
-    found = []
-    rows = _rows(entry, [asked[place] for place in places])
-    for row in followed(rows, "asked here and there", len(places)):
-        encoded = answerer.encoder.encode_prompt(row)
-        [own] = answerer.answers([encoded], Sampling(max_new_tokens=max_new_tokens))
-        text, num_tokens = _asked(client, name, _messages(row, answerer.encoder.turns.system), max_new_tokens)
-        found.append(
-            AskedTwice(
-                sample_id=row.id,
-                prompt=row.messages[-2].content.replace(IMAGE_PLACEHOLDER, "").strip(),
-                num_prompt_tokens=len(encoded.input_ids),
-                num_served_prompt_tokens=num_tokens,
-                answer=own.text,
-                served_answer=text,
+
+    def __init__(self, client: OpenAI, name: str | None, system: str | None) -> None:
+        self._client, self._system = client, system
+        self.name = name or _only_model(client)
+
+    def ask(self, row: Row, max_new_tokens: int) -> Told:
+        """Answer what precedes a row's last answer.
+
+        Raises:
+            MachineError: The server does not answer, or refuses.
+            DataError: The row cannot be asked.
+        """
+        messages: Any = _messages(row, self._system)
+        started = time.perf_counter()
+        try:
+            given = self._client.chat.completions.create(
+                model=self.name, messages=messages, temperature=0, max_tokens=max_new_tokens
             )
+        except APIError as error:
+            raise _refused(self._client, error) from None
+        if not given.choices:
+            raise MachineError(f"{self._client.base_url} gave no answer. Look at the server's log.")
+        return Told(
+            text=given.choices[0].message.content or "",
+            num_prompt_tokens=given.usage.prompt_tokens if given.usage else None,
+            num_tokens=given.usage.completion_tokens if given.usage else None,
+            wall_s=time.perf_counter() - started,
         )
-    return ServedComparison(rows=found, min_agreement=min_agreement)
-
-
-def _rows(entry: Entry, indices: Sequence[int]) -> Iterator[Row]:
-    wanted = set(indices)
-    for index, parse in enumerate(entry.unparsed()):
-        if index in wanted:
-            yield parse()
 
 
 def _messages(row: Row, system: str | None) -> list[dict[str, Any]]:
@@ -191,17 +97,6 @@ def _only_model(client: OpenAI) -> str:
             f"{client.base_url} has {len(names)} models ({', '.join(names[:5])}). Name one: --served-name"
         )
     return names[0]
-
-
-def _asked(client: OpenAI, name: str, messages: Any, max_new_tokens: int) -> tuple[str, int | None]:
-    """A server's answer, and how many tokens its prompt had there if the server says it."""
-    try:
-        given = client.chat.completions.create(model=name, messages=messages, temperature=0, max_tokens=max_new_tokens)
-    except APIError as error:
-        raise _refused(client, error) from None
-    if not given.choices:
-        raise MachineError(f"{client.base_url} gave no answer. Look at the server's log.")
-    return given.choices[0].message.content or "", given.usage.prompt_tokens if given.usage else None
 
 
 def _refused(client: OpenAI, error: APIError) -> MachineError:

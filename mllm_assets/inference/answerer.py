@@ -75,7 +75,8 @@ class Answerer:
     ) -> None:
         quiet_libraries()
         is_delta = is_checkpoint(directory)
-        processor = load_processor(base_of(directory) if is_delta else directory)
+        # weights that were loaded already may be stored in any way
+        processor = load_processor(base_of(directory) if is_delta else directory, of_plain_weights=model is None)
         if turns.template is not None:
             require_template(turns.template, processor_family(processor), str(directory))
         self.device = torch.device(device)

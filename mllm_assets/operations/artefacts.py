@@ -30,6 +30,7 @@ PLACES = {
     "sweep": "outputs/*/sweep/*",
     "label issues": "outputs/*/label_issues/*",
     "what it gained": "outputs/*/what_it_gained/*",
+    "copy of a release": "outputs/*/copies/*",
     "dataset version": "data/.versions/*/*",
     "measurements": "data/.quality/*/*",
     "source": "data/.raw/*/*",

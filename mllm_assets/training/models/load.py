@@ -62,8 +62,8 @@ def _format_unread(self: torch.Tensor, format_spec: str) -> str:
     return f"a tensor on {self.device}"
 
 
-def load_config(directory: Path) -> Any:
-    """Read a model directory's configuration.
+def load_config(directory: Path, *, of_plain_weights: bool = True) -> Any:
+    """Read a model directory's configuration, by default only where its weights are stored as they are.
 
     Raises:
         ModelError: The directory does not exist, or does not hold a model of a known family.
@@ -74,18 +74,20 @@ def load_config(directory: Path) -> Any:
             f"{directory} is not a model directory: it has no config.json. Point to a Hugging Face model directory, "
             f"for example the `model` folder of a run, or download one into pretrains/."
         )
-    return copy.deepcopy(_config(directory, state_of(path.stat())))
+    values, config = _config(directory, state_of(path.stat()))
+    if of_plain_weights:
+        _require_plain_weights(values, path)
+    return copy.deepcopy(config)
 
 
 @lru_cache(maxsize=8)
-def _config(directory: Path, state: tuple[int, int]) -> Any:
+def _config(directory: Path, state: tuple[int, int]) -> tuple[dict[str, Any], Any]:
     """A run asks for the same two configurations a dozen times; `state` is the file's, so that a new one is read."""
     path = directory / "config.json"
     values = _read_settings(path)
     require_images(values.get("model_type"), MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, str(directory))
-    _require_plain_weights(values, path)
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return values, AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # what a file holds ends in errors of any kind, the library's own ones too
         raise ModelError(f"{path} does not describe a model ({_reason(error)}). Download the model again.") from error
 
@@ -138,13 +140,13 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def load_processor(directory: Path) -> Any:
+def load_processor(directory: Path, *, of_plain_weights: bool = True) -> Any:
     """Load a model's processor: `tokenizer`, `image_processor`, and what its family's image slots read.
 
     Raises:
         ModelError: Its files are missing or damaged.
     """
-    config = load_config(directory)
+    config = load_config(directory, of_plain_weights=of_plain_weights)
     family = family_of(config.model_type)
     try:
         if not family.is_described:

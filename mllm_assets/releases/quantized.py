@@ -1,0 +1,73 @@
+"""Makes a release's copy with 8-bit weights, in the worker, and compares it with the release."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mllm_assets.artifacts import is_sound, read_manifest, staged_directory, write_manifest
+from mllm_assets.evaluation.agreement import Comparison
+from mllm_assets.evaluation.same_answers import Loaded, compare
+from mllm_assets.inference.answerer import Answerer
+from mllm_assets.progress import progress_to
+from mllm_assets.releases.copies import QuantizeTask, write_card
+from mllm_assets.training.models.device import Device, pick_device
+from mllm_assets.training.models.int8 import load_int8, require_installed, size_bytes, without_bars, write_int8
+from mllm_assets.worker.tasks import Manifest
+
+if TYPE_CHECKING:
+    from mllm_assets.worker.protocol import Reporter
+
+TEXTS = {
+    "library": "transformers",
+    "what": "8-bit weights",
+    "how": """
+The linear layers of the language model have 8-bit weights with a scale for each output channel; embeddings, output
+layer, vision tower and projector are as they were. With `pip install compressed-tensors`,
+`AutoModelForImageTextToText.from_pretrained` loads it, which unpacks the weights at the first question; vLLM computes
+with them packed.""",
+}
+
+
+def quantize_task(task: QuantizeTask, reporter: "Reporter") -> Manifest:
+    """Worker entry: write the copy with its card and what it answered, whether or not it answers alike.
+
+    Raises:
+        MachineError: `compressed-tensors` is not installed, or the machine does not have the wanted device.
+        ModelError: The release cannot be loaded.
+        DataError: A row cannot be asked.
+    """
+    if is_sound(task.directory):
+        return read_manifest(task.directory)
+    require_installed()
+    if task.accelerator.num_threads:
+        torch.set_num_threads(task.accelerator.num_threads)
+    device = pick_device(task.accelerator.device, warn=reporter.warn)
+    with progress_to(reporter.notify), staged_directory(task.directory) as staging:
+        num_layers = write_int8(task.release_dir, staging)
+        found = _compared(task, staging, device)
+        release = read_manifest(task.release_dir)
+        payload = {
+            "recipe": task.recipe_name,
+            "version": release["version"],
+            "weights_digest": release["weights_digest"],
+            "entry": task.entry_name,
+            "num_layers": num_layers,
+            "num_bytes": size_bytes(staging),
+            "num_bytes_of_release": size_bytes(task.release_dir),
+            "comparison": found.to_dict(),
+        }
+        verdict = "yes" if found.passed else "NO"
+        write_card(staging, task, found.facts(), {**TEXTS, "device": device.kind, "verdict": verdict})
+        return write_manifest(staging, payload)
+
+
+def _compared(task: QuantizeTask, copy: Path, device: Device) -> Comparison:
+    release = Answerer(task.release_dir, task.turns, device=device.kind)
+    quantized = Answerer(copy, task.turns, device=device.kind, model=load_int8(copy, device.kind))
+    own, other = Loaded(release, scores=True), Loaded(quantized, scores=True)
+    with without_bars():  # the first question unpacks the weights, and is not timed
+        first = next(iter(task.rows.each()))
+        own.ask(first, 1)
+        other.ask(first, 1)
+    return compare(own, other, task.rows, task.asked_for)

@@ -1,0 +1,88 @@
+"""Releases in other forms, each compared with the release by what it answers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mllm_assets.artifacts import read_manifest, write_manifest
+from mllm_assets.errors import ModelError
+from mllm_assets.evaluation.agreement import Agreement
+from mllm_assets.recipe.asking import TurnSettings
+from mllm_assets.releases import quantized
+from mllm_assets.releases.copies import QuantizeTask
+from mllm_assets.training.models.load import load_model
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import Accelerator
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytest.importorskip("compressed_tensors", reason="the extra int8 is not installed")
+LOADED = """
+import sys, torch
+from transformers import AutoModelForImageTextToText
+model, info = AutoModelForImageTextToText.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(info[kind + '_keys'] for kind in ('missing', 'unexpected', 'mismatched')), info
+assert not any(name.startswith('mllm_assets') for name in sys.modules)
+"""
+
+
+@pytest.fixture
+def task(parity_dir: Path, tmp_path: Path) -> QuantizeTask:
+    release = tmp_path / "releases" / "parity" / "v1"
+    shutil.copytree(parity_dir / "model", release)
+    write_manifest(release, {"version": "v1", "weights_digest": "4567"})
+    return QuantizeTask(
+        recipe_name="parity",
+        release_dir=release,
+        entry_name="gemma3_vlm_val",
+        data_dir=parity_dir / "data",
+        media_dir=None,
+        turns=TurnSettings(template="gemma3"),
+        asked_for=Agreement(max_samples=4, max_new_tokens=4, min_agreement=0, max_loss_distance_nats=0.002),
+        directory=tmp_path / "copy",
+        accelerator=Accelerator(device="cpu", num_threads=1),
+    )
+
+
+def test_a_copy_in_8_bits_loads_with_transformers_alone_and_is_compared(task: QuantizeTask, tmp_path: Path) -> None:
+    found = quantized.quantize_task(task, Reporter())["comparison"]
+    assert found["passed"] and found["num_other_prompts"] == 0
+    assert 0 < found["loss_distance_nats"] < 0.002, "weights that are rounded give another loss"
+    subprocess.run([sys.executable, "-c", LOADED, str(task.directory)], check=True, cwd=tmp_path)
+    names = load_file(task.directory / "model.safetensors").keys()
+    packed = [name for name in names if name.endswith("weight_packed")]
+    assert packed and not [name for name in packed if "vision" in name or "projector" in name or "lm_head" in name]
+    assert "share of equal answers" in (task.directory / "README.md").read_text()
+    assert quantized.quantize_task(task, Reporter()) == read_manifest(task.directory)
+    with pytest.raises(ModelError, match="only plain ones are read"):
+        load_model(task.directory)
+
+
+@pytest.mark.parametrize("spoilt", ["weights", "image mean"])
+def test_a_copy_that_was_spoilt_does_not_answer_alike(
+    spoilt: str, task: QuantizeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = quantized.write_int8
+
+    def spoil(source: Path, directory: Path) -> int:
+        num_layers = write(source, directory)
+        if spoilt == "weights":
+            weights = load_file(directory / "model.safetensors")
+            for name in [name for name in weights if name.endswith("weight_scale")]:
+                weights[name] = weights[name] * 30
+            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        else:
+            path = directory / "processor_config.json"
+            settings = json.loads(path.read_text())
+            settings["image_processor"]["image_mean"] = [0.0, 0.1, 0.9]
+            path.write_text(json.dumps(settings))
+        return num_layers
+
+    monkeypatch.setattr(quantized, "write_int8", spoil)
+    found = quantized.quantize_task(task, Reporter())["comparison"]
+    assert not found["passed"] and found["loss_distance_nats"] > task.asked_for.max_loss_distance_nats
+    assert "NO" in (task.directory / "README.md").read_text()
