@@ -38,6 +38,9 @@ CASES: dict[str, dict[str, Any]] = {
     "cached_hidden_states": {
         "finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_multi_modal_projector": True,
     },
+    "drawn_answers": {
+        "stage": "grpo", "reward": {"rouge_l": 1.0}, "num_generations": 2, "max_completion_length": 4, "beta": 0.05,
+    },
 }  # fmt: skip
 
 

@@ -99,7 +99,14 @@ KEY_SENTENCES: Mapping[str, str] = {
     "use_cpu": "Train on the CPU although there is a GPU.",
     # preferences
     "stage": "What a sample is: `sft`, an answer to learn; `dpo`, a preferred answer and a rejected one; `kto`, an "
-    "answer that is marked good or bad; `rm`, a pair to learn scores from.",
+    "answer that is marked good or bad; `rm`, a pair to learn scores from; `grpo`, a question "
+    "to which the model's own answers are rewarded.",
+    "reward": "With `grpo`: what an answer is worth: metrics by name, each with its weight.",
+    "num_generations": "With `grpo`: answers that are drawn to each question and compared.",
+    "max_completion_length": "With `grpo`: tokens after which such an answer is cut.",
+    "beta": "With `grpo`: weight of the divergence from the model that the run starts from; 0 needs no reference.",
+    "loss_type": "With `grpo`: whether each token, or each answer, counts alike, or neither is divided by its number.",
+    "scale_rewards": "With `grpo`: by which standard deviation rewards are divided.",
     "pref_beta": "How much a preference counts against the distance from the model that the run starts from.",
     "pref_loss": "The loss of a pair; `orpo` and `simpo` need no reference.",
     "resize_vocab": "Embeddings get rows for all tokens of the tokenizer, a multiple of 64, and train beside LoRA.",

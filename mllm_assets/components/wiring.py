@@ -40,7 +40,7 @@ class Gates(yaml_of(GateSpec)):
 
     def spec_for(self, recipe: TrainSpec) -> GateSpec:
         """The thresholds, and what judges a recipe of its stage where nothing is set."""
-        spec, by_answers = self.to_spec(), recipe.learns_preferences or recipe.changes_vocabulary
+        spec, by_answers = self.to_spec(), not recipe.copies_answers or recipe.changes_vocabulary
         is_set = "beats_base_by" in self.model_fields_set and getattr(self, "beats_base_by", None) is not None
         return replace(spec, beats_base_by="answers") if by_answers and not is_set else spec
 

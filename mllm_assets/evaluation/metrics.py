@@ -38,6 +38,11 @@ def of_answers() -> dict[str, bool]:
     return {name: metric.higher_is_better for name, metric in METRICS.items() if metric.of_answers}
 
 
+def of_each_answer() -> dict[str, bool]:
+    """Of those the ones that have a value for each answer."""
+    return {name: is_better for name, is_better in of_answers().items() if METRICS[name].score is not None}
+
+
 def compute_metrics(predictions: pa.Table, train_answers: Sequence[str]) -> dict[str, Any]:
     """Score predictions per entry and model.
 

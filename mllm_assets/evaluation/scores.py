@@ -25,6 +25,7 @@ class Answers:
         answers: Its answers.
         references: The right ones.
         labels: The true labels; None unless all samples have one.
+        known_labels: Those that answers may name; by default the true ones.
         losses: Nats a token of each right answer; None of a model that has no losses.
         shuffled_losses: The same with another sample's images; NaN where a sample has none.
         num_tokens: Tokens of each right answer.
@@ -38,6 +39,7 @@ class Answers:
     shuffled_losses: np.ndarray | None = None
     num_tokens: np.ndarray | None = None
     pictures: np.ndarray | None = None
+    known_labels: Sequence[str] | None = None
 
     @cached_property
     def samples(self) -> dict[str, np.ndarray]:
@@ -154,7 +156,7 @@ def exact_matches(answers: Sequence[str], references: Sequence[str]) -> np.ndarr
 def _right_labels(given: Answers) -> np.ndarray | None:
     if not given.labels:
         return None
-    known = sorted(set(given.labels))
+    known = given.known_labels or sorted(set(given.labels))
     return np.array([float(find_label(a, known) == b) for a, b in zip(given.answers, given.labels, strict=True)])
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from mllm_assets.errors import DataError, MachineError
@@ -49,6 +50,15 @@ class Answer:
     text: str
     num_tokens: int
     latency_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """An answer that was drawn: its tokens, the one that ends its turn included where it `ended`, and its text."""
+
+    ids: tuple[int, ...]
+    text: str
+    ended: bool
 
 
 class Answerer:
@@ -186,6 +196,49 @@ class Answerer:
             )
             for ids in generated
         ]
+
+    @torch.no_grad()
+    def drawn(self, rows: Sequence[EncodedRow], max_new_tokens: int, *, never: Sequence[int]) -> list[Drawn]:
+        """Continue prompts by tokens as likely as the model finds them, but for those that `never` come.
+
+        What the model's directory says of drawing (temperature, top-k, penalties) does not count.
+
+        Raises:
+            DataError: An image is damaged. Names row and file. Or a prompt leaves no room for an answer.
+        """
+        room = self.room_for_answer(max(len(row.input_ids) for row in rows))
+        batch = self._to_device(self.asking_collator(rows))
+        del batch["labels"]
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            output_BT = self.model.generate(
+                **batch,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=min(max_new_tokens, room),
+                use_cache=True,
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.asking_collator.pad_id,
+                suppress_tokens=[*never],
+            )
+        finally:
+            self.model.generation_config = own
+        found = []
+        for ids in output_BT[:, batch["input_ids"].shape[1] :].tolist():
+            told = self._until_stop(ids)
+            ended = len(told) < len(ids)
+            found.append(Drawn(tuple(ids[: len(told) + ended]), self._text(self._without_thought(told)), ended))
+        return found
+
+    @property
+    def never_drawn(self) -> list[int]:
+        """Special tokens that no answer has: an image's would stand for a picture that is not there."""
+        thought = "".join(self.encoder.template.thought or ())
+        allowed = {*self.stop_ids, *self.tokenizer.encode(thought, add_special_tokens=False)}
+        allowed |= {*self.tokenizer.convert_tokens_to_ids(self.tokenizer.init_kwargs.get(TOKENS_IN_TEXTS) or [])}
+        return sorted({*self.tokenizer.all_special_ids, self.encoder.image_token_id} - allowed)
 
     def _generated(
         self, batch: dict[str, torch.Tensor], sampling: Sampling, streamer: BaseStreamer | None

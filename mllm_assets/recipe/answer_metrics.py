@@ -6,11 +6,17 @@ from mllm_assets.plugins import resolve
 
 UNTRIED = ("fsdp", "deepspeed", "torch_compile")  # together with answers while a model trains
 REGISTERED = "mllm_assets.evaluation.metrics:of_answers"
+REWARDING = "mllm_assets.evaluation.metrics:of_each_answer"
 
 
 def answer_metrics() -> Mapping[str, bool]:
     """Whether more is better of each metric that answers alone give, by its name."""
     return resolve(REGISTERED)()
+
+
+def rewarding_metrics() -> Mapping[str, bool]:
+    """The same of each metric that has a value for every answer."""
+    return resolve(REWARDING)()
 
 
 def answer_problems(metric: str, *, holds_rows_out: bool, untried: Sequence[str]) -> Iterator[tuple[str, str]]:

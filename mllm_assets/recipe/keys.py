@@ -257,10 +257,12 @@ def value_advice(name: str, value: Any) -> str:
     if name == "stage":
         return (
             "Set stage: sft for answers to learn, dpo for pairs of which one is preferred, kto for marked "
-            "answers, rm for a reward model of pairs."
+            "answers, rm for a reward model of pairs, grpo for the model's own answers with a reward."
         )
     if name == "pref_loss":
         return "Set pref_loss: sigmoid, which LLaMA-Factory 0.9.5 computes for hinge, ipo and kto_pair as well."
+    if name == "loss_type":
+        return "Set loss_type: bnpo, which is TRL's dapo where a step is one batch."
     if name == "flash_attn" and text == "fa3":
         return "Set flash_attn: fa2, or auto."
     return "Change the value."

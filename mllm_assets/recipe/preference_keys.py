@@ -5,21 +5,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mllm_assets.recipe.method_keys import ADDED
-from mllm_assets.recipe.vocabulary_keys import VocabularyKeys
+from mllm_assets.recipe.reward_keys import NOT_FOR_COMPARED, RewardKeys
 
 PAIR_KEYS = ("pref_loss", "dpo_label_smoothing", "simpo_gamma")
 MARK_KEYS = ("kto_chosen_weight", "kto_rejected_weight")
 PREFERENCE_KEYS = ("pref_beta", "pref_ftx")  # of both
-NOT_FOR_PREFERENCES = (
-    "packing", "neat_packing", "label_smoothing_factor", "neftune_noise_alpha", "fsdp", "deepspeed", "torch_compile",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PreferenceKeys(VocabularyKeys):
+class PreferenceKeys(RewardKeys):
     """`stage: dpo`, `kto` or `rm`, and how an answer that is preferred pulls."""
 
-    stage: Literal["sft", "dpo", "kto", "rm"] = field(default="sft", metadata=ADDED)
     pref_beta: float = field(default=0.1, metadata=ADDED)
     pref_loss: Literal["sigmoid", "orpo", "simpo"] = field(default="sigmoid", metadata=ADDED)
     pref_ftx: float = field(default=0.0, metadata=ADDED)
@@ -49,6 +45,16 @@ class PreferenceKeys(VocabularyKeys):
         return self.learns_pairs or self.learns_marks
 
     @property
+    def sequences_of_a_row(self) -> int:
+        """How many sequences the model reads of a row at once."""
+        return self.num_generations if self.learns_rewards else 2 if self.learns_pairs else 1
+
+    @property
+    def copies_answers(self) -> bool:
+        """Whether the rows' answers are what is learnt."""
+        return not self.learns_preferences and not self.learns_rewards
+
+    @property
     def has_reference(self) -> bool:
         """Whether the loss compares with the model that the run starts from."""
         return self.learns_marks or (self.stage == "dpo" and self.pref_loss not in ("orpo", "simpo"))
@@ -61,7 +67,7 @@ class PreferenceKeys(VocabularyKeys):
     @property
     def idle_keys(self) -> dict[str, str]:
         """The keys that the others leave without effect, each with the reason."""
-        idle = self.idle_method_keys | self.idle_vocabulary_keys
+        idle = self.idle_method_keys | self.idle_vocabulary_keys | self.idle_reward_keys
         if self.stage != "dpo":
             idle |= dict.fromkeys(PAIR_KEYS, f"stage is {self.stage}, not dpo")
         if not self.learns_marks:
@@ -97,7 +103,7 @@ def preference_problems(spec: PreferenceKeys) -> Iterator[tuple[str, str]]:
             f"dpo_label_smoothing is of pref_loss: sigmoid, and pref_loss is {spec.pref_loss}. Delete one of the two."
         )
         yield "dpo_label_smoothing", text
-    for key in NOT_FOR_PREFERENCES:
+    for key in NOT_FOR_COMPARED:
         if getattr(spec, key):
             yield key, f"{key} is for stage: sft, and stage is {spec.stage}. Delete the line."
     if spec.pissa_init and spec.has_reference:

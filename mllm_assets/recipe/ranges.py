@@ -28,6 +28,8 @@ _MOST: dict[str, float] = {
     "weight_decay": 1000,
     "neftune_noise_alpha": 10**6,
     "pref_beta": 1000,
+    "beta": 1000,
+    "num_generations": 2**16,
     "pref_ftx": 1000,
     "kto_chosen_weight": 1000,
     "kto_rejected_weight": 1000,

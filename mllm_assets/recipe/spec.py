@@ -28,6 +28,7 @@ from mllm_assets.recipe.method_keys import (
 from mllm_assets.recipe.output_dirs import output_dir_problems
 from mllm_assets.recipe.preference_keys import PreferenceKeys, preference_problems
 from mllm_assets.recipe.ranges import range_problems
+from mllm_assets.recipe.reward_keys import reward_problems
 from mllm_assets.recipe.vocabulary_keys import vocabulary_problems
 
 LrScheduler = Literal[
@@ -171,6 +172,7 @@ class TrainSpec(PreferenceKeys):
             method_problems,
             vocabulary_problems,
             preference_problems,
+            reward_problems,
             range_problems,
             _conflicts,
             _data_problems,

@@ -177,6 +177,7 @@ class TrainTask(RecipeTask[Manifest]):
 
     entry = "mllm_assets.training.loop.engine:train_task"
     asks_with: ClassVar[str] = "mllm_assets.evaluation.in_training:AnswersInTraining"  # above the training's room
+    rewards_with: ClassVar[str] = "mllm_assets.evaluation.rewards:RewardedAnswers"  # there too
     recipe_name: str
     model_dir: Path
     data_dir: Path

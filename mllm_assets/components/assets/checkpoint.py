@@ -238,6 +238,7 @@ def _checkpoint_result(
             "final_loss": rounded(result["final_loss"]),
             **({"eval_loss": rounded(result["eval_loss"])} if result["eval_loss"] is not None else {}),
             **{f"eval_{name}": rounded(value) for name, value in result.get("eval_answers", {}).items()},
+            **({"final_reward": rounded(result["final_reward"])} if "final_reward" in result else {}),
             "num_steps": result["num_steps"],
             "published_step": result.get("published_step", result["num_steps"]),
             **{f"{name}_run": link(run["url"]) for name, run in result["trackers"].items()},

@@ -69,7 +69,7 @@ def _asset_of(dataset: str, spec: LabelIssuesSpec, nodes: Sequence[Node]) -> tup
         near = did_you_mean(spec.recipe, by_name)
         raise RecipeError(f"{dataset}: label_issues names {spec.recipe!r}, which no recipe is called. {near}")
     entries = [entry for entry, made_by in node.train_data.items() if made_by.path[0] == dataset]
-    if not entries or node.recipe.spec.learns_preferences:
+    if not entries or not node.recipe.spec.copies_answers:
         raise RecipeError(
             f"{dataset}: label_issues names {spec.recipe}, which does not learn this dataset's answers. Name a recipe "
             "whose `dataset` has its training entry."

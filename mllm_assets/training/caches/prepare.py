@@ -222,7 +222,7 @@ def _boundary(setup: Setup) -> int | str:
     if not shape.family.caches_hidden_states:
         known = ", ".join(family.name for family in FAMILIES.values() if family.caches_hidden_states)
         return f"only the hidden states of {known} are cached, and this model is {shape.family.name}"
-    if setup.measured:
+    if setup.measured or setup.spec.learns_rewards:
         return "the model answers while it trains, and a new token goes through all layers"
     if setup.spec.packs:
         return "rows are packed, so what enters a layer depends on what a row is packed with"
@@ -255,4 +255,6 @@ def _visited_once(setup: Setup) -> str | None:
     spec, num_rows = setup.spec, len(setup.inputs.train_rows)
     samples = spec.per_device_train_batch_size * spec.gradient_accumulation_steps * setup.num_processes
     visits = spec.max_steps * samples / num_rows if spec.max_steps > 0 else spec.num_train_epochs
+    if spec.learns_rewards:
+        visits *= 2 * spec.num_generations  # answers are drawn, and then learnt
     return f"the run visits a row {visits:.2g} times, so nothing is used twice" if visits <= 1 else None

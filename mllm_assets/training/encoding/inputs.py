@@ -242,8 +242,8 @@ def _require_kind(entry: Entry, spec: TrainSpec) -> None:
             "set `ranking`. Name an entry of pairs, or set stage: sft."
         )
     raise RecipeError(
-        f"The entry {entry.name} sets `ranking`: its rows are pairs of answers, which stage: sft does not learn. Set "
-        "stage: dpo or rm, or name an entry of answers."
+        f"The entry {entry.name} sets `ranking`: its rows are pairs of answers, which stage: {spec.stage} does not "
+        "learn. Set stage: dpo or rm, or name an entry of answers."
     )
 
 

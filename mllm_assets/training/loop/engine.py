@@ -33,11 +33,12 @@ from mllm_assets.training.encoding.kept_pixels import KeptPixels
 from mllm_assets.training.loop import loss, memory, reporting
 from mllm_assets.training.loop.checkpoints import Resumable, clean_and_find_resumable, load_trainable
 from mllm_assets.training.loop.fitting import decide_checkpointing, fit_micro_batch, note_on_answers, what_fits
+from mllm_assets.training.loop.group_tuner import GroupTuner
 from mllm_assets.training.loop.optimizers import require_optimizer
-from mllm_assets.training.loop.preference_tuner import make_tuner
 from mllm_assets.training.loop.preferences import require_one_process
 from mllm_assets.training.loop.reporting import trainable_lines
 from mllm_assets.training.loop.trainer import Asks, FineTuner, require_distribution, run_training, training_facts
+from mllm_assets.training.loop.tuners import make_tuner
 from mllm_assets.training.models import freezing, value_head
 from mllm_assets.training.models.cards import note_on_idle_cards
 from mllm_assets.training.models.device import (
@@ -210,7 +211,7 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
     with out_of_memory_is_an_error("while the model was loaded and its frozen parts' output was cached", cure):
         collator, model = fill_caches(plan, setup, reporter)
         collator.keep_pixels(KeptPixels())
-        collator.selects_by_mask = setup.device.kind == "cpu" and not setup.spec.learns_preferences
+        collator.selects_by_mask = setup.device.kind == "cpu" and setup.spec.copies_answers
         set_seed(setup.spec.seed)
         trainable = freezing.apply(setup.spec, model, setup.adapters)
     del model
@@ -221,6 +222,9 @@ def prepare_run(task: TrainTask, setup: Setup, reporter: "Reporter") -> Prepared
 
     resumable = clean_and_find_resumable(task.run_dir, task.resume_from, setup.spec, reporter)
     trainer = make_tuner(setup, task.run_dir, trainable, collator, resumable, reporter)
+    if isinstance(trainer, GroupTuner):
+        trainer.rewards = resolve(task.rewards_with)(task, setup, base_model(trainable.model), collator.features)
+        reporter.notify(trainer.rewards.describe())
     if setup.measured:
         asks: Asks = resolve(task.asks_with)(task, setup, base_model(trainable.model), collator.features)
         trainer.answers = asks

@@ -121,7 +121,12 @@ def inspect(recipe: Recipe, root: Path, *, row: int = 0, device: str = "auto", c
     yield row_facts(shown)
     image_dir = root / recipe.spec.output_dir / "inspect"
     yield from _image_lines(shown, make_collator(recipe.spec, processor), processor, image_dir)
-    yield "supervised tokens in green:" if colour else "supervised tokens in [[double brackets]]:"
+    what = (
+        "the reference, with which the model's own answers are compared,"
+        if recipe.spec.learns_rewards
+        else ("supervised tokens")
+    )
+    yield f"{what} in green:" if colour else f"{what} in [[double brackets]]:"
     yield token_text(shown, processor, colour=colour)
     if shown.mark is not None:
         yield f"the answer is marked as a {'good' if shown.mark else 'bad'} one"

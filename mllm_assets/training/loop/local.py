@@ -32,6 +32,7 @@ class LocalRun:
         facts = self.manifest
         done = "trained" if self.trained_now else "was finished already, nothing was trained again"
         losses = f"loss {facts['final_loss']:.4f}" + (f", eval {facts['eval_loss']:.4f}" if facts["eval_loss"] else "")
+        losses += f", reward {facts['final_reward']:.4f}" if "final_reward" in facts else ""
         losses += "".join(f", {name} {value:.4f}" for name, value in facts.get("eval_answers", {}).items())
         steps = f"{facts['num_steps']} steps" + published_note(facts)
         lines = [f"{self.directory} {done}: {steps}, {losses}", f"model: {self.directory / 'model'}"]

@@ -10,7 +10,7 @@ Not covered: an output layer that trains, has a bias, or caps its logits; sharde
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,21 +108,41 @@ def frozen_head_loss(
         return _FrozenHeadLoss.apply(hidden_SH, weight_VH, labels_S, label_smoothing)  # pyright: ignore[reportReturnType]
 
 
-def token_losses(model: Any, made_BSX: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+def token_losses(
+    model: Any, made_BSX: torch.Tensor, labels_BS: torch.Tensor, *, without: Sequence[int] = ()
+) -> torch.Tensor:
     """Return the loss of each position in nats, 0 without a label.
 
     Args:
         model: Without LoRA around it.
         made_BSX: What it returns as logits: those, or hidden states where `install` took the output layer.
         labels_BS: -100 where nothing is learnt.
+        without: Tokens that cannot come: the probabilities of the others sum to 1. No label is one of them.
     """
-    labels_S = labels_BS.flatten()
+    labels_S, made_SX = labels_BS.flatten(), made_BSX.flatten(0, -2)
+    left_out = torch.tensor(without, dtype=torch.long, device=made_BSX.device)
     if isinstance(model.lm_head, _NoHead):
+        weight_VH = model._frozen_head[0].weight
         with torch.autocast(made_BSX.device.type, enabled=False):
-            losses_S: Any = _FrozenHeadLosses.apply(made_BSX.flatten(0, -2), model._frozen_head[0].weight, labels_S)
+            losses_S: Any = _FrozenHeadLosses.apply(made_SX, weight_VH, labels_S)
+            if without:
+                losses_S = losses_S + _log_share_left(made_SX, weight_VH, labels_S, losses_S, left_out)
     else:
-        losses_S = functional.cross_entropy(made_BSX.flatten(0, -2).float(), labels_S, reduction="none")
+        logits_SV = made_SX.float()
+        logits_SV = logits_SV.index_fill(-1, left_out, float("-inf")) if without else logits_SV
+        losses_S = functional.cross_entropy(logits_SV, labels_S, reduction="none")
     return losses_S.view_as(labels_BS)
+
+
+def _log_share_left(
+    hidden_SH: torch.Tensor, weight_VH: torch.Tensor, labels_S: torch.Tensor, losses_S: torch.Tensor,
+    left_out: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The logarithm of what some tokens leave of the probability, 0 at positions without a label."""
+    hidden_SH = hidden_SH.to(weight_VH.dtype)
+    total_S = losses_S + torch.linalg.vecdot(hidden_SH, weight_VH[labels_S.clamp(min=0)]).float()
+    share_S = ((hidden_SH @ weight_VH[left_out].T).float() - total_S[:, None]).exp().sum(dim=-1)
+    return torch.where(labels_S >= 0, torch.log1p(-share_S.clamp(max=1 - 1e-6)), 0.0)
 
 
 def install(model: Any, *, label_smoothing: float = 0.0, keeps_head: bool = False) -> bool:

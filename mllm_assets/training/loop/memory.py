@@ -28,6 +28,7 @@ WORKSPACE_GIB, FRAGMENTATION = 0.7, 1.05
 # Values kept per token and layer for the backward pass, in units of hidden and intermediate width, counted in
 # Gemma3DecoderLayer with sdpa: four norms' inputs and outputs, q, k, v, attention output, residuals; gate, up, product.
 HIDDEN_KEPT = 14
+LOGIT_COPIES = 4  # when a token is drawn: logits, those without some tokens, probabilities, what is sorted or summed
 INTERMEDIATE_KEPT = 3
 
 
@@ -91,11 +92,12 @@ def estimate(setup: Setup, plan: CachePlan) -> MemoryEstimate:
 
 def _simulated(step: SimulatedStep, setup: Setup) -> MemoryEstimate:
     spreads = setup.num_processes > 1 and not (setup.spec.fsdp or setup.spec.deepspeed)
+    activations = max(step.highest - step.weights - step.gradients - step.optimizer, _drawing(setup))
     return MemoryEstimate(
-        weights_gib=step.weights / GIB,
+        weights_gib=(step.weights + (step.gradients if _keeps_start(setup.spec) else 0)) / GIB,
         gradients_gib=step.gradients * (2 if spreads else 1) / GIB,  # DDP sends them from buckets of its own
         optimizer_gib=step.optimizer / GIB,
-        activations_gib=(step.highest - step.weights - step.gradients - step.optimizer) / GIB,
+        activations_gib=activations / GIB,
     )
 
 
@@ -116,22 +118,41 @@ def _counted(setup: Setup, plan: CachePlan, *, checkpointed: bool) -> MemoryEsti
         state.nbytes for p in trains for state in kept_states(optim, p.to("meta"), is_embedding=id(p) in embedded)
     )
     width = 4 if setup.precision.weights == torch.float32 else 2
-    batch = setup.spec.per_device_train_batch_size * (2 if setup.spec.learns_pairs else 1)
+    batch = setup.spec.per_device_train_batch_size * setup.spec.sequences_of_a_row
+    num_drawn = setup.spec.max_completion_length if setup.spec.learns_rewards else 0
     text = model.config.get_text_config()
-    kept = _kept(batch * int(rows.counted("num_tokens").max()), text, text.num_hidden_layers, checkpointed) * width
+    num_tokens = batch * (int(rows.counted("num_tokens").max()) + num_drawn)
+    kept = _kept(num_tokens, text, text.num_hidden_layers, checkpointed) * width
     if family.is_described:  # of others nothing is known of the tower
         kept += _kept_by_tower(setup, plan, batch, checkpointed) * width
-    num_supervised = int(rows.counted("num_supervised").max())
+    num_supervised = num_drawn or int(rows.counted("num_supervised").max())
     head_trains = any("embed_tokens" in name or "lm_head" in name for name in names)
     logits = batch * num_supervised * (3 * text.vocab_size if head_trains else LOSS_BLOCK) * 4
     merges_here = quantization is not None and setup.device.kind == "cpu"
     return MemoryEstimate(
-        weights_gib=weights / GIB,
+        weights_gib=(weights + (trained if _keeps_start(setup.spec) else 0)) / GIB,
         gradients_gib=trained / GIB,
         optimizer_gib=states / GIB,
-        activations_gib=(kept + logits) / GIB,
+        activations_gib=max(kept + logits, _drawing(setup)) / GIB,
         merge_gib=sum(p.numel() * p.element_size() for p in model.parameters()) / GIB if merges_here else 0.0,
     )
+
+
+def _keeps_start(spec: TrainSpec) -> bool:
+    """Whether what trains is in memory as it began too: the reference of rewarded answers."""
+    return spec.learns_rewards and spec.beta > 0
+
+
+def _drawing(setup: Setup) -> int:
+    """The bytes that drawing a batch's answers takes: keys and values of all layers, and logits of a token."""
+    spec, text = setup.spec, base_model(setup.shape.model).config.get_text_config()
+    if not spec.learns_rewards:
+        return 0
+    num_rows = spec.per_device_train_batch_size * spec.num_generations
+    num_tokens = num_rows * (int(setup.inputs.rows.counted("num_tokens").max()) + spec.max_completion_length)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kept = num_tokens * text.num_hidden_layers * 2 * text.num_key_value_heads * head_dim * 4
+    return kept + LOGIT_COPIES * num_rows * text.vocab_size * 4
 
 
 def _kept_by_tower(setup: Setup, plan: CachePlan, batch: int, checkpointed: bool) -> int:

@@ -3,34 +3,24 @@
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.training.caches.prepare import Setup
-from mllm_assets.training.encoding.collate import MARKS, OTHERS, REFERENCE, Collator, MarkedCollator
-from mllm_assets.training.loop.checkpoints import Resumable
+from mllm_assets.training.encoding.collate import MARKS, OTHERS, REFERENCE
 from mllm_assets.training.loop.delta_trainer import DeltaTrainer
 from mllm_assets.training.loop.preferences import (
     Found,
-    Reference,
-    drop_nothing,
     mark_loss,
     pair_loss,
     sequence_logps,
-    with_reference,
 )
-from mllm_assets.training.loop.trainer import FineTuner, make_trainer
-from mllm_assets.training.models import freezing, value_head
+from mllm_assets.training.loop.trainer import FineTuner
+from mllm_assets.training.models import value_head
 from mllm_assets.training.models.load import base_model
-
-if TYPE_CHECKING:
-    from mllm_assets.worker.protocol import Reporter
 
 Facts = dict[str, torch.Tensor]
 
@@ -134,30 +124,3 @@ def pair_logps(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 def mark_logps(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """The log-probabilities of a batch's own answers, and then of the others."""
     return torch.cat([sequence_logps(model, inputs)[0], other_logps(model, inputs)])
-
-
-def make_tuner(
-    setup: Setup,
-    run_dir: Path,
-    trainable: freezing.TrainableSet,
-    collator: Collator,
-    resumable: Resumable,
-    reporter: "Reporter",
-) -> FineTuner:
-    """Return the recipe's trainer; one of preferences with what the reference says of the answers."""
-    spec, inputs = setup.spec, setup.inputs
-    if not spec.learns_preferences:
-        return make_trainer(setup, run_dir, trainable, collator, resumable, reporter)
-    if spec.learns_scores:
-        return make_trainer(setup, run_dir, trainable, collator, resumable, reporter, partial(ScoreTuner, spec))
-    drop_nothing(trainable.model)
-    batches = MarkedCollator(collator) if spec.learns_marks else collator
-    kind = partial(MarkTuner if spec.learns_marks else PairTuner, spec)
-    tuner = make_trainer(setup, run_dir, trainable, batches, resumable, reporter, kind)
-    if spec.has_reference:
-        ask = mark_logps if spec.learns_marks else pair_logps
-        reference = Reference(model=tuner.model, collator=batches, precision=setup.precision, ask=ask)
-        sizes = (spec.per_device_train_batch_size, *[spec.per_device_eval_batch_size] * max(1, len(inputs.eval_parts)))
-        parts = (inputs.train_rows, *(inputs.eval_parts.values() or [inputs.eval_rows]))
-        with_reference(reference, parts, run_dir, sizes, reporter)
-    return tuner

@@ -214,7 +214,7 @@ def require_one_process(spec: PreferenceKeys) -> None:
     Raises:
         MachineError: There are several.
     """
-    if spec.learns_preferences and num_ranks() > 1:
+    if not spec.copies_answers and num_ranks() > 1:
         raise MachineError(
             f"stage: {spec.stage} trains in one process here. Set num_processes of the accelerator to 1."
         )

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
 
 MAX_NAMED_SAMPLES = 16
+MAX_MARKED = 50  # points of a curve that are marked
 TENSORBOARD_DIR = "logs"
 LOSS_PLOT = "training_loss.png"
 PLOT_SIZE_IN = (8.8, 3.6)  # at 100 dpi: as wide as the window in which Dagster shows it
@@ -207,7 +208,8 @@ def plot_loss(run_dir: Path) -> Path | None:
         axes.set_title(title, fontsize=10, loc="left")
         axes.set(ylabel="loss (nats a token)")
     for (name, points), color in zip(answers.items(), cycle(EVAL_COLORS), strict=False):
-        figure.axes[-1].plot(*columns(points), color=color, marker="o", markersize=4, label=name)
+        marker = "o" if len(points) <= MAX_MARKED else ""
+        figure.axes[-1].plot(*columns(points), color=color, marker=marker, markersize=4, label=name)
         figure.axes[-1].set_title("answers to a sample", fontsize=10, loc="left")
         figure.axes[-1].legend()
     for axes in figure.axes:

@@ -112,11 +112,12 @@ class _BatchSize:
 
     @classmethod
     def of(cls, setup: Setup) -> "_BatchSize":
-        rows = setup.inputs.rows
+        rows, spec = setup.inputs.rows, setup.spec
+        num_drawn = spec.max_completion_length if spec.learns_rewards else 0
         return cls(
-            num_rows=setup.spec.per_device_train_batch_size * (2 if setup.spec.learns_pairs else 1),
-            num_tokens=-(-int(rows.counted("num_tokens").max()) // 8) * 8,
-            num_supervised=int(rows.counted("num_supervised").max()),
+            num_rows=spec.per_device_train_batch_size * spec.sequences_of_a_row,
+            num_tokens=-(-(int(rows.counted("num_tokens").max()) + num_drawn) // 8) * 8,
+            num_supervised=num_drawn or int(rows.counted("num_supervised").max()),
             num_images=int((rows.counted("images") + rows.counted("num_crops")).max()),
             num_image_tokens=int(rows.counted("num_image_tokens").max()),
         )

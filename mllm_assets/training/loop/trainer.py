@@ -18,7 +18,7 @@ from transformers.training_args import ParallelMode
 from mllm_assets.errors import MachineError, RecipeError
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import Setup
-from mllm_assets.training.encoding.collate import OTHERS, Collator, MarkedCollator
+from mllm_assets.training.encoding.collate import OTHERS
 from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop import delta_trainer, reporting
 from mllm_assets.training.loop.checkpoints import Resumable, require_same_conditions
@@ -38,6 +38,7 @@ from mllm_assets.worker.protocol import num_ranks
 if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
 
+Collate = Callable[[Sequence[EncodedRow]], dict[str, Any]]
 SAMPLE_IDS, NUM_TOKENS, NUM_PADDING = "sample_ids", "num_tokens", "num_padding"
 
 
@@ -193,7 +194,7 @@ class FineTuner(DeltaTrainer):
             tr_loss.zero_()
 
 
-def with_sample_ids(collator: Collator | MarkedCollator, rows: Sequence[EncodedRow]) -> dict[str, Any]:
+def with_sample_ids(collator: Collate, rows: Sequence[EncodedRow]) -> dict[str, Any]:
     """Collate rows and add their ids and numbers of tokens, for messages and counts; they never reach the model."""
     num_tokens = sum(len(sequence.input_ids) for row in rows for sequence in row.sequences)
     batch: dict[str, Any] = {**collator(rows)}
@@ -231,7 +232,7 @@ def make_trainer(
     setup: Setup,
     run_dir: Path,
     trainable: freezing.TrainableSet,
-    collator: Collator | MarkedCollator,
+    collator: Collate,
     resumable: Resumable,
     reporter: "Reporter",
     kind: Callable[..., FineTuner] = FineTuner,
@@ -347,6 +348,7 @@ def training_facts(
     logged = {key: line[key] for line in history for key in ("loss", *measured_losses(line)) if key in line}
     chosen = (args.metric_for_best_model or "loss").removeprefix("eval_")
     asked = {name: line[f"eval_{name}"] for line in history for name in trainer.measured if f"eval_{name}" in line}
+    rewards = [line["reward"] for line in history if "reward" in line]
     num_steps_here = state.global_step - resumable.step
     share = num_steps_here / state.global_step if state.global_step else 0.0
     num_samples = num_steps_here * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -358,6 +360,7 @@ def training_facts(
         "eval_loss": logged.get("eval_loss" if chosen in trainer.measured else f"eval_{chosen}"),
         "eval_losses": {name: loss for name, loss in logged.items() if name != "eval_loss"},
         **({"eval_answers": asked} if asked else {}),
+        **({"final_reward": rewards[-1]} if rewards else {}),
         "train_wall_s": train_wall_s,
         "samples_per_s": num_samples / train_wall_s,
         "tokens_per_s": float(state.num_input_tokens_seen) * share / train_wall_s,

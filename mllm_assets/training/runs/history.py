@@ -27,6 +27,8 @@ QUIET_S = 120  # an unfinished run that logged nothing for longer is not trainin
 # of a recipe's values those that say where things are, not what is computed
 _PLACES = ("output_dir", "logging_dir", "report_to", "run_name")
 # what a run trained with whose recipe was written down before a key was there
+REWARD = "reward"  # the mean of a step's answers
+_OF_STAGES = ("kl", "eval_kl", REWARD, "reward_std", "frac_reward_zero_std")
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainSpec) if f.default is not dataclasses.MISSING}
 
 
@@ -130,13 +132,14 @@ def measured_answers(line: Mapping[str, Any]) -> list[str]:
 
 
 def is_of_preferences(key: str) -> bool:
-    """Whether a key of a log is what `stage: dpo` or `kto` measures beside the loss."""
-    return "rewards/" in key or "logps/" in key or key in ("kl", "eval_kl")
+    """Whether a key of a log is what `stage: dpo`, `kto` or `grpo` measures beside the loss."""
+    return any(part in key for part in ("rewards/", "logps/", "completions/")) or key in _OF_STAGES
 
 
 def answer_curves(log: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """The curve of each metric of answers, by its key."""
-    return {key: curve(log, key) for key in dict.fromkeys(key for line in log for key in measured_answers(line))}
+    """The curve of each metric of answers, by its key, and that of the reward of `stage: grpo`."""
+    keys = dict.fromkeys(key for line in log for key in (*measured_answers(line), REWARD) if key in line)
+    return {key: curve(log, key) for key in keys}
 
 
 def measured_curves(log: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:

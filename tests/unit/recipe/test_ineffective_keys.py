@@ -42,6 +42,11 @@ BASE = "model_name_or_path: m\ndataset: d\ntemplate: gemma3\ndo_train: true\n"
         ),
         ("pref_beta: 0.3", "pref_beta has no effect: stage is sft, not dpo or kto."),
         ("kto_chosen_weight: 2", "kto_chosen_weight has no effect: stage is sft, not kto."),
+        ("reward: {exact_match: 1}", "reward has no effect: stage is sft, not grpo."),
+        (
+            "stage: grpo\nreward: {exact_match: 1}\nmask_history: true",
+            "mask_history has no effect: stage is grpo, which learns the model's own last answers only.",
+        ),
         ("stage: kto\npref_loss: orpo", "pref_loss has no effect: stage is kto, not dpo."),
         (
             "stage: dpo\nlora_dropout: 0.1",

@@ -87,8 +87,41 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ),
         (
             "stage: ppo",
-            "r.yaml:5: stage: expected one of sft, dpo, kto, rm, got the text 'ppo'. Set stage: sft for answers to "
-            "learn, dpo for pairs of which one is preferred, kto for marked answers, rm for a reward model of pairs.",
+            "r.yaml:5: stage: expected one of sft, dpo, kto, rm, grpo, got the text 'ppo'. Set stage: sft for answers "
+            "to learn, dpo for pairs of which one is preferred, kto for marked answers, rm for a reward model of "
+            "pairs, grpo for the model's own answers with a reward.",
+        ),
+        (
+            "stage: grpo",
+            "r.yaml: stage: grpo needs a reward. Add a line with metrics and their weights, such as reward:",
+        ),
+        (
+            "stage: grpo\nreward: {bleu: 1}",
+            "r.yaml:6: reward names 'bleu': expected of label_accuracy, exact_match, cider_d, rouge_1, rouge_2,",
+        ),
+        (
+            "stage: grpo\nreward: {exact_match: much}",
+            "r.yaml:6: reward: exact_match is 'much': expected a number that is not 0. Correct it.",
+        ),
+        (
+            "stage: grpo\nreward: {character_error_rate: 1}",
+            "r.yaml:6: reward: character_error_rate is 1, and less of it is better. Give it a weight below 0.",
+        ),
+        (
+            "stage: grpo\nreward: {exact_match: 1}\nneat_packing: true",
+            "r.yaml:7: neat_packing is for stage: sft, and stage is grpo. Delete the line.",
+        ),
+        (
+            "stage: grpo\nreward: {exact_match: 1}\nquantization_bit: 4",
+            "r.yaml:7: quantization_bit together with stage: grpo has not been tried. Delete the line.",
+        ),
+        (
+            "stage: grpo\nreward: {exact_match: 1}\nnum_generations: 1",
+            "r.yaml:7: num_generations is 1: expected 2 or more, for answers are compared. Change it or delete the",
+        ),
+        (
+            "stage: grpo\nreward: {exact_match: 1}\nloss_type: dapo",
+            "r.yaml:7: loss_type: expected one of bnpo, grpo, dr_grpo, got the text 'dapo'. Set loss_type: bnpo, which",
         ),
         (
             "stage: dpo\npref_loss: ipo",

@@ -55,6 +55,7 @@ def name_of(train: str = "t1", val: str = "v1", model: str = "m1", num_processes
         {"finetuning_type": "oft"},
         {"vision_lr": 1e-6},
         {"flash_attn": "disabled"},
+        {"stage": "grpo", "reward": {"exact_match": 1}},
     ],
     ids=str,
 )
