@@ -1,6 +1,6 @@
 """What a key of another trainer, or of an earlier LLaMA-Factory, is called here.
 
-Read from LLaMA-Factory 0.2 to 0.9, ms-swift 2 and 3, TRL's `SFTConfig` and `ModelConfig`, transformers'
+Read from LLaMA-Factory 0.2 to 0.9, ms-swift 2 and 3, TRL's `SFTConfig`, `GRPOConfig` and `ModelConfig`, transformers'
 `BitsAndBytesConfig`, Axolotl, LLaVA and Qwen-VL. Their keys are often like keys of another meaning here: `max_pixels`
 is like `video_max_pixels`, `train_mm_proj_only` like `train_on_prompt`. So they are not guessed at.
 """
@@ -56,6 +56,8 @@ _RENAMED = {
     "early_stopping_steps": "early_stopping_patience",
     "dataloader_num_workers": "num_workers",
     "tokenized_path": "cache_path",
+    "reward": "reward_funcs reward_weights reward_functions",
+    "max_completion_length": "max_response_length response_length",
     "output_dir": "output",
 }
 _OTHERWISE = {
@@ -84,6 +86,8 @@ _OTHERWISE = {
         virtual_pipeline_model_parallel_size sequence_parallel bias_activation_fusion apply_rope_fusion
         use_distributed_optimizer overlap_grad_reduce overlap_param_gather moe_grouped_gemm moe_token_dispatcher_type
         recompute_granularity""",
+    "Answers are drawn for each step by the model that trains, so that nothing is clipped. Delete the line.": """
+        epsilon epsilon_high num_iterations steps_per_generation use_vllm""",
     "It has no counterpart here. Delete the line.": """
         tuner_backend lazy_tokenize efficient_eos reserved_label_len lora_bias packing_strategy pad_to_multiple_of
         val_dataset_sample image_aspect_ratio min_lr""",

@@ -24,6 +24,8 @@ NAMES = [*KEYS, *ALIASES]
         ("max_seq_length", "Here it is cutoff_len."),
         ("freeze_vit", "Here it is freeze_vision_tower."),
         ("load_in_4bit", "Set quantization_bit: 4."),
+        ("reward_funcs", "Here it is reward."),
+        ("num_iterations", "Answers are drawn for each step by the model that trains, so that nothing is clipped."),
         ("lora_r", "Here it is lora_rank."),
         ("fp32", "Weights train in 32 bits where neither bf16, fp16 nor pure_bf16 is set."),
         ("LORA_R", "Here it is lora_rank."),
