@@ -21,7 +21,6 @@ from transformers import (
     Idefics2Processor,
     Idefics3Config,
     Idefics3Processor,
-    InternVLConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextProcessor,
@@ -156,21 +155,6 @@ def _llava_next() -> Made:
     return config, processor
 
 
-def _internvl() -> Made:
-    tokenizer = _tokenizer(
-        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
-    )
-    images = GotOcr2ImageProcessorPil(size=TILE, crop_to_patches=True, max_patches=4)
-    config = InternVLConfig(
-        text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(tokenizer)},
-        vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        image_seq_length=4,
-    )
-    settings = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
-    return config, WithoutVideos(tokenizer, images, settings, _chat_template("<IMG_CONTEXT>"))
-
-
 def _glm4v() -> Made:
     markers = ["<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>",
                "<|end_of_video|>"]  # fmt: skip
@@ -255,8 +239,8 @@ def _chat_template(picture: str) -> str:
 
 
 MODELS: dict[str, Callable[[], Made]] = {
-    "idefics3": _idefics3, "aya_vision": _aya_vision, "llava_next": _llava_next, "internvl": _internvl,
+    "idefics3": _idefics3, "aya_vision": _aya_vision, "llava_next": _llava_next,
     "glm4v": _glm4v, "llava_onevision": _llava_onevision, "idefics2": _idefics2, "ovis2": _ovis2,
     "deepseek_vl": _deepseek_vl,
 }  # fmt: skip
-WITH_VIDEOS = ("internvl", "glm4v", "llava_onevision")
+WITH_VIDEOS = ("glm4v", "llava_onevision")

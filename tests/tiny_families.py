@@ -18,6 +18,7 @@ from transformers import (
     Gemma4Config,
     Gemma4TextConfig,
     Gemma4VisionConfig,
+    InternVLConfig,
     LlamaConfig,
     LlavaConfig,
     PaliGemmaConfig,
@@ -36,6 +37,7 @@ MARKERS: dict[str, list[str]] = {
                "<|video|>", "<|audio>", "<|audio|>", "<audio|>"],
     "qwen2_5_vl": ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                    "<|video_pad|>"],
+    "internvl": ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
     "llava": ["<image>"],
     "smolvlm": ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>",
                 *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))],
@@ -103,12 +105,14 @@ def build_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
     named: dict[str, str] = {
         "gemma4": {"boi_token": "<|image>", "image_token": "<|image|>", "eoi_token": "<image|>",
                    "boa_token": "<|audio>", "audio_token": "<|audio|>", "eoa_token": "<audio|>"},
+        "internvl": {"start_image_token": "<img>", "end_image_token": "</img>",
+                     "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
         "paligemma": {"image_token": "<image>"},
     }.get(model_type.removesuffix("_moe"), {})  # fmt: skip
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
-        eos_token="<eos>",
+        eos_token="<|im_end|>" if model_type == "internvl" else "<eos>",
         bos_token=None if model_type in NO_BOS else "<bos>",
         extra_special_tokens=named or MARKERS[model_type],
         model_max_length=4096,
@@ -177,6 +181,15 @@ def _qwen3_vl(vocab_size: int, ids: dict[str, int]) -> Any:
     return Qwen3VLConfig(text_config=QWEN_TEXT | {"vocab_size": vocab_size}, vision_config=vision, **_qwen_ids(ids))
 
 
+def _internvl(vocab_size: int, ids: dict[str, int]) -> Any:
+    return InternVLConfig(
+        text_config={"model_type": "qwen2", **TEXT, "vocab_size": vocab_size},
+        vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
+        image_token_id=ids["<IMG_CONTEXT>"],
+        image_seq_length=4,
+    )
+
+
 def _llava(vocab_size: int, ids: dict[str, int]) -> Any:
     vision = CLIPVisionConfig(**VISION, image_size=32, patch_size=8, projection_dim=16)
     text = LlamaConfig(vocab_size=vocab_size, **TEXT)
@@ -200,7 +213,8 @@ def _paligemma(vocab_size: int, ids: dict[str, int]) -> Any:
 
 CONFIGS: dict[str, Callable[[int, dict[str, int]], Any]] = {
     "gemma4": _gemma4, "gemma4_moe": _gemma4_moe, "qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl,
-    "qwen3_vl": _qwen3_vl, "qwen3_vl_moe": _qwen3_vl_moe, "qwen3_5": _qwen3_5, "llava": _llava, "smolvlm": _smolvlm,
+    "qwen3_vl": _qwen3_vl, "qwen3_vl_moe": _qwen3_vl_moe, "qwen3_5": _qwen3_5, "internvl": _internvl,
+    "llava": _llava, "smolvlm": _smolvlm,
     "paligemma": _paligemma,
 }  # fmt: skip
 
@@ -250,6 +264,13 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         }
     },
 }  # fmt: skip
+PROCESSORS["internvl"] = {
+    "processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": 4},
+    "preprocessor_config.json": NORMALIZED | {
+        "image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 32, "width": 32},
+        "crop_to_patches": False, "max_patches": 12, "min_patches": 1,
+    },
+}  # fmt: skip
 PROCESSORS["gemma4_moe"] = PROCESSORS["gemma4"]
 PROCESSORS["qwen2_vl"] = {"preprocessor_config.json": QWEN_IMAGES | {"processor_class": "Qwen2VLProcessor"}}
 PROCESSORS["qwen3_vl_moe"] = PROCESSORS["qwen3_5"] = PROCESSORS["qwen3_vl"]
@@ -270,6 +291,7 @@ CHAT_TEMPLATES: dict[str, str] = {
     "gemma4": "",
     "gemma4_moe": "",
     **dict.fromkeys(NO_BOS, _QWEN_CHAT),
+    "internvl": _QWEN_CHAT.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\\n"),
     "llava": "",
     "paligemma": "",
     "smolvlm": "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"

@@ -62,6 +62,7 @@ KEY_SENTENCES: Mapping[str, str] = {
     "preprocessing_num_workers": "In how many parts rows are packed.",
     "image_max_pixels": "Larger images are made smaller.",
     "image_min_pixels": "Smaller images are made larger.",
+    "crop_to_patches": "Show patches of pictures beside the whole ones, as InternVL's processor cuts them, up to 12.",
     "image_do_pan_and_scan": "Show parts of long pictures beside the whole ones, as Gemma 3's processor cuts them.",
     "disable_shuffling": "Train in the order of the rows.",
     "dataloader_num_workers": "Processes that read and prepare rows; 0 does so between steps.",

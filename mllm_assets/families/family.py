@@ -6,7 +6,7 @@ terms, with its own chat template.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mllm_assets import plugins
@@ -16,6 +16,8 @@ from mllm_assets.families.image_slots import (
     GridSlots,
     ImageSlots,
     PanAndScanSlots,
+    PatchSlots,
+    cut_patches,
     full_sequence,
     named_tiles,
     repeated_token,
@@ -24,6 +26,7 @@ from mllm_assets.families.image_slots import (
 from mllm_assets.families.turn_format import (
     AUTO,
     GEMMA4_TURNS,
+    INTERN_TURNS,
     QWEN2_TURNS,
     QWEN_THOUGHT,
     Template,
@@ -46,7 +49,8 @@ class Family:
         processor: Class name of its processor.
         image_token: The token that represents one row of image features.
         slots: What represents an image in the text, made from processor and image token.
-        crop_slots: The same with `image_do_pan_and_scan`; None refuses that.
+        crop_slots: The same where parts of images are shown beside the whole; None refuses that.
+        crop_key: The recipe's key that shows parts.
         vision_keys: Fragments of the names of what `freeze_vision_tower` freezes.
         projector_keys: Fragments for `freeze_multi_modal_projector`.
         language_keys: Fragments for `freeze_language_model`.
@@ -75,6 +79,7 @@ class Family:
     image_token: str
     slots: Callable[[Any, str], ImageSlots] = full_sequence
     crop_slots: Callable[[Any, str], ImageSlots] | None = None
+    crop_key: Literal["image_do_pan_and_scan", "crop_to_patches"] = "image_do_pan_and_scan"
     vision_keys: tuple[str, ...] = ("vision_tower",)
     projector_keys: tuple[str, ...] = ("multi_modal_projector",)
     language_keys: tuple[str, ...] = ("language_model", "lm_head")
@@ -249,6 +254,27 @@ for _entry in (
         vision_cut=f"{_CUTS}:LlavaCut",
         packed_masks=f"{_PACKED}:causal_masks",
         transformers_since="4.57",
+    ),
+    Family(
+        name="InternVL",
+        model_type="internvl",
+        templates={
+            "intern_s1": INTERN_TURNS,
+            "intern_vl": replace(
+                INTERN_TURNS,
+                default_system="你是书生·万象，英文名是InternVL，是由上海人工智能实验室、"
+                "清华大学及多家合作单位联合开发的多模态大语言模型。",
+            ),
+        },
+        example="OpenGVLab/InternVL3-1B-hf",
+        processor="InternVLProcessor",
+        image_token="<IMG_CONTEXT>",
+        slots=PatchSlots,
+        crop_slots=cut_patches,
+        crop_key="crop_to_patches",
+        loads_whole_processor=False,
+        vision_cut=f"{_CUTS}:InternVLCut",
+        packed_masks=f"{_PACKED}:causal_masks",
     ),
     Family(
         name="SmolVLM",

@@ -194,6 +194,36 @@ class TileSlots(ImageSlots):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class PatchSlots(ImageSlots):
+    """InternVL: the patches of an image that is cut to the processor's size, and the complete image, or that alone.
+
+    LLaMA-Factory's `crop_to_patches` cuts up to 12; without it the processor's own configuration says.
+    """
+
+    processor: Any
+    token: str
+    cuts: bool | None = None
+
+    @property
+    def processing(self) -> Mapping[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self.cuts:
+            return {"crop_to_patches": True, "max_patches": 12, "min_patches": 1}
+        return {"crop_to_patches": self.processor.image_processor.crop_to_patches}
+
+    def slot(self, width: int, height: int) -> ImageSlot:
+        vision, read = self.processor.vision_config, self.processor.image_processor
+        num_parts = int(read.get_number_of_image_patches(height, width, dict(self.processing)))
+        num_tokens = int(self.processor.settings()["image_seq_length"]) * num_parts
+        sides = zip(vision.image_size, vision.patch_size, strict=True)
+        return ImageSlot(
+            text=f"<img>{self.token * num_tokens}</img>",
+            num_tokens=num_tokens,
+            num_patches=num_parts * math.prod(size // patch for size, patch in sides),
+            num_crops=num_parts - 1,
+        )
+
+
 def full_sequence(processor: Any, token: str) -> ImageSlots:
     """The processor's own text for an image: Gemma 3."""
     return FixedSlots(ImageSlot(text=processor.full_image_sequence, num_tokens=processor.image_seq_length))
@@ -212,6 +242,11 @@ def token_per_patch(processor: Any, token: str) -> ImageSlots:
     num_tokens = patches + processor.num_additional_image_tokens
     num_tokens -= processor.vision_feature_select_strategy == "default"
     return FixedSlots(ImageSlot(text=token * num_tokens, num_tokens=num_tokens))
+
+
+def cut_patches(processor: Any, token: str) -> ImageSlots:
+    """With `crop_to_patches`: InternVL, whose `processor` is an `ImageTextProcessor`."""
+    return PatchSlots(processor, token, cuts=True)
 
 
 def named_tiles(processor: Any, token: str) -> ImageSlots:

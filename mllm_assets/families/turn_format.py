@@ -112,6 +112,14 @@ def qwen_turns(
 
 QWEN_THOUGHT = ("<think>\n", "\n</think>\n\n")
 QWEN2_TURNS = qwen_turns(default_system="You are a helpful assistant.")
+INTERN_TURNS = Template(
+    user="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
+    assistant="{content}<|im_end|>\n",
+    system="<|im_start|>system\n{content}<|im_end|>\n",
+    starts_with_bos=True,
+    stop="<|im_end|>",
+    tools="default",
+)
 GEMMA4_TURNS = Template(
     user="<|turn>user\n{content}<turn|>\n<|turn>model\n",
     assistant="{content}<turn|>\n",

@@ -25,6 +25,7 @@ class TurnSettings:
         image_max_pixels: Larger images are first shrunk to this area.
         image_min_pixels: Smaller ones are first enlarged to it.
         image_do_pan_and_scan: Parts of long images are shown beside the whole (Gemma 3).
+        crop_to_patches: Parts of all images are (InternVL).
     """
 
     template: str | None = None
@@ -34,6 +35,13 @@ class TurnSettings:
     image_max_pixels: int = IMAGE_MAX_PIXELS
     image_min_pixels: int = IMAGE_MIN_PIXELS
     image_do_pan_and_scan: bool = False
+    crop_to_patches: bool = False
+
+    @property
+    def crop_keys(self) -> tuple[str, ...]:
+        """Which of the keys are set that show parts of images beside the whole."""
+        shown = {"image_do_pan_and_scan": self.image_do_pan_and_scan, "crop_to_patches": self.crop_to_patches}
+        return tuple(key for key, is_set in shown.items() if is_set)
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any]) -> "TurnSettings":

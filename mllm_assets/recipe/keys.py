@@ -102,8 +102,6 @@ _REFUSED = {
     "rows are encoded once, into files below cache/rows that later runs map, and none is held in memory. Delete the "
     "line.": "tokenized_path:str?=null",
     "tools are written as the template writes them. Delete the line.": "tool_format:str?=null",
-    "it is InternVL's, whose models are not trained here. Delete the line; image_do_pan_and_scan shows parts of long "
-    "pictures to Gemma 3.": "crop_to_patches:bool=false",
     "the batch size is part of what a run computes. Set per_device_train_batch_size.": """
         auto_find_batch_size:bool=false""",
     "nothing is uploaded by a training run. Delete the line; push the released model when you want it public.": """

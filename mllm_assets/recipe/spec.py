@@ -89,6 +89,7 @@ class TrainSpec(PreferenceKeys):
     image_max_pixels: int = field(default=IMAGE_MAX_PIXELS, metadata=SEMANTIC)
     image_min_pixels: int = field(default=IMAGE_MIN_PIXELS, metadata=SEMANTIC)
     image_do_pan_and_scan: bool = field(default=False, metadata=ADDED)
+    crop_to_patches: bool = field(default=False, metadata=ADDED)
     disable_shuffling: bool = field(default=False, metadata=SEMANTIC)
     dataloader_num_workers: int = field(default=0, metadata=HF_OPERATIONAL)
     dataloader_pin_memory: bool = field(default=True, metadata=HF_OPERATIONAL)

@@ -257,8 +257,7 @@ class EvaluationSettings:
         asked = {name: getattr(recipe, name) for name in names}
         if recipe.default_system is not None:
             asked["default_system"] = recipe.default_system
-        if recipe.image_do_pan_and_scan:
-            asked["image_do_pan_and_scan"] = True
+        asked |= dict.fromkeys(recipe.turns.crop_keys, True)
         if self.max_samples is not None:
             asked["chosen"] = "spread"  # those made before were of an entry's first rows
         # the same names whatever a GPU holds: its answers are those of other batches to rounding

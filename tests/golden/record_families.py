@@ -37,6 +37,7 @@ TEMPLATES = {
     "qwen3_vl": ["qwen3_vl", "qwen3_vl_nothink"],
     "qwen3_vl_moe": [],
     "qwen3_5": ["qwen3_5", "qwen3_5_nothink"],
+    "internvl": ["intern_vl", "intern_s1"],
     "llava": ["llava"],
     "paligemma": ["paligemma", "paligemma_chat"],
 }
@@ -104,6 +105,7 @@ def record_there(root: Path) -> None:
             for thinking in (True, None, False) if template in REASONING else (True,):
                 name = template if thinking is True else f"{template}:enable_thinking={thinking}"
                 recorded["rows"][name] = _rows(root, model_type, template, thinking)
+    recorded["rows"]["intern_vl:crop_to_patches=True"] = _rows(root, "internvl", "intern_vl", True, crops=True)
     (root / "families.json").write_text(json.dumps(recorded, sort_keys=True, indent=None) + "\n")
 
 
@@ -115,7 +117,9 @@ def without_torchaudio() -> None:
         sys.modules["torchaudio"] = module
 
 
-def _rows(root: Path, model_type: str, template_name: str, thinking: bool | None) -> list[dict[str, Any]]:
+def _rows(
+    root: Path, model_type: str, template_name: str, thinking: bool | None, *, crops: bool = False
+) -> list[dict[str, Any]]:
     from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
     from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
@@ -123,6 +127,7 @@ def _rows(root: Path, model_type: str, template_name: str, thinking: bool | None
 
     tokenizer = AutoTokenizer.from_pretrained(root / model_type, padding_side="right")
     processor = read_processor(root / model_type, tokenizer)
+    processor.crop_to_patches = crops
     arguments = DataArguments(template=template_name, cutoff_len=2048, enable_thinking=thinking)
     template = get_template_and_fix_tokenizer(tokenizer, arguments)
     encoder = SupervisedDatasetProcessor(template, tokenizer, processor, arguments)
@@ -149,7 +154,14 @@ def read_processor(directory: Path, tokenizer: Any) -> Any:
         directory / "processor_config.json").is_file() else {}  # fmt: skip
     images = config.get("image_processor") or json.loads((directory / "preprocessor_config.json").read_text())
     kind = images["image_processor_type"].removesuffix("ImageProcessor")
-    folder = {"CLIP": "clip", "Siglip": "siglip", "Qwen2VL": "qwen2_vl", "Gemma4": "gemma4", "Gemma3": "gemma3"}[kind]
+    folder = {
+        "CLIP": "clip",
+        "Siglip": "siglip",
+        "Qwen2VL": "qwen2_vl",
+        "Gemma4": "gemma4",
+        "Gemma3": "gemma3",
+        "GotOcr2": "got_ocr2",
+    }[kind]
     # the automatic class asks for torchvision
     module = importlib.import_module(f"transformers.models.{folder}.image_processing_pil_{folder}")
     image_processor = getattr(module, f"{kind}ImageProcessorPil")(**images)
@@ -160,7 +172,7 @@ def read_processor(directory: Path, tokenizer: Any) -> Any:
     image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
     return types.SimpleNamespace(
         tokenizer=tokenizer, image_processor=image_processor, video_processor=image_processor, video_token="<|video|>",
-        image_seq_length=images.get("image_seq_length"),
+        image_seq_length=config.get("image_seq_length", images.get("image_seq_length")),
         create_mm_token_type_ids=lambda rows: [[int(token == image_token_id) for token in row] for row in rows],
         **special, **read,
     )  # fmt: skip

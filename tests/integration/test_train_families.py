@@ -219,6 +219,22 @@ def test_rows_with_pictures_are_packed_and_learnt_from_cached_features(
         train_task(plain, Reporter())
 
 
+def test_patches_of_pictures_are_learnt_from_cached_features_as_from_pixels(
+    model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
+) -> None:
+    shown = {"crop_to_patches": True, "eval_strategy": "no", **PROJECTOR}
+    plain = train_task(make_task(model_of("internvl"), data_dir, tmp_path / "plain", **shown), Reporter())
+    cached = make_task(model_of("internvl"), data_dir, tmp_path / "cached", cached=True, **shown)
+    assert train_task(cached, Reporter())["caches"]["vision_features"] == "cached"
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
+    assert any("parts of pictures beside the whole ones" in warning for warning in plain["warnings"])
+    whole = make_task(model_of("internvl"), data_dir, tmp_path / "whole", **(shown | {"crop_to_patches": False}))
+    assert any("pictures are shown whole" in warning for warning in train_task(whole, Reporter())["warnings"])
+    assert losses(tmp_path / "whole") != losses(tmp_path / "plain")
+    with pytest.raises(RecipeError, match="crop_to_patches shows InternVL parts of pictures, and the model is LLaVA"):
+        train_task(make_task(model_of("llava"), data_dir, tmp_path / "no", **shown), Reporter())
+
+
 def test_features_are_shared_by_recipes_and_not_by_families(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
 ) -> None:

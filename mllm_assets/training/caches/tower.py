@@ -85,8 +85,8 @@ def weight_digests(module: nn.Module) -> dict[str, str]:
 def image_processing(processor: Any, spec: TrainSpec) -> list[Any]:
     """Return what turns a file into pixels."""
     settings = [processor.image_processor.to_dict(), spec.image_max_pixels, spec.image_min_pixels]
-    if spec.image_do_pan_and_scan:
-        settings.append(dict(image_slots(processor, spec.turns).processing))
+    if told := dict(image_slots(processor, spec.turns).processing):
+        settings.append(told)
     return settings
 
 

@@ -8,7 +8,7 @@ Shape suffixes: K tokens of one image, R tokens of all images, W values of a row
 Not covered: towers that train, in part or whole; videos.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -199,6 +199,24 @@ class Qwen3Cut(QwenCut):
         )
 
 
+class InternVLCut(VisionCut):
+    """Before the projector, after the pixel shuffle, which has no weights and puts a token's patches side by side."""
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        return {
+            "layer": config.vision_feature_layer,
+            "strategy": config.vision_feature_select_strategy,
+            "downsample_ratio": config.downsample_ratio,
+        }
+
+    def rows(self, core: Any, inputs: Inputs) -> list[torch.Tensor]:
+        [hidden] = _entering(core.multi_modal_projector, lambda: core.get_image_features(inputs["pixel_values"]))
+        return list(hidden)
+
+    def project(self, core: Any, rows_RW: torch.Tensor) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=core.multi_modal_projector(rows_RW)[None])
+
+
 class SmolVLMCut(VisionCut):
     """After the connector's pixel shuffle, which has no weights and puts a token's patches side by side."""
 
@@ -206,20 +224,30 @@ class SmolVLMCut(VisionCut):
     parts = ("vision_model",)
 
     def rows(self, core: Any, inputs: Inputs) -> list[torch.Tensor]:
-        kept: list[torch.Tensor] = []
-
-        def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            kept.append(arguments[0])
-
-        hook = core.connector.modality_projection.register_forward_pre_hook(keep)
-        try:
-            made = core.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"])
-        finally:
-            hook.remove()
-        return list(kept[0].flatten(0, 1).split([len(features) for features in made.pooler_output]))
+        made: list[Any] = []
+        [hidden] = _entering(
+            core.connector.modality_projection,
+            lambda: made.append(core.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"])),
+        )
+        return list(hidden.flatten(0, 1).split([len(features) for features in made[0].pooler_output]))
 
     def project(self, core: Any, rows_RW: torch.Tensor) -> BaseModelOutputWithPooling:
         return _listed(core.connector.modality_projection(rows_RW))
+
+
+def _entering(module: nn.Module, compute: Callable[[], object]) -> list[torch.Tensor]:
+    """Return what a module was given while something was computed."""
+    kept: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        kept.append(arguments[0])
+
+    hook = module.register_forward_pre_hook(keep)
+    try:
+        compute()
+    finally:
+        hook.remove()
+    return kept
 
 
 def _active(module: Any) -> Any:

@@ -218,8 +218,10 @@ class Collator:
     def _processed(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         arranged = [[image] for image in images] if self.slots.by_image else images
         processed = self.image_processor(arranged, return_tensors="pt", **self.slots.processing)
-        names = (*TOWER_INPUTS, NUM_CROPS) if self.slots.processing else TOWER_INPUTS
-        return {name: processed[name] for name in names if name in processed}
+        made = {name: processed[name] for name in TOWER_INPUTS if name in processed}
+        if not self.slots.processing:
+            return made
+        return made | {NUM_CROPS: processed[NUM_CROPS] if NUM_CROPS in processed else processed["num_patches"] - 1}
 
     def _blank_image(self) -> dict[str, torch.Tensor]:
         if self.features is None:

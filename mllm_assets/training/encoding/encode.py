@@ -326,14 +326,16 @@ def image_slots(processor: Any, settings: TurnSettings) -> ImageSlots:
     Raises:
         RecipeError: The model's family does not show parts of pictures.
     """
-    family = processor_family(processor)
-    if not settings.image_do_pan_and_scan:
+    family, keys = processor_family(processor), settings.crop_keys
+    if not keys:
         return family.slots(processor, family.image_token)
-    if family.crop_slots is None:
-        raise RecipeError(
-            f"image_do_pan_and_scan shows Gemma 3 parts of long pictures, and the model is {family.name}. Delete the "
-            "line."
-        )
+    if family.crop_slots is None or keys != (family.crop_key,):
+        shown = {
+            "image_do_pan_and_scan": "Gemma 3 parts of long pictures",
+            "crop_to_patches": "InternVL parts of pictures",
+        }
+        wrong = next(key for key in keys if family.crop_slots is None or key != family.crop_key)
+        raise RecipeError(f"{wrong} shows {shown[wrong]}, and the model is {family.name}. Delete the line.")
     return family.crop_slots(processor, family.image_token)
 
 

@@ -83,8 +83,10 @@ def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, rows_root: P
     warn_of_first_rows(spec, dataset, reporter)
     _warn_of_cuts(sum(parts[1:], parts[0]), spec, reporter)
     warn_of_labels(parts[0], spec, processor, reporter)
-    if spec.image_do_pan_and_scan:
-        _warn_of_crops(parts[0], reporter)
+    if keys := spec.turns.crop_keys:
+        _warn_of_crops(parts[0], keys[0], reporter)
+    elif processor_family(processor).crop_key == "crop_to_patches":
+        _warn_of_wholes(parts[0], reporter)
     if spec.learns_marks:
         note_on_marks(parts, reporter)
         place = (rows_root, dataset.folder)
@@ -175,15 +177,25 @@ def _warn_of_cuts(rows: EncodedRows, spec: TrainSpec, reporter: "Reporter") -> N
         reporter.warn(f"{num_cut} of {len(rows)} rows are longer than {limit} and were cut.")
 
 
-def _warn_of_crops(rows: EncodedRows, reporter: "Reporter") -> None:
+def _warn_of_wholes(rows: EncodedRows, reporter: "Reporter") -> None:
+    if rows.counted("num_patches").any() and not rows.counted("num_crops").any():
+        reporter.warn(
+            "crop_to_patches is not set: pictures are shown whole, at the size of one patch. InternVL's processor in "
+            "transformers shows patches of them too, unless it is told crop_to_patches=False. Set "
+            "crop_to_patches: true to train so."
+        )
+
+
+def _warn_of_crops(rows: EncodedRows, key: str, reporter: "Reporter") -> None:
     crops = rows.counted("num_crops")
     num_crops, num_rows = int(crops.sum()), int(np.count_nonzero(crops))
     shown = f"{num_rows:,} of {len(rows):,} rows show {num_crops:,} parts of pictures beside the whole ones"
     if not num_crops:
         shown = "no picture is long and large enough to show parts of it"
+    told = key.removeprefix("image_")
     reporter.warn(
-        f"image_do_pan_and_scan: {shown}. Another program that asks the model has to do it too: do_pan_and_scan=True "
-        "for transformers' processor, mm_processor_kwargs for vLLM."
+        f"{key}: {shown}. Another program that asks the model has to do it too: {told}=True for transformers' "
+        "processor, mm_processor_kwargs for vLLM."
     )
 
 
@@ -318,7 +330,7 @@ def _require_plain(spec: TrainSpec) -> None:
     wanted = {
         "stage": spec.stage != "sft",
         "label_smoothing_factor": bool(spec.label_smoothing_factor),
-        "image_do_pan_and_scan": spec.image_do_pan_and_scan,
+        **dict.fromkeys(spec.turns.crop_keys, True),
         "add_tokens or resize_vocab": bool(spec.plain_tokens or spec.special_tokens or spec.resize_vocab),
     }
     if refused := [key for key, is_set in wanted.items() if is_set]:

@@ -70,10 +70,11 @@ def make_row(root: Path, index: int, template: str = "") -> Row:
 @pytest.mark.parametrize("name", RECORDED["rows"])
 def test_token_ids_and_labels_equal_llamafactorys(root: Path, name: str) -> None:
     """One question, several with a system text, two images of different sizes, none, and an answer with reasoning."""
-    template, _, thinking = name.partition(":enable_thinking=")
+    template, _, setting = name.partition(":")
+    key, _, value = setting.partition("=")
+    options = {key: {"None": None, "False": False, "True": True}[value]} if setting else {}
     processor = load_processor(model_dir(root, MODEL_OF[template]))
-    enable_thinking = {"": True, "None": None, "False": False}[thinking]
-    encoder = Encoder(processor, TurnSettings(template=template, enable_thinking=enable_thinking))
+    encoder = Encoder(processor, TurnSettings(template=template, **options))
     collator = Collator(processor, padding=Padding(multiple_of=1))
     for index, expected in enumerate(RECORDED["rows"][name]):
         encoded = encoder.encode(make_row(root, index, template))
