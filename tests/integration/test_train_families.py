@@ -204,6 +204,7 @@ def test_a_tower_that_trains_is_not_cached_and_the_published_model_answers(
     assert answer.text == again.text
 
 
+@pytest.mark.slow
 def test_rows_with_pictures_are_packed_and_learnt_from_cached_features(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
 ) -> None:
@@ -219,6 +220,7 @@ def test_rows_with_pictures_are_packed_and_learnt_from_cached_features(
         train_task(plain, Reporter())
 
 
+@pytest.mark.slow
 def test_patches_of_pictures_are_learnt_from_cached_features_as_from_pixels(
     model_of: Callable[[str], Path], data_dir: Path, tmp_path: Path
 ) -> None:
