@@ -136,6 +136,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "path": PATH,
     },
     "predictions": {
+        "answered_by": "The server that gave the tuned model's answers, where one did.",
         "gallery": "Telling samples: picture, question, right answer, both models' answers, loss.",
         "gallery_path": "All samples as a page with both answers, to open in a browser.",
         "num_samples": "Samples that were asked.",

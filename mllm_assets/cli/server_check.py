@@ -2,15 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 
-from mllm_assets.cli.models import KEY_VARIABLE, require_modules
+from mllm_assets.cli.models import require_modules
 from mllm_assets.cli.options import Verbs, add_device_option, at_least_one
 from mllm_assets.layout import Layout
 from mllm_assets.training.runs.models import HOW_TO_NAME
-
-TIMEOUT_S = 300
 
 
 def add_commands(verbs: Verbs) -> None:
@@ -48,23 +45,20 @@ def _check_server(arguments: argparse.Namespace) -> int:
     media_dir = layout.root / model.media_dir if model.media_dir else None
     entry = Dataset(layout.data, media_dir=media_dir).entry(arguments.on)
 
-    from openai import OpenAI
-
     from mllm_assets.evaluation.agreement import Agreement
-    from mllm_assets.evaluation.same_answers import Loaded, compare
-    from mllm_assets.evaluation.served import Served
+    from mllm_assets.evaluation.same_answers import Loaded, compare, some_rows
+    from mllm_assets.evaluation.served import Served, connect
     from mllm_assets.inference.generate import open_model
 
-    key = os.environ.get(KEY_VARIABLE) or "none"
-    client = OpenAI(base_url=arguments.url, api_key=key, max_retries=1, timeout=TIMEOUT_S)
     with progress_to(lambda line: print(line, file=sys.stderr, flush=True)):
-        answerer = open_model(model, device=arguments.device)
-        served = Served(client, arguments.served_name, answerer.encoder.turns.system)
         asked_for = Agreement(
             max_samples=arguments.max_samples,
             max_new_tokens=arguments.max_new_tokens,
             min_agreement=arguments.min_agreement,
         )
-        found = compare(Loaded(answerer, scores=False), served, entry, asked_for)
+        rows = some_rows(entry, asked_for)
+        answerer = open_model(model, device=arguments.device)
+        served = Served(connect(arguments.url), arguments.served_name, answerer.encoder.turns.system)
+        found = compare(Loaded(answerer, scores=False), served, rows, asked_for)
     print(json.dumps(found.to_dict(), indent=1) if arguments.json else found.describe())
     return 0 if found.passed else 1

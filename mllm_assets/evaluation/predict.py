@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.errors import IntegrityError
 from mllm_assets.evaluation.answered import AnsweredRows, folder_of, forget
+from mllm_assets.evaluation.backend import backend_of
 from mllm_assets.evaluation.forgetting import UNRELATED_FILE
 from mllm_assets.evaluation.gallery import write_gallery
 from mllm_assets.evaluation.in_turn import InTurn
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from mllm_assets.worker.protocol import Reporter
 
 
+ANSWERS = "answers"  # a pass
 PREFERRED, REJECTED = "preferred", "rejected"  # in place of an answer that is one of a pair
 
 
@@ -71,6 +74,7 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
     dataset.digests.require_unchanged()
     if task.part:
         return Evaluation(manifest={}, measured=measured)
+    answered_by = {key: text for some in measured.values() for key, text in some.answered_by.items()}
     num_answers = [sum(len(some.answers) for some in part.measured.values()) for part in task.parts]
     rows = [row for name, some in measured.items() for row in rows_of(name, some, samples, task)]
     own = [row for row in rows if row["entry"] in task.entries]
@@ -89,6 +93,7 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
             "max_new_tokens": task.settings.max_new_tokens,
             "batch_sizes": {name: some.batch_sizes for name, some in measured.items()},
             "device": asdict(device),
+            **({"answered_by": answered_by} if answered_by else {}),
             **({"num_answers_by_worker": num_answers} if task.parts else {}),
             "wall_s": round(time.perf_counter() - started, 2),
         }
@@ -178,6 +183,7 @@ def measure(
         value_head.load(answerer.model, directory)
 
     asked = samples.encoded(answerer.encoder, task.rows_root, reporter)
+    backend = backend_of(task, model, answerer, samples)
     if task.features_root is not None and answerer.collator.features is None:
         use_cached_images(answerer, asked.prompts, task.features_root, task.recipe, device, reporter, digests)
     kept_pixels = KeptPixels()
@@ -197,14 +203,14 @@ def measure(
         num_known=sum(map(len, found.values())),
     )
     batches = in_batches(
-        list(passes.values()),
+        [one for one in passes.values() if backend is None or one.name != ANSWERS],
         part=part,
         num_workers=0 if answerer.collator.features is not None else task.recipe.dataloader_num_workers,
         pixels=answerer.model.dtype,
         pin_memory=device.kind == "cuda",
         reporter=reporter,
     )
-    for one, positions, values in batches:
+    for one, positions, values in chain(batches, backend.asked(passes[ANSWERS], part) if backend else ()):
         kept.add(one.name, positions, values)
         found[one.name] |= zip(positions, values, strict=True)
         progress.add(len(positions))
@@ -215,6 +221,7 @@ def measure(
         shuffled_losses={str(asked.paired[i]): value for i, value in found["shuffled_losses"].items()},
         answers={str(index): value for index, value in found["answers"].items()},
         batch_sizes={one.name: one.size for one in passes.values() if one.rows},
+        answered_by={model: backend.said} if backend else {},
     )
 
 

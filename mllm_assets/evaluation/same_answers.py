@@ -3,7 +3,7 @@
 A wrong chat template, another system text or other image settings in a copy show as other prompts or as other answers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
@@ -50,17 +50,13 @@ class Loaded:
         )
 
 
-def compare(model: Asked, copy: Asked, entry: Entry, asked_for: Agreement) -> Comparison:
+def compare(model: Asked, copy: Asked, rows: Sequence[Row], asked_for: Agreement) -> Comparison:
     """Ask a model and a copy of it the same.
 
     Raises:
-        DataError: A row cannot be asked, or there is none.
+        DataError: A row cannot be asked.
         MachineError: A server does not answer.
     """
-    places = spread(len(asked := good_rows(entry)), asked_for.max_samples)
-    if not places:
-        raise DataError(f"{entry.name} has no row to ask about. Name another entry.")
-    rows = _rows(entry, [asked[place] for place in places])
     found = [
         AskedTwice(
             sample_id=row.id,
@@ -68,13 +64,19 @@ def compare(model: Asked, copy: Asked, entry: Entry, asked_for: Agreement) -> Co
             own=model.ask(row, asked_for.max_new_tokens),
             copy=copy.ask(row, asked_for.max_new_tokens),
         )
-        for row in followed(rows, "asked of model and copy", len(places))
+        for row in followed(rows, "asked of model and copy", len(rows))
     ]
     return Comparison(rows=found, asked_for=asked_for)
 
 
-def _rows(entry: Entry, indices: Sequence[int]) -> Iterator[Row]:
-    wanted = set(indices)
-    for index, parse in enumerate(entry.unparsed()):
-        if index in wanted:
-            yield parse()
+def some_rows(entry: Entry, asked_for: Agreement) -> list[Row]:
+    """Rows of an entry, spread evenly over it.
+
+    Raises:
+        DataError: There is none.
+    """
+    places = spread(len(asked := good_rows(entry)), asked_for.max_samples)
+    if not places:
+        raise DataError(f"{entry.name} has no row to ask about. Name another entry.")
+    wanted = {asked[place] for place in places}
+    return [parse() for index, parse in enumerate(entry.unparsed()) if index in wanted]

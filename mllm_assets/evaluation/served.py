@@ -2,6 +2,7 @@
 
 import base64
 import mimetypes
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,16 @@ from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER, SYSTEM
 from mllm_assets.data.sharegpt.rows import Message, Row
 from mllm_assets.errors import DataError, MachineError
 from mllm_assets.evaluation.agreement import Told
+
+KEY_VARIABLE = "MLLM_ASSETS_API_KEY"
+TIMEOUT_S = 300
+MAX_CHARS_A_TOKEN = 64  # of an answer: no tokenizer has longer ones, and a server may say anything
+
+
+def connect(url: str, *, max_retries: int = 1) -> OpenAI:
+    """A client of a server. The key is the environment's alone."""
+    key = os.environ.get(KEY_VARIABLE) or "none"
+    return OpenAI(base_url=url, api_key=key, max_retries=max_retries, timeout=TIMEOUT_S)
 
 
 class Served:
@@ -48,8 +59,14 @@ class Served:
             raise _refused(self._client, error) from None
         if not given.choices:
             raise MachineError(f"{self._client.base_url} gave no answer. Look at the server's log.")
+        text = given.choices[0].message.content or ""
+        if len(text) > max_new_tokens * MAX_CHARS_A_TOKEN:
+            raise MachineError(
+                f"{self._client.base_url} gave {len(text):,} characters for at most {max_new_tokens} tokens, so it "
+                "does not heed max_tokens. Look at the server."
+            )
         return Told(
-            text=given.choices[0].message.content or "",
+            text=text,
             num_prompt_tokens=given.usage.prompt_tokens if given.usage else None,
             num_tokens=given.usage.completion_tokens if given.usage else None,
             wall_s=time.perf_counter() - started,

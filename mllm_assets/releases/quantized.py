@@ -7,7 +7,7 @@ import torch
 
 from mllm_assets.artifacts import is_sound, read_manifest, staged_directory, write_manifest
 from mllm_assets.evaluation.agreement import Comparison
-from mllm_assets.evaluation.same_answers import Loaded, compare
+from mllm_assets.evaluation.same_answers import Loaded, compare, some_rows
 from mllm_assets.inference.answerer import Answerer
 from mllm_assets.progress import progress_to
 from mllm_assets.releases.copies import QuantizeTask, write_card
@@ -66,8 +66,8 @@ def _compared(task: QuantizeTask, copy: Path, device: Device) -> Comparison:
     release = Answerer(task.release_dir, task.turns, device=device.kind)
     quantized = Answerer(copy, task.turns, device=device.kind, model=load_int8(copy, device.kind))
     own, other = Loaded(release, scores=True), Loaded(quantized, scores=True)
+    rows = some_rows(task.rows, task.asked_for)
     with without_bars():  # the first question unpacks the weights, and is not timed
-        first = next(iter(task.rows.each()))
-        own.ask(first, 1)
-        other.ask(first, 1)
-    return compare(own, other, task.rows, task.asked_for)
+        own.ask(rows[0], 1)
+        other.ask(rows[0], 1)
+    return compare(own, other, rows, task.asked_for)

@@ -10,14 +10,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
-from mllm_assets.errors import MachineError, RecipeError
-from mllm_assets.recipe.asking import Sampling
+from mllm_assets.errors import MachineError
 from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.worker.evaluation_settings import ROWS_AT_ONCE as ROWS_AT_ONCE
+from mllm_assets.worker.evaluation_settings import EvaluationSettings as EvaluationSettings
 from mllm_assets.worker.run_settings import AnswerSample
 from mllm_assets.worker.typed_json import KeyProblem, decode, encode
 
 DEFAULT_MAX_HIDDEN_STATES_GIB = 16.0
-ROWS_AT_ONCE = 16  # that a model is asked about, where nobody says; see `inference.batch_size` for a GPU
 ONE_VERSION = "Launcher and worker must be of one version of mllm_assets: install the same for both."
 Manifest = dict[str, Any]  # of a finished directory, as `artifacts.read_manifest` gives it
 R = TypeVar("R", covariant=True)
@@ -210,65 +210,6 @@ class TrainTask(RecipeTask[Manifest]):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationSettings:
-    """How predictions are made.
-
-    Attributes:
-        max_new_tokens: Tokens after which an answer is cut.
-        do_sample: Draw tokens instead of taking the likeliest.
-        temperature: Of the drawing.
-        top_p: Draw from the likeliest tokens that together have this share.
-        seed: Of the drawing.
-        batch_size: Samples that are asked at once; 16 by default, and 64 where a GPU's memory holds them and no token
-            is drawn. Halved where they do not fit.
-        max_samples: Samples of each entry to use, spread evenly over it; all by default.
-        unrelated: Entries that have nothing to do with the training, on which it is measured what the model forgot;
-            `plain_questions` ships with the package.
-    """
-
-    max_new_tokens: int = 64
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 42
-    batch_size: int | None = None
-    max_samples: int | None = None
-    unrelated: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise RecipeError(f"evaluation.temperature is {self.temperature}: expected a number above 0. Change it.")
-        if not 0 < self.top_p <= 1:
-            raise RecipeError(f"evaluation.top_p is {self.top_p}: expected a share above 0, at most 1. Change it.")
-
-    def sampling(self, seed: int) -> Sampling:
-        """How the answers of one batch are drawn."""
-        return Sampling(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=self.do_sample,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=seed,
-        )
-
-    def conditions(self, recipe: TrainSpec) -> dict[str, Any]:
-        """Everything that answers depend on except models and data."""
-        names = ("cutoff_len", "image_max_pixels", "image_min_pixels", "template", "enable_thinking")
-        asked = {name: getattr(recipe, name) for name in names}
-        if recipe.default_system is not None:
-            asked["default_system"] = recipe.default_system
-        asked |= dict.fromkeys(recipe.turns.crop_keys, True)
-        if self.max_samples is not None:
-            asked["chosen"] = "spread"  # those made before were of an entry's first rows
-        # the same names whatever a GPU holds: its answers are those of other batches to rounding
-        return {**asked, **self.identity(), "batch_size": self.batch_size or ROWS_AT_ONCE}
-
-    def identity(self) -> dict[str, Any]:
-        """The values by which predictions are named; without `unrelated` where there are none, as they once were."""
-        return {name: value for name, value in asdict(self).items() if name != "unrelated" or value}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
     """What one model gave, by the sample's position as text, as JSON has it."""
 
@@ -276,6 +217,7 @@ class Measured:
     shuffled_losses: dict[str, tuple[float, int]]  # the same with the partner's images, of samples that have one
     answers: dict[str, tuple[str, int, float]]  # text, number of tokens, seconds
     batch_sizes: dict[str, int] = field(default_factory=dict)  # most rows at once, by the name of one of the above
+    answered_by: dict[str, str] = field(default_factory=dict)  # the server that gave the answers, where one did
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

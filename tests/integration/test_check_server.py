@@ -13,8 +13,14 @@ import httpx
 import pytest
 
 from mllm_assets.cli import main
+from mllm_assets.errors import MachineError
+from mllm_assets.evaluation.predict import evaluate_task
+from mllm_assets.evaluation.table import SCHEMA, read_predictions
+from mllm_assets.worker.protocol import Reporter
+from mllm_assets.worker.tasks import EvaluateTask
 from tests.integration.conftest import wait_for
 from tests.ports import free_port
+from tests.worker_tasks import evaluation
 
 pytest.importorskip("openai", reason="the extra serve is not installed")
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
@@ -102,6 +108,33 @@ def test_a_served_copy_answers_like_the_model_or_what_differs_is_said(
     out = capsys.readouterr()
     assert code == (1 if said else 0), out
     assert (said or "equal answers                6 of 6") in out.out
+
+
+def asked_of(url: str, root: Path, model: str, served: str) -> EvaluateTask:
+    return evaluation(
+        model_dir=root / "pretrains" / model, data_dir=root / "data", directory=root / f"predictions_{served}",
+        max_new_tokens=8, max_samples=6,
+        **({"backend": url, "backend_model": str(root / "pretrains" / served)} if served else {}),
+    )  # fmt: skip
+
+
+def test_predictions_are_answered_by_a_server_that_has_the_model(address: str, root: Path) -> None:
+    """The losses are the model's, and the table is that of the model's own answers."""
+    evaluate_task(asked_of(address, root, "model", ""), Reporter())
+    task = asked_of(address, root, "model", "model")
+    found = evaluate_task(task, Reporter())
+    assert found.manifest["answered_by"]["tuned"].endswith("100% of 6 answers were the model's own")
+    other = [name for name in SCHEMA.names if name != "latency_s" and name != "num_answer_tokens"]
+    own = read_predictions(root / "predictions_").select(other)
+    assert read_predictions(task.directory).select(other).equals(own)
+
+
+def test_predictions_are_not_asked_of_a_server_with_another_model(address: str, root: Path) -> None:
+    shutil.copytree(root / "pretrains" / "model", root / "pretrains" / "copy")
+    another_turn_format(root / "pretrains" / "copy")
+    with pytest.raises(MachineError, match=r"(?s)so it is not asked.*compare its chat template.*Serve that model"):
+        evaluate_task(asked_of(address, root, "model", "copy"), Reporter())
+    assert not (root / "predictions_copy").exists()
 
 
 def test_a_server_that_is_not_there_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,7 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
                 "num_samples": sum(result["entries"].values()),
                 "num_predictions": result["num_predictions"],
                 "wall_s": result["wall_s"],
+                "answered_by": "; ".join(result.get("answered_by", {}).values()),
                 "path": layout.relative(directory),
                 "weights_digest": weights_digest,
                 "data_digests": dg.MetadataValue.json(digests),

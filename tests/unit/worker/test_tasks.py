@@ -144,3 +144,24 @@ def test_settings_that_cannot_sample_are_refused(values: dict[str, Any], reason:
 def test_predictions_of_chosen_samples_are_not_those_of_the_first_samples_that_an_earlier_version_took() -> None:
     limited, whole = EvaluationSettings(max_samples=16).conditions(RECIPE), EvaluationSettings().conditions(RECIPE)
     assert limited["chosen"] == "spread" and "chosen" not in whole
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"backend": "127.0.0.1:8000"}, "is not an address"),
+        ({"backend": "file:///etc/passwd"}, "is not an address"),
+        ({"backend": "http://me:secret@host/v1"}, "MLLM_ASSETS_API_KEY"),
+        ({"backend": "http://host/v1?key=secret"}, "MLLM_ASSETS_API_KEY"),
+        ({"backend": "http://host/v1", "do_sample": True}, "do_sample"),
+    ],
+)
+def test_a_backend_that_cannot_be_asked_is_refused_without_its_secret(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said) as refused:
+        EvaluationSettings(**values)
+    assert "secret" not in str(refused.value)
+
+
+def test_predictions_of_a_backend_are_others_and_those_without_keep_their_names() -> None:
+    own, other = EvaluationSettings(), EvaluationSettings(backend="http://host/v1", backend_model="m")
+    assert own.identity() != other.identity() and not [name for name in own.identity() if name.startswith("backend")]
