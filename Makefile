@@ -10,13 +10,14 @@ unexport PYTHONDONTWRITEBYTECODE # images set it; every process would compile Py
 CORE := .venv/.core-installed
 EXTRAS := .venv/.extras-installed
 DOCS := .venv/.docs-installed
+LMMS_EVAL := .lmms-eval/.installed
 # Three test processes on two cores, for most tests wait for subprocesses. Each file stays in one process, and files run in
 # the order of their folders: those of long tests first, so that in the end no process works on while the others are done
 PYTEST = env -u DAGSTER_HOME $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 TORCH_UNITS := $(addprefix training/,caches encoding loop models runs/test_model_directory.py) evaluation/test_predict_shuffling.py inference/test_batches.py
 FAST := tests/unit $(TORCH_UNITS:%=--ignore=tests/unit/%) -m 'not slow and not bench and not gpu and not not_fast'
 
-.PHONY: demo test test-fast test-newest collect test-all chromium postgres faketime check docs dev bench bench-quick load torture attack install constraints clean
+.PHONY: demo test test-fast test-newest collect test-all chromium postgres faketime lmms-eval check docs dev bench bench-quick load torture attack install constraints clean
 
 demo: $(CORE) $(SETTINGS) ## the whole line of emoji_sft, raw images to released model
 	$(BIN)/mllm-assets run emoji_sft
@@ -33,7 +34,7 @@ test-newest: $(CORE) ## the same on the newest Python of this machine, in .venv/
 collect: $(CORE)
 	@collected=$$(env -u DAGSTER_HOME $(BIN)/pytest --collect-only -qq) || { echo "$$collected"; exit 1; }
 
-test-all: $(EXTRAS) chromium postgres faketime ## everything, the browser included
+test-all: $(EXTRAS) chromium postgres faketime lmms-eval ## everything, the browser included
 	$(PYTEST) tests -m 'not bench and not gpu'
 
 check: $(EXTRAS) ## style, types, sound definitions and YAML files, packages without known vulnerabilities
@@ -108,6 +109,18 @@ postgres:
 faketime:
 	@ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1 || { echo "installing Debian's faketime for the tests of a clock that is set"; apt-get update -qq && apt-get install -y -qq faketime >/dev/null; }
 
+lmms-eval: $(LMMS_EVAL)
+
+# its own environment, and the large packages of .venv by a link: 58 MB instead of 6 GB
+$(LMMS_EVAL): $(EXTRAS) .ci/lmms-eval.txt
+	@echo "Installing lmms-eval into .lmms-eval for the test of benchmarks (seconds)"
+	@rm -rf $(@D)
+	@$(BIN)/python -m venv --without-pip $(@D)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(@D)/venv.pth
+	@mv $(@D)/venv.pth "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@$(@D)/bin/python .ci/install.py --no-deps -r .ci/lmms-eval.txt
+	@touch $@
+
 # With DAGSTER_HOME set only the dagster.yaml in it counts, and without one the pool limits are gone
 $(SETTINGS): dagster.yaml
 	@mkdir -p $(@D)
@@ -118,4 +131,4 @@ constraints: $(EXTRAS)
 	   $(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^pip=='; } > constraints.txt
 
 clean: ## what was made here; not the data of the user's own
-	rm -rf .venv .dagster_home build dist *.egg-info
+	rm -rf .venv .lmms-eval .dagster_home build dist *.egg-info

@@ -123,6 +123,10 @@ class Layout:
         """A release in another form: 8-bit weights, GGUF."""
         return self.outputs / recipe / "copies" / digest
 
+    def benchmarks(self, recipe: str, digest: str) -> Path:
+        """What the base and the tuned model score on benchmarks."""
+        return self.outputs / recipe / "benchmarks" / digest
+
     def sweep(self, recipe: str, digest: str) -> Path:
         return self.outputs / recipe / "sweep" / digest
 

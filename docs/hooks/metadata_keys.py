@@ -135,6 +135,15 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "weights_digest": "Digest of the model with corrections.",
         "path": PATH,
     },
+    "benchmarks": {
+        "benchmarks": "Each metric of each benchmark, of base and tuned model, and the gain with its interval.",
+        "<task>_<metric>": "The tuned model's figure, as lmms-eval gives it.",
+        "<task>_<metric>_gain": "Mean gain of a sample over the base model; positive is better.",
+        "num_samples": "Rows that both models were asked about.",
+        "lmms_eval": "Its version.",
+        "weights_digest": "Digest of the tuned model.",
+        "path": PATH,
+    },
     "predictions": {
         "answered_by": "The server that gave the tuned model's answers, where one did.",
         "gallery": "Telling samples: picture, question, right answer, both models' answers, loss.",

@@ -20,6 +20,7 @@ from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.releases.hub_push import PushSpec
 from mllm_assets.releases.registry import RegistrySpec
 from mllm_assets.training.runs.sweep_spec import SweepSpec
+from mllm_assets.worker.benchmark_task import BenchmarkSettings
 from mllm_assets.worker.run_settings import AnswerSample, RunSettings
 from mllm_assets.worker.tasks import DEFAULT_MAX_HIDDEN_STATES_GIB, EvaluationSettings
 
@@ -43,6 +44,10 @@ class Gates(yaml_of(GateSpec)):
         spec, by_answers = self.to_spec(), not recipe.copies_answers or recipe.changes_vocabulary
         is_set = "beats_base_by" in self.model_fields_set and getattr(self, "beats_base_by", None) is not None
         return replace(spec, beats_base_by="answers") if by_answers and not is_set else spec
+
+
+class Benchmarks(yaml_of(BenchmarkSettings)):
+    """Benchmarks of lmms-eval that the base and the tuned model are asked."""
 
 
 class Sweep(yaml_of(SweepSpec)):
@@ -87,6 +92,7 @@ class Settings(YamlModel):
         sweep: Makes <recipe>/sweep, which trains the recipe with other values and chooses the best.
         what_it_gained: Makes <recipe>/what_it_gained, which trains the recipe once more without people's corrections
             and compares both models on the same samples.
+        benchmarks: Makes <recipe>/benchmarks, which asks the base and the tuned model what lmms-eval's benchmarks ask.
     """
 
     feature_cache: bool = True
@@ -102,6 +108,7 @@ class Settings(YamlModel):
     quantized: Quantized | None = None
     sweep: Sweep | None = None
     what_it_gained: bool = False
+    benchmarks: Benchmarks | None = None
 
     @property
     def unrelated(self) -> tuple[str, ...]:
@@ -123,7 +130,8 @@ class Settings(YamlModel):
         """
         if self.metric_samples < 1:
             raise RecipeError(f"metric_samples is {self.metric_samples}: expected 1 or more. Change it.")
-        for part in (self.evaluation, self.gates, self.push_to_hub, self.mlflow_registry, self.quantized, self.sweep):
+        others = (self.push_to_hub, self.mlflow_registry, self.quantized, self.sweep, self.benchmarks)
+        for part in (self.evaluation, self.gates, *others):
             if part is not None:
                 part.to_spec()
 

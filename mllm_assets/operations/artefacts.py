@@ -31,6 +31,7 @@ PLACES = {
     "label issues": "outputs/*/label_issues/*",
     "what it gained": "outputs/*/what_it_gained/*",
     "copy of a release": "outputs/*/copies/*",
+    "benchmarks": "outputs/*/benchmarks/*",
     "dataset version": "data/.versions/*/*",
     "measurements": "data/.quality/*/*",
     "source": "data/.raw/*/*",

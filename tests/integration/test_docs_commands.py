@@ -24,6 +24,7 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "doc
 FENCE = re.compile(r"^```(?:sh|bash)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_COPIED = shutil.ignore_patterns(
     ".venv",
+    ".lmms-eval",
     ".git",
     "data",
     "pretrains",

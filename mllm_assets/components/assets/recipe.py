@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from mllm_assets.components.assets.benchmarks import benchmarks_asset
 from mllm_assets.components.assets.checkpoint import checkpoint_asset
 from mllm_assets.components.assets.copies import quantized_asset
 from mllm_assets.components.assets.evaluation import eval_metrics_asset, predictions_asset
@@ -26,6 +27,8 @@ def build_recipe_assets(node: Node) -> list[dg.AssetsDefinition]:
         assets.append(preferences_asset(node))
     if node.settings.sweep is not None:
         assets.append(sweep_asset(node, node.settings.sweep.to_spec()))
+    if node.settings.benchmarks is not None:
+        assets.append(benchmarks_asset(node, node.settings.benchmarks.to_spec()))
     if node.eval_data:
         assets += [predictions_asset(node), eval_metrics_asset(node), released_model_asset(node)]
         if node.settings.what_it_gained:
