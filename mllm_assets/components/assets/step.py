@@ -167,7 +167,7 @@ def _send(mirror: Mirror, key: dg.AssetKey, result: dg.MaterializeResult) -> Non
     metadata = result.metadata or {}
     if owner == "pretrained" or name in NOT_MIRRORED:
         return
-    path = metadata["path"]
+    path = getattr(metadata["path"], "value", metadata["path"])  # some show it as a link
     assert isinstance(path, str), f"{key.to_user_string()} has no path in its metadata"
     directory = mirror.layout.root / path
     match name:

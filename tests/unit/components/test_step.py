@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mllm_assets.artifacts import write_manifest
 from mllm_assets.components.assets.step import TEMPORARY_HOME, step
-from mllm_assets.components.reporting import OFF
+from mllm_assets.components.reporting import OFF, link
 from mllm_assets.components.resources import ProjectResource
 from mllm_assets.definitions import defs
 from mllm_assets.errors import DataError
@@ -83,6 +83,15 @@ def test_what_a_body_returns_is_sent_and_recorded_and_it_sees_its_config(project
     assert {name: recorded[name] for name in ("path", "num_photos")} == {"path": "photos", "num_photos": 7}
     assert recorded["cost_wall_s"] > 0 and recorded["cost_peak_memory_gib"] > 0, "what it took is recorded too"
     assert num_sent(project) > 0
+
+
+def test_a_folder_that_is_shown_as_a_link_is_sent_too(project: ProjectResource) -> None:
+    """With an artefact store sweep, label_issues and what_it_gained did all their work, and ended in an assertion."""
+
+    def body(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:
+        return made(project, path=link("photos"))
+
+    assert run(body, project).success and num_sent(project) > 0
 
 
 def test_a_run_that_dagster_forgets_says_so_once(project: ProjectResource, capfd: pytest.CaptureFixture[str]) -> None:
