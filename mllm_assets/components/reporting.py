@@ -14,7 +14,7 @@ from dagster._core.events import RunFailureReason
 from mllm_assets.data.curate.checks import CheckOutcome
 from mllm_assets.data.quality.report import markdown_table
 from mllm_assets.errors import MllmAssetsError
-from mllm_assets.evaluation.gates import APPROVAL, FORGETS, GATES, GateResult, GateSpec
+from mllm_assets.evaluation.gates import APPROVAL, FORGETS, GATES, KEEPS, GateResult, GateSpec
 from mllm_assets.inference.addresses import BOARD_PORT, PAGES, url
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import root_module
@@ -195,6 +195,7 @@ def metric_gates(spec: GateSpec | None = None) -> list[str]:
     """What `eval_metrics` can judge, or does with these thresholds."""
     asked = {APPROVAL: spec is None or spec.approval == "required"}
     asked |= {RELOADS: False, FORGETS: spec is None or spec.max_forgetting_nats is not None}
+    asked |= {KEEPS: spec is None or spec.max_benchmark_loss is not None}
     return [name for name in GATES if asked.get(name, True)]
 
 

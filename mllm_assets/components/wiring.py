@@ -164,6 +164,12 @@ class Node:
         """What a model of it must show before it is released."""
         return self.settings.gates.spec_for(self.recipe.spec)
 
+    @property
+    def judged_by_benchmarks(self) -> list[dg.AssetKey]:
+        """The asset of its benchmarks, where a gate looks at them."""
+        asked = self.settings.benchmarks is not None and self.gates.max_benchmark_loss is not None
+        return [self.key("benchmarks")] if asked else []
+
     def key(self, asset: str) -> dg.AssetKey:
         return dg.AssetKey([self.name, asset])
 

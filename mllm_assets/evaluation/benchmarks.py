@@ -166,6 +166,11 @@ def publish_benchmarks(layout: Layout, recipe: str, base: Path, tuned: Path) -> 
     return Compared(tasks=tasks, directory=directory, digest=digest)
 
 
+def read_benchmarks(directory: Path) -> dict[str, Any]:
+    """The comparison that was published in a directory, as `Compared.tasks`."""
+    return json.loads((directory / BENCHMARKS_FILE).read_text(encoding="utf-8"))
+
+
 def _both(base: Path, tuned: Path) -> pa.Table:
     tables = []
     for name, directory in (("base", base), ("tuned", tuned)):

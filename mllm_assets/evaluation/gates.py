@@ -31,6 +31,8 @@ class GateSpec:
             complete interval is above it is a regression.
         max_forgetting_nats: How much higher than the base model's the loss on `evaluation.unrelated` may be. Only a
             rise whose complete interval is above it counts. Without it forgetting is measured, and not judged.
+        max_benchmark_loss: How much worse than the base model's a sample's score may be, on average, by any metric of
+            `benchmarks` that is a number for each sample. Only a fall whose complete interval is above it counts.
         max_reload_difference: By how much, relatively, the loss of the saved and reloaded checkpoint may differ from
             that of the trained model. On a GPU sums differ from call to call; training demands equality on the CPU.
         approval: `required`: a release waits until a person approves the model (`mllm-assets approve RECIPE`).
@@ -44,6 +46,7 @@ class GateSpec:
     min_image_gain_nats: float = 0.01
     max_regression_nats: float = 0.01
     max_forgetting_nats: float | None = None
+    max_benchmark_loss: float | None = None
     max_reload_difference: float = 1e-3
     approval: Literal["required", "not_required"] = "not_required"
 
@@ -100,6 +103,7 @@ class Gate:
 GATES: dict[str, Gate] = {}  # every gate of a release
 APPROVAL = "a_person_approved"
 FORGETS = "it_forgot_little"
+KEEPS = "it_kept_its_benchmarks"
 NOTHING_LEAKED = "Nothing that it is evaluated on, nor a near-duplicate, was trained on."
 
 
@@ -248,8 +252,25 @@ def _forgetting_gate(metrics: Mapping[str, Any], spec: GateSpec, _: Mapping[str,
     return _rise_gate(FORGETS, losses, allowed, over="the base model", verdict="too much is forgotten")
 
 
+def _benchmark_gate(metrics: Mapping[str, Any], spec: GateSpec, _: Mapping[str, Any] | None) -> GateResult | None:
+    """Look for a metric of a benchmark that fell by more than noise and more than is allowed."""
+    allowed, measured = spec.max_benchmark_loss, metrics.get("benchmarks") or {}
+    if allowed is None:
+        return None
+    gains = {
+        f"{task}, {metric}": row["gain"]
+        for task, one in measured.items()
+        for metric, row in one["metrics"].items()
+        if row["gain"] and row["gain"]["low"] is not None
+    }
+    if not gains:
+        text = "No metric with a number for each of several samples was measured: set benchmarks in the settings."
+        return GateResult(name=KEEPS, passed=False, description=text, observed=None, threshold=allowed)
+    return _rise_gate(KEEPS, gains, allowed, over="the base model", verdict="too much is lost", of="loss a sample")
+
+
 def _rise_gate(
-    name: str, gains: Mapping[str, Mapping[str, Any]], allowed: float, *, over: str, verdict: str
+    name: str, gains: Mapping[str, Mapping[str, Any]], allowed: float, *, over: str, verdict: str, of: str = "loss"
 ) -> GateResult:
     """Allow no entry's loss to rise, with all of its interval, by more than `allowed`; report the worst entry."""
     rises = {
@@ -261,7 +282,7 @@ def _rise_gate(
     return GateResult(
         name=name,
         passed=rise["low"] <= allowed,
-        description=f"{entry}: the rise in loss over {over} is {_with_interval(rise)}; {verdict} where all of the "
+        description=f"{entry}: the rise in {of} over {over} is {_with_interval(rise)}; {verdict} where all of the "
         f"interval is above {allowed:g}.",
         observed=rise["mean"],
         threshold=allowed,
@@ -319,6 +340,12 @@ for _entry in (
         claim="Its loss on questions that have nothing to do with the training did not rise by more than is allowed "
         "(the settings ask for it: `max_forgetting_nats`).",
         judge=_forgetting_gate,
+    ),
+    Gate(
+        name=KEEPS,
+        claim="On no benchmark its answers are worse than the base model's by more than is allowed (the settings ask "
+        "for it: `max_benchmark_loss`).",
+        judge=_benchmark_gate,
     ),
 ):
     register(_entry)

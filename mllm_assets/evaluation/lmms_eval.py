@@ -13,7 +13,7 @@ from pathlib import Path
 from mllm_assets.errors import DataError, MachineError
 from mllm_assets.redaction import environment_secrets, redacted
 from mllm_assets.worker import supervisor
-from mllm_assets.worker.benchmark_task import TRIED, BenchmarkSettings
+from mllm_assets.worker.benchmark_task import INSTALLS, BenchmarkSettings
 
 LOG = "lmms_eval.log"
 OUTPUT = "output"
@@ -43,7 +43,7 @@ def find_lmms_eval(root: Path, python: str) -> LmmsEval:
     """
     path = root / python  # a link of a virtual environment leads out of it
     folder = path.parent.parent
-    make = f"python -m venv {folder} && {folder}/bin/pip install lmms-eval=={TRIED}"
+    make = f"python -m venv {folder} && {folder}/bin/pip install {INSTALLS}"
     if not path.is_file():
         raise MachineError(f"benchmarks: there is no {path}. Make an environment for lmms-eval with: {make}")
     ask = "from importlib.metadata import version; print(version('lmms_eval'))"

@@ -231,12 +231,12 @@ def score_predictions(
     predicted: Mapping[str, Any],
     *,
     released: ReleasedPredictions | None,
-    forgetting: Mapping[str, Any],
+    measured: Mapping[str, Mapping[str, Any]],
 ) -> Scored:
     """Score a recipe's predictions against the base model, the most common answer and the current release.
 
     `predicted` has `weights_digest`, `data_version` and `data_digests` of the predictions, kept with the metrics, as is
-    `forgetting`, the result of `measure_forgetting`.
+    what else was `measured`, where it is not empty: `forgetting`, the result of `measure_forgetting`, and `benchmarks`.
 
     Raises:
         IntegrityError: The predictions are not complete.
@@ -245,7 +245,7 @@ def score_predictions(
     metrics = compute_metrics(rows, train_answers) | {
         "release": released.version if released else None,
         "over_release": gains_over_release(rows, released.rows) if released else None,
-        **({"forgetting": forgetting} if forgetting else {}),
+        **{name: one for name, one in measured.items() if one},
     }
     inputs = {
         "weights_digest": predicted["weights_digest"],

@@ -9,6 +9,7 @@ from mllm_assets.errors import RecipeError
 from mllm_assets.worker.tasks import Manifest, RecipeTask
 
 TRIED = "0.7.3"  # the version of lmms-eval
+INSTALLS = f"lmms-eval=={TRIED} 'filelock<4.3'"  # it reaches into filelock, for what 4.3 no longer has
 DEFAULT_PYTHON = ".lmms-eval/bin/python"
 MAX_TASKS = 64
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,99}", re.ASCII)

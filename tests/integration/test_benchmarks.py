@@ -65,8 +65,9 @@ def write_task(root: Path, *, num_pictures: int = 2) -> None:
 def test_both_models_are_asked_the_same_and_compared_by_picture(released: Project) -> None:
     write_task(released.root)
     benchmarks = {"tasks": ["faces"], "folder": "tasks", "python": str(PYTHON)}
-    released.set_defaults(gates=EVERYTHING_PASSES, benchmarks=benchmarks)
-    output = released.made('key:"mine/benchmarks"')
+    released.set_defaults(gates={**EVERYTHING_PASSES, "max_benchmark_loss": 99}, benchmarks=benchmarks)
+    output = released.made('key:"mine/benchmarks" or key:"mine/eval_metrics"')
+    assert "it&#95;kept&#95;its&#95;benchmarks" in released.metadata("mine", "eval_metrics")["gates"]
     metadata = released.metadata("mine", "benchmarks")
     assert metadata["num_samples"] == 4 and "faces (4)" in metadata["benchmarks"], output
     directory = released.root / metadata["path"]

@@ -15,7 +15,7 @@ import dagster as dg
 import pytest
 import yaml
 
-from mllm_assets.evaluation.gates import APPROVAL, FORGETS, GATES
+from mllm_assets.evaluation.gates import APPROVAL, FORGETS, GATES, KEEPS
 from mllm_assets.evaluation.metrics import read_metrics
 from mllm_assets.releases.versions import current_release, list_releases, require_intact
 from tests.damage import publish_changed
@@ -56,7 +56,7 @@ def judged(project: Project, recipe: str) -> dict[str, tuple[bool, str]]:
     """Whether each gate passed when it was last checked, and why."""
     found: dict[str, tuple[bool, str]] = {}
     with dg.DagsterInstance.from_config(str(project.home)) as instance:
-        for name in GATES.keys() - {APPROVAL, FORGETS}:  # which no recipe here asks for
+        for name in GATES.keys() - {APPROVAL, FORGETS, KEEPS}:  # which no recipe here asks for
             asset = "checkpoint" if name == "checkpoint_reloads_strictly" else "eval_metrics"
             key = dg.AssetCheckKey(dg.AssetKey([recipe, asset]), name)
             [record] = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)

@@ -10,7 +10,7 @@ from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json, path_inside
 from mllm_assets.components.assets.lineage import as_trained, model_directory, upstream, upstream_path
 from mllm_assets.components.assets.step import step
-from mllm_assets.components.reporting import in_window, link, rounded
+from mllm_assets.components.reporting import in_window, rounded
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.wiring import Node
 from mllm_assets.errors import DataError, RecipeError
@@ -63,7 +63,7 @@ def benchmarks_asset(node: Node, settings: BenchmarkSettings) -> dg.AssetsDefini
                 "num_samples": sum(one["num_samples"] for one in compared.tasks.values()),
                 "lmms_eval": installed.version,
                 "weights_digest": tuned["data_version"],
-                "path": link(layout.relative(compared.directory)),
+                "path": layout.relative(compared.directory),
             },
         )
 

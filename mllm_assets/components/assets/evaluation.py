@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -32,6 +33,8 @@ from mllm_assets.components.resources import AcceleratorResource, ProjectResourc
 from mllm_assets.components.wiring import Node
 from mllm_assets.data.curate.register import judging_entries
 from mllm_assets.data.sharegpt.dataset import Dataset, media_dir_of
+from mllm_assets.errors import IntegrityError
+from mllm_assets.evaluation.benchmarks import read_benchmarks
 from mllm_assets.evaluation.forgetting import forgetting_markdown, measure_forgetting, unrelated_entries
 from mllm_assets.evaluation.gallery import GALLERY
 from mllm_assets.evaluation.gates import APPROVAL, evaluate_gates, leakage_gate
@@ -44,6 +47,7 @@ from mllm_assets.evaluation.metric_page import (
 )
 from mllm_assets.evaluation.metrics import ReleasedPredictions, metric_rows, sample_metrics, score_predictions
 from mllm_assets.evaluation.table import read_predictions, store_table
+from mllm_assets.project.read import materialize_command
 from mllm_assets.releases.approvals import Subject, approval_gate, read_decisions
 from mllm_assets.releases.versions import judged_release, version_folders
 from mllm_assets.worker.tasks import EvaluateTask, EvaluationSettings
@@ -158,7 +162,7 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
         key=key,
         group_name="evaluate",
         kinds={"json"},
-        deps=[node.key("predictions"), node.key("checkpoint"), *node.data],
+        deps=[node.key("predictions"), node.key("checkpoint"), *node.judged_by_benchmarks, *node.data],
         code_version=digest_json(asdict(gates))[:16],
         check_specs=gate_specs(key, judged),
         description=f"{node.name}: loss, perplexity, BLEU, chrF, ROUGE, CIDEr-D and label accuracy, each with its gain "
@@ -183,7 +187,7 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
             predictions_dir,
             predicted,
             released=ReleasedPredictions(version=released[0].version, rows=released[1]) if released else None,
-            forgetting=measure_forgetting(predictions_dir),
+            measured=_measured(context, node, project, predictions_dir),
         )
         columns = run_columns(context, node.name, predicted["weights_digest"])
         project.quality_store.write({"eval_metrics": metric_rows(scored.metrics, **columns)})
@@ -208,6 +212,19 @@ def eval_metrics_asset(node: Node) -> dg.AssetsDefinition:
         )
 
     return eval_metrics
+
+
+def _measured(
+    context: dg.AssetExecutionContext, node: Node, project: ProjectResource, predictions_dir: Path
+) -> dict[str, dict[str, Any]]:
+    """What else says how good the model is; what its benchmarks say where a gate looks at them."""
+    found = {"forgetting": measure_forgetting(predictions_dir)}
+    for key in node.judged_by_benchmarks:
+        if upstream(context, key)["weights_digest"] != upstream(context, node.key("predictions"))["weights_digest"]:
+            again = materialize_command(key.to_user_string())
+            raise IntegrityError(f"{node.name} was trained again since it was asked benchmarks. Run: {again}")
+        found["benchmarks"] = read_benchmarks(upstream_path(context, key, project))
+    return found
 
 
 def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:

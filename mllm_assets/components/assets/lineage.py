@@ -103,7 +103,7 @@ def line_versions(context: dg.AssetExecutionContext, node: Node) -> dict[str, st
     own = "vision_features checkpoint predictions eval_metrics".split()
     keys = [dg.AssetKey([dataset, name]) for dataset in datasets for name in of_data]
     found = {}
-    for key in (*keys, node.model, *map(node.key, own)):
+    for key in (*keys, node.model, *map(node.key, own), *node.judged_by_benchmarks):
         event = context.instance.get_latest_materialization_event(key)
         if event is not None and event.asset_materialization is not None:
             version = (event.asset_materialization.tags or {}).get("dagster/data_version")

@@ -44,6 +44,19 @@ def test_an_entry_leads_to_the_dataset_that_writes_it(tmp_path: Path) -> None:
     assert node.model == dg.AssetKey(["pretrained", "gemma3_tiny"])
 
 
+def test_benchmarks_are_part_of_the_line_only_where_a_gate_looks_at_them(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    asked = {"benchmarks": {"tasks": ["faces"]}, "gates": {"max_benchmark_loss": 0.02}}
+    assert resolve(recipe, KNOWN_ASSETS, Settings.model_validate(asked)).judged_by_benchmarks == [
+        dg.AssetKey(["mine", "benchmarks"])
+    ]
+    for name in asked:
+        settings = Settings.model_validate({key: value for key, value in asked.items() if key != name})
+        assert resolve(recipe, KNOWN_ASSETS, settings).judged_by_benchmarks == []
+    with pytest.raises(RecipeError, match="benchmarks: tasks names"):
+        resolve(recipe, KNOWN_ASSETS, Settings.model_validate({"benchmarks": {"tasks": ["--limit"]}}))
+
+
 def test_what_forgetting_is_measured_on_leads_to_the_dataset_that_writes_it(tmp_path: Path) -> None:
     """Without the edge it was read as it happened to be, or found missing after the training."""
     recipe = write_recipe(tmp_path)

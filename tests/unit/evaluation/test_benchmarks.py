@@ -20,10 +20,13 @@ from mllm_assets.evaluation.benchmarks import (
     publish_benchmarks,
     to_table,
 )
+from mllm_assets.evaluation.gates import KEEPS, GateResult, GateSpec, evaluate_gates
 from mllm_assets.evaluation.lmms_eval import Asking, find_lmms_eval, variables
 from mllm_assets.evaluation.lmms_results import Sample
+from mllm_assets.evaluation.metrics import compute_metrics
 from mllm_assets.layout import Layout
 from mllm_assets.worker.benchmark_task import BenchmarkSettings
+from tests.unit.evaluation.made_predictions import predictions
 
 
 def samples(right: Sequence[float], *, questions_a_picture: int = 1) -> list[Sample]:
@@ -92,6 +95,28 @@ def test_what_was_compared_is_published_once_with_both_models_samples(tmp_path: 
     assert [(row["model"], row["doc_id"]) for row in rows] == [("base", 0), ("base", 1), ("tuned", 0), ("tuned", 1)]
 
 
+def test_a_metric_that_fell_by_more_than_noise_and_than_is_allowed_fails_the_gate(tmp_path: Path) -> None:
+    def judged(before: Sequence[float], after: Sequence[float], allowed: float | None) -> GateResult | None:
+        number = len(list(tmp_path.iterdir()))
+        base, tuned = asked(tmp_path / f"b{number}", samples(before)), asked(tmp_path / f"t{number}", samples(after))
+        metrics = compute_metrics(predictions(), ["cat"]) | {"benchmarks": compare_benchmarks(base, tuned)}
+        results = evaluate_gates(metrics, GateSpec(max_benchmark_loss=allowed))
+        return next((result for result in results if result.name == KEEPS), None)
+
+    worse = judged([1] * 20, [0] * 19 + [1], 0.1)
+    assert worse and not worse.passed and worse.description.startswith("faces, num_chars: the rise in loss a sample")
+    for fell, allowed in (([0, 1] * 10, 4), ([0] + [1] * 19, 0.1), ([1] * 20, 0)):
+        passed = judged([1] * 20, fell, allowed)
+        assert passed and passed.passed, passed
+    assert judged([1] * 20, [0] * 20, None) is None
+
+
+def test_a_threshold_without_benchmarks_stops_the_release() -> None:
+    results = evaluate_gates(compute_metrics(predictions(), ["cat"]), GateSpec(max_benchmark_loss=0.1))
+    [gate] = [result for result in results if result.name == KEEPS]
+    assert not gate.passed and "set benchmarks" in gate.description
+
+
 def test_a_folder_of_tasks_is_named_by_its_content(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("task: a")
     first = folder_digest(tmp_path)
@@ -122,7 +147,9 @@ def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> Non
 
 
 def test_a_missing_environment_is_told_with_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match=r"python -m venv \S+/\.lmms-eval && \S+/bin/pip install lmms-eval==0\.7\.3"):
+    with pytest.raises(
+        MachineError, match=r"python -m venv \S+/\.lmms-eval && \S+/bin/pip install lmms-eval==0\.7\.3 'filelock<4\.3'"
+    ):
         find_lmms_eval(tmp_path, BenchmarkSettings(tasks=("faces",)).python)
     with pytest.raises(MachineError, match="has no lmms-eval"):
         find_lmms_eval(tmp_path, sys.executable)
