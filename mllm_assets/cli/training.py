@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm_assets.cli.options import Verbs, add_device_option
+from mllm_assets.cli.options import Verbs, add_device_option, at_least_one
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import recipe_file, require_known_recipe
+from mllm_assets.worker.run_settings import AnswerSample, RunSettings
 
 if TYPE_CHECKING:
     from mllm_assets.recipe.load import Recipe
@@ -25,6 +26,11 @@ def add_commands(verbs: Verbs) -> None:
         "--regroup-micro-batches",
         action="store_true",
         help="batch size x accumulation as the largest micro-batch that fits; changes the mean of means a little",
+    )
+    train.add_argument(
+        "--metric-samples",
+        type=at_least_one,
+        help="rows of eval_dataset that are asked about, where metric_for_best_model is of answers; 64 by default",
     )
     train.set_defaults(run=_train)
 
@@ -50,9 +56,14 @@ def _load(arguments: argparse.Namespace, layout: Layout) -> "Recipe":
     return load_recipe(path, arguments.overrides)
 
 
+def run_settings(arguments: argparse.Namespace) -> RunSettings:
+    """What the options say beside the recipe."""
+    answers = AnswerSample(max_samples=arguments.metric_samples) if arguments.metric_samples else AnswerSample()
+    return RunSettings(regroup=arguments.regroup_micro_batches, answers=answers)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from mllm_assets.training.loop.local import train
-    from mllm_assets.worker.run_settings import RunSettings
     from mllm_assets.worker.tasks import Accelerator
 
     layout = Layout.from_environment()
@@ -63,7 +74,7 @@ def _train(arguments: argparse.Namespace) -> int:
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
         force=arguments.force,
         feature_cache=not arguments.no_feature_cache,
-        settings=RunSettings(regroup=arguments.regroup_micro_batches),
+        settings=run_settings(arguments),
     )
     print(run.describe())
     return 0

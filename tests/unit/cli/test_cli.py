@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from mllm_assets.cli import EXIT_READER_GONE, _parser, main, parse
+from mllm_assets.cli.training import run_settings
 from mllm_assets.worker.launch import thread_variables
+from mllm_assets.worker.run_settings import RunSettings
 from mllm_assets.worker.tasks import Accelerator
 
 
@@ -25,6 +27,13 @@ def test_the_device_of_the_environment_counts_unless_an_option_says_otherwise(mo
     arguments = _parser().parse_args(["train", "r.yaml"])
     assert (arguments.device, arguments.num_processes) == ("cuda", 2)
     assert _parser().parse_args(["train", "r.yaml", "--device", "cpu"]).device == "cpu"
+
+
+def test_train_takes_how_many_rows_are_asked_about_while_it_trains() -> None:
+    """The setting of a recipe was in YAML alone, which `train` does not read."""
+    asked = run_settings(_parser().parse_args(["train", "r.yaml", "--metric-samples", "8"]))
+    assert asked.answers.max_samples == 8
+    assert run_settings(_parser().parse_args(["train", "r.yaml"])) == RunSettings()
 
 
 @pytest.mark.parametrize("wanted", [None, "30"])
