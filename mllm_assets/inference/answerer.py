@@ -238,7 +238,9 @@ class Answerer:
         thought = "".join(self.encoder.template.thought or ())
         allowed = {*self.stop_ids, *self.tokenizer.encode(thought, add_special_tokens=False)}
         allowed |= {*self.tokenizer.convert_tokens_to_ids(self.tokenizer.init_kwargs.get(TOKENS_IN_TEXTS) or [])}
-        return sorted({*self.tokenizer.all_special_ids, self.encoder.image_token_id} - allowed)
+        named = {*self.tokenizer.all_special_ids, self.encoder.image_token_id} - allowed
+        num_tokens = self.model.config.get_text_config().vocab_size  # a tokenizer may know more
+        return sorted(token for token in named if token < num_tokens)
 
     def _generated(
         self, batch: dict[str, torch.Tensor], sampling: Sampling, streamer: BaseStreamer | None

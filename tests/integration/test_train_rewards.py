@@ -13,6 +13,8 @@ import torch
 
 from mllm_assets.errors import DataError, RecipeError
 from mllm_assets.evaluation.scores import METRICS, Metric, register
+from mllm_assets.inference.answerer import Answerer
+from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.prepare import plan_caches
 from mllm_assets.training.encoding.row import IGNORE_INDEX
@@ -22,6 +24,7 @@ from mllm_assets.training.loop.group_tuner import GroupTuner, as_row
 from mllm_assets.training.models.load import base_model
 from mllm_assets.training.models.tiny import build
 from mllm_assets.worker.protocol import Reporter
+from tests import tiny_families
 from tests.interruption import EXACT_FILES
 from tests.shapes import BRIEFLY, REWARDED, trained, write_shapes
 from tests.worker_tasks import training
@@ -84,6 +87,17 @@ def test_answers_are_learnt_with_the_probabilities_with_which_they_are_drawn(
         said = logits[place].log_softmax(-1)[range(len(answer.ids)), list(answer.ids)]
         counts = batch["shift_labels"][place] != IGNORE_INDEX
         torch.testing.assert_close(learnt[place][counts], said, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
+def test_no_answer_has_an_images_token_and_each_can_end(tmp_path: Path, family: str) -> None:
+    """The tiny Qwen3.5's tokenizer has a special token for which the model has no row."""
+    answerer = Answerer(tiny_families.build(family, tmp_path), TurnSettings(template=family))
+    never = answerer.never_drawn
+    assert answerer.encoder.image_token_id in never and not {*never} & {*answerer.stop_ids}
+    assert max(never) < answerer.model.config.get_text_config().vocab_size
+    thought = answerer.tokenizer.encode("".join(answerer.encoder.template.thought), add_special_tokens=False)
+    assert thought and not {*never} & {*thought}
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
