@@ -21,9 +21,10 @@ class GateSpec:
     Attributes:
         min_loss_gain_nats: How much lower than the base model's the loss per token must be.
         beats_base_by: What must be better than the base model's: the loss, or the answers, whose label accuracy (or
-            ROUGE-L) must exceed it by `min_answer_gain`. By default the loss, and of preferences the answers: the
-            loss of a preferred answer often rises while the rejected one becomes far less likely. So too where a
-            recipe adds tokens: the base model reads its own, and a loss per token is then one of other tokens.
+            ROUGE-L) must exceed it by `min_answer_gain`. By default the loss, and of preferences and rewards the
+            answers: the loss of a preferred answer often rises while the rejected one becomes far less likely, and what
+            is rewarded need not be the reference. So too where a recipe adds tokens: the base model reads its own, and
+            a loss per token is then one of other tokens.
         min_answer_gain: How much label accuracy (or ROUGE-L, without labels), 0..1, must exceed that of always giving
             the most common training answer.
         min_image_gain_nats: How much lower the loss must be with a sample's own images than with another's.
@@ -306,7 +307,8 @@ for _entry in (
     Gate(name=APPROVAL, claim="A person saw its figures and said yes (the settings ask for it: `approval: required`)."),
     Gate(
         name="beats_base_model",
-        claim="Its loss is lower than that of the model it started from; of preferences, its answers are better.",
+        claim="Its loss is lower than that of the model it started from; of preferences and rewards, its answers "
+        "are better.",
         judge=_base_gate,
     ),
     Gate(
