@@ -139,7 +139,8 @@ def variables(asking: Asking | None, *, download: bool) -> dict[str, str]:
     hidden = {*environment_secrets(), *OF_THIS_ENVIRONMENT} - ({HUB_TOKEN} if download else set())
     found = {name: value for name, value in os.environ.items() if name not in hidden}
     around = ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1")))
-    found |= {"NO_PROXY": around, "no_proxy": around} | ({} if download else OFFLINE)
+    found |= {"NO_PROXY": around, "no_proxy": around, "CUDA_VISIBLE_DEVICES": ""}  # the model has the GPU
+    found |= {} if download else OFFLINE
     return found | ({"OPENAI_API_KEY": asking.api_key} if asking else {})
 
 

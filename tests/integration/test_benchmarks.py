@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.integration.conftest import EVERYTHING_PASSES, REPOSITORY, Project
+from tests.integration.conftest import EVERYTHING_PASSES, REPOSITORY, Project, wait_for
 from tests.processes import processes_of
 
 PYTHON = REPOSITORY / ".lmms-eval" / "bin" / "python"
@@ -81,4 +81,4 @@ def test_both_models_are_asked_the_same_and_compared_by_picture(released: Projec
     of_chars = found["metrics"]["num_chars"]
     assert (of_chars["base"], of_chars["tuned"]) == tuple(map(pytest.approx, lengths))
     assert of_chars["gain"]["mean"] == pytest.approx(lengths[0] - lengths[1])  # fewer are better
-    assert not processes_of(released.root)
+    wait_for(lambda: not processes_of(released.root), "the processes of the benchmarks to end")
