@@ -90,7 +90,7 @@ $(CORE): pyproject.toml constraints.txt
 
 $(EXTRAS): $(CORE) requirements-ui.txt
 	@echo "Installing what the extras need (Ray, MLflow, Playwright, MkDocs, ...) into .venv (a few minutes)"
-	@$(BIN)/python .ci/install.py -c constraints.txt -e '.[dev,e2e,docs,sweep,labels,mlflow,wandb,ray,serve,s3,gs,abfs,postgres,k8s,qlora,int8]'
+	@$(BIN)/python .ci/install.py -c constraints.txt -e '.[dev,e2e,docs,sweep,labels,mlflow,wandb,ray,serve,s3,gs,abfs,postgres,k8s,qlora,int8,video]'
 	@$(BIN)/python .ci/install.py --no-deps -r requirements-ui.txt
 	@touch $@
 

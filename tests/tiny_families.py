@@ -222,6 +222,9 @@ QWEN_IMAGES = NORMALIZED | {
     "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "temporal_patch_size": 2, "merge_size": 2,
     "size": {"shortest_edge": 256, "longest_edge": 2304},
 }  # fmt: skip
+QWEN_VIDEOS = {key: value for key, value in QWEN_IMAGES.items() if key != "image_processor_type"} | {
+    "video_processor_type": "Qwen3VLVideoProcessor", "size": {"shortest_edge": 256, "longest_edge": 9216},
+}  # fmt: skip
 # File layouts as on the Hub: some keep all in processor_config.json, some have preprocessor_config.json beside it
 PROCESSORS: dict[str, dict[str, Any]] = {
     "gemma4": {
@@ -235,7 +238,11 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         }
     },
     "qwen2_5_vl": {"preprocessor_config.json": QWEN_IMAGES | {"processor_class": "Qwen2_5_VLProcessor"}},
-    "qwen3_vl": {"preprocessor_config.json": QWEN_IMAGES | {"processor_class": "Qwen3VLProcessor"}},
+    "qwen3_vl": {
+        "preprocessor_config.json": QWEN_IMAGES | {"processor_class": "Qwen3VLProcessor"},
+        # as on the Hub; the limits are those of all frames together
+        "video_preprocessor_config.json": QWEN_VIDEOS,
+    },
     "llava": {
         "processor_config.json": {
             "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": 8,

@@ -49,6 +49,7 @@ ROOMS: Mapping[str, str] = {
 # Outside of the packages that pyproject.toml names, and why it does not matter there
 LATE_IMPORTS = {
     "data/ingest/hub_stream.py": "`datasets` streams a repository without Parquet files, in the step that ingests it",
+    "families/video_slots.py": "transformers' arithmetic of frame sizes, asked by the worker only",
     "families/image_slots.py": "transformers' arithmetic of image sizes, asked by the worker only",
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.cells import cell_len
 
 from mllm_assets.artifacts import is_complete, read_manifest
-from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
+from mllm_assets.data.sharegpt.conversation import without_placeholders
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.entries import load_entries
 from mllm_assets.errors import MllmAssetsError
@@ -89,7 +89,7 @@ def _questions(layout: Layout, run_dir: Path, run: Mapping[str, Any], evaluated:
         media_dir = run["recipe"].get("media_dir")
         dataset = Dataset(data_dir, media_dir=layout.root / media_dir if media_dir else None)
         [row] = dataset.entry(next(reversed(run["data_digests"]))).read(max_samples=1)
-        question = next(m.content for m in row.messages if m.role == "user").replace(IMAGE_PLACEHOLDER, "").strip()
+        question = without_placeholders(next(m.content for m in row.messages if m.role == "user"))
         yield f"\n{'Try it:':<{TITLE_WIDTH}}{_generate_command(run_dir, row.images, question)}"
 
 

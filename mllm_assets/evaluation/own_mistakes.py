@@ -124,6 +124,7 @@ def _pair(
         "cut": said["num_answer_tokens"] >= max_new_tokens,
         "as the reference": answer == row.messages[-1].content.strip(),
         "names a picture": IMAGE_PLACEHOLDER in answer,
+        "of a video": bool(row.videos),
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), None):
         left_out[reason] += 1

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mllm_assets.artifacts import digest_json, is_sound, read_manifest, staged_directory, write_manifest
-from mllm_assets.data.sharegpt.conversation import ASKING, IMAGE_PLACEHOLDER
+from mllm_assets.data.sharegpt.conversation import ASKING, without_placeholders
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.errors import IntegrityError
@@ -130,7 +130,7 @@ def rows_of(model: str, measured: Measured, samples: Samples, task: EvaluateTask
                 "sample_id": row.id,
                 "row_index": index,
                 "images": [os.path.relpath(path.resolve(), data_dir) for path in row.images],
-                "prompt": _question(row).replace(IMAGE_PLACEHOLDER, "").strip(),
+                "prompt": without_placeholders(_question(row)),
                 "reference": reference_of(row, template),
                 "label": row.label,
                 "answer": text,

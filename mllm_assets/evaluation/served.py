@@ -79,8 +79,9 @@ def _messages(row: Row, system: str | None) -> list[dict[str, Any]]:
     Raises:
         DataError: The row has tools, which a chat request says in a way of its own.
     """
-    if row.tools:
-        raise DataError(f"Row {row.id} has tools, and a server is not asked with those here. Name another entry.")
+    for what, has_some in (("tools", row.tools), ("videos", row.videos)):
+        if has_some:
+            raise DataError(f"Row {row.id} has {what}, and a server is not asked with those here. Name another entry.")
     images = iter(row.images)
     messages = list(row.messages[:-1])
     if system and messages[0].role != SYSTEM:

@@ -33,6 +33,7 @@ from mllm_assets.families.turn_format import (
     gemma_turns,
     qwen_turns,
 )
+from mllm_assets.families.video_slots import GridVideos, TimedVideos, VideoSlots
 
 SUPPORTED = "5.23"  # the oldest transformers that this package runs with
 
@@ -49,6 +50,9 @@ class Family:
         processor: Class name of its processor.
         image_token: The token that represents one row of image features.
         slots: What represents an image in the text, made from processor and image token.
+        video_token: The token that represents one row of a video's features; None refuses rows with videos.
+        times_videos: Whether the model is told how long a step in time of a video lasts.
+        video_slots: What represents a video in the text, made from processor and video token.
         crop_slots: The same where parts of images are shown beside the whole; None refuses that.
         crop_key: The recipe's key that shows parts.
         vision_keys: Fragments of the names of what `freeze_vision_tower` freezes.
@@ -78,6 +82,9 @@ class Family:
     processor: str
     image_token: str
     slots: Callable[[Any, str], ImageSlots] = full_sequence
+    video_token: str | None = None
+    video_slots: Callable[[Any, str], VideoSlots] | None = None
+    times_videos: bool = False
     crop_slots: Callable[[Any, str], ImageSlots] | None = None
     crop_key: Literal["image_do_pan_and_scan", "crop_to_patches"] = "image_do_pan_and_scan"
     vision_keys: tuple[str, ...] = ("vision_tower",)
@@ -136,6 +143,7 @@ def _qwen(**differences: Any) -> Family:
     return Family(
         image_token="<|image_pad|>",
         slots=GridSlots,
+        video_token="<|video_pad|>",
         vision_layers_key="depth",
         projector_keys=("visual.merger",),
         lora_conflict_keys=("patch_embed",),
@@ -187,6 +195,8 @@ for _entry in (
         templates={"qwen2_vl": QWEN2_TURNS},
         example="Qwen/Qwen2.5-VL-3B-Instruct",
         processor="Qwen2_5_VLProcessor",
+        video_slots=GridVideos,
+        times_videos=True,
         vision_keys=("visual.patch_embed", "visual.blocks"),
         vision_cut=f"{_CUTS}:Qwen2Cut",
         **_PACKED_GRIDS,
@@ -208,6 +218,7 @@ for _entry in (
         templates=_QWEN3_TURNS,
         example="Qwen/Qwen3-VL-4B-Instruct",
         processor="Qwen3VLProcessor",
+        video_slots=TimedVideos,
         vision_keys=_QWEN3_VISION,
         vision_cut=f"{_CUTS}:Qwen3Cut",
         **_PACKED_GRIDS,
@@ -333,6 +344,11 @@ TEMPLATES[AUTO] = Template(user="{content}", in_llamafactory=False)
 def known_families() -> str:
     """Return the families in words, for messages: `Gemma 3 (gemma3), ...`."""
     return ", ".join(f"{family.name} ({family.model_type})" for family in FAMILIES.values())
+
+
+def families_with_videos() -> str:
+    """Return those that take videos, for messages."""
+    return ", ".join(family.name for family in FAMILIES.values() if family.video_slots is not None)
 
 
 def require_images(model_type: object, loadable: Collection[str], where: str) -> None:

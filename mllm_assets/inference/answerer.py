@@ -30,7 +30,7 @@ from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow
 from mllm_assets.training.loop.checkpoints import base_of, load_checkpoint
 from mllm_assets.training.models import value_head
 from mllm_assets.training.models.device import Device, Precision, out_of_memory_is_an_error, pick_precision
-from mllm_assets.training.models.load import load_model, load_processor, quiet_libraries
+from mllm_assets.training.models.load import load_model, load_processor, quiet_libraries, with_pixels_as
 from mllm_assets.training.runs.models import is_checkpoint
 
 if TYPE_CHECKING:
@@ -298,9 +298,7 @@ class Answerer:
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        if "pixel_values" in moved:
-            moved["pixel_values"] = moved["pixel_values"].to(self.model.dtype)
-        return moved
+        return with_pixels_as(moved, self.model.dtype)
 
 
 def token_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -336,12 +334,15 @@ def use_cached_images(
         DataError: An image is damaged. Names row and file.
         IntegrityError: Cached features are not those of this tower.
     """
-    if not rows.counted("images").any() or processor_family(answerer.processor).vision_cut is None:
+    if (
+        not any(rows.counted(kind).any() for kind in ("images", "videos"))
+        or processor_family(answerer.processor).vision_cut is None
+    ):
         return None
     model = answerer.model
     precision = _precision_here(spec, device, model.dtype)
     directory = features_root / tower.tower_fingerprint(model, answerer.processor, spec, precision, device.kind)
-    images = features.images_by_digest(rows.pictures(), digests)
+    images = features.visuals_by_name(rows, digests)
     maker = features.FeatureMaker(
         model=model, collator=answerer.collator, precision=precision, num_workers=spec.dataloader_num_workers
     )

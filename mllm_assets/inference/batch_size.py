@@ -14,7 +14,7 @@ from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.loop.memory import MemoryEstimate
 from mllm_assets.training.loop.simulation import LiveBytes, cuda_rules, to_fake
 from mllm_assets.training.models.device import GIB, Device
-from mllm_assets.training.models.load import base_model, model_on_meta, without_waiting_checks
+from mllm_assets.training.models.load import base_model, model_on_meta, with_pixels_as, without_waiting_checks
 from mllm_assets.worker.tasks import ROWS_AT_ONCE
 
 ON_A_GPU = (64, 32)  # the first that fits is taken
@@ -53,8 +53,7 @@ def bytes_of(answerer: Answerer, rows: EncodedRows, num_rows: int, *, num_new_to
     if answerer.collator.features is not None:
         tower.install(shape)
     batch = _largest(answerer, rows, asks=num_new_tokens is not None)
-    if "pixel_values" in batch:
-        batch["pixel_values"] = batch["pixel_values"].to(core.dtype)
+    batch = with_pixels_as(batch, core.dtype)
     with cuda_rules(), torch.no_grad(), without_waiting_checks():
         to_fake(shape.eval())
         memory = LiveBytes()

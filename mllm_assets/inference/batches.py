@@ -13,6 +13,7 @@ from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.loader import loaded
 from mllm_assets.training.encoding.row import EncodedRow
+from mllm_assets.training.models.load import with_pixels_as
 from mllm_assets.worker.tasks import ROWS_AT_ONCE, WHOLE, Part
 
 if TYPE_CHECKING:
@@ -102,9 +103,7 @@ class _Make:
     def __call__(self, job: tuple[int, list[int]]) -> Batch:
         number, positions = job
         batch = self.collators[number]([self.rows[number][index] for index in positions])
-        if self.pixels is not None and "pixel_values" in batch:
-            batch["pixel_values"] = batch["pixel_values"].to(self.pixels)
-        return batch
+        return batch if self.pixels is None else with_pixels_as(batch, self.pixels)
 
 
 def in_batches(

@@ -10,6 +10,21 @@ from mllm_assets.errors import MllmAssetsError
 CUTOFF_LEN = 2048
 IMAGE_MAX_PIXELS = 768 * 768
 IMAGE_MIN_PIXELS = 32 * 32
+VIDEO_MAX_PIXELS = 256 * 256
+VIDEO_MIN_PIXELS = 16 * 16
+VIDEO_FPS = 2.0
+VIDEO_MAXLEN = 128
+VIDEO_KEYS = ("video_fps", "video_maxlen", "video_max_pixels", "video_min_pixels")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoSettings:
+    """What is shown of a video: `fps` frames of each second, `maxlen` at most, each of an area within the limits."""
+
+    fps: float = VIDEO_FPS
+    maxlen: int = VIDEO_MAXLEN
+    max_pixels: int = VIDEO_MAX_PIXELS
+    min_pixels: int = VIDEO_MIN_PIXELS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +39,10 @@ class TurnSettings:
         cutoff_len: Most tokens a row may have; what is longer is cut as LLaMA-Factory cuts it.
         image_max_pixels: Larger images are first shrunk to this area.
         image_min_pixels: Smaller ones are first enlarged to it.
+        video_fps: Frames of each second of a video that are shown.
+        video_maxlen: Most frames of a video.
+        video_max_pixels: Larger frames are first shrunk to this area.
+        video_min_pixels: Smaller ones are first enlarged to it.
         image_do_pan_and_scan: Parts of long images are shown beside the whole (Gemma 3).
         crop_to_patches: Parts of all images are (InternVL).
     """
@@ -36,6 +55,10 @@ class TurnSettings:
     image_min_pixels: int = IMAGE_MIN_PIXELS
     image_do_pan_and_scan: bool = False
     crop_to_patches: bool = False
+    video_fps: float = VIDEO_FPS
+    video_maxlen: int = VIDEO_MAXLEN
+    video_max_pixels: int = VIDEO_MAX_PIXELS
+    video_min_pixels: int = VIDEO_MIN_PIXELS
 
     @property
     def crop_keys(self) -> tuple[str, ...]:
@@ -48,6 +71,11 @@ class TurnSettings:
         """Take them from a recipe's keys; absent ones have their defaults."""
         values = {name: recipe[name] for name in cls.__slots__ if name in recipe}
         return cls(**{"system": recipe.get("default_system"), **values})
+
+    @property
+    def videos(self) -> VideoSettings:
+        """What is shown of videos."""
+        return VideoSettings(**{name.removeprefix("video_"): getattr(self, name) for name in VIDEO_KEYS})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -204,8 +204,7 @@ _NO_EFFECT = {
         ppo_whiten_rewards:bool=false
         reward_model:str?=null reward_model_adapters:str?=null reward_model_quantization_bit:int?=null
         reward_model_type:str=lora""",
-    "rows hold images and text only.": """
-        video_max_pixels:int=65536 video_min_pixels:int=256 video_fps:float=2.0 video_maxlen:int=128
+    "rows hold images, videos without their sound, and text.": """
         use_audio_in_video:bool=false audio_sampling_rate:int=16000""",
     "exporting and serving are not part of training.": """
         export_dir:str?=null export_size:int=5 export_device:str=cpu export_quantization_bit:int?=null

@@ -80,7 +80,7 @@ _OTHERWISE = {
     "Columns and splits are in dataset_info.json. Delete the line.": """
         dataset_text_field dataset_train_split dataset_test_split image_folder media_root""",
     "Rows with pictures are recognised. Delete the line.": "visual_inputs",
-    "Rows hold images and text only. Delete the line.": "video_resolution",
+    "Set video_max_pixels, the area of a frame.": "video_resolution",
     "Megatron spreads one model over GPUs; here fsdp: true does. Delete the line.": """
         tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size context_parallel_size
         virtual_pipeline_model_parallel_size sequence_parallel bias_activation_fusion apply_rope_fusion

@@ -8,7 +8,7 @@ from typing import Any
 # Keys whose number must be above 0, and keys where it may be 0; null passes
 _POSITIVE = """per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps cutoff_len
     num_train_epochs image_min_pixels max_samples save_total_limit early_stopping_steps preprocessing_batch_size
-    preprocessing_num_workers ddp_bucket_cap_mb""".split()
+    preprocessing_num_workers ddp_bucket_cap_mb video_fps video_maxlen video_min_pixels""".split()
 _NOT_NEGATIVE = """learning_rate weight_decay max_grad_norm warmup_steps seed eval_delay dataloader_num_workers
     neftune_noise_alpha adam_epsilon ddp_timeout""".split()
 # The most that a key may be, or in size where it may be negative; others may be what 32 bits hold; a float up to 1e30
@@ -19,6 +19,8 @@ _MOST: dict[str, float] = {
     "dataloader_prefetch_factor": 10**4,
     "preprocessing_num_workers": 1024,
     "freeze_trainable_layers": 1000,
+    "video_fps": 1000,
+    "video_maxlen": 10**5,
     "lora_rank": 2**16,
     "pissa_iter": 10**4,
     "learning_rate": 1000,

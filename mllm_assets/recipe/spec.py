@@ -13,7 +13,16 @@ from typing import Any, Literal
 from mllm_assets.errors import RecipeError, all_of
 from mllm_assets.families.family import TEMPLATES
 from mllm_assets.recipe.answer_metrics import UNTRIED, answer_metrics, answer_problems
-from mllm_assets.recipe.asking import CUTOFF_LEN, IMAGE_MAX_PIXELS, IMAGE_MIN_PIXELS, TurnSettings
+from mllm_assets.recipe.asking import (
+    CUTOFF_LEN,
+    IMAGE_MAX_PIXELS,
+    IMAGE_MIN_PIXELS,
+    VIDEO_FPS,
+    VIDEO_MAX_PIXELS,
+    VIDEO_MAXLEN,
+    VIDEO_MIN_PIXELS,
+    TurnSettings,
+)
 from mllm_assets.recipe.method_keys import (
     ADDED,
     HF_ADDED,
@@ -90,6 +99,10 @@ class TrainSpec(PreferenceKeys):
     image_min_pixels: int = field(default=IMAGE_MIN_PIXELS, metadata=SEMANTIC)
     image_do_pan_and_scan: bool = field(default=False, metadata=ADDED)
     crop_to_patches: bool = field(default=False, metadata=ADDED)
+    video_fps: float = field(default=VIDEO_FPS, metadata=ADDED)
+    video_maxlen: int = field(default=VIDEO_MAXLEN, metadata=ADDED)
+    video_max_pixels: int = field(default=VIDEO_MAX_PIXELS, metadata=ADDED)
+    video_min_pixels: int = field(default=VIDEO_MIN_PIXELS, metadata=ADDED)
     disable_shuffling: bool = field(default=False, metadata=SEMANTIC)
     dataloader_num_workers: int = field(default=0, metadata=HF_OPERATIONAL)
     dataloader_pin_memory: bool = field(default=True, metadata=HF_OPERATIONAL)
@@ -292,6 +305,9 @@ def _conflicts(spec: TrainSpec) -> Iterator[tuple[str, str]]:
     if spec.image_max_pixels < spec.image_min_pixels:
         text = f"image_max_pixels is {spec.image_max_pixels}, below image_min_pixels {spec.image_min_pixels}. Raise it."
         yield "image_max_pixels", text
+    if spec.video_max_pixels < spec.video_min_pixels:
+        text = f"video_max_pixels is {spec.video_max_pixels}, below video_min_pixels {spec.video_min_pixels}. Raise it."
+        yield "video_max_pixels", text
     if spec.bf16 and spec.fp16:
         yield "fp16", "bf16 and fp16 are both true. Keep one: bf16 where the GPU has it."
     for name in spec.trackers:

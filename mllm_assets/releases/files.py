@@ -12,6 +12,7 @@ from mllm_assets.artifacts import MANIFEST, write_json_atomic, write_text_atomic
 from mllm_assets.errors import IntegrityError
 from mllm_assets.families.family import TEMPLATES
 from mllm_assets.file_digests import FileDigests
+from mllm_assets.recipe.asking import VIDEO_KEYS, TurnSettings
 
 ADAPTER = "adapter"
 PARTS = {"model": "", ADAPTER: f"{ADAPTER}/"}  # folder of the run -> where it goes in the release
@@ -99,6 +100,8 @@ def write_llamafactory(staging: Path, place: str, run: Mapping[str, Any], base_m
         "image_max_pixels": spec["image_max_pixels"],
         "infer_backend": "huggingface",
     }
+    defaults = TurnSettings()
+    common |= {n: spec[n] for n in VIDEO_KEYS if spec.get(n, getattr(defaults, n)) != getattr(defaults, n)}
     if spec.get("enable_thinking") is not None:
         common["enable_thinking"] = spec["enable_thinking"]
     merged = {"model_name_or_path": place, **common}

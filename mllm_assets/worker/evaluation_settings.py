@@ -5,7 +5,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mllm_assets.errors import RecipeError
-from mllm_assets.recipe.asking import Sampling
+from mllm_assets.recipe.asking import VIDEO_KEYS, Sampling, TurnSettings
 from mllm_assets.recipe.spec import TrainSpec
 
 ROWS_AT_ONCE = 16  # that a model is asked about, where nobody says; see `inference.batch_size` for a GPU
@@ -72,6 +72,8 @@ class EvaluationSettings:
         if recipe.default_system is not None:
             asked["default_system"] = recipe.default_system
         asked |= dict.fromkeys(recipe.turns.crop_keys, True)
+        defaults = TurnSettings()
+        asked |= {n: v for n in VIDEO_KEYS if (v := getattr(recipe, n)) != getattr(defaults, n)}
         if self.max_samples is not None:
             asked["chosen"] = "spread"  # those made before were of an entry's first rows
         # the same names whatever a GPU holds: its answers are those of other batches to rounding

@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from html import escape
-from itertools import groupby
 from typing import Any
 
 from PIL import Image
@@ -20,9 +19,8 @@ from mllm_assets.inference.chat_page import gr
 from mllm_assets.layout import Layout
 from mllm_assets.pages import page_template
 from mllm_assets.recipe.draft import METHODS, RecipeDraft, read_draft, renamed, write_draft
-from mllm_assets.training.encoding.encode import image_token_id
 from mllm_assets.training.encoding.row import EncodedRow
-from mllm_assets.training.loop.inspecting import look, row_facts
+from mllm_assets.training.loop.inspecting import look, row_facts, stretches
 from mllm_assets.training.loop.reporting import trainable_lines
 
 NUM_SHOWN_ROWS = 3
@@ -223,11 +221,9 @@ def _looked(layout: Layout, name: str, text: str | None) -> str:
 
 def _parts(row: EncodedRow, processor: Any) -> Iterator[tuple[str, bool]]:
     """A row's text in stretches, and whether each is trained on; an image's tokens are one stretch."""
-    image_token, decode = image_token_id(processor), processor.tokenizer.decode
-    pairs = zip(row.input_ids, row.labels, strict=True)
-    for (is_image, trains), group in groupby(pairs, key=lambda pair: (pair[0] == image_token, pair[1] >= 0)):
-        tokens = [token for token, _ in group]
-        yield (f"{decode([image_token])} × {len(tokens)}" if is_image else decode(tokens)), trains
+    decode = processor.tokenizer.decode
+    for visual, trains, tokens in stretches(row, processor):
+        yield (decode(tokens) if visual is None else f"{decode([visual])} × {len(tokens)}"), trains
 
 
 def _as_uri(image: Image.Image) -> str:

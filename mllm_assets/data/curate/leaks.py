@@ -223,14 +223,15 @@ def _digest_now(dataset: Dataset, name: str) -> str | None:
 def _find_shared(
     pairs: Sequence[tuple[Holder, Holder]], store: QualityStore | None, digests: FileDigests
 ) -> tuple[list[tuple[Holder, str]], int]:
-    """Compare the pictures of pairs of entries, one that is trained on and one that is evaluated on.
+    """Compare the pictures and videos of pairs of entries, one that is trained on and one that is evaluated on.
 
     Returns:
-        For each picture that both have: what is trained on, and a text that names both files. The number of files.
+        For each file that both have: what is trained on, and a text that names both files. The number of files.
     """
-    images = {holder: holder.entry.images for pair in pairs for holder in pair}
+    images = {holder: holder.entry.images | holder.entry.videos for pair in pairs for holder in pair}
+    videos = set().union(*(holder.entry.videos for holder in images))
     paths = sorted(set().union(*images.values()))
-    groups = _groups(paths, store, digests)
+    groups = _groups([path for path in paths if path not in videos], store, digests) + _copies(videos, digests)
     found = []
     for train, held in pairs:
         for members in groups:
@@ -239,6 +240,14 @@ def _find_shared(
             if trained and evaluated:
                 found.append((train, f"{train.named(trained[0])} ~ {held.named(evaluated[0])}"))
     return found, len(paths)
+
+
+def _copies(videos: set[Path], digests: FileDigests) -> list[list[Path]]:
+    """Group videos by their bytes: one that was encoded again counts as another."""
+    members: dict[str, list[Path]] = {}
+    for path in sorted(videos):
+        members.setdefault(digests.of(path), []).append(path)
+    return list(members.values())
 
 
 def _groups(paths: list[Path], store: QualityStore | None, digests: FileDigests) -> list[list[Path]]:

@@ -65,6 +65,12 @@ def _read_row(row: FileRow, entry: EntryInfo, media: MediaFolders, at: SourceRow
             "dataset_dir, or take the row out."
         )
         problems = [*problems, RowProblem("tools_unsupported", text)]
+    if (videos := value.get(entry.columns.get("videos", ""))) and videos != "[]":
+        text = (
+            f"{row.place}: a declared dataset has no videos. Name the entry in the recipe as it is, with its "
+            "dataset_dir, or take the row out."
+        )
+        problems = [*problems, RowProblem("videos_unsupported", text)]
     pictures = read_pictures(value.get(entry.columns.get("images", "")), media)
     pictures += read_pictures(list(in_parts) or None, media)
     turns = [asdict(message) for message in messages] if not problems else turns_of(value, entry)[0]

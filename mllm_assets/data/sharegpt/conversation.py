@@ -27,7 +27,7 @@ CONTROL_TOKENS = (
     "<bos> <eos> <pad> <unk> <mask> <start_of_turn> <end_of_turn> <start_of_image> <end_of_image> <image_soft_token> "
     "<image> <video> <audio>"
 ).split()
-IMAGE_PLACEHOLDER = "<image>"
+IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
 # of a content's part that is a picture: its type, or the key that holds it
 PICTURE_KEYS = ("image", "image_url", "input_image", "url", "path", "base64")
 # Qwen-VL's notation
@@ -104,6 +104,11 @@ def conversation_defect(messages: str, num_images: int, max_chars: int) -> str |
     if num_placeholders(turns) not in (0, num_images):
         return "messages_placeholder_count"
     return None
+
+
+def without_placeholders(text: str) -> str:
+    """A text as a person reads it, without the places of its pictures and videos."""
+    return text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip()
 
 
 def num_placeholders(turns: list[dict[str, str]]) -> int:

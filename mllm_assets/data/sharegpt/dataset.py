@@ -14,10 +14,11 @@ from typing import Any
 
 from mllm_assets.artifacts import digest_json, is_complete, is_digest, require_sound, resolved_path
 from mllm_assets.data.sharegpt.entries import entry_file, load_entry
+from mllm_assets.data.sharegpt.media import media_folders
 from mllm_assets.data.sharegpt.overview import Overview, kept_overview
 from mllm_assets.data.sharegpt.parsing import unparsed_rows
 from mllm_assets.data.sharegpt.pictures import MediaFolders
-from mllm_assets.data.sharegpt.rows import Row, media_folders
+from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.errors import DataError, IntegrityError, all_of
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.layout import Layout
@@ -213,12 +214,18 @@ class Entry:
         return {path: self.dataset.digest_image(path, self.recorded.get(path)) for path in self._overview.images}
 
     @cached_property
+    def videos(self) -> dict[Path, str]:
+        """The digest of each video that a row names, by path in order."""
+        return {path: self.dataset.digests.of(path) for path in self._overview.videos}
+
+    @cached_property
     def digest(self) -> str:
-        """16 hex digits that cover the entry, its file and every image that it names."""
+        """16 hex digits that cover the entry, its file and every image and video that it names."""
         images = list(self.images.values())  # by name, so that swapping two images changes it
         if self.dataset.media_dir:  # a name alone does not say in which of two folders it is
             images = [images[place] for place in self._overview.order]
-        return digest_json([self._block, *self.file_digests.values(), images])[:16]
+        videos = [list(self.videos.values())] if self.videos else []
+        return digest_json([self._block, *self.file_digests.values(), images, *videos])[:16]
 
     @property
     def _block(self) -> dict[str, Any]:

@@ -5,17 +5,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm_assets.data.sharegpt.conversation import ASSISTANT, IMAGE_PLACEHOLDER, USER, names_pictures
+from mllm_assets.data.sharegpt.conversation import (
+    ASSISTANT,
+    IMAGE_PLACEHOLDER,
+    USER,
+    VIDEO_PLACEHOLDER,
+    names_pictures,
+)
 from mllm_assets.data.sharegpt.entries import EntryInfo
 from mllm_assets.data.sharegpt.json_text import lone_surrogate
+from mllm_assets.data.sharegpt.media import Pictured, media_folders
 from mllm_assets.data.sharegpt.pictures import MediaFolders, is_embedded
 from mllm_assets.data.sharegpt.row_files import FileRow
 from mllm_assets.data.sharegpt.rows import (
     UNSUPPORTED_COLUMNS,
     Message,
-    Pictured,
     Row,
-    media_folders,
     parse_row,
     rows_of_entry,
 )
@@ -60,7 +65,9 @@ class RowParser:
         columns, tags = entry.columns, entry.tags
         self._turns = columns.get("messages", "conversations")
         self._images = columns.get("images")
-        self._beside = [columns[name] for name in ("system", "tools", *UNSUPPORTED_COLUMNS) if name in columns]
+        self._beside = [
+            columns[name] for name in ("system", "tools", "videos", *UNSUPPORTED_COLUMNS) if name in columns
+        ]
         self._role, self._content = tags.get("role_tag", "from"), tags.get("content_tag", "value")
         self._speakers = tags.get("user_tag", "human"), tags.get("assistant_tag", "gpt")
         self._has_plain = (
@@ -109,7 +116,9 @@ class RowParser:
             text = turn.get(self._content)
             if type(text) is not str or not (text.isascii() or lone_surrogate(text) is None):
                 return None
-            if "<" in text and (names_pictures(text) or (number % 2 and IMAGE_PLACEHOLDER in text)):
+            if "<" in text and (
+                names_pictures(text) or VIDEO_PLACEHOLDER in text or (number % 2 and IMAGE_PLACEHOLDER in text)
+            ):
                 return None
             messages.append(Message(ASSISTANT if number % 2 else USER, text))
         return tuple(messages)

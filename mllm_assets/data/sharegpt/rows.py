@@ -1,6 +1,5 @@
 """Read ShareGPT files as LLaMA-Factory does, but refuse at once, by row, what it drops or fails on while training."""
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +12,12 @@ from mllm_assets.data.sharegpt.conversation import (
     IMAGE_PLACEHOLDER,
     SYSTEM,
     USER,
+    VIDEO_PLACEHOLDER,
     content_text,
 )
 from mllm_assets.data.sharegpt.entries import COLUMNS, DEFAULT_TAGS, ENTRY_KEYS, EntryInfo, entry_file
 from mllm_assets.data.sharegpt.json_text import lone_surrogate
-from mllm_assets.data.sharegpt.pictures import MAX_SHOWN_CHARS, REMOTE, MediaFolders, is_embedded, listed_in_text
+from mllm_assets.data.sharegpt.media import Pictured, images_of, videos_of
 from mllm_assets.data.sharegpt.row_files import FileRow, file_rows
 from mllm_assets.data.sharegpt.tool_turns import called, roles_by_tag, tools_of, with_joined_observations
 from mllm_assets.errors import DataError, all_of, did_you_mean, nearest
@@ -25,9 +25,9 @@ from mllm_assets.errors import DataError, all_of, did_you_mean, nearest
 OPENAI = "openai"  # where calls are in `tool_calls`, and each of their results is a message
 FORMATTINGS = ("sharegpt", OPENAI, "alpaca")
 # columns of LLaMA-Factory whose content cannot be trained on here
-UNSUPPORTED_COLUMNS = ("videos", "audios")
+UNSUPPORTED_COLUMNS = ("audios",)
 # columns that may be missing in a row, and so are missing without a word in all where their name is wrong
-_QUIET_COLUMNS = ("system", "history", "tools", *UNSUPPORTED_COLUMNS)
+_QUIET_COLUMNS = ("system", "history", "tools", "videos", *UNSUPPORTED_COLUMNS)
 MARKED_BAD = "answer_marked_bad"  # what only `stage: kto` learns from
 PAIR = ("chosen", "rejected")  # columns of a pair's answers
 IMAGE_NAMES = ("images", "image")  # columns that hold images whatever an entry says
@@ -61,28 +61,7 @@ class Row:
     rejected: Message | None = None  # of a pair, whose last message is the preferred answer
     mark: bool | None = None  # whether the last answer is a good one, where the entry says so
     tools: str = ""  # JSON of what the model may call
-
-
-@dataclass(frozen=True, slots=True)
-class Pictured:
-    """Where the pictures that rows name are: below `media_dir`, where there is one, and below `data_dir`."""
-
-    data_dir: Path
-    media_dir: Path | None
-    folders: MediaFolders
-
-    def problem(self, name: str, defect: str | None, place: str) -> str:
-        """Why a picture was not found, and what to do."""
-        near = self.media_dir or self.data_dir
-        name = name if len(name) <= MAX_SHOWN_CHARS else f"{name[:MAX_SHOWN_CHARS]}…"
-        other = "" if self.media_dir else " Or name the folder that they are relative to: media_dir in the recipe."
-        if name.partition("://")[0].lower() in REMOTE:
-            return f"{place}: the image {name!r} is an address. Download it, and name the file."
-        if defect == "image_missing":
-            also = f", nor in {self.data_dir}" if self.media_dir else ""
-            return f"{place}: there is no image {near / name}{also}. Paths are relative to {near}; add the file.{other}"
-        both = f"{near} and {self.data_dir}" if self.media_dir else str(near)
-        return f"{place}: the path {name!r} leaves {both}. Name the folder that holds it: media_dir in the recipe."
+    videos: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +98,6 @@ def rows_of_entry(data_dir: Path, entry: EntryInfo, *, with_pairs: bool = False)
                 f"Entry {entry.name!r} reads {column!r} from the column {name!r}, which no row has. Correct `columns`, "
                 "or remove the line."
             )
-
-
-def media_folders(data_dir: Path, media_dir: Path | None) -> MediaFolders:
-    """Where an entry's pictures are looked for."""
-    return MediaFolders([media_dir] if media_dir else [], [data_dir])
 
 
 def entry_problems(entry: EntryInfo, *, with_pairs: bool = False) -> list[str]:
@@ -294,28 +268,17 @@ def parse_row(row: FileRow, index: int, entry: EntryInfo, folder: Pictured, prob
         value, entry = _with_chosen(value, entry)
     messages, in_parts, others = read_messages(value, entry, place)
     problems += [problem.text for problem in (*found, *others) if problem.reason != MARKED_BAD]
-    images = _parse_images(value, in_parts, entry, place, folder, problems)
+    images = images_of(value, in_parts, entry, place, folder, problems)
+    videos = videos_of(value, entry, place, folder, problems)
     if problems:
         return None
-    misplaced = [(i, m.role) for i, m in enumerate(messages) if m.role not in ASKING and IMAGE_PLACEHOLDER in m.content]
-    problems += [
-        f"{place}, message {number}: the {role}'s text holds {IMAGE_PLACEHOLDER}, and only a user's message can show a "
-        "picture: as an answer it would be learnt. Take it out, or move it into the question."
-        for number, role in misplaced
-    ]
-    num_placeholders = sum(m.content.count(IMAGE_PLACEHOLDER) for m in messages if m.role in ASKING)
-    if images and not num_placeholders and not misplaced:  # LLaMA-Factory fails on such rows
-        messages = _with_placeholders(messages, len(images))
-    elif not misplaced and num_placeholders != len(images):
-        problems.append(
-            f"{place}: {num_placeholders} {IMAGE_PLACEHOLDER} placeholders, but {len(images)} images. Write one "
-            f"{IMAGE_PLACEHOLDER} into the user message for each image."
-        )
+    for placeholder, files, what in ((IMAGE_PLACEHOLDER, images, "image"), (VIDEO_PLACEHOLDER, videos, "video")):
+        messages = _placed(messages, placeholder, len(files), what, place, problems)
     label, tools = value.get("label"), tools_of(value.get(entry.columns["tools"]) if "tools" in entry.columns else None)
     if tools is None:
         problems.append(f"{place}: {entry.columns['tools']!r} should be a list of tools as JSON. Correct the row.")
     mark = value.get(entry.columns["kto_tag"]) if "kto_tag" in entry.columns else None
-    return Row(row_id, messages, images, label if isinstance(label, str) else None, rejected, mark, tools or "")
+    return Row(row_id, messages, images, label if isinstance(label, str) else None, rejected, mark, tools or "", videos)
 
 
 def _with_chosen(value: Mapping[str, Any], entry: EntryInfo) -> tuple[Mapping[str, Any], EntryInfo]:
@@ -346,10 +309,28 @@ def _rejected(value: Mapping[str, Any], entry: EntryInfo, place: str, problems: 
     return Message(role, text)
 
 
-def _with_placeholders(messages: tuple[Message, ...], num_images: int) -> tuple[Message, ...]:
-    """Show images that no message places before the first question, as a declared dataset does."""
-    first = next(number for number, message in enumerate(messages) if message.role == USER)
-    shown = Message(USER, IMAGE_PLACEHOLDER * num_images + messages[first].content)
+def _placed(
+    messages: tuple[Message, ...], placeholder: str, count: int, what: str, place: str, problems: list[str]
+) -> tuple[Message, ...]:
+    """The messages with a placeholder for each picture or video: before the first question where there is none."""
+    misplaced = [(i, m.role) for i, m in enumerate(messages) if m.role not in ASKING and placeholder in m.content]
+    problems += [
+        f"{place}, message {number}: the {role}'s text holds {placeholder}, and only a user's message can show a "
+        f"{'picture' if what == 'image' else what}: as an answer it would be learnt. Take it out, or move it into the "
+        "question."
+        for number, role in misplaced
+    ]
+    num_placeholders = sum(m.content.count(placeholder) for m in messages if m.role in ASKING)
+    if misplaced or num_placeholders == count:
+        return messages
+    if num_placeholders:
+        problems.append(
+            f"{place}: {num_placeholders} {placeholder} placeholders, but {count} {what}s. Write one {placeholder} "
+            f"into the user message for each {what}."
+        )
+        return messages
+    first = next(number for number, message in enumerate(messages) if message.role == USER)  # LLaMA-Factory fails here
+    shown = Message(USER, placeholder * count + messages[first].content)
     return (*messages[:first], shown, *messages[first + 1 :])
 
 
@@ -366,35 +347,3 @@ def _text(value: Any, place: str, problems: list[RowProblem], pictures: list[Any
         )
         problems.append(RowProblem("messages_undecodable", text))
     return value
-
-
-def _parse_images(
-    value: Mapping[str, Any],
-    in_parts: tuple[Any, ...],
-    entry: EntryInfo,
-    place: str,
-    folder: Pictured,
-    problems: list[str],
-) -> tuple[Path, ...]:
-    column = entry.columns.get("images")
-    cell = None if column is None else value.get(column)
-    names = listed_in_text(cell) or [cell] if isinstance(cell, str) else cell or []
-    names = [*(names if isinstance(names, list) else [names]), *in_parts]
-    names = [name.get("path") if isinstance(name, dict) and name.get("bytes") is None else name for name in names]
-    images = []
-    for name in names:
-        if not isinstance(name, str) or is_embedded(name):
-            command = shlex.join(["mllm-assets", "add-dataset", str(folder.data_dir), "--entry", entry.name])
-            problems.append(
-                f"{place}: {column or 'a message'!r} embeds a picture, and a directory that is trained on as it is "
-                f"names files. {command} declares a dataset that holds them; name its entries in the recipe instead."
-                if isinstance(name, dict | bytes | str)
-                else f"{place}: {column!r} should be a list of paths. Correct the row."
-            )
-            return ()
-        path, defect = folder.folders.find(name)
-        if path is not None:
-            images.append(path)
-        else:
-            problems.append(folder.problem(name, defect, place))
-    return tuple(images)

@@ -6,7 +6,7 @@ Shape suffixes: K tokens of one image, R tokens of several, W values kept of a t
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mllm_assets.artifacts import digest_json
+from mllm_assets.data.ingest.videos import decoder_name
 from mllm_assets.data.sharegpt.dataset import Dataset
 from mllm_assets.errors import IntegrityError, RecipeError
 from mllm_assets.file_digests import FileDigests
@@ -47,21 +48,26 @@ class FeatureStore(ImageStore):
         """
         return torch.cat([self.get(self.name(path)) for path in paths])
 
+    def video_batch(self, paths: Sequence[Path]) -> torch.Tensor:
+        """Return rows_RW of all videos, one after another; raises as `batch`."""
+        return torch.cat([self.get(self.name(path, is_video=True)) for path in paths])
+
     def blank(self, num_tokens: int) -> torch.Tensor:
         """Return rows_KW of zeros for one image of `num_tokens` tokens, for a batch without images."""
         some_KW = self.any()
         return some_KW.new_zeros(num_tokens, some_KW.shape[1])
 
-    def name(self, path: Path) -> str:
-        """Return the digest of an image whose features are in the store.
+    def name(self, path: Path, *, is_video: bool = False) -> str:
+        """Return the name of an image or video whose features are in the store.
 
         Raises:
             IntegrityError: They are not. Names the file.
         """
-        name = self.digest(path)
+        name = video_name(self.digest(path)) if is_video else self.digest(path)
         if name not in self:
+            kind = "video" if is_video else "image"
             raise IntegrityError(
-                f"The image {path} has no cached vision features in {self.directory}: the data changed after they "
+                f"The {kind} {path} has no cached vision features in {self.directory}: the data changed after they "
                 f"were made. Materialise vision_features again."
             )
         return name
@@ -85,7 +91,11 @@ class FeatureStore(ImageStore):
         def make(passes: Sequence[Sequence[str]]) -> Iterator[list[torch.Tensor]]:
             return maker.make([[images[name] for name in some] for some in passes])
 
-        return self.fill(sorted(images), size, make, reporter, part=part, wait=wait)
+        videos = sorted(name for name, row in images.items() if row.videos)
+        pictures = sorted(images.keys() - set(videos))
+        # a video is a pass of its own: its frames are as many as a pass has pictures, or more
+        num_videos = self.fill(videos, 1, make, reporter, part=part, wait=wait) if videos else 0
+        return num_videos + self.fill(pictures, size, make, reporter, part=part, wait=wait)
 
     def require_match(self, maker: "FeatureMaker", rows: EncodedRows) -> None:
         """Compare the shards that will be read with their digests, and some features with the tower's own output.
@@ -94,10 +104,25 @@ class FeatureStore(ImageStore):
             IntegrityError: An image is missing, a file is damaged, or a value differs.
         """
         self.require_undamaged(self.name(path) for path, _ in rows.pictures())
+        self.require_undamaged(self.name(path, is_video=True) for row in rows.videos() for path in row.videos)
         for row in rows.take(probes(np.flatnonzero(rows.counted("images")).tolist())):
-            pixels = maker.collator.tower_inputs([row])
+            pixels = maker.collator.tower_inputs([replace(row, videos=())])
             fresh = torch.cat(tower.image_rows(maker.model, pixels, maker.precision)).cpu()
             self.require_same(row.id, self.batch(row.images), fresh, "the tower's output", maker.precision)
+        for row in probes([*rows.videos()]):
+            fresh = torch.cat(tower.image_rows(maker.model, maker.collator.tower_inputs([row]), maker.precision)).cpu()
+            self.require_same(row.id, self.video_batch(row.videos), fresh, "the tower's output", maker.precision)
+
+
+def video_name(digest: str) -> str:
+    """The name of a video's features: what decodes it may round its colours otherwise in another version."""
+    return digest_json([digest, decoder_name()])
+
+
+def visuals_by_name(rows: EncodedRows, digests: FileDigests) -> dict[str, EncodedRow]:
+    """Return each different image and video of rows once, as `images_by_digest`."""
+    videos = {video_name(digests.of(row.videos[0])): row for row in rows.videos()}
+    return images_by_digest(rows.pictures(), digests) | videos
 
 
 def images_by_digest(pictures: Iterable[tuple[Path, str]], digests: FileDigests) -> dict[str, EncodedRow]:
@@ -150,6 +175,20 @@ class _Pixels:
         return inputs | {"pixel_values": inputs["pixel_values"].to(self.dtype)}
 
 
+def _videos_of(task: FeaturesTask, processor: Any, dataset: Dataset) -> dict[str, EncodedRow]:
+    """Each different video of a task's rows once, by the name of its features."""
+    from mllm_assets.training.encoding.inputs import make_encoder
+
+    spec, found = task.recipe, {}
+    encoder = make_encoder(spec, processor, task.model_dir)
+    for entry in map(dataset.entry, (*spec.train_entries, *spec.eval_entries)):
+        for row in islice(entry.each(), spec.max_samples) if entry.videos else ():
+            for path, slot in zip(row.videos, encoder.media(row).videos, strict=True):
+                name = video_name(dataset.digests.of(path))
+                found.setdefault(name, EncodedRow.of_video(path, row.id, slot.grid_thw))
+    return found
+
+
 def features_task(task: FeaturesTask, reporter: "Reporter") -> Features:
     """Worker entry: compute what is missing of a recipe's vision features.
 
@@ -176,6 +215,8 @@ def features_task(task: FeaturesTask, reporter: "Reporter") -> Features:
         entry.require_unchanged()
     rows = (row for entry in entries for row in islice(entry.each(), spec.max_samples))
     images = images_by_digest(((path, row.id) for row in rows for path in row.images), dataset.digests)
+    if any(entry.videos for entry in entries):
+        images |= _videos_of(task, processor, dataset)
     with out_of_memory_is_an_error(f"loading {task.model_dir}", "End other programs."):
         dataset.digests.watch(task.model_dir.glob("*.safetensors"))
         how = {"quantization": precision.quantization, "attention": precision.attention}

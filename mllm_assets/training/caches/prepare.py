@@ -126,7 +126,7 @@ def _filled_features(model: Any, setup: Setup, reporter: "Reporter") -> features
     )
     store, rows = features.FeatureStore(directory, setup.inputs.digests), setup.inputs.rows
     if setup.caches.features_dir is None:
-        images = features.images_by_digest(rows.pictures(), setup.inputs.digests)
+        images = features.visuals_by_name(rows, setup.inputs.digests)
         store.compute(maker, images, reporter, part=Part(index=rank(), count=num_ranks()))
     store.require_match(maker, rows)
     return store
@@ -210,7 +210,7 @@ def _why_no_tower(setup: Setup) -> str | None:
         return "the vision tower trains, so its output changes at every step"
     if tower.tower_has_dropout(shape.model.config):
         return "the vision tower has dropout, so its output differs from step to step"
-    if not setup.inputs.rows.counted("images").any():
+    if not any(setup.inputs.rows.counted(kind).any() for kind in ("images", "videos")):
         return "no row has an image"
     return _visited_once(setup)
 

@@ -5,6 +5,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import PIL
@@ -20,7 +21,7 @@ from mllm_assets.plugins import resolve
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.caches.vision_cuts import VisionCut
 from mllm_assets.training.encoding.collate import NUM_CROPS
-from mllm_assets.training.encoding.encode import image_slots
+from mllm_assets.training.encoding.visual_tokens import image_slots, video_slots
 from mllm_assets.training.models.device import Precision
 
 
@@ -87,6 +88,8 @@ def image_processing(processor: Any, spec: TrainSpec) -> list[Any]:
     settings = [processor.image_processor.to_dict(), spec.image_max_pixels, spec.image_min_pixels]
     if told := dict(image_slots(processor, spec.turns).processing):
         settings.append(told)
+    if (videos := video_slots(processor)) is not None:
+        settings.append([videos.describe(), asdict(spec.turns.videos)])
     return settings
 
 

@@ -5,7 +5,7 @@ While the table replaces pixels, `get_image_features` of the model is replaced, 
 the library's. Gemma 3 keeps that method too: its tower is replaced, and its projector does not pool.
 
 Shape suffixes: K tokens of one image, R tokens of all images, W values of a row, H the tower's hidden size.
-Not covered: towers that train, in part or whole; videos.
+A video is as a picture with more steps in time. Not covered: towers that train, in part or whole.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,12 +24,14 @@ class VisionCut:
     Attributes:
         tower: The module that computes, in `model.model`.
         parts: Its modules that the cache replaces.
+        takes_videos: Whether the model has a method for videos that this cut replaces too.
         rounds_pixels_first: Whether pixels are brought to the weights' dtype before anything is computed.
     """
 
     tower = "vision_tower"
     parts: tuple[str, ...] = ("vision_tower",)
     rounds_pixels_first = True
+    takes_videos = False
 
     def settings(self, config: Any) -> dict[str, Any]:
         """Return what a row depends on in the model's configuration, apart from the tower's own."""
@@ -48,12 +50,16 @@ class VisionCut:
         for part in self.parts:
             core.set_submodule(part, nn.Identity())
         core.get_image_features = lambda pixel_values, *_, **__: self.project(core, pixel_values)
+        if self.takes_videos:
+            core.get_video_features = lambda pixel_values_videos, *_, **__: self.project(core, pixel_values_videos)
 
     def uninstall(self, core: Any, modules: Mapping[str, nn.Module]) -> None:
         """Put the parts back."""
         for part, module in modules.items():
             core.set_submodule(part, module)
         del core.get_image_features
+        if self.takes_videos:
+            del core.get_video_features
 
 
 class CachedTower(nn.Module):
@@ -134,6 +140,7 @@ class QwenCut(VisionCut):
 
     tower = "visual"
     parts = ("visual.patch_embed", "visual.blocks")
+    takes_videos = True
 
     def rows(self, core: Any, inputs: Inputs) -> list[torch.Tensor]:
         grids = inputs["image_grid_thw"]

@@ -19,10 +19,11 @@ from mllm_assets.errors import DataError, IntegrityError
 from mllm_assets.families.family import processor_family
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.asking import TurnSettings
-from mllm_assets.training.encoding.encode import image_slots, image_token_id
 from mllm_assets.training.encoding.image_files import load_image
 from mllm_assets.training.encoding.kept_pixels import KeptPixels
 from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow
+from mllm_assets.training.encoding.video_files import clip_frames
+from mllm_assets.training.encoding.visual_tokens import image_slots, image_token_id, video_slots, video_token_id
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 TOWER_INPUTS = ("pixel_values", "image_grid_thw", "image_position_ids", "pixel_attention_mask")
 REFERENCE = "reference_logps"  # of the answers of pairs: the preferred ones, then the others
 OTHERS, MARKS = "others", "marks"  # of marked answers: a batch of others, and which are good
+PIXELS, VIDEO_PIXELS = "pixel_values", "pixel_values_videos"
 NUM_CROPS = "num_crops"  # of each image, where parts of them are shown
 
 
@@ -40,6 +42,10 @@ class ImageFeatures(Protocol):
 
     def batch(self, paths: "Sequence[Path]") -> torch.Tensor:
         """Return a row of features for each token of the images, one image after another."""
+        ...
+
+    def video_batch(self, paths: "Sequence[Path]") -> torch.Tensor:
+        """Return a row of features for each token of the videos, one video after another."""
         ...
 
     def blank(self, num_tokens: int) -> torch.Tensor:
@@ -95,7 +101,8 @@ class Collator:
     ) -> None:
         tokenizer, self.family = processor.tokenizer, processor_family(processor)
         self.image_processor = processor.image_processor
-        self.slots = image_slots(processor, settings)
+        self.slots, self.video_slots = image_slots(processor, settings), video_slots(processor)
+        self.videos, self.video_token_id = settings.videos, video_token_id(processor)
         self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.image_token_id: int = image_token_id(processor)
         self.image_limits = {"max_pixels": settings.image_max_pixels, "min_pixels": settings.image_min_pixels}
@@ -133,8 +140,8 @@ class Collator:
             image tokens do not attend to each other.
         """
         pairs, rows = rows, side_by_side(rows)
-        has_images = any(row.images for row in rows)
-        needs_no_blank = has_images or self.padding.side == "left" or self.hidden_states is not None
+        has_images, has_videos = any(row.images for row in rows), any(row.videos for row in rows)
+        needs_no_blank = has_images or has_videos or self.padding.side == "left" or self.hidden_states is not None
         num_blank = 0 if needs_no_blank else self._blank_slot.num_tokens
         longest = max(len(rows[0].input_ids) + num_blank, *(len(row.input_ids) for row in rows))
         length = -(-longest // self.padding.multiple_of) * self.padding.multiple_of
@@ -154,13 +161,15 @@ class Collator:
         if self.hidden_states is not None:
             batch["inputs_embeds"] = self.hidden_states.batch(rows, length)
             del batch["input_ids"]
-        elif has_images:
-            batch |= self._images(rows)
+        elif has_images or has_videos:
+            batch |= (self._images(rows) if has_images else {}) | (self._videos(rows) if has_videos else {})
         elif num_blank:
             batch |= self._blank_image()
         batch.pop(NUM_CROPS, None)
-        if self.features is not None and "pixel_values" in batch:
-            self._require_a_feature_for_each_token(input_ids_BT, len(batch["pixel_values"]), rows)
+        for name, token_id in ((PIXELS, self.image_token_id), (VIDEO_PIXELS, self.video_token_id)):
+            if self.features is not None and name in batch:
+                num_tokens = int((input_ids_BT == token_id).sum())
+                self._require_a_feature_for_each_token(num_tokens, len(batch[name]), rows)
         if self.select_logits:
             batch |= self._supervised(labels_BT, rows)
         if any(row.reference for row in pairs):
@@ -187,12 +196,15 @@ class Collator:
     def tower_inputs(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         """Return the vision tower's inputs for all images in order: pixel_values and what belongs to them.
 
-        An image's parts follow it, and `num_crops` are how many.
+        An image's parts follow it, and `num_crops` are how many. Rows of `EncodedRow.of_video` have no image, and give
+        what the tower sees of the videos under the same names.
 
         Raises:
             DataError: An image is damaged. Names row and file.
             IntegrityError: One changed since its digest was taken. Names the file.
         """
+        if rows[0].videos and not any(row.images for row in rows):
+            return dict(zip((PIXELS, "image_grid_thw"), self._video_patches(rows), strict=True))
         places = [(path, row.id) for row in rows for path in row.images]
         if self._kept is not None and get_worker_info() is None:  # a loader process ends with its epoch
             return {"pixel_values": self._pixels_of(places, self._kept)}
@@ -238,15 +250,39 @@ class Collator:
         grids_thw = [grid for row in rows for grid in row.grids_thw]
         return batch | ({"image_grid_thw": torch.tensor(grids_thw)} if grids_thw else {})
 
-    def _require_a_feature_for_each_token(
-        self, input_ids_BT: torch.Tensor, num_features: int, rows: Sequence[EncodedRow]
-    ) -> None:
-        num_tokens = int((input_ids_BT == self.image_token_id).sum())
+    def _videos(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        if self.features is None:
+            pixels, grids_thw = self._video_patches(rows)
+        else:
+            pixels = self.features.video_batch([path for row in rows for path in row.videos])
+            grids_thw = torch.tensor([grid for row in rows for grid in row.video_grids_thw])
+        batch = {VIDEO_PIXELS: pixels, "video_grid_thw": grids_thw}
+        if self.family.times_videos:
+            batch["second_per_grid_ts"] = torch.tensor([s for row in rows for s in row.seconds_per_grid])
+        return batch
+
+    def _video_patches(self, rows: Sequence[EncodedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the tower sees of the videos of rows, and their grids."""
+        assert self.video_slots is not None, "rows with videos of other families are refused"
+        places = [
+            (path, grid, row.id) for row in rows for path, grid in zip(row.videos, row.video_grids_thw, strict=True)
+        ]
+        made = []
+        for path, grid_thw, row_id in places:
+            if self.note_row is not None:
+                self.note_row(row_id)
+            frames = clip_frames(path, self.videos, self.slots, row_id=row_id)
+            made.append(torch.from_numpy(self.video_slots.patches(frames, grid_thw)))
+        if self.digests is not None:
+            self.digests.require_unchanged(path for path, _, _ in places)
+        return torch.cat(made), torch.tensor([grid for _, grid, _ in places])
+
+    def _require_a_feature_for_each_token(self, num_tokens: int, num_features: int, rows: Sequence[EncodedRow]) -> None:
         if num_tokens != num_features:
             raise IntegrityError(
                 f"The cached vision features of rows {', '.join(row.id for row in rows)} do not fit: expected "
-                f"{num_tokens} rows of them, one for each image token, found {num_features}. Delete the cache's folder "
-                "and make them again."
+                f"{num_tokens} rows of them, one for each of their tokens, found {num_features}. Delete the cache's "
+                "folder and make them again."
             )
 
     def _token_types(
@@ -256,7 +292,10 @@ class Collator:
             return {}
         key, meaning = self.family.token_types
         if meaning == "images":
-            return {key: (input_ids_BT == self.image_token_id).long()}
+            types_BT = (input_ids_BT == self.image_token_id).long()
+            if self.video_token_id is not None:
+                types_BT += 2 * (input_ids_BT == self.video_token_id)
+            return {key: types_BT}
         # what is supervised must not be seen from before it, so a prompt ends where the first label is
         num_before = [sum(1 for _ in takewhile(lambda label: label == IGNORE_INDEX, row.labels)) for row in rows]
         types = [array("i", [0] * n + [1] * (len(row.labels) - n)) for n, row in zip(num_before, rows, strict=True)]

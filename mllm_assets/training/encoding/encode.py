@@ -7,7 +7,7 @@ Source: llamafactory 0.9.5, `data/mm_plugin.py` and `data/processor/supervised.p
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +16,11 @@ import transformers
 
 from mllm_assets import __version__
 from mllm_assets.artifacts import digest_json
-from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER
-from mllm_assets.errors import DataError, ModelError, RecipeError
+from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from mllm_assets.errors import DataError
 from mllm_assets.families.family import find_template, processor_family
-from mllm_assets.families.image_slots import ImageSlot, ImageSlots
+from mllm_assets.families.image_slots import ImageSlot
+from mllm_assets.families.video_slots import VideoSlot
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.training.encoding.image_files import image_size
 from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow, Tokens
@@ -31,6 +32,14 @@ from mllm_assets.training.encoding.turns import (
     kept_lengths,
     shared_room,
     smallest_cutoff_len,
+)
+from mllm_assets.training.encoding.video_files import clip_of
+from mllm_assets.training.encoding.visual_tokens import (
+    image_slots,
+    image_token_id,
+    refuse_videos,
+    video_slots,
+    video_token_id,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +55,15 @@ def _numbers(tokens: Tokens) -> np.ndarray:
 
 
 class ImageCutError(DataError):
-    """`cutoff_len` cuts into an image."""
+    """`cutoff_len` cuts into an image or a video."""
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """What represents a row's pictures and videos."""
+
+    images: Sequence[ImageSlot]
+    videos: Sequence[VideoSlot] = ()
 
 
 class Encoder:
@@ -89,7 +106,10 @@ class Encoder:
         self.mask_history = mask_history
         self._drops_history_thought = mask_history and not preserve_thinking
         self._processor, self._tokenizer, self._num_embeddings = processor, processor.tokenizer, num_embeddings
-        self._slots = image_slots(processor, settings)
+        self._slots, self._video_slots = image_slots(processor, settings), video_slots(processor)
+        self._videos = settings.videos
+        self.video_token_id = video_token_id(processor)
+        self._visual_ids = {self.image_token_id, self.video_token_id}
         self._lacks_embeddings = self._has_beyond(processor.tokenizer)
         self._image_limits = {"max_pixels": settings.image_max_pixels, "min_pixels": settings.image_min_pixels}
 
@@ -110,6 +130,7 @@ class Encoder:
                 type(self._slots).__name__,
                 repr(self._slots.slot(64, 64)),
             ],
+            **({} if self._video_slots is None else {"videos": [self._video_slots.describe(), asdict(self._videos)]}),
             "template": asdict(self.template),
             "turns": [turns.system, turns.enable_thinking],
             "limits": [self.cutoff_len, self._num_embeddings],
@@ -130,10 +151,10 @@ class Encoder:
                 f"Row {row.id} is marked as a bad answer (kto_tag: false), and would be learnt. Set stage: kto, which "
                 "learns from both kinds, or take the row out."
             )
-        slots = self._image_slots(row)
-        input_ids = self._leading_images(slots)
+        media = self.media(row)
+        input_ids = self._leading_images(media)
         labels, num_learnt = _ignored(len(input_ids)), 0
-        turns = self._turns(row, slots, for_last_answer=self._drops_history_thought)
+        turns = self._turns(row, media, for_last_answer=self._drops_history_thought)
         lengths = [(len(source), len(target)) for source, target in turns]
         kept = kept_lengths(lengths, self.cutoff_len - len(input_ids), last_first=self.mask_history)
         num_tokens_cut = sum(map(sum, lengths)) - sum(map(sum, kept))
@@ -146,7 +167,7 @@ class Encoder:
             labels += source if self.train_on_prompt else _ignored(source_len)
             labels += _ignored(target_len) if is_history else target
             num_learnt += source_len * self.train_on_prompt + target_len * (not is_history)
-        encoded = self._row(row, slots, input_ids, labels, num_tokens_cut)
+        encoded = self._row(row, media, input_ids, labels, num_tokens_cut)
         if not num_learnt:
             raise DataError(
                 f"Row {row.id} supervises no token: cutoff_len is {self.cutoff_len}, and its answers are empty or cut "
@@ -163,13 +184,13 @@ class Encoder:
             DataError: As `encode`, and where `cutoff_len` cuts into an image.
         """
         assert row.rejected is not None, "the entry sets `ranking`"
-        slots = self._image_slots(row)
+        media = self.media(row)
         [(prompt, _), _] = turns = [
-            self._last_turn(replace(row, messages=(*row.messages[:-1], answer)), slots)
+            self._last_turn(replace(row, messages=(*row.messages[:-1], answer)), media)
             for answer in (row.messages[-1], row.rejected)
         ]
         room = shared_room(len(prompt), max(len(target) for _, target in turns), self.cutoff_len)
-        chosen, rejected = (self._row_of(row, slots, prompt, target, room) for _, target in turns)
+        chosen, rejected = (self._row_of(row, media, prompt, target, room) for _, target in turns)
         if not chosen.num_supervised or not rejected.num_supervised:
             raise DataError(f"Row {row.id} has an empty answer. Write both answers of the pair, or drop the row.")
         return replace(chosen, other=rejected)
@@ -183,33 +204,31 @@ class Encoder:
             DataError: As `encode`, and where the answer is empty.
         """
         assert row.mark is not None, "the entry names a `kto_tag`"
-        slots = self._image_slots(row)
-        prompt, target = self._last_turn(row, slots)
+        media = self.media(row)
+        prompt, target = self._last_turn(row, media)
         if not row.messages[-1].content:
             raise DataError(f"Row {row.id} has an empty answer. Write it, or drop the row.")
         room = shared_room(len(prompt), len(target), self.cutoff_len)
-        num_cut = self._row_of(row, slots, prompt, target, room).num_tokens_cut
-        whole = self._row_of(row, slots, prompt, target, (len(prompt), len(target)))
+        num_cut = self._row_of(row, media, prompt, target, room).num_tokens_cut
+        whole = self._row_of(row, media, prompt, target, (len(prompt), len(target)))
         return replace(whole, num_tokens_cut=num_cut, mark=row.mark)
 
-    def _last_turn(self, row: "Row", slots: Sequence[ImageSlot]) -> tuple[Tokens, Tokens]:
+    def _last_turn(self, row: "Row", media: Media) -> tuple[Tokens, Tokens]:
         """All that precedes a row's last answer, and that."""
-        *earlier, (question, target) = self._turns(row, slots, for_last_answer=True)
-        prompt = self._leading_images(slots)
+        *earlier, (question, target) = self._turns(row, media, for_last_answer=True)
+        prompt = self._leading_images(media)
         for source, told in earlier:
             prompt += source + told
         return prompt + question, target
 
-    def _row_of(
-        self, row: "Row", slots: Sequence[ImageSlot], prompt: Tokens, target: Tokens, room: tuple[int, int]
-    ) -> EncodedRow:
+    def _row_of(self, row: "Row", media: Media, prompt: Tokens, target: Tokens, room: tuple[int, int]) -> EncodedRow:
         """A question and its answer, which is learnt, each cut to its room."""
         num_prompt, num_answer = room
         if self._end_of_images(prompt) > num_prompt:
             raise DataError(f"Row {row.id} is cut inside its images: cutoff_len is {self.cutoff_len}. Raise it.")
         kept, told = prompt[:num_prompt], target[:num_answer]
         num_cut = len(prompt) + len(target) - len(kept) - len(told)
-        return self._row(row, slots, kept + told, _ignored(len(kept)) + told, num_cut)
+        return self._row(row, media, kept + told, _ignored(len(kept)) + told, num_cut)
 
     def encode_prompt(self, row: "Row") -> EncodedRow:
         """Encode what precedes a row's last answer, up to where the model answers; all labels are -100.
@@ -219,33 +238,56 @@ class Encoder:
         Raises:
             DataError: The text itself holds control tokens, or an image is damaged. Names the row.
         """
-        slots = self._image_slots(row)
-        prompt, _ = self._last_turn(row, slots)
-        return self._row(row, slots, prompt, _ignored(len(prompt)), 0)
+        media = self.media(row)
+        prompt, _ = self._last_turn(row, media)
+        return self._row(row, media, prompt, _ignored(len(prompt)), 0)
 
-    def _row(
-        self, row: "Row", slots: Sequence[ImageSlot], input_ids: Tokens, labels: Tokens, num_tokens_cut: int
-    ) -> EncodedRow:
+    def _row(self, row: "Row", media: Media, input_ids: Tokens, labels: Tokens, num_tokens_cut: int) -> EncodedRow:
         encoded = EncodedRow(
-            id=row.id, input_ids=input_ids, labels=labels, images=tuple(row.images), num_tokens_cut=num_tokens_cut
+            id=row.id,
+            input_ids=input_ids,
+            labels=labels,
+            images=tuple(row.images),
+            num_tokens_cut=num_tokens_cut,
+            videos=tuple(row.videos),
+            video_grids_thw=tuple(slot.grid_thw for slot in media.videos),
+            seconds_per_grid=tuple(slot.seconds_per_grid for slot in media.videos),
         )
         if self._slots.needs_size:
-            patches = [slot.num_patches for slot in slots]
+            patches = [slot.num_patches for slot in (*media.images, *media.videos)]
             encoded = replace(
                 encoded,
-                grids_thw=tuple(slot.grid_thw for slot in slots if slot.grid_thw is not None),
+                grids_thw=tuple(slot.grid_thw for slot in media.images if slot.grid_thw is not None),
                 num_patches=sum(n for n in patches if n is not None) if any(patches) else None,
-                num_crops=sum(slot.num_crops for slot in slots),
+                num_crops=sum(slot.num_crops for slot in media.images),
             )
-        found = np.count_nonzero(_numbers(input_ids) == self.image_token_id)
-        expected = sum(slot.num_tokens for slot in slots)
-        if found != expected:
-            raise DataError(
-                f"Row {row.id} has {found} image tokens, expected {expected} for its {len(row.images)} images. Check "
-                f"the {IMAGE_PLACEHOLDER} placeholders of its user messages."
-            )
+        self._require_tokens(row, input_ids, self.image_token_id, media.images, IMAGE_PLACEHOLDER)
+        self._require_tokens(row, input_ids, self.video_token_id, media.videos, VIDEO_PLACEHOLDER)
         self._require_embedded(encoded)
         return encoded
+
+    def _require_tokens(
+        self,
+        row: "Row",
+        input_ids: Tokens,
+        token_id: int | None,
+        slots: Sequence[ImageSlot] | Sequence[VideoSlot],
+        placeholder: str,
+    ) -> None:
+        if token_id is None:
+            return
+        found = np.count_nonzero(_numbers(input_ids) == token_id)
+        expected = sum(slot.num_tokens for slot in slots)
+        if found != expected:
+            kind = placeholder.strip("<>")
+            raise DataError(
+                f"Row {row.id} has {found} {kind} tokens, expected {expected} for its {len(slots)} {kind}s. Check "
+                f"the {placeholder} placeholders of its user messages."
+            )
+
+    def media(self, row: "Row") -> Media:
+        """What represents a row's pictures and videos; raises as `encode`."""
+        return Media(self._image_slots(row), self._slots_of_videos(row) if row.videos else ())
 
     def _image_slots(self, row: "Row") -> list[ImageSlot]:
         if not self._slots.needs_size:
@@ -253,13 +295,20 @@ class Encoder:
         sizes = (image_size(path, row_id=row.id, **self._image_limits) for path in row.images)
         return [self._slots.slot(*self._slots.fitted(*size)) for size in sizes]
 
-    def _turns(self, row: "Row", slots: Sequence[ImageSlot], *, for_last_answer: bool = False) -> list[Turn]:
-        # with images before the first text their placeholders become nothing
-        texts = ["" if self.template.images_first else slot.text for slot in slots]
-        return self.turns.tokenize(row, texts, for_last_answer=for_last_answer)
+    def _slots_of_videos(self, row: "Row") -> list[VideoSlot]:
+        if self._video_slots is None:
+            refuse_videos(row, self._processor)
+        clips = (clip_of(path, self._videos, self._slots, row_id=row.id) for path in row.videos)
+        return [self._video_slots.slot(clip) for clip in clips]
 
-    def _leading_images(self, slots: Sequence[ImageSlot]) -> Tokens:
-        num_tokens = sum(slot.num_tokens for slot in slots) if self.template.images_first else 0
+    def _turns(self, row: "Row", media: Media, *, for_last_answer: bool = False) -> list[Turn]:
+        # with images before the first text their placeholders become nothing
+        texts = ["" if self.template.images_first else slot.text for slot in media.images]
+        video_texts = [slot.text for slot in media.videos]
+        return self.turns.tokenize(row, texts, video_texts, for_last_answer=for_last_answer)
+
+    def _leading_images(self, media: Media) -> Tokens:
+        num_tokens = sum(slot.num_tokens for slot in media.images) if self.template.images_first else 0
         return array("i", [self.image_token_id]) * num_tokens
 
     def _require_whole_images(
@@ -272,19 +321,22 @@ class Encoder:
         parts = [
             part[:length] for turn, k in zip(turns, kept, strict=True) for part, length in zip(turn, k, strict=True)
         ]
-        left = sum(part.count(self.image_token_id) for part in parts)
-        total = sum(part.count(self.image_token_id) for turn in turns for part in turn)
+        left, total = (
+            sum(part.count(id_) for part in some for id_ in self._visual_ids if id_ is not None)
+            for some in (parts, [part for turn in turns for part in turn])
+        )
+        kind = "image" if not row.videos else "image and video"
         least = smallest_cutoff_len([image_turns], self.cutoff_len, last_first=self.mask_history)
         raise ImageCutError(
-            f"Row {row.id} is cut inside its images: cutoff_len {self.cutoff_len} leaves {left} of {total} image "
+            f"Row {row.id} is cut inside its images: cutoff_len {self.cutoff_len} leaves {left} of {total} {kind} "
             f"tokens. Set cutoff_len: {least} or more, or drop the row."
         )
 
     def image_turns(self, row: "Row") -> ImageTurns:
         """Return a row's turns, to find how short it may be cut."""
-        slots = self._image_slots(row)
-        turns = self._turns(row, slots, for_last_answer=self._drops_history_thought)
-        return self._image_turns(turns, len(self._leading_images(slots)))
+        media = self.media(row)
+        turns = self._turns(row, media, for_last_answer=self._drops_history_thought)
+        return self._image_turns(turns, len(self._leading_images(media)))
 
     def _image_turns(self, turns: Sequence[Turn], num_leading: int) -> ImageTurns:
         return ImageTurns(
@@ -294,13 +346,13 @@ class Encoder:
         )
 
     def _end_of_images(self, tokens: Sequence[int]) -> int:
-        return max((index + 1 for index, token in enumerate(tokens) if token == self.image_token_id), default=0)
+        return max((index + 1 for index, token in enumerate(tokens) if token in self._visual_ids), default=0)
 
     def _has_beyond(self, tokenizer: Any) -> bool:
         """Whether the tokenizer has ids that the model's embedding has no row for."""
         limit = self._num_embeddings
         return limit is not None and any(
-            i >= limit and i != self.image_token_id for i in tokenizer.get_vocab().values()
+            i >= limit and i not in self._visual_ids for i in tokenizer.get_vocab().values()
         )
 
     def _require_embedded(self, row: EncodedRow) -> None:
@@ -309,7 +361,7 @@ class Encoder:
         if limit is None or not self._lacks_embeddings:
             return
         ids = (*row.input_ids, self._tokenizer.pad_token_id or 0)
-        beyond = next((id_ for id_ in ids if id_ >= limit and id_ != self.image_token_id), None)
+        beyond = next((id_ for id_ in ids if id_ >= limit and id_ not in self._visual_ids), None)
         if beyond is not None:
             who, token = f"Row {row.id}" if row.id else "The prompt", self._tokenizer.convert_ids_to_tokens(beyond)
             raise DataError(
@@ -318,40 +370,3 @@ class Encoder:
                 f"or make the rows and save the model again: "
                 f"model.resize_token_embeddings({max(self._tokenizer.get_vocab().values()) + 1})."
             )
-
-
-def image_slots(processor: Any, settings: TurnSettings) -> ImageSlots:
-    """Return what represents a picture in the text.
-
-    Raises:
-        RecipeError: The model's family does not show parts of pictures.
-    """
-    family, keys = processor_family(processor), settings.crop_keys
-    if not keys:
-        return family.slots(processor, family.image_token)
-    if family.crop_slots is None or keys != (family.crop_key,):
-        shown = {
-            "image_do_pan_and_scan": "Gemma 3 parts of long pictures",
-            "crop_to_patches": "InternVL parts of pictures",
-        }
-        wrong = next(key for key in keys if family.crop_slots is None or key != family.crop_key)
-        raise RecipeError(f"{wrong} shows {shown[wrong]}, and the model is {family.name}. Delete the line.")
-    return family.crop_slots(processor, family.image_token)
-
-
-def image_token_id(processor: Any) -> int:
-    """Return the id of the token that represents an image's features.
-
-    Raises:
-        ModelError: The tokenizer does not have it as one token.
-    """
-    if not processor_family(processor).is_described:
-        return processor.image_token_id
-    token, tokenizer = processor_family(processor).image_token, processor.tokenizer
-    ids = tokenizer.encode(token, add_special_tokens=False)
-    if len(ids) != 1:
-        raise ModelError(
-            f"The tokenizer does not know the image token {token}, so it belongs to a model without images. "
-            f"Use the tokenizer files of {processor_family(processor).example} or of a model made from it."
-        )
-    return ids[0]

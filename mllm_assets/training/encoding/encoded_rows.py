@@ -65,7 +65,7 @@ class Batch:
         stretches = self._of("stretches", number).tolist()
         for begin, end in zip(stretches[::2], stretches[1::2], strict=True):
             labels[begin:end] = tokens[begin:end]
-        grids = self._of("grids", number).tolist()
+        grids, video_grids = (self._of(name, number).tolist() for name in ("grids", "video_grids"))
         return EncodedRow(
             id=self._text("id", number),
             input_ids=array("i", tokens.tobytes()),
@@ -77,11 +77,18 @@ class Batch:
             num_crops=self._number("num_crops", number),
             mark={0: None, 1: True, -1: False}[self._number("mark", number)],
             text=self._text("text", number),
+            videos=self.videos(number),
+            video_grids_thw=tuple(zip(video_grids[::3], video_grids[1::3], video_grids[2::3], strict=True)),
+            seconds_per_grid=tuple(self._of("seconds", number).tolist()),
         )
 
     def images(self, number: int) -> tuple[Path, ...]:
         """The pictures of a row."""
         return tuple(_path(self.folder, name.as_py()) for name in self._of("images", number))
+
+    def videos(self, number: int) -> tuple[Path, ...]:
+        """The videos of a row."""
+        return tuple(_path(self.folder, name.as_py()) for name in self._of("videos", number))
 
     def pictures(self, numbers: np.ndarray) -> Iterator[tuple[Path, bytes, str]]:
         """Each different picture of some rows: folder and name, and the id of the first row that has it."""
@@ -106,7 +113,7 @@ class Batch:
 
     def _list(self, name: str) -> tuple[np.ndarray, Any]:
         column = self.columns[name]
-        is_numbers = LISTS[name] == pa.int32()
+        is_numbers = LISTS[name] != pa.binary()
         return column.offsets.to_numpy(), column.values.to_numpy() if is_numbers else column.values
 
     @cached_property
@@ -293,6 +300,16 @@ class EncodedRows(Sequence[EncodedRow]):
                 if (folder, name) not in seen:
                     seen.add((folder, name))
                     yield _path(folder, name), row_id
+
+    def videos(self) -> Iterator[EncodedRow]:
+        """Each different video as a row of its own, with the id of a row that has it."""
+        seen: set[Path] = set()
+        for place in np.flatnonzero(self.counted("videos")).tolist():
+            row = self[place]
+            for path, grid in zip(row.videos, row.video_grids_thw, strict=True):
+                if path not in seen:
+                    seen.add(path)
+                    yield EncodedRow.of_video(path, row.id, grid)
 
     def numbered_pictures(self) -> "NumberedPictures":
         """The pictures of rows that are not packed, by numbers."""

@@ -52,7 +52,7 @@ def decoded(file: bytes | Path, *, max_pixels: int, min_pixels: int) -> Image.Im
     with open_picture(file) as opened, naming_damage():  # not every mode can be resized or converted
         opened.load()
         image = plain_picture(opened)
-        for size in _sizes_in_area(*image.size, max_pixels, min_pixels):
+        for size in sizes_in_area(*image.size, max_pixels, min_pixels):
             image = image.resize(size)
         return image.convert("RGB")
 
@@ -65,7 +65,7 @@ def image_size(path: Path, *, max_pixels: int, min_pixels: int, row_id: str = ""
     """
     with _naming(path, row_id), open_picture(path) as opened:
         size = upright_size(opened)
-    return [size, *_sizes_in_area(*size, max_pixels, min_pixels)][-1]
+    return [size, *sizes_in_area(*size, max_pixels, min_pixels)][-1]
 
 
 def departures(paths: Iterable[tuple[Path, str]]) -> Counter[str]:
@@ -95,7 +95,7 @@ def _naming(path: Path, row_id: str) -> Iterator[None]:
         raise DataError(f"The image {path}{where} cannot be used: {error}. {cure}") from error
 
 
-def _sizes_in_area(width: int, height: int, max_pixels: int, min_pixels: int) -> Iterator[tuple[int, int]]:
+def sizes_in_area(width: int, height: int, max_pixels: int, min_pixels: int) -> Iterator[tuple[int, int]]:
     """Yield the sizes that an image is resized to in turn, none if it fits."""
     for num_pixels, is_outside in ((max_pixels, int.__gt__), (min_pixels, int.__lt__)):
         if is_outside(width * height, num_pixels):

@@ -17,7 +17,7 @@ from mllm_assets.families.turn_format import AUTO
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import Encoder, ImageCutError, image_token_id
+from mllm_assets.training.encoding.encode import Encoder, ImageCutError
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.image_files import departures
 from mllm_assets.training.encoding.marked import note_on_marks, with_others
@@ -26,6 +26,7 @@ from mllm_assets.training.encoding.rendered import collator_of, encoder_of
 from mllm_assets.training.encoding.row import IGNORE_INDEX
 from mllm_assets.training.encoding.row_files import Source, rows_fingerprint, shown, stored_rows
 from mllm_assets.training.encoding.turns import smallest_cutoff_len
+from mllm_assets.training.encoding.visual_tokens import image_token_id
 from mllm_assets.training.models.freezing import TrainableSet
 from mllm_assets.training.models.load import load_config, load_processor
 
@@ -92,6 +93,8 @@ def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, rows_root: P
         place = (rows_root, dataset.folder)
         parts = [with_others(rows, encoder, spec, place, dataset.digests, reporter) for rows in parts]
     if spec.packs:
+        if any(rows.counted("videos").any() for rows in parts):
+            raise RecipeError("Rows with videos are not packed. Delete packing and neat_packing, or take them out.")
         how = {"group_size": spec.preprocessing_batch_size, "num_groups": spec.preprocessing_num_workers}
         parts = [pack(rows, spec.row_cutoff_len, **how) for rows in parts]
     train_rows, *evaluated = parts
@@ -115,7 +118,7 @@ def check_reach(shape: TrainableSet, rows: EncodedRows, spec: TrainSpec, reporte
     visual = [
         name for name in shape.names if any(k in name for k in shape.family.vision_keys + shape.family.projector_keys)
     ]
-    num_with = int(np.count_nonzero(rows.counted("images")))
+    num_with = int(np.count_nonzero(rows.counted("images") + rows.counted("videos")))
     is_all = len(visual) == len(shape.names)
     if not visual or num_with == len(rows) or (num_with and not is_all):
         return
@@ -290,7 +293,7 @@ def encoded_entry(
 
 
 def _too_short(entry: Entry, encoder: Encoder, count: int, spec: TrainSpec, first: ImageCutError) -> DataError:
-    turns = [encoder.image_turns(row) for row in islice(entry.each(), count) if row.images]
+    turns = [encoder.image_turns(row) for row in islice(entry.each(), count) if row.images or row.videos]
     num_cut = sum(not some.fits(encoder.cutoff_len, last_first=spec.mask_history) for some in turns)
     least = smallest_cutoff_len(turns, encoder.cutoff_len, last_first=spec.mask_history)
     least += spec.cutoff_len - spec.row_cutoff_len

@@ -22,10 +22,11 @@ from mllm_assets.families.image_slots import AsTheyAre
 from mllm_assets.families.turn_format import AUTO
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.training.encoding.collate import Collator, Padding
-from mllm_assets.training.encoding.encode import Encoder, image_token_id
+from mllm_assets.training.encoding.encode import Encoder
 from mllm_assets.training.encoding.image_files import load_image
 from mllm_assets.training.encoding.row import IGNORE_INDEX, EncodedRow
 from mllm_assets.training.encoding.turns import control_token_pattern
+from mllm_assets.training.encoding.visual_tokens import image_token_id, refuse_videos
 
 if TYPE_CHECKING:
     from mllm_assets.data.sharegpt.rows import Message, Row
@@ -80,6 +81,7 @@ class RenderedEncoder(Encoder):
         self.train_on_prompt, self.mask_history = train_on_prompt, mask_history
         self._processor, self._tokenizer, self._num_embeddings = processor, processor.tokenizer, num_embeddings
         self._image_limits = {"max_pixels": settings.image_max_pixels, "min_pixels": settings.image_min_pixels}
+        self._visual_ids = {self.image_token_id}
         self._lacks_embeddings = self._has_beyond(processor.tokenizer)
 
     @property
@@ -125,6 +127,8 @@ class RenderedEncoder(Encoder):
 
     def _messages(self, row: "Row") -> "Sequence[Message]":
         messages = row.messages
+        if row.videos:
+            refuse_videos(row, self._processor)
         if row.tools or any(message.role in (FUNCTION, OBSERVATION) for message in messages):
             raise DataError(
                 f"Row {row.id} has tools, which template: {AUTO} does not write. Train a model of a described family "

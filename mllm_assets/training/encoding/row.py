@@ -27,6 +27,7 @@ class EncodedRow:
     sequence, and are empty if rows are not packed. Of a pair the row is the preferred answer, and `other` the same
     question with the rejected one. An answer with a `mark`, good or bad, has as `other` its question with the answer of
     another row. `reference` are both answers' log-probabilities in the model that the run starts from.
+    `videos` have patches of their own, `video_grids_thw`, whose steps in time last `seconds_per_grid`.
     `text` is what the model's chat template wrote, where its processor makes the batches (`rendered.py`).
     """
 
@@ -43,11 +44,20 @@ class EncodedRow:
     mark: bool | None = None
     reference: tuple[float, float] | None = None
     text: str = ""
+    videos: tuple[Path, ...] = ()
+    video_grids_thw: tuple[tuple[int, int, int], ...] = ()
+    seconds_per_grid: tuple[float, ...] = ()
 
     @classmethod
     def of_picture(cls, path: Path, row_id: str) -> "EncodedRow":
         """A picture of a row alone, for the tower."""
         return cls(id=row_id, input_ids=no_tokens(), labels=no_tokens(), images=(path,))
+
+    @classmethod
+    def of_video(cls, path: Path, row_id: str, grid_thw: tuple[int, int, int]) -> "EncodedRow":
+        """A video of a row alone, for the tower."""
+        tokens = no_tokens()
+        return cls(id=row_id, input_ids=tokens, labels=tokens, videos=(path,), video_grids_thw=(grid_thw,))
 
     @property
     def num_supervised(self) -> int:

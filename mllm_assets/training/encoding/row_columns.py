@@ -21,6 +21,9 @@ LISTS = {
     "stretches": pa.int32(),  # begin and end of each stretch of labels
     "images": pa.binary(),  # paths
     "grids": pa.int32(),  # three numbers an image
+    "videos": pa.binary(),  # paths
+    "video_grids": pa.int32(),
+    "seconds": pa.float64(),  # that a step in time of each lasts
 }
 # num_patches is 0 where they are not counted; mark is 1 for a good answer, -1 for a bad one, 0 without one
 COUNTS = ("num_tokens", "num_image_tokens", "num_supervised", "num_tokens_cut", "num_patches", "num_crops", "mark")
@@ -56,8 +59,10 @@ class RowColumns:
         self._ids: list[bytes] = []
         self._input_ids, self._labels = array("i"), array("i")
         self._images: list[bytes] = []
-        self._grids = array("i")
-        self._lengths = {name: array("i") for name in ("tokens", "images", "grids")}
+        self._grids, self._video_grids = array("i"), array("i")
+        self._videos: list[bytes] = []
+        self._seconds = array("d")
+        self._lengths = {name: array("i") for name in ("tokens", "images", "grids", "videos")}
         self._counts = {name: array("i") for name in OF_ROWS}
         self._content = bytearray()
         self._texts: list[bytes] = []
@@ -81,6 +86,12 @@ class RowColumns:
         self._images += images
         for grid in row.grids_thw:
             self._grids.extend(grid)
+        videos = [self._name(path) for path in row.videos]
+        self._videos += videos
+        for grid in row.video_grids_thw:
+            self._video_grids.extend(grid)
+        self._seconds.extend(row.seconds_per_grid)
+        self._lengths["videos"].append(len(videos))
         self._lengths["tokens"].append(len(row.input_ids))
         self._lengths["images"].append(len(images))
         self._lengths["grids"].append(3 * len(row.grids_thw))
@@ -90,7 +101,7 @@ class RowColumns:
         self._counts["mark"].append(MARKS[row.mark])
         self._texts.append(row.text.encode("utf-8", "surrogatepass"))
         content = hashlib.blake2b(row.input_ids, digest_size=8)
-        content.update(b"\0".join(images))
+        content.update(b"\0".join([*images, *videos]))
         self._content += content.digest()
 
     def _take(self) -> pa.RecordBatch:
@@ -105,12 +116,16 @@ class RowColumns:
         kept[first] = True
         begin, stop = _runs(is_learnt, starts_row)
         at_row = ends[np.searchsorted(ends, begin, "right") - 1]
+        video_ends = _ends(self._lengths["videos"])
         lists = {
             "tokens": (ids[kept], _before(kept)[ends]),
             "runs": (end - first, np.searchsorted(first, ends)),
             "stretches": (np.stack([begin - at_row, stop - at_row], 1).ravel(), 2 * np.searchsorted(begin, ends)),
             "images": (self._images, _ends(self._lengths["images"])),
             "grids": (self._grids, _ends(self._lengths["grids"])),
+            "videos": (self._videos, video_ends),
+            "video_grids": (self._video_grids, 3 * video_ends),
+            "seconds": (self._seconds, video_ends),
         }
         flags = {"num_image_tokens": is_image, "num_supervised": is_learnt}
         counts = {name: np.diff(_before(of_token)[ends]) for name, of_token in flags.items()} | self._counts

@@ -8,12 +8,11 @@ Source: llamafactory 0.9.5, `data/template.py`.
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from mllm_assets.data.sharegpt.conversation import FUNCTION, IMAGE_PLACEHOLDER, OBSERVATION
+from mllm_assets.data.sharegpt.conversation import FUNCTION, IMAGE_PLACEHOLDER, OBSERVATION, VIDEO_PLACEHOLDER
 from mllm_assets.errors import DataError
 from mllm_assets.families.tool_formats import tools_text
 from mllm_assets.families.turn_format import Template, fill
@@ -23,7 +22,7 @@ from mllm_assets.training.encoding.texts import MAX_KEPT_CHARS, NUM_KEPT, TextTo
 if TYPE_CHECKING:
     from mllm_assets.data.sharegpt.rows import Message, Row
 
-MAX_KEPT_IMAGES = 4  # of a question whose ids are kept
+MEDIA = re.compile(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
 Turn = tuple["array[int]", "array[int]"]  # token ids of a question and of its answer
 Lengths = tuple[int, int]  # tokens of a question and of its answer
 
@@ -55,17 +54,21 @@ class TurnTokenizer:
         self._openings: dict[tuple[str, str], tuple[array[int], str]] = {}
         self._questions: dict[tuple[str, ...], array[int]] = {}
 
-    def tokenize(self, row: "Row", image_texts: Sequence[str], *, for_last_answer: bool = False) -> list[Turn]:
+    def tokenize(
+        self, row: "Row", image_texts: Sequence[str], video_texts: Sequence[str] = (), *, for_last_answer: bool = False
+    ) -> list[Turn]:
         """Return each turn's token ids; the answer of a row that ends with a question is empty.
 
         Args:
             row: The conversation.
             image_texts: What replaces each image's placeholder.
+            video_texts: What replaces each video's.
             for_last_answer: Reasoning is taken out of all earlier answers, and no empty one is put into them.
 
         Raises:
-            DataError: A text holds control tokens. Names the row.
+            DataError: A text holds control tokens, or placeholders for other videos than there are. Names the row.
         """
+        _require_places(row, len(video_texts))
         messages: Sequence[Message] = row.messages
         system = self.system or ""
         if messages and messages[0].role == "system":
@@ -74,12 +77,12 @@ class TurnTokenizer:
             self._refuse_control_tokens(row, "the system text", system)
         elif self.system is None:
             system = self._template.default_system
-        images = iter(image_texts)
+        shown = Shown(image_texts, video_texts)
         turns = []
         self._require_tool_format(row)
         opening, joined = self._opening(system, row)
         for index in range(0, len(messages), 2):
-            source = opening + self._question(row, index, messages[index], joined, images)
+            source = opening + self._question(row, index, messages[index], joined, shown)
             opening, joined = array("i"), ""
             if index + 1 == len(messages):
                 turns.append((source + self._empty_answer(), array("i")))
@@ -88,9 +91,9 @@ class TurnTokenizer:
             told = messages[index + 1]
             if self.enable_thinking is False or is_history:
                 told = replace(told, content=self._template.without_thought(told.content))
-            for part in self._template.without_thought(told.content).split(IMAGE_PLACEHOLDER):
+            for part in MEDIA.split(self._template.without_thought(told.content)):
                 self._refuse_control_tokens(row, f"message {index + 1}", part)
-            target = self._answer(replace(told, content=_expanded(told.content, images)), f"Row {row.id}")
+            target = self._answer(replace(told, content=shown.put_into(told.content)), f"Row {row.id}")
             thought = array("i") if is_history else self._missing_thought(told.content)
             # an empty thought is learnt only where reasoning is
             turns.append((source, thought + target) if self.enable_thinking else (source + thought, target))
@@ -120,17 +123,17 @@ class TurnTokenizer:
             self._openings[key] = (ids, text) if template.system_in_user else (ids + self._tokens(text), "")
         return self._openings[key]
 
-    def _question(self, row: "Row", index: int, asked: "Message", joined: str, images: Iterator[str]) -> "array[int]":
+    def _question(self, row: "Row", index: int, asked: "Message", joined: str, shown: "Shown") -> "array[int]":
         """Return a question's ids, with what is tokenised together with it; the same one is made once."""
         question = asked.content
-        shown = tuple(islice(images, question.count(IMAGE_PLACEHOLDER)))
-        key = (asked.role, joined, question, *shown)
+        media = shown.next_of(question)
+        key = (asked.role, joined, question, *media)
         if (known := self._questions.get(key)) is not None:
             return known
-        for part in question.split(IMAGE_PLACEHOLDER):
+        for part in MEDIA.split(question):
             self._refuse_control_tokens(row, f"message {index}", part)
-        ids = self._tokens(fill(self._user_slot(asked), joined + _expanded(question, iter(shown))))
-        if len(question) + len(joined) <= MAX_KEPT_CHARS and len(shown) <= MAX_KEPT_IMAGES:
+        ids = self._tokens(fill(self._user_slot(asked), joined + _filled(question, media)))
+        if len(question) + len(joined) <= MAX_KEPT_CHARS and sum(map(len, media)) <= MAX_KEPT_CHARS * 4:
             if len(self._questions) >= NUM_KEPT:
                 self._questions.clear()
             self._questions[key] = ids
@@ -188,10 +191,33 @@ def control_token_pattern(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # `(?!)` never matches
 
 
-def _expanded(text: str, images: Iterator[str]) -> str:
-    """Replace the placeholders by what represents the images, in order."""
-    first, *rest = text.split(IMAGE_PLACEHOLDER)
-    return first + "".join(next(images) + part for part in rest)
+class Shown:
+    """What replaces the placeholders of a row's pictures and videos, each kind in its order."""
+
+    def __init__(self, image_texts: Sequence[str], video_texts: Sequence[str]) -> None:
+        self._texts = {IMAGE_PLACEHOLDER: iter(image_texts), VIDEO_PLACEHOLDER: iter(video_texts)}
+
+    def next_of(self, text: str) -> list[str]:
+        """The replacements of a text's placeholders, those of the texts before it having been taken."""
+        return [next(self._texts[placeholder]) for placeholder in MEDIA.findall(text)]
+
+    def put_into(self, text: str) -> str:
+        return _filled(text, self.next_of(text))
+
+
+def _filled(text: str, media: Sequence[str]) -> str:
+    first, *rest = MEDIA.split(text)
+    return first + "".join(shown + part for shown, part in zip(media, rest, strict=True))
+
+
+def _require_places(row: "Row", num_videos: int) -> None:
+    num_places = sum(message.content.count(VIDEO_PLACEHOLDER) for message in row.messages)
+    if num_places != num_videos:
+        who = f"Row {row.id}" if row.id else "The prompt"
+        raise DataError(
+            f"{who} has {num_places} {VIDEO_PLACEHOLDER} placeholders, and {num_videos} videos. Write one for each "
+            "video of the row's `videos`, and none for others."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

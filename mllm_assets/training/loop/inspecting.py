@@ -16,10 +16,11 @@ from mllm_assets.layout import Layout
 from mllm_assets.recipe.load import Recipe, with_config_files
 from mllm_assets.training.caches.prepare import Setup, plan_caches
 from mllm_assets.training.encoding.collate import Collator
-from mllm_assets.training.encoding.encode import image_token_id
 from mllm_assets.training.encoding.image_files import load_image
 from mllm_assets.training.encoding.inputs import check_reach, make_collator, read_inputs
 from mllm_assets.training.encoding.row import EncodedRow
+from mllm_assets.training.encoding.video_files import clip_frames, clip_of
+from mllm_assets.training.encoding.visual_tokens import image_token_id, video_token_id
 from mllm_assets.training.loop import memory
 from mllm_assets.training.loop.fitting import what_fits
 from mllm_assets.training.loop.memory import MemoryEstimate
@@ -64,9 +65,11 @@ class Look:
         return rows[number]
 
     def images(self, row: EncodedRow) -> Sequence[Image.Image]:
-        """A row's images as the tower gets them."""
+        """A row's images as the tower gets them, and behind them the frames of its videos."""
         processor = self.setup.inputs.processor
-        return seen_images(row, make_collator(self.setup.spec, processor), processor) if row.images else []
+        collator = make_collator(self.setup.spec, processor)
+        images = seen_images(row, collator, processor) if row.images else []
+        return [*images, *(frame for path in row.videos for frame in seen_frames(path, row, collator))]
 
 
 def look(recipe: Recipe, root: Path, *, device: str = "auto", max_rows: int | None = None) -> Look:
@@ -120,7 +123,9 @@ def inspect(recipe: Recipe, root: Path, *, row: int = 0, device: str = "auto", c
     yield f"row {row % num_rows} of {num_rows}: {shown.id}"
     yield row_facts(shown)
     image_dir = root / recipe.spec.output_dir / "inspect"
-    yield from _image_lines(shown, make_collator(recipe.spec, processor), processor, image_dir)
+    collator = make_collator(recipe.spec, processor)
+    yield from _image_lines(shown, collator, processor, image_dir)
+    yield from _video_lines(shown, collator, image_dir)
     what = (
         "the reference, with which the model's own answers are compared,"
         if recipe.spec.learns_rewards
@@ -145,26 +150,49 @@ def inspect(recipe: Recipe, root: Path, *, row: int = 0, device: str = "auto", c
 def row_facts(row: EncodedRow) -> str:
     """How much of a row there is."""
     cut = f", {row.num_tokens_cut} cut off" if row.num_tokens_cut else ""
-    return f"{len(row.input_ids)} tokens, {row.num_supervised} supervised{cut}, {len(row.images)} images"
+    told = f"{len(row.input_ids)} tokens, {row.num_supervised} supervised{cut}, {len(row.images)} images"
+    return f"{told}, {len(row.videos)} videos" if row.videos else told
 
 
 def token_text(row: EncodedRow, processor: Any, *, colour: bool) -> str:
-    """Return a row's tokens as text: the supervised ones marked, and each image's tokens as one."""
-    image_token = image_token_id(processor)
+    """Return a row's tokens as text: the supervised ones marked, and each image's and video's tokens as one."""
     decode = processor.tokenizer.decode
-
-    def kind(pair: tuple[int, int]) -> tuple[bool, bool]:
-        return pair[0] == image_token, pair[1] >= 0
-
     parts = []
-    for (is_image, supervised), group in groupby(zip(row.input_ids, row.labels, strict=True), key=kind):
-        tokens = [token for token, _ in group]
-        text = f"{decode([image_token])} x {len(tokens)}" if is_image else decode(tokens).replace("\033", "\\033")
+    for visual, supervised, tokens in stretches(row, processor):
+        is_image = visual is not None
+        text = f"{decode([visual])} x {len(tokens)}" if is_image else decode(tokens).replace("\033", "\\033")
         if supervised:
             parts.append(f"{SUPERVISED}{text}{PLAIN}" if colour else f"[[{text}]]")
         else:
             parts.append(f"{SHADE}{text}{PLAIN}" if colour and is_image else text)
     return "".join(parts)
+
+
+def stretches(row: EncodedRow, processor: Any) -> Iterator[tuple[int | None, bool, list[int]]]:
+    """A row's tokens in stretches: which token it is that stands for pictures or videos, whether they are learnt."""
+    visual = {image_token_id(processor), video_token_id(processor)}
+
+    def kind(pair: tuple[int, int]) -> tuple[int | None, bool]:
+        return pair[0] if pair[0] in visual else None, pair[1] >= 0
+
+    for (token, is_learnt), group in groupby(zip(row.input_ids, row.labels, strict=True), key=kind):
+        yield token, is_learnt, [token for token, _ in group]
+
+
+def _video_lines(row: EncodedRow, collator: Collator, folder: Path) -> Iterator[str]:
+    for number, path in enumerate(row.videos):
+        folder.mkdir(parents=True, exist_ok=True)
+        clip = clip_of(path, collator.videos, collator.slots, row_id=row.id)
+        yield f"video {number}: {path.name}, {clip.num_frames} frames:"
+        for seconds, frame in zip(clip.seconds, seen_frames(path, row, collator), strict=True):
+            target = folder / f"{path.stem}-{number}-{seconds:.2f}s.png"
+            frame.save(target)
+            yield f"  {seconds:.2f} s {frame.width}x{frame.height} {target}"
+
+
+def seen_frames(path: Path, row: EncodedRow, collator: Collator) -> Sequence[Image.Image]:
+    """Return a video's frames that are shown, before they are cut into patches."""
+    return clip_frames(path, collator.videos, collator.slots, row_id=row.id)
 
 
 def _image_lines(row: EncodedRow, collator: Collator, processor: Any, folder: Path) -> Iterator[str]:
@@ -181,7 +209,7 @@ def _image_lines(row: EncodedRow, collator: Collator, processor: Any, folder: Pa
 
 def seen_images(row: EncodedRow, collator: Collator, processor: Any) -> Sequence[Image.Image]:
     """Return a row's images as the tower gets them, before normalisation; several for an image in tiles."""
-    pixels = collator.tower_inputs([row])["pixel_values"]
+    pixels = collator.tower_inputs([replace(row, videos=())])["pixel_values"]
     if pixels.ndim < 4 or pixels.shape[-3] != 3:  # a list of patches: show the image before it was cut into them
         return [load_image(path, **collator.image_limits, row_id=row.id, slots=collator.slots) for path in row.images]
     values, how = pixels.reshape(-1, *pixels.shape[-3:]).float(), processor.image_processor

@@ -291,9 +291,12 @@ def batch_loss(model: Any, batch: dict[str, torch.Tensor]) -> float:
     """Return the mean loss in nats over a batch's supervised tokens, without dropout or autocast."""
     model.eval()
     moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    if "pixel_values" in moved:
-        moved["pixel_values"] = moved["pixel_values"].to(model.dtype)
-    return float(model(**moved, use_cache=False).loss)
+    return float(model(**with_pixels_as(moved, model.dtype), use_cache=False).loss)
+
+
+def with_pixels_as(batch: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A batch with its pixels, those of videos too, in a dtype."""
+    return {name: value.to(dtype) if name.startswith("pixel_values") else value for name, value in batch.items()}
 
 
 def weights_digest(directory: Path, digest: Callable[[Path], str] = sha256_file) -> str:

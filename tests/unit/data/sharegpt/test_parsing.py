@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from mllm_assets.data.sharegpt.entries import load_entry
+from mllm_assets.data.sharegpt.media import Pictured, media_folders
 from mllm_assets.data.sharegpt.parsing import RowParser
 from mllm_assets.data.sharegpt.row_files import FileRow
-from mllm_assets.data.sharegpt.rows import Pictured, Row, media_folders, parse_row
+from mllm_assets.data.sharegpt.rows import Row, parse_row
 from tests.unit.data.made_datasets import png
 
 COLUMNS = {"messages": "turns", "images": "images", "system": "system", "tools": "tools"}
