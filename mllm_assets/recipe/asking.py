@@ -75,7 +75,12 @@ class TurnSettings:
     @property
     def videos(self) -> VideoSettings:
         """What is shown of videos."""
-        return VideoSettings(**{name.removeprefix("video_"): getattr(self, name) for name in VIDEO_KEYS})
+        return VideoSettings(
+            fps=self.video_fps,
+            maxlen=self.video_maxlen,
+            max_pixels=self.video_max_pixels,
+            min_pixels=self.video_min_pixels,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,10 @@ ROWS: list[dict[str, Any]] = [
     {"turns": ["Compare <video> and <video>", "Alike."], "videos": ["small.mp4", "large.mp4"]},
 ]  # fmt: skip
 # Qwen3-VL's plugin takes the number of frames from the first video of a row, and the times by the message's number
-TEMPLATES = {"qwen2_5_vl": ("qwen2_vl", ROWS), "qwen3_vl": ("qwen3_vl_nothink", ROWS[:-1])}
+TEMPLATES = {
+    "qwen2_5_vl": ("qwen2_vl", ROWS), "qwen3_vl": ("qwen3_vl_nothink", ROWS[:-1]),
+    "qwen3_5": ("qwen3_5_nothink", ROWS[:-1]),
+}  # fmt: skip
 NUM_PIXELS = 96  # values that are kept, of the first patches
 
 

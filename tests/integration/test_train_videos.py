@@ -86,7 +86,8 @@ PROJECTOR_TOO: dict[str, Any] = {
     "finetuning_type": "full", "freeze_multi_modal_projector": False, "max_steps": 4, "gradient_accumulation_steps": 1,
 }  # fmt: skip
 # Qwen2.5-VL represents them in `make test`: windows, and the time of each step
-EACH = ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)]
+OTHERS = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+EACH = ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 
 
 @pytest.mark.parametrize("model_type", EACH)

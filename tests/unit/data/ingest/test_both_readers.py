@@ -57,7 +57,7 @@ def test_a_mark_is_read_and_a_dataset_takes_good_answers_only(tmp_path: Path) ->
 
 
 ROWS = [
-    ("videos", {"videos": ["a.mp4"]}, "videos_unsupported", "'videos' cannot be trained on here"),
+    ("videos", {"videos": ["a.mp4"]}, "videos_unsupported", "there is no video "),
     ("audios", {"audios": ["a.wav"]}, "audios_unsupported", "'audios' cannot be trained on here"),
     ("system", {"system": 7}, "messages_unreadable", "'system': expected a text, got int"),
 ]
