@@ -73,6 +73,20 @@ def test_entries_that_a_person_wrote_are_compared_too(two: Layout) -> None:
     assert outcome.metadata["num_problems"] == 1
 
 
+def test_a_video_under_another_name_is_found_by_its_bytes(tmp_path: Path) -> None:
+    """Videos were no pictures, and what only they show could be trained on and evaluated on."""
+    info = {"formatting": "sharegpt", "columns": {"messages": "messages", "videos": "videos"}}
+    turns = [{"from": "human", "value": "<video>?"}, {"from": "gpt", "value": "A square."}]
+    for entry, name, content in (("mine", "a.mp4", b"1"), ("held", "b.mp4", b"1"), ("other", "c.mp4", b"2")):
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f"{entry}.json").write_text(json.dumps([{"messages": turns, "videos": [name]}]))
+    names = {entry: {**info, "file_name": f"{entry}.json"} for entry in ("mine", "held", "other")}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(names))
+    outcome = datasets_share_no_image(Dataset(tmp_path), ["mine"], ["held"])
+    assert not outcome.passed and "a.mp4 of mine ~ b.mp4 of held" in outcome.description
+    assert datasets_share_no_image(Dataset(tmp_path), ["mine"], ["other"]).passed
+
+
 def test_the_files_decide_and_not_the_table(two: Layout) -> None:
     """Someone copies a picture over another: no table knows."""
     rows = {side: json.loads((two.data / "left" / f"{side}.json").read_text()) for side in ("train", "val")}
