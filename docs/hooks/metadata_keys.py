@@ -35,6 +35,7 @@ COPIES = {
     "size_of_release_mib": "Size of the release's weights.",
     "agreement": "The share of rows to which it gave the release's greedy answer.",
     "loss_distance_nats": "How far its mean loss is from the release's.",
+    "not_compared": "Why it was not compared.",
     "path": PATH,
 }
 
@@ -127,6 +128,7 @@ METADATA_KEYS: Mapping[str, Mapping[str, str]] = {
         "path": PATH,
     },
     "quantized": COPIES,
+    "gguf": COPIES,
     "what_it_gained": {
         "gained": "Each metric without and with corrections, and the gain with its interval, for each entry.",
         "num_changed": "Training rows whose answers people changed.",

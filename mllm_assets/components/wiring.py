@@ -17,6 +17,7 @@ from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.families.turn_format import AUTO
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.recipe.spec import TrainSpec
+from mllm_assets.releases.copies import GgufSpec
 from mllm_assets.releases.hub_push import PushSpec
 from mllm_assets.releases.registry import RegistrySpec
 from mllm_assets.training.runs.sweep_spec import SweepSpec
@@ -66,6 +67,10 @@ class Quantized(yaml_of(Agreement)):
     """The release with 8-bit weights, and how alike it must answer."""
 
 
+class Gguf(yaml_of(GgufSpec)):
+    """The release for llama.cpp, and how alike it must answer there."""
+
+
 class Settings(YamlModel):
     """Settings of one recipe that LLaMA-Factory has no key for.
 
@@ -87,6 +92,8 @@ class Settings(YamlModel):
             defaults.
         quantized: Makes <recipe>/quantized, the current release with 8-bit weights, compared with it; {} takes the
             defaults.
+        gguf: Makes <recipe>/gguf, the current release for llama.cpp, by its own converter; {} takes the checkout that
+            LLAMA_CPP names.
         preferences: Makes <recipe>/preferences, the entry <recipe>_preferences for a recipe of stage: dpo: pairs of the
             references and the model's own wrong answers to what it was trained on.
         sweep: Makes <recipe>/sweep, which trains the recipe with other values and chooses the best.
@@ -106,6 +113,7 @@ class Settings(YamlModel):
     preferences: bool = False
     mlflow_registry: MlflowRegistry | None = None
     quantized: Quantized | None = None
+    gguf: Gguf | None = None
     sweep: Sweep | None = None
     what_it_gained: bool = False
     benchmarks: Benchmarks | None = None
@@ -130,7 +138,7 @@ class Settings(YamlModel):
         """
         if self.metric_samples < 1:
             raise RecipeError(f"metric_samples is {self.metric_samples}: expected 1 or more. Change it.")
-        others = (self.push_to_hub, self.mlflow_registry, self.quantized, self.sweep, self.benchmarks)
+        others = (self.push_to_hub, self.mlflow_registry, self.quantized, self.gguf, self.sweep, self.benchmarks)
         for part in (self.evaluation, self.gates, *others):
             if part is not None:
                 part.to_spec()

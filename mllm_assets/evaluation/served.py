@@ -1,19 +1,15 @@
 """A model behind a server that speaks OpenAI's protocol, such as vLLM, asked about rows. A server gives no loss."""
 
-import base64
-import mimetypes
 import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from openai import APIError, OpenAI
 
-from mllm_assets.data.sharegpt.conversation import IMAGE_PLACEHOLDER, SYSTEM
-from mllm_assets.data.sharegpt.rows import Message, Row
-from mllm_assets.errors import DataError, MachineError
+from mllm_assets.data.sharegpt.rows import Row
+from mllm_assets.errors import MachineError
 from mllm_assets.evaluation.agreement import Told
+from mllm_assets.evaluation.chat_messages import chat_messages
 
 KEY_VARIABLE = "MLLM_ASSETS_API_KEY"
 TIMEOUT_S = 300
@@ -49,7 +45,7 @@ class Served:
             MachineError: The server does not answer, or refuses.
             DataError: The row cannot be asked.
         """
-        messages: Any = _messages(row, self._system)
+        messages: Any = chat_messages(row, self._system)
         started = time.perf_counter()
         try:
             given = self._client.chat.completions.create(
@@ -73,38 +69,6 @@ class Served:
         )
 
 
-def _messages(row: Row, system: str | None) -> list[dict[str, Any]]:
-    """What precedes a row's last answer, as OpenAI's clients say it.
-
-    Raises:
-        DataError: The row has tools, which a chat request says in a way of its own.
-    """
-    for what, has_some in (("tools", row.tools), ("videos", row.videos)):
-        if has_some:
-            raise DataError(f"Row {row.id} has {what}, and a server is not asked with those here. Name another entry.")
-    images = iter(row.images)
-    messages = list(row.messages[:-1])
-    if system and messages[0].role != SYSTEM:
-        messages.insert(0, Message(SYSTEM, system))
-    return [{"role": message.role, "content": _content(message.content, images)} for message in messages]
-
-
-def _content(text: str, images: Iterator[Path]) -> str | list[dict[str, Any]]:
-    first, *others = text.split(IMAGE_PLACEHOLDER)
-    if not others:
-        return text
-    parts: list[dict[str, Any]] = [{"type": "text", "text": first}] if first else []
-    for after in others:
-        parts.append({"type": "image_url", "image_url": {"url": _data_url(next(images))}})
-        parts += [{"type": "text", "text": after}] if after else []
-    return parts
-
-
-def _data_url(path: Path) -> str:
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 def _only_model(client: OpenAI) -> str:
     try:
         names = [model.id for model in client.models.list().data]
@@ -112,7 +76,8 @@ def _only_model(client: OpenAI) -> str:
         raise _refused(client, error) from None
     if len(names) != 1:
         raise MachineError(
-            f"{client.base_url} has {len(names)} models ({', '.join(names[:5])}). Name one: --served-name"
+            f"{client.base_url} has {len(names)} models ({', '.join(names[:5])}). Name one: "
+            "--served-name, or backend_model of a recipe's evaluation."
         )
     return names[0]
 

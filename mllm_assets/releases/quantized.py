@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mllm_assets.artifacts import is_sound, read_manifest, staged_directory, write_manifest
+from mllm_assets.artifacts import is_sound, read_manifest, staged_directory
 from mllm_assets.evaluation.agreement import Comparison
 from mllm_assets.evaluation.same_answers import Loaded, compare, some_rows
 from mllm_assets.inference.answerer import Answerer
 from mllm_assets.progress import progress_to
-from mllm_assets.releases.copies import QuantizeTask, write_card
+from mllm_assets.releases.copies import QuantizeTask, write_copy
 from mllm_assets.training.models.device import Device, pick_device
-from mllm_assets.training.models.int8 import load_int8, require_installed, size_bytes, without_bars, write_int8
+from mllm_assets.training.models.int8 import load_int8, require_installed, without_bars, write_int8
 from mllm_assets.worker.tasks import Manifest
 
 if TYPE_CHECKING:
@@ -46,20 +46,7 @@ def quantize_task(task: QuantizeTask, reporter: "Reporter") -> Manifest:
     with progress_to(reporter.notify), staged_directory(task.directory) as staging:
         num_layers = write_int8(task.release_dir, staging)
         found = _compared(task, staging, device)
-        release = read_manifest(task.release_dir)
-        payload = {
-            "recipe": task.recipe_name,
-            "version": release["version"],
-            "weights_digest": release["weights_digest"],
-            "entry": task.entry_name,
-            "num_layers": num_layers,
-            "num_bytes": size_bytes(staging),
-            "num_bytes_of_release": size_bytes(task.release_dir),
-            "comparison": found.to_dict(),
-        }
-        verdict = "yes" if found.passed else "NO"
-        write_card(staging, task, found.facts(), {**TEXTS, "device": device.kind, "verdict": verdict})
-        return write_manifest(staging, payload)
+        return write_copy(staging, task, found, {"num_layers": num_layers}, {**TEXTS, "device": device.kind})
 
 
 def _compared(task: QuantizeTask, copy: Path, device: Device) -> Comparison:

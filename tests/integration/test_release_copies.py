@@ -1,26 +1,34 @@
 """Releases in other forms, each compared with the release by what it answers."""
 
+import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from mllm_assets.artifacts import read_manifest, write_manifest
-from mllm_assets.errors import ModelError
+from mllm_assets.errors import IntegrityError, MachineError, ModelError
 from mllm_assets.evaluation.agreement import Agreement
 from mllm_assets.recipe.asking import TurnSettings
-from mllm_assets.releases import quantized
-from mllm_assets.releases.copies import QuantizeTask
+from mllm_assets.releases import gguf, quantized
+from mllm_assets.releases.copies import CONVERTER, LLAMA_CPP, GgufTask, QuantizeTask
 from mllm_assets.training.models.load import load_model
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import Accelerator
+from tests.integration.conftest import Project
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-pytest.importorskip("compressed_tensors", reason="the extra int8 is not installed")
+needs_int8 = pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="no extra int8")
+needs_llama_cpp = pytest.mark.skipif(
+    LLAMA_CPP not in os.environ or importlib.util.find_spec("xllamacpp") is None,
+    reason="needs a checkout of llama.cpp, named by LLAMA_CPP, and the extra gguf",
+)
 LOADED = """
 import sys, torch
 from transformers import AutoModelForImageTextToText
@@ -48,6 +56,7 @@ def task(parity_dir: Path, tmp_path: Path) -> QuantizeTask:
     )
 
 
+@needs_int8
 def test_a_copy_in_8_bits_loads_with_transformers_alone_and_is_compared(task: QuantizeTask, tmp_path: Path) -> None:
     found = quantized.quantize_task(task, Reporter())["comparison"]
     assert found["passed"] and found["num_other_prompts"] == 0
@@ -62,6 +71,7 @@ def test_a_copy_in_8_bits_loads_with_transformers_alone_and_is_compared(task: Qu
         load_model(task.directory)
 
 
+@needs_int8
 @pytest.mark.parametrize("spoilt", ["weights", "image mean"])
 def test_a_copy_that_was_spoilt_does_not_answer_alike(
     spoilt: str, task: QuantizeTask, monkeypatch: pytest.MonkeyPatch
@@ -86,3 +96,43 @@ def test_a_copy_that_was_spoilt_does_not_answer_alike(
     found = quantized.quantize_task(task, Reporter())["comparison"]
     assert not found["passed"] and found["loss_distance_nats"] > task.asked_for.max_loss_distance_nats
     assert "NO" in (task.directory / "README.md").read_text()
+
+
+def gguf_of(task: QuantizeTask, converter: Path) -> GgufTask:
+    shared = {field.name: getattr(task, field.name) for field in fields(task)}
+    return GgufTask(**shared, converter=converter, outtype="f32")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("turn", ["model", "assistant"])
+def test_a_copy_in_gguf_is_asked_in_llama_cpp_by_its_own_chat_template(
+    turn: str, task: QuantizeTask, project: Project
+) -> None:
+    """Its pictures are llama.cpp's affair; of the texts every token counts."""
+    shutil.rmtree(task.release_dir)
+    shutil.copytree(project.root / "pretrains" / "gemma3_tiny", task.release_dir)
+    write_manifest(task.release_dir, {"version": "v1", "weights_digest": "4567"})
+    template = task.release_dir / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<start_of_turn>model", f"<start_of_turn>{turn}"))
+    of_emoji = replace(task, entry_name="emoji_val", data_dir=project.layout.data)
+    found = gguf.gguf_task(gguf_of(of_emoji, Path(os.environ[LLAMA_CPP]) / CONVERTER), Reporter())
+    assert all(found["num_tensors"].values()) and found["comparison"]["num_samples"] == 4
+    assert found["comparison"]["num_other_prompts"] == (0 if turn == "model" else 4), found["comparison"]["rows"]
+
+
+@pytest.mark.parametrize(
+    ("program", "error", "said"),
+    [
+        ("raise NotImplementedError('Model X is not supported')", ModelError, "Model X is not supported"),
+        ("import no_such_package", MachineError, "No module named.*pip install"),
+        ("open(sys.argv[3], 'wb').write(b'GGUF' + bytes(20))", IntegrityError, "no GGUF file with tensors"),
+    ],
+)
+def test_a_converter_that_fails_leaves_nothing_and_is_told(
+    program: str, error: type[Exception], said: str, task: QuantizeTask, tmp_path: Path
+) -> None:
+    converter = tmp_path / CONVERTER
+    converter.write_text(f"import sys\n{program}\n")
+    with pytest.raises(error, match=said):
+        gguf.gguf_task(gguf_of(task, converter), Reporter())
+    assert not task.directory.exists()

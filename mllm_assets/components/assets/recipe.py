@@ -4,7 +4,7 @@ import dagster as dg
 
 from mllm_assets.components.assets.benchmarks import benchmarks_asset
 from mllm_assets.components.assets.checkpoint import checkpoint_asset
-from mllm_assets.components.assets.copies import quantized_asset
+from mllm_assets.components.assets.copies import gguf_asset, quantized_asset
 from mllm_assets.components.assets.evaluation import eval_metrics_asset, predictions_asset
 from mllm_assets.components.assets.gained import what_it_gained_asset
 from mllm_assets.components.assets.lineage import model_directory, pull_data
@@ -37,6 +37,8 @@ def build_recipe_assets(node: Node) -> list[dg.AssetsDefinition]:
             assets.append(hub_model_asset(node, node.settings.push_to_hub.to_spec()))
         if node.settings.quantized is not None:
             assets.append(quantized_asset(node, node.settings.quantized.to_spec()))
+        if node.settings.gguf is not None:
+            assets.append(gguf_asset(node, node.settings.gguf.to_spec()))
         if node.settings.mlflow_registry is not None:
             assets.append(mlflow_model_asset(node, node.settings.mlflow_registry.to_spec()))
     return assets

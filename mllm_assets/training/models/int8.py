@@ -139,8 +139,3 @@ def _require_all(directory: Path, info: Mapping[str, Any]) -> None:
                 f"{directory} was written with {len(keys)} {kind} tensors, such as {keys[0]}. Its packages may not fit "
                 f"together: {INSTALL}"
             )
-
-
-def size_bytes(directory: Path) -> int:
-    """What a directory's weights take on disk."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
