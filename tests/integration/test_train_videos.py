@@ -114,7 +114,7 @@ def test_cached_or_not_the_losses_are_the_same_and_the_model_answers(
     evaluate_task(asked, Reporter())
     table = pq.read_table(tmp_path / "predictions" / PREDICTIONS_FILE).to_pylist()
     assert [row["prompt"] for row in table[:3]] == ["What moves?", "Is  in ?", "Which is longer?"]
-    assert sum(row["loss_nats"] for row in table[6:]) < sum(row["loss_nats"] for row in table[:6]), "tuned, then base"
+    assert sum(row["loss_nats"] for row in table[6:]) < sum(row["loss_nats"] for row in table[:6]), "the base model's come first"
 
 
 def test_killed_and_run_again_the_weights_are_the_same_while_the_tower_trains(
