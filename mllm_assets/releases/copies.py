@@ -81,6 +81,10 @@ class GgufSpec(Agreement):
     Attributes:
         llama_cpp: A checkout of llama.cpp, whose converter is run; by default that which LLAMA_CPP names.
         outtype: The precision of the weights, as the converter calls it; auto is 16 bits.
+        max_samples: Rows of the recipe's first evaluation entry, spread evenly over it, that model and copy are asked.
+        max_new_tokens: Tokens after which an answer is cut.
+        min_agreement: The share of rows with the same answer, the likeliest token taken at each place.
+        max_loss_distance_nats: Without effect: llama.cpp gives no losses.
     """
 
     llama_cpp: str | None = None
