@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,9 @@ def run_line(root: Path, count: int) -> None:
     """Ingest, assess and split; prints CPU seconds of each, and what was decoded and written."""
     layout, spec = Layout(root), made_spec(count)
     import scipy.sparse.csgraph  # noqa: F401
+
+    with suppress(ImportError):
+        import pandas  # noqa: F401  # pyarrow does at its first array, where it is installed, and so does `datasets`
 
     images = set(layout.images.iterdir()) if layout.images.is_dir() else set()
     marks = [cpu_seconds()]

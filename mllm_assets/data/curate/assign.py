@@ -315,7 +315,9 @@ def membership(
     def batches() -> Iterator[pa.RecordBatch]:
         for start in range(0, len(samples), BATCH_ROWS):
             part = samples.slice(start, BATCH_ROWS)
-            columns = {name: [value] * len(part) for name, value in common.items()} | _columns(assignments, start, part)
+            columns = {name: pa.repeat(value, len(part)) for name, value in common.items()} | _columns(
+                assignments, start, part
+            )
             yield from pa.table(columns, schema=arrow_schema("split_membership")).to_batches()
         for start in range(0, len(copies), BATCH_ROWS):
             part = copies[start : start + BATCH_ROWS]
@@ -332,7 +334,7 @@ def _columns(assignments: Assignments, start: int, samples: pa.Table) -> dict[st
     rejected = samples["reject_reason"].to_pylist()
     return {
         "sample_id": samples["sample_id"],
-        "duplicate_group": [assignments.groups.key(number) for number in range(start, start + len(samples))],
+        "duplicate_group": assignments.groups.keys(start, start + len(samples)),
         "split": [SPLITS[number] for number in assignments.splits_S[some].tolist()],
         "reason": [
             reject_reason if reason == NONE else UNUSED_REASONS[reason]

@@ -187,11 +187,14 @@ def _is_in_place(path: str | Path, content: bytes) -> bool:
         return False
     if not stat.S_ISREG(found.st_mode) or found.st_size != len(content):
         return False
-    with open(path, "rb", buffering=0) as file:
-        if file.read(len(content) + 1) != content:
+    file = os.open(path, os.O_RDONLY)  # a fifth cheaper than a file object, for each picture of a dataset
+    try:
+        if os.read(file, len(content) + 1) != content:
             return False
-    # The rows that name it come later; until then its time of change tells `mllm-assets gc` that it is in use
-    os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
+        # The rows that name it come later; until then its time of change tells `mllm-assets gc` that it is in use
+        os.utime(file, ns=(time.time_ns(), found.st_mtime_ns))
+    finally:
+        os.close(file)
     return True
 
 

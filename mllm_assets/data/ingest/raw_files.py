@@ -103,7 +103,7 @@ def read_raw(raw: Path) -> Iterator[dict[str, Any]]:
     """The rows of an ingested source one by one; only one row group is in memory. Raises as `open_raw`."""
     with open_raw(raw) as file:
         for group in range(file.num_row_groups):  # so no batch is larger than a row group
-            for batch in file.iter_batches(batch_size=64, row_groups=[group]):
+            for batch in file.iter_batches(batch_size=64, row_groups=[group], use_threads=False):
                 yield from batch.to_pylist()
 
 

@@ -66,7 +66,8 @@ def read_sides(source: SourceSpec, root: Path, read: Read) -> Iterator[SourceRow
     index = 0
     for side, part in _parts(source, root):
         for row in read(part, root):
-            yield replace(row, row_index=index, source_split=side)
+            is_so = row.row_index == index and row.source_split == side  # a copy takes longer than reading a short row
+            yield row if is_so else replace(row, row_index=index, source_split=side)
             index += 1
 
 

@@ -212,7 +212,12 @@ class _Texts:
         """All texts of a column, at least one, which may be None."""
         value = None if column is None else values.get(column)
         assert column is not None or value is None
-        if isinstance(value, str) and (listed := listed_in_text(value)) and all(isinstance(t, str) for t in listed):
+        if value is None:
+            return [None]
+        if isinstance(value, str):
+            listed = listed_in_text(value)
+            if not listed or not all(isinstance(text, str) for text in listed):
+                return [encodable(value)]
             value = listed
         items = value if isinstance(value, list) else [value]
         texts = [self._text(item, column or "") for item in items]
@@ -286,4 +291,4 @@ def put_together(cells: list[Any]) -> Any:
 
 def encodable(text: str) -> str:
     """Replace lone surrogates of JSON and file names with U+FFFD, which `conversation.text_defect` reports."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

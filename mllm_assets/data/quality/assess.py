@@ -163,8 +163,8 @@ def _write_samples(
                 **{name: [values[name] for values in measured] for name in measured[0]},
                 "flags": flags,
                 "reject_reason": reasons[first:last],
-                "duplicate_group": [groups.key(sample) for sample in range(first, last)],
-                "group_size": [groups.size(sample) for sample in range(first, last)],
+                "duplicate_group": groups.keys(first, last),
+                "group_size": groups.sizes(first, last),
             }
             writer.write_table(pa.table(columns, schema=SAMPLE_SCHEMA))
             first = last

@@ -52,13 +52,15 @@ class SampleGroups:
     def num_duplicates(self) -> int:
         return int(self.sizes_G.sum() - len(self.sizes_G))
 
-    def key(self, sample: int) -> str | None:
-        group = self.groups_S[sample]
-        return None if group < 0 else bytes(self.keys_G[group]).decode()
+    def keys(self, first: int, last: int) -> list[str | None]:
+        """The names of the groups of samples first to last - 1, None of those that were left out."""
+        groups = self.groups_S[first:last]
+        names = np.append(self.keys_G, b"")[groups].tolist()  # group -1 is the one that was appended
+        return [name.decode() or None for name in names]
 
-    def size(self, sample: int) -> int:
-        group = self.groups_S[sample]
-        return 0 if group < 0 else int(self.sizes_G[group])
+    def sizes(self, first: int, last: int) -> NDArray[np.int64]:
+        """The sizes of the same groups, 0 of those that were left out."""
+        return np.append(self.sizes_G, 0)[self.groups_S[first:last]]
 
 
 @dataclass(frozen=True, slots=True)

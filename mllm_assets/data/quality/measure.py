@@ -174,7 +174,8 @@ def _known_measurements(
             continue
         found = _known(store, ids[part].filter(pa.array(is_known[part])), COLUMNS).drop_columns(["number"])
         for batch in found.to_batches(max_chunksize=1024):
-            yield from (ImageMeasurement(**row) for row in batch.to_pylist())
+            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield ImageMeasurement(**dict(zip(COLUMNS, row, strict=True)))
 
 
 def _known(store: QualityStore, ids: pa.StringArray, columns: Sequence[str]) -> pa.Table:

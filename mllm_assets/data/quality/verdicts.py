@@ -74,7 +74,7 @@ def text_reject_reason(sample: Mapping[str, Any], num_images: int, spec: Dataset
             return f"{slug(name, COLUMN)}_too_long"
         if defect := text_defect(text if name in in_answer else text.replace(IMAGE_PLACEHOLDER, "")):
             return f"{slug(name, COLUMN)}_{defect}"
-    if find_control_token(render_answer(sample, spec)):
+    if find_control_token(sample.get(CORRECTED) or render(spec.answer, texts)):
         return "caption_control_token"
     questions = [render(prompt, texts) for prompt in spec.prompts]
     if not all(question.strip() for question in questions):

@@ -65,7 +65,7 @@ def assign(
         Assignment(
             sample_id=key,
             split=SPLITS[split],
-            group=found.groups.key(number),
+            group=found.groups.keys(number, number + 1)[0],
             reason=None if reason == NONE else UNUSED_REASONS[reason],
             position=position,
         )
