@@ -4,7 +4,6 @@ Decoders are native code with untrusted input, so they run in processes of this 
 one that loops when its CPU time is used up, and a crash ends only that process.
 """
 
-import math
 import os
 import pickle
 import queue
@@ -30,8 +29,10 @@ from mllm_assets.plugins import load_plugins
 WALL_FACTOR = 30
 MAX_WORKERS = 8
 PREFETCH = 2  # images per worker, so that memory stays bounded
-ALONE_S = 0.5  # what a worker takes to start; work that the first one finishes in this time starts no other
-HEADER = struct.Struct("<QQ")  # bytes of the limits, bytes of the image
+# CPU seconds, which do not depend on other processes: a worker takes about half of it to start, and work that the first
+# one has done by then starts no other
+ALONE_S = 0.5
+HEADER = struct.Struct("<QQ")  # bytes of the limits, bytes of the image; of an answer its bytes and CPU nanoseconds
 
 
 def measure_images(images: Iterable[bytes], limits: DecodeLimits) -> Iterator[ImageMeasurement]:
@@ -44,18 +45,19 @@ def measure_images(images: Iterable[bytes], limits: DecodeLimits) -> Iterator[Im
         MachineError: No worker can be started.
     """
     waiting = iter(images)
-    num_ahead, all_start_s = 1, math.inf
+    num_ahead, spent_s = 1, 0.0
     with ThreadPoolExecutor(num_workers()) as pool:
-        futures: queue.SimpleQueue[Future[ImageMeasurement]] = queue.SimpleQueue()
+        futures: queue.SimpleQueue[Future[tuple[ImageMeasurement, float]]] = queue.SimpleQueue()
         try:
             while True:
                 for data in islice(waiting, num_ahead - futures.qsize()):
                     futures.put(pool.submit(_measure, data, limits))
                 if futures.empty():
                     return
-                yield futures.get().result()
-                all_start_s = min(all_start_s, time.monotonic() + ALONE_S)
-                if time.monotonic() >= all_start_s:
+                measurement, cpu_s = futures.get().result()
+                yield measurement
+                spent_s += cpu_s
+                if spent_s >= ALONE_S:
                     num_ahead = num_workers() * PREFETCH
         finally:
             while not futures.empty():
@@ -74,8 +76,8 @@ class _Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
-    def measure(self, data: bytes, limits: DecodeLimits) -> ImageMeasurement | None:
-        """Return the measurement, or None if the process ended."""
+    def measure(self, data: bytes, limits: DecodeLimits) -> tuple[ImageMeasurement, float] | None:
+        """Return the measurement and the CPU seconds that it took, or None if the process ended."""
         assert self.process.stdin is not None and self.process.stdout is not None
         settings = pickle.dumps(asdict(limits))
         try:
@@ -91,7 +93,8 @@ class _Worker:
         header = self.process.stdout.read(HEADER.size)
         if len(header) < HEADER.size:
             return None
-        return ImageMeasurement(**pickle.loads(self.process.stdout.read(HEADER.unpack(header)[0])))
+        num_bytes, cpu_ns = HEADER.unpack(header)
+        return ImageMeasurement(**pickle.loads(self.process.stdout.read(num_bytes))), cpu_ns / 1e9
 
     def close(self) -> int:
         """Wait for the end of the process and return its exit code."""
@@ -125,11 +128,11 @@ def _borrowed() -> Iterator[_Worker]:
         _idle.put(worker)
 
 
-def _measure(data: bytes, limits: DecodeLimits) -> ImageMeasurement:
+def _measure(data: bytes, limits: DecodeLimits) -> tuple[ImageMeasurement, float]:
     with _borrowed() as worker:
-        measurement = worker.measure(data, limits)
-        if measurement is not None:
-            return measurement
+        measured = worker.measure(data, limits)
+        if measured is not None:
+            return measured
         code = worker.close()
     if code > 0:
         raise MachineError(
@@ -138,7 +141,7 @@ def _measure(data: bytes, limits: DecodeLimits) -> ImageMeasurement:
         )
     too_slow = code == -signal.SIGPROF
     defect = "image_decode_too_slow" if too_slow else "image_decoder_crashed"
-    return ImageMeasurement(image_sha256=sha256(data), num_bytes=len(data), defect=defect)
+    return ImageMeasurement(image_sha256=sha256(data), num_bytes=len(data), defect=defect), limits.max_decode_s
 
 
 def _answer_requests() -> None:
@@ -155,10 +158,11 @@ def _answer_requests() -> None:
         num_limits, num_bytes = HEADER.unpack(header)
         limits, data = DecodeLimits(**pickle.loads(requests.read(num_limits))), requests.read(num_bytes)
         signal.setitimer(signal.ITIMER_PROF, limits.max_decode_s)
+        started_ns = time.process_time_ns()
         measurement = measure_image(data, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
         content = pickle.dumps(asdict(measurement))
-        answers.write(HEADER.pack(len(content), 0) + content)
+        answers.write(HEADER.pack(len(content), time.process_time_ns() - started_ns) + content)
         answers.flush()
 
 
