@@ -26,6 +26,7 @@ class FileDigests:
 
     def __init__(self) -> None:
         self._known: dict[Path, _Known] = {}
+        self._unread: set[Path] = set()  # whose recorded digest is used
         self._watched: dict[Path, os.stat_result] = {}
 
     def of(self, path: Path) -> str:
@@ -35,11 +36,14 @@ class FileDigests:
         if known is None or known.state != state:
             found = sha256_file(path)
             known = self._known[path] = _Known(known.first if known else found, found, state)
+            self._unread.discard(path)
         return known.now
 
     def take(self, path: Path, digest: str) -> str:
         """Use a recorded digest instead of reading the file, as long as the file is not changed from now on."""
-        self._known.setdefault(path, _Known(digest, digest, state_of(path.stat())))
+        if path not in self._known:
+            self._known[path] = _Known(digest, digest, state_of(path.stat()))
+            self._unread.add(path)
         return digest
 
     def watch(self, paths: Iterable[Path]) -> None:
@@ -57,16 +61,18 @@ class FileDigests:
             self._known[source] = replace(self._known[source], state=state_of(source.stat()))
         return digest
 
-    def states(self) -> dict[str, tuple[str, int, int]]:
-        """What was read, by path, for another process of this machine: digest, inode and time of change."""
-        return {str(path): (known.now, *known.state) for path, known in self._known.items()}
+    def states(self, folder: Path = Path("/")) -> dict[str, tuple[str, int, int]]:
+        """What was read below a folder, by path, for another process of this machine: digest, inode, time of change."""
+        read = self._known.keys() - self._unread
+        found = {path: self._known[path] for path in sorted(read) if path.is_relative_to(folder)}
+        return {str(path): (known.now, *known.state) for path, known in found.items()}
 
     def take_untouched(self, states: Mapping[str, tuple[str, int, int]]) -> None:
         """Use the digests of another process's `states` for files that nothing touched since it read them."""
         for name, (digest, *state) in states.items():
             path = Path(name)
             if path.is_file() and state_of(path.stat()) == tuple(state):
-                self.take(path, digest)
+                self._known.setdefault(path, _Known(digest, digest, state_of(path.stat())))
 
     def require_unchanged(self, paths: Iterable[Path] | None = None) -> None:
         """Refuse files that are no longer what they were when their digest was first asked for; all by default.
@@ -95,6 +101,19 @@ class FileDigests:
                 f"What was being read changed meanwhile: {', '.join(changed[:MAX_NAMED])}{more}. Nothing is published "
                 f"that was made of it. Put back what was there and start again: what was saved before is used."
             )
+
+
+_of_earlier_steps: dict[str, tuple[str, int, int]] = {}
+
+
+def remember(states: Mapping[str, tuple[str, int, int]]) -> None:
+    """Keep for this process's next steps what one of them, or its worker, read: see `FileDigests.states`."""
+    _of_earlier_steps.update(states)
+
+
+def remembered(folder: Path) -> dict[str, tuple[str, int, int]]:
+    """What earlier steps of this process read of a folder."""
+    return {name: state for name, state in list(_of_earlier_steps.items()) if Path(name).is_relative_to(folder)}
 
 
 def state_of(found: os.stat_result) -> tuple[int, int]:

@@ -100,7 +100,7 @@ def evaluate_task(task: EvaluateTask, reporter: "Reporter") -> Evaluation:
         dataset.digests.require_unchanged()  # the gallery shows the images
         manifest = write_manifest(staging, payload)
     forget(task.directory)
-    return Evaluation(manifest=manifest, measured={})
+    return Evaluation(manifest=manifest, measured={}, model_files=dataset.digests.states(task.model_dir))
 
 
 def merge(parts: Sequence[Measured]) -> Measured:

@@ -27,7 +27,7 @@ from mllm_assets.evaluation.gates import (
 )
 from mllm_assets.evaluation.metrics import METRICS_FILE, gains_over_release, read_metrics
 from mllm_assets.evaluation.table import PREDICTIONS_FILE, read_predictions
-from mllm_assets.file_digests import FileDigests
+from mllm_assets.file_digests import FileDigests, remembered
 from mllm_assets.layout import Layout
 from mllm_assets.releases.approvals import Decision, Subject, approval_gate, read_decisions
 from mllm_assets.releases.files import (
@@ -90,7 +90,8 @@ def publish(
 
     All gates are judged here again, against the current release too. With `allow_leakage` a model is released although
     something leaked; the card says so. `verify` is called with the staged directory before it is published, in practice
-    to run a `VerifyTask`; its result goes into the card and the manifest.
+    to run a `VerifyTask`; its result goes into the card and the manifest. What an earlier step of this
+    process read of the run is not hashed again, unless something touched it since.
 
     Raises:
         GateError: A gate did not pass. Names each that did not, with its figures.
@@ -98,6 +99,7 @@ def publish(
             another model.
     """
     name, run_dir, digests = candidate.recipe_name, candidate.run_dir, FileDigests()
+    digests.take_untouched(remembered(run_dir))
     run = read_manifest(run_dir)
     _require_same_weights(candidate, run)
     files = model_files(run_dir, run)

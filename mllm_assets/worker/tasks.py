@@ -222,10 +222,14 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """The manifest of the predictions; of a part, which writes nothing, each model's results."""
+    """The manifest of the predictions; of a part, which writes nothing, each model's results.
+
+    `model_files` are those of the tuned model that were read, as `FileDigests.states` gives them.
+    """
 
     manifest: Manifest
     measured: dict[str, Measured]
+    model_files: dict[str, tuple[str, int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

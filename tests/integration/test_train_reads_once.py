@@ -215,7 +215,9 @@ def test_a_line_loads_its_base_once_to_train_and_once_to_ask_base_and_tuned_mode
     )  # fmt: skip
     for counted in (loads, hashed, ours, transformers):
         counted.clear()
-    once = evaluate_task(ask, Reporter()).manifest
+    asked = evaluate_task(ask, Reporter())
+    once = asked.manifest
+    assert str(own) in asked.model_files and str(frozen) not in asked.model_files, "for the release: what was read"
     assert loads == {base: 1}
     assert +hashed == {base / "model.safetensors": 1, own: 1}
     assert max(ours[path] for path in (base / "config.json", model / "config.json", base / "model.safetensors")) <= 2

@@ -47,6 +47,7 @@ from mllm_assets.evaluation.metric_page import (
 )
 from mllm_assets.evaluation.metrics import ReleasedPredictions, metric_rows, sample_metrics, score_predictions
 from mllm_assets.evaluation.table import read_predictions, store_table
+from mllm_assets.file_digests import remember
 from mllm_assets.project.read import materialize_command
 from mllm_assets.releases.approvals import Subject, approval_gate, read_decisions
 from mllm_assets.releases.versions import judged_release, version_folders
@@ -90,9 +91,9 @@ def predictions_asset(node: Node) -> dg.AssetsDefinition:
             upstream_path(context, node.key("checkpoint"), project)
         if is_sound(directory):
             context.log.info(f"{layout.relative(directory)} already holds these predictions.")
-            result = read_manifest(directory)
         else:
-            result = gpu.run(context, task).manifest
+            remember(gpu.run(context, task).model_files)
+        result = read_manifest(directory)
         answers, page = read_predictions(directory), directory / GALLERY
         rows = store_table(answers, sample_metrics(answers), **run_columns(context, node.name, weights_digest))
         project.quality_store.write({"predictions": rows})

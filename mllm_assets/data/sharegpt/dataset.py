@@ -20,7 +20,7 @@ from mllm_assets.data.sharegpt.parsing import unparsed_rows
 from mllm_assets.data.sharegpt.pictures import MediaFolders
 from mllm_assets.data.sharegpt.rows import Row
 from mllm_assets.errors import DataError, IntegrityError, all_of
-from mllm_assets.file_digests import FileDigests
+from mllm_assets.file_digests import FileDigests, remember, remembered
 from mllm_assets.layout import Layout
 from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.worker.tasks import WHOLE, Part
@@ -176,6 +176,7 @@ class Entry:
     def file_digests(self) -> dict[Path, str]:
         """The digest of each file that holds rows."""
         files = sorted(part for part in self.file.iterdir() if part.is_file()) if self.file.is_dir() else [self.file]
+        self.dataset.digests.take_untouched(remembered(self.file))
         return {path: self.dataset.digests.of(path) for path in files}
 
     @property
@@ -195,9 +196,10 @@ class Entry:
         if not is_ours and not (is_complete(folder) and (folder / IMAGE_LIST).is_file()):
             return None
         name = f"{folder.parent.name}/train" if is_ours else "the dataset's train asset"
-        require_sound(
-            folder, f"Materialise {name} again.", only=[self.file.name, IMAGE_LIST], digest=self.dataset.digests.of
-        )
+        digests, only = self.dataset.digests, [self.file.name, IMAGE_LIST]
+        digests.take_untouched(remembered(folder))
+        require_sound(folder, f"Materialise {name} again.", only=only, digest=digests.of)
+        remember(digests.states(folder))
         return folder
 
     @cached_property

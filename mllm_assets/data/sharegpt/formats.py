@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from mllm_assets.data.sharegpt.json_text import BOM, LIMITS
 from mllm_assets.data.sharegpt.pictures import IMAGE_SUFFIXES
 from mllm_assets.errors import DataError
+from mllm_assets.file_digests import state_of
 
 Kind = Literal["parquet", "arrow_file", "arrow_stream", "json_list", "json_object", "json_lines", "delimited"]
 ROW_FORMATS = "JSON, JSON lines, CSV, TSV, Parquet and Arrow"
@@ -35,11 +37,18 @@ class Format:
 
 
 def format_of(path: Path) -> Format | None:
-    """The format of a file of rows by its first bytes, or None.
+    """The format of a file of rows by its first bytes, or None; a file that nobody wrote to is looked at once.
 
     Raises:
         OSError: Missing, or not a file.
     """
+    found = path.stat()
+    return _format_by_content(str(path), *state_of(found), found.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _format_by_content(name: str, *_: int) -> Format | None:
+    path = Path(name)
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if head[:4] == b"PAR1":

@@ -1,6 +1,7 @@
 """Releases and their cards."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from mllm_assets.errors import GateError, IntegrityError
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.evaluation.metrics import compute_metrics, read_metrics
 from mllm_assets.evaluation.table import to_table
+from mllm_assets.file_digests import FileDigests, remember
 from mllm_assets.layout import Layout
 from mllm_assets.releases.model_card import Lineage, without_front_matter
 from mllm_assets.releases.publish import Candidate, Judgement, publish
@@ -116,6 +118,39 @@ def test_weights_share_their_blocks_with_the_run(tmp_path: Path, monkeypatch: py
     assert hashed.count("model.safetensors") == 1
     assert (made.directory / "model.safetensors").samefile(run / "model" / "model.safetensors")
     assert not (made.directory / "config.json").samefile(run / "model" / "config.json")
+
+
+def test_a_model_that_was_read_to_ask_it_is_hashed_for_its_release_only_where_it_was_touched_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's model was hashed three times in a line: when it was written, asked and released."""
+    run, hashed, sha256 = make_run(tmp_path / "run"), list[str](), sha256_file
+    weights, read = run / "model" / "model.safetensors", FileDigests()
+    for path in (weights, run / "model" / "config.json"):
+        read.of(path)
+    monkeypatch.setattr(file_digests, "sha256_file", lambda path: hashed.append(path.name) or sha256(path))
+    remember(read.states(run / "model"))
+    made = release(run, tmp_path)
+    assert hashed.count("model.safetensors") == 0
+    assert read_manifest(made.directory)["files"]["model.safetensors"]["sha256"] == sha256(weights)
+
+    before, other = weights.stat(), tmp_path / "other.safetensors"
+    other.write_bytes(b"v" * before.st_size)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(weights)
+    with pytest.raises(GateError, match=r"model\.safetensors does not match its digest"):
+        release(run, tmp_path / "other")
+
+
+def test_a_digest_that_was_recorded_and_not_read_is_not_handed_on(tmp_path: Path) -> None:
+    read, recorded = tmp_path / "read", tmp_path / "recorded"
+    for path in (read, recorded):
+        path.write_bytes(b"weights")
+    digests = FileDigests()
+    digests.of(read)
+    digests.take(recorded, "0" * 64)
+    assert list(digests.states(tmp_path)) == [str(read)]
+    assert digests.states(tmp_path / "elsewhere") == {}
 
 
 def test_the_same_checkpoint_is_released_once_and_another_gets_the_next_version(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """What a dataset's entries say of their images: read, or taken from the record of their publication."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mllm_assets import file_digests
+from mllm_assets.artifacts import sha256_file
 from mllm_assets.data.sharegpt import dataset
 from mllm_assets.data.sharegpt.dataset import IMAGE_LIST, Dataset
 from mllm_assets.data.sharegpt.entries import EntryInfo
@@ -71,6 +74,27 @@ def test_a_damaged_record_is_refused(made: Layout) -> None:
     record.write_text(("0" if text[0] != "0" else "1") + text[1:])
     with pytest.raises(IntegrityError, match=r"images.sha256 does not match its digest. Materialise made/train again"):
         Dataset(made.data, read_part=None).entry("made_train").require_unchanged()
+
+
+def test_the_steps_of_a_process_hash_each_file_of_a_version_once_until_something_touches_it(
+    made: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step of a line hashed the splits, and the record of their images, anew."""
+    hashed, sha256 = Counter[str](), sha256_file
+    monkeypatch.setattr(file_digests, "sha256_file", lambda path: hashed.update([path.name]) or sha256(path))
+
+    def named() -> list[str]:
+        data = Dataset(made.data, read_part=None)
+        return [data.entry(name).digest for name in ("made_train", "made_val")]
+
+    assert named() == named() == named()
+    assert max(hashed[name] for name in ("train.json", "val.json", IMAGE_LIST)) <= 1
+    split = (made.data / "made" / "train.json").resolve()
+    other = split.with_name("other")
+    other.write_text(split.read_text().replace("picture", "pikture"))
+    other.replace(split)
+    with pytest.raises(IntegrityError, match=r"train.json does not match its digest"):
+        named()
 
 
 def test_rows_are_read_once_for_all_who_ask_for_an_entrys_digest(made: Layout, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Reading ShareGPT: what LLaMA-Factory reads, and an error by row for what it would drop or trip over."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from mllm_assets.data.sharegpt.dataset import Dataset
+from mllm_assets.data.sharegpt.formats import require_format
 from mllm_assets.data.sharegpt.rows import Message
 from mllm_assets.errors import DataError
 from mllm_assets.layout import Layout
@@ -192,3 +194,20 @@ def test_the_digest_notices_two_pictures_that_change_places(tmp_path: Path) -> N
     first.write_bytes(png(2))
     second.write_bytes(png(1))
     assert Dataset(tmp_path).entry("rows").digest != before
+
+
+def test_a_file_is_looked_at_once_for_its_format_until_somebody_writes_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line looked at its splits eight times, one more for each time that their rows were read."""
+    path, opened, open_path = tmp_path / "rows.json", list[Path](), Path.open
+    path.write_text('[{"text": "a"}]')
+    monkeypatch.setattr(Path, "open", lambda file, *mode, **how: opened.append(file) or open_path(file, *mode, **how))
+    assert [require_format(path).kind for _ in range(3)] == ["json_list"] * 3
+    assert opened == [path]
+    before, other = path.stat(), tmp_path / "other"
+    other.write_bytes(b"ab,cd,ef\n1,2,33")
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    assert path.stat().st_size == before.st_size
+    assert require_format(path).kind == "delimited"
