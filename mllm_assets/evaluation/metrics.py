@@ -39,8 +39,8 @@ def of_answers() -> dict[str, bool]:
 
 
 def of_each_answer() -> dict[str, bool]:
-    """Of those the ones that have a value for each answer."""
-    return {name: is_better for name, is_better in of_answers().items() if METRICS[name].score is not None}
+    """Of those the ones that have a value for each answer, which the others do not change."""
+    return {name: better for name, better in of_answers().items() if METRICS[name].score and METRICS[name].of_one}
 
 
 def compute_metrics(predictions: pa.Table, train_answers: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What answers are worth while a model trains on rewards: metrics of the registry, each with its weight."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from mllm_assets.families.family import TEMPLATES
 from mllm_assets.inference.answerer import Answerer
 from mllm_assets.training.caches.prepare import Setup
 from mllm_assets.training.encoding.collate import ImageFeatures
+from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.kept_pixels import KeptPixels
 from mllm_assets.training.encoding.row import EncodedRow
 from mllm_assets.training.loop import loss
@@ -23,6 +25,7 @@ from mllm_assets.training.loop.group_tuner import Rewarded
 from mllm_assets.training.models.device import out_of_memory_is_an_error
 from mllm_assets.worker.tasks import TrainTask
 
+LABELS = "label_accuracy"
 MOST_CHECKED = 1000  # rows of which it is seen before the first step that each metric has a value
 CURE = "Lower per_device_train_batch_size (and raise gradient_accumulation_steps), or max_completion_length."
 
@@ -56,6 +59,7 @@ class RewardedAnswers:
         if features is not None:
             self._answerer.answer_from(features)
         self._answerer.asking_collator.keep_pixels(KeptPixels())
+        self._refuse_without_room(setup.inputs.train_rows)
         self.never = self._answerer.never_drawn
 
     def describe(self) -> str:
@@ -97,26 +101,49 @@ class RewardedAnswers:
             for place, (prompt, answer) in enumerate(zip(prompts, drawn, strict=True))
         ]
 
+    def _refuse_without_room(self, rows: EncodedRows) -> None:
+        """A question is asked whole, whatever `cutoff_len` is: it may leave no room for an answer."""
+        context = self._answerer.context_len
+        if context is None:
+            return
+        num_whole = rows.counted("num_tokens") + rows.counted("num_tokens_cut")
+        for place in np.flatnonzero(num_whole >= context):
+            row = self._rows[rows[int(place)].id]
+            try:
+                self._answerer.room_for_answer(len(self._answerer.encoder.encode_prompt(row).input_ids))
+            except DataError as error:
+                raise DataError(f"Row {row.id}: {error} Or take the row out.") from None
+
     def _scores(self, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, np.ndarray]:
-        given = Answers(
-            answers=texts,
-            references=[reference_of(row, self._template) for row in rows],
-            labels=None if self._labels is None else [str(row.label) for row in rows],
-            known_labels=self._labels,
-        )
+        references = [reference_of(row, self._template) for row in rows]
+        unlabelled = Answers(answers=texts, references=references)
+        given = unlabelled
+        if self._labels is not None:
+            given = replace(unlabelled, labels=[str(row.label) for row in rows], known_labels=self._labels)
         found = {}
         for name in self._weights:
-            metric = METRICS[name]
-            values = metric.score(given) if metric.score else None
+            score = METRICS[name].score
+            assert score is not None  # as each has that a recipe may name
+            values = score(given)
+            if values is None and given.labels:  # metrics of texts give none beside labels
+                values = score(unlabelled)
             if values is None:
-                raise RecipeError(
-                    f"reward: {name} cannot be computed of {self._spec.dataset}: rows without a label, or answers of "
-                    "another kind. Take it out of the reward, or name an entry whose rows have it."
-                )
+                raise RecipeError(self._why_not(name, references))
             found[name] = np.asarray(values, float)
             if not np.isfinite(found[name]).all():
                 raise RecipeError(f"reward: {name} gave a value that is not a finite number. Correct the metric.")
         return found
+
+    def _why_not(self, name: str, references: Sequence[str]) -> str:
+        without = [row for row in self._rows.values() if row.label is None]
+        if name == LABELS:
+            why = f"{len(without):,} of {len(self._rows):,} rows have no label, the first is {without[0].id}"
+        else:
+            why = f"not all of its answers are of the kind that {name} compares, such as {references[0][:60]!r}"
+        return (
+            f"reward: {name} cannot be computed of {self._spec.dataset}: {why}. Take it out of the reward, or name an "
+            "entry whose rows have it."
+        )
 
 
 def _by_id(dataset: Dataset, entries: Iterable[str]) -> dict[str, Row]:

@@ -106,6 +106,7 @@ class Metric:
         gain: How much better the first is than the second, with an interval, where it is not the mean of the samples'
             differences.
         of_answers: Whether answers and what they should be are enough, without losses.
+        of_one: Whether a sample's value is the same beside whatever other samples.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Metric:
     total: Callable[[Answers], float | None] | None = None
     gain: Callable[[Answers, Answers], dict[str, Any]] | None = None
     of_answers: bool = True
+    of_one: bool = True
 
 
 METRICS: dict[str, Metric] = {}  # in the order in which they are shown
@@ -290,6 +292,7 @@ for _entry in (
         unit="0 to 10",
         definition=_cider_definition,
         score=lambda given: cider_d_scores(given.answers, given.references),
+        of_one=False,
     ),
 ):
     register(_entry)

@@ -39,6 +39,12 @@ QUICK = {
 }  # fmt: skip
 
 
+LONG = [
+    {"role": "user", "content": f"<image>{' why' * 5000}"},
+    {"role": "assistant", "content": "circle"},
+]
+
+
 def quick_task(parity_dir: Path, run_dir: Path, **values: Any) -> Any:
     spec = TrainSpec(**{**QUICK, **values})
     cache_dir = run_dir.parent / "cache"
@@ -157,7 +163,12 @@ def test_a_plugins_metric_can_be_the_reward(parity_dir: Path, tmp_path: Path, sh
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        ({"label": None}, RecipeError, "reward: label_accuracy cannot be computed of shapes: rows without a label"),
+        ({"label": None}, RecipeError, "of shapes: 1 of 8 rows have no label, the first is circle. Take it out of the"),
+        (
+            {"messages": LONG},
+            DataError,
+            "Row circle: The prompt has .* tokens, its images .*take the row out",
+        ),
         ({"id": "square"}, DataError, "Two rows of shapes have the id square"),
     ],
 )
@@ -167,6 +178,18 @@ def test_rows_that_cannot_be_rewarded_are_refused_before_the_first_step(
     data_dir = write_shapes(tmp_path / "data", **changes)
     with pytest.raises(error, match=text):
         trained({**REWARDED, "max_steps": 1}, parity_dir / "model", data_dir, tmp_path / "run")
+
+
+def test_texts_are_rewarded_beside_labels_too_and_a_metric_of_objects_says_what_it_was_given(
+    parity_dir: Path, tmp_path: Path
+) -> None:
+    """Answers that are nearly right are worth something, of which a model learns that is never right."""
+    data_dir = write_shapes(tmp_path / "data")
+    partly = {**REWARDED, "reward": {"character_error_rate": -1.0}, "max_steps": 1}
+    [line] = trained(partly, parity_dir / "model", data_dir, tmp_path / "run")
+    assert line["rewards/character_error_rate"] > 0 and line["reward"] < 0
+    with pytest.raises(RecipeError, match="json_valid .* of the kind that json_valid compares, such as 'circle'"):
+        trained({**partly, "reward": {"json_valid": 1.0}}, parity_dir / "model", data_dir, tmp_path / "other")
 
 
 @pytest.mark.slow

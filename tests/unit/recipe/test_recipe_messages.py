@@ -97,7 +97,11 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ),
         (
             "stage: grpo\nreward: {bleu: 1}",
-            "r.yaml:6: reward names 'bleu': expected of label_accuracy, exact_match, cider_d, rouge_1, rouge_2,",
+            "r.yaml:6: reward names 'bleu': expected of label_accuracy, exact_match, rouge_1, rouge_2,",
+        ),
+        (
+            "stage: grpo\nreward: {cider_d: 1}",  # weighs words by the references beside, here those of a batch
+            "r.yaml:6: reward names 'cider_d': expected of label_accuracy, exact_match, rouge_1, rouge_2,",
         ),
         (
             "stage: grpo\nreward: {exact_match: much}",
