@@ -267,13 +267,21 @@ def _benchmark_gate(metrics: Mapping[str, Any], spec: GateSpec, _: Mapping[str, 
     if not gains:
         text = "No metric with a number for each of several samples was measured: set benchmarks in the settings."
         return GateResult(name=KEEPS, passed=False, description=text, observed=None, threshold=allowed)
-    return _rise_gate(KEEPS, gains, allowed, over="the base model", verdict="too much is lost", of="loss a sample")
+    return _rise_gate(
+        KEEPS, gains, allowed, over="the base model", verdict="too much is lost", of="worsening of a score"
+    )
 
 
 def _rise_gate(
-    name: str, gains: Mapping[str, Mapping[str, Any]], allowed: float, *, over: str, verdict: str, of: str = "loss"
+    name: str,
+    gains: Mapping[str, Mapping[str, Any]],
+    allowed: float,
+    *,
+    over: str,
+    verdict: str,
+    of: str = "rise in loss",
 ) -> GateResult:
-    """Allow no entry's loss to rise, with all of its interval, by more than `allowed`; report the worst entry."""
+    """Allow no entry to get worse, with all of its interval, by more than `allowed`; report the worst entry."""
     rises = {
         entry: {**gain, "mean": -gain["mean"], "low": -gain["high"], "high": -gain["low"]}
         for entry, gain in gains.items()
@@ -283,7 +291,7 @@ def _rise_gate(
     return GateResult(
         name=name,
         passed=rise["low"] <= allowed,
-        description=f"{entry}: the rise in {of} over {over} is {_with_interval(rise)}; {verdict} where all of the "
+        description=f"{entry}: the {of} over {over} is {_with_interval(rise)}; {verdict} where all of the "
         f"interval is above {allowed:g}.",
         observed=rise["mean"],
         threshold=allowed,

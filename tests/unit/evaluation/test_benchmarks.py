@@ -104,7 +104,9 @@ def test_a_metric_that_fell_by_more_than_noise_and_than_is_allowed_fails_the_gat
         return next((result for result in results if result.name == KEEPS), None)
 
     worse = judged([1] * 20, [0] * 19 + [1], 0.1)
-    assert worse and not worse.passed and worse.description.startswith("faces, num_chars: the rise in loss a sample")
+    assert (
+        worse and not worse.passed and worse.description.startswith("faces, num_chars: the worsening of a score over")
+    )
     for fell, allowed in (([0, 1] * 10, 4), ([0] + [1] * 19, 0.1), ([1] * 20, 0)):
         passed = judged([1] * 20, fell, allowed)
         assert passed and passed.passed, passed
