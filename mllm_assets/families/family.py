@@ -33,7 +33,7 @@ from mllm_assets.families.turn_format import (
     gemma_turns,
     qwen_turns,
 )
-from mllm_assets.families.video_slots import GridVideos, TimedVideos, VideoSlots
+from mllm_assets.families.video_slots import GridVideos, TiledVideos, TimedVideos, VideoSlots
 
 SUPPORTED = "5.23"  # the oldest transformers that this package runs with
 
@@ -308,6 +308,8 @@ for _entry in (
         processor="SmolVLMProcessor",
         image_token="<image>",
         slots=named_tiles,
+        video_token="<image>",
+        video_slots=TiledVideos,
         vision_keys=("vision_model",),
         projector_keys=("connector",),
         language_keys=("text_model", "lm_head"),

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,13 @@ class VideoSlot:
 
 
 class VideoSlots(ABC):
-    """How one processor treats videos."""
+    """How one processor treats videos.
+
+    Attributes:
+        are_pictures: Whether the tower gets them as it gets the parts of pictures, with the pictures' token.
+    """
+
+    are_pictures = False
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -184,3 +191,59 @@ class TimedVideos(GridVideos):
         times = [(seconds[at] + seconds[at + size - 1]) / 2 for at in range(0, len(seconds), size)]
         shown = f"<|vision_start|>{self.token * (num_tokens // steps)}<|vision_end|>"
         return "".join(f"<{time:.1f} seconds>{shown}" for time in times[:steps])
+
+
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen").split()  # fmt: skip
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def in_words(number: int) -> str:
+    """An English number as the package num2words writes it; from 1000 on in figures."""
+    if number < 20:
+        return ONES[number]
+    if number < 100:
+        return TENS[number // 10 - 2] + (f"-{ONES[number % 10]}" if number % 10 else "")
+    if number < 1000:
+        return f"{ONES[number // 100]} hundred" + (f" and {in_words(number % 100)}" if number % 100 else "")
+    return str(number)
+
+
+class TiledVideos(VideoSlots):
+    """SmolVLM: each frame is one part of a picture, behind its time.
+
+    Source: transformers 5.23, models/smolvlm/processing_smolvlm.py and video_processing_smolvlm.py.
+    """
+
+    are_pictures = True
+
+    def __init__(self, processor: Any, token: str) -> None:
+        self.how, self.token = processor.image_processor, token
+        self.side_px = self.how.max_image_size["longest_edge"]
+        self.num_patches = self.side_px // processor.vision_config.patch_size
+        self.tokens_per_frame = int(processor.settings()["image_seq_len"])
+
+    def describe(self) -> dict[str, Any]:
+        how = self.how
+        pixels = [list(how.image_mean), list(how.image_std), int(how.resample), how.rescale_factor]
+        return {"kind": type(self).__name__, "side_px": self.side_px, "tokens": self.tokens_per_frame, "pixels": pixels}
+
+    def slot(self, clip: Clip) -> VideoSlot:
+        duration = timedelta(seconds=int(round(clip.num_frames / clip.frames_per_s, 6)))
+        frame = f"<fake_token_around_image><global-img>{self.token * self.tokens_per_frame}<fake_token_around_image>"
+        times = [f"{int(seconds // 60):02d}:{int(seconds % 60):02d}" for seconds in clip.seconds]
+        shown = "".join(f"\nFrame from {time}:{frame}" for time in times)
+        count = in_words(clip.num_frames)
+        intro = f"You are provided the following series of {count} frames from a {duration} [H:MM:SS] video.\n"
+        return VideoSlot(
+            text=f"{intro}{shown}\n\n",
+            num_tokens=clip.num_frames * self.tokens_per_frame,
+            grid_thw=(clip.num_frames, self.num_patches, self.num_patches),
+            seconds_per_grid=1 / clip.frames_per_s,
+        )
+
+    def patches(self, frames: Sequence[Image.Image], grid_thw: tuple[int, int, int]) -> np.ndarray:
+        how, size = self.how, (self.side_px, self.side_px)
+        shown = [np.asarray(frame.resize(size, Image.Resampling(how.resample)), np.float32) for frame in frames]
+        mean, std = (np.array(values, np.float32) for values in (how.image_mean, how.image_std))
+        return ((np.stack(shown) * how.rescale_factor - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)

@@ -162,7 +162,7 @@ class Collator:
             batch["inputs_embeds"] = self.hidden_states.batch(rows, length)
             del batch["input_ids"]
         elif has_images or has_videos:
-            batch |= (self._images(rows) if has_images else {}) | (self._videos(rows) if has_videos else {})
+            batch |= self._visuals(rows, has_images=has_images, has_videos=has_videos)
         elif num_blank:
             batch |= self._blank_image()
         batch.pop(NUM_CROPS, None)
@@ -204,6 +204,8 @@ class Collator:
             IntegrityError: One changed since its digest was taken. Names the file.
         """
         if rows[0].videos and not any(row.images for row in rows):
+            if self.video_slots is not None and self.video_slots.are_pictures:
+                return _padded([self._frames_of(row) for row in rows])
             return dict(zip((PIXELS, "image_grid_thw"), self._video_patches(rows), strict=True))
         places = [(path, row.id) for row in rows for path in row.images]
         if self._kept is not None and get_worker_info() is None:  # a loader process ends with its epoch
@@ -249,6 +251,26 @@ class Collator:
         batch = {"pixel_values": self.features.batch([path for row in rows for path in row.images])}
         grids_thw = [grid for row in rows for grid in row.grids_thw]
         return batch | ({"image_grid_thw": torch.tensor(grids_thw)} if grids_thw else {})
+
+    def _visuals(self, rows: Sequence[EncodedRow], *, has_images: bool, has_videos: bool) -> dict[str, torch.Tensor]:
+        if has_videos and self.video_slots is not None and self.video_slots.are_pictures:
+            return self._row_by_row(rows)
+        return (self._images(rows) if has_images else {}) | (self._videos(rows) if has_videos else {})
+
+    def _row_by_row(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        """The pictures and the videos of rows that have one kind each, in the order of their tokens."""
+        shown = [row for row in rows if row.images or row.videos]
+        if self.features is None:
+            return _padded([self.tower_inputs([row]) for row in shown])
+        found = [self.features.video_batch(r.videos) if r.videos else self.features.batch(r.images) for r in shown]
+        return {PIXELS: torch.cat(found)}
+
+    def _frames_of(self, row: EncodedRow) -> dict[str, torch.Tensor]:
+        """Each video of a row as a picture of as many parts as it has frames."""
+        pixels, grids_thw = self._video_patches([row])
+        each = [frames_FCHW[None] for frames_FCHW in pixels.split(grids_thw[:, 0].tolist())]
+        masks = [torch.ones_like(frames[:, :, 0], dtype=torch.long) for frames in each]
+        return _padded([{PIXELS: p, "pixel_attention_mask": m} for p, m in zip(each, masks, strict=True)])
 
     def _videos(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         if self.features is None:
@@ -307,6 +329,17 @@ class Collator:
             at = slice(None, len(sequence)) if self.padding.side == "right" else slice(length - len(sequence), None)
             padded_BT[index, at] = torch.frombuffer(sequence, dtype=torch.int32)
         return padded_BT
+
+
+def _padded(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Put pictures of several parts each under one another, with empty parts behind those of fewer."""
+    most = max(part[PIXELS].shape[1] for part in parts)
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        missing = most - tensor.shape[1]
+        return torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], dim=1)
+
+    return {name: torch.cat([full(part[name]) for part in parts]) for name in parts[0]}
 
 
 @dataclass(frozen=True, slots=True)

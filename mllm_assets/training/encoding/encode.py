@@ -261,8 +261,13 @@ class Encoder:
                 num_patches=sum(n for n in patches if n is not None) if any(patches) else None,
                 num_crops=sum(slot.num_crops for slot in media.images),
             )
-        self._require_tokens(row, input_ids, self.image_token_id, media.images, IMAGE_PLACEHOLDER)
-        self._require_tokens(row, input_ids, self.video_token_id, media.videos, VIDEO_PLACEHOLDER)
+        if self.video_token_id != self.image_token_id:
+            self._require_tokens(row, input_ids, self.image_token_id, media.images, IMAGE_PLACEHOLDER)
+            self._require_tokens(row, input_ids, self.video_token_id, media.videos, VIDEO_PLACEHOLDER)
+        elif media.videos:
+            self._require_tokens(row, input_ids, self.video_token_id, media.videos, VIDEO_PLACEHOLDER)
+        else:
+            self._require_tokens(row, input_ids, self.image_token_id, media.images, IMAGE_PLACEHOLDER)
         self._require_embedded(encoded)
         return encoded
 
@@ -298,6 +303,9 @@ class Encoder:
     def _slots_of_videos(self, row: "Row") -> list[VideoSlot]:
         if self._video_slots is None:
             refuse_videos(row, self._processor)
+        if self._video_slots.are_pictures and row.images:
+            name = processor_family(self._processor).name
+            raise DataError(f"Row {row.id} has images and videos, and {name} takes one kind a row. Show one of them.")
         clips = (clip_of(path, self._videos, self._slots, row_id=row.id) for path in row.videos)
         return [self._video_slots.slot(clip) for clip in clips]
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mllm_assets.data.sharegpt.rows import Message, Row
 from mllm_assets.errors import DataError
+from mllm_assets.families.video_slots import in_words
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.training.encoding.collate import Collator
 from mllm_assets.training.encoding.encode import Encoder, ImageCutError
@@ -27,7 +28,7 @@ RECORDED = json.loads((FOLDER / "llamafactory.json").read_text())
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     Image.new("RGB", (80, 60), (40, 90, 200)).save(root / "a.png")
-    for model_type in (*TEMPLATES, "qwen2_vl", "qwen3_vl_moe", "llava"):
+    for model_type in (*TEMPLATES, "qwen2_vl", "qwen3_vl_moe", "smolvlm", "llava"):
         (root / model_type).mkdir()
         tiny_families.build(model_type, root / model_type)
     return root
@@ -115,3 +116,33 @@ def test_a_damaged_video_is_refused_with_its_row(models, tmp_path):
     (tmp_path / "cut.mp4").write_bytes((FOLDER / "small.mp4").read_bytes()[:900])
     with pytest.raises(DataError, match=r"The video .*cut.mp4 of row r cannot be used: .* Replace the file or drop"):
         encoder.encode(_row(models, rows[0], videos=(tmp_path / "cut.mp4",)))
+
+
+def test_frames_of_smolvlm_are_parts_of_a_picture_behind_their_times(models):
+    """The text is that of transformers' processor, which needs torchvision and num2words."""
+    processor = load_processor(models / "smolvlm")
+    settings = TurnSettings(cutoff_len=4096, video_fps=1.0)
+    encoder = Encoder(processor, settings)
+    row = _row(models, {"turns": ["<video>What moves?", "A square."], "videos": ["small.mp4"]})
+    encoded = encoder.encode(row)
+    frame = "<fake_token_around_image><global-img><image><image><image><image><fake_token_around_image>"
+    assert processor.tokenizer.decode(encoded.input_ids.tolist()) == (
+        "<|im_start|>User: You are provided the following series of three frames from a 0:00:03 [H:MM:SS] video.\n"
+        f"\nFrame from 00:00:{frame}\nFrame from 00:01:{frame}\nFrame from 00:02:{frame}\n\nWhat moves?"
+        "<end_of_utterance>\nAssistant: A square.<end_of_utterance>\n"
+    )
+    picture = encoder.encode(_row(models, {"turns": ["<image>?", "A."], "videos": [], "images": ["a.png"]}))
+    batch = Collator(processor, settings)([picture, encoded])
+    assert (
+        batch["pixel_values"].shape[:2] == batch["pixel_attention_mask"].shape[:2] and len(batch["pixel_values"]) == 2
+    )
+    with pytest.raises(DataError, match="Row r has images and videos, and SmolVLM takes one kind a row"):
+        encoder.encode(_row(models, {"turns": ["<image><video>?", "A."], "videos": ["small.mp4"], "images": ["a.png"]}))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(1, "one"), (20, "twenty"), (64, "sixty-four"), (100, "one hundred"), (128, "one hundred and twenty-eight")],
+)
+def test_numbers_of_frames_are_written_as_num2words_writes_them(number, words):
+    assert in_words(number) == words
