@@ -56,16 +56,9 @@ def yaml_of(spec: type, **registries: Mapping[str, Any]) -> type[YamlModel]:
     hints = get_type_hints(spec)
     hints |= {name: Annotated[hints[name], OneOf(registry)] for name, registry in registries.items()}
     members: dict[str, Any] = {item.name: _member(item, hints[item.name]) for item in fields(spec)}
-    form = create_model(spec.__name__, __base__=YamlModel, __doc__=_documented(spec), **members)
+    form = create_model(spec.__name__, __base__=YamlModel, __doc__=spec.__doc__, **members)
     form.spec_class = spec
     return form
-
-
-def _documented(spec: type) -> str:
-    """The docstring of a dataclass, with what it inherits among its attributes."""
-    inherited = [f"    {name}: {text}" for base in spec.__mro__[1:] for name, text in attribute_docs(base).items()]
-    own = cleandoc(spec.__doc__ or "")
-    return "\n".join([own if "\nAttributes:\n" in own or not inherited else f"{own}\n\nAttributes:", *inherited])
 
 
 def _member(item: Field, hint: Any) -> tuple[Any, Any]:
