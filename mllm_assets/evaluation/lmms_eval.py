@@ -13,7 +13,7 @@ from pathlib import Path
 from mllm_assets.errors import DataError, MachineError
 from mllm_assets.redaction import environment_secrets, redacted
 from mllm_assets.worker import supervisor
-from mllm_assets.worker.benchmark_task import INSTALLS, BenchmarkSettings
+from mllm_assets.worker.benchmark_task import DEFAULT_PYTHON, INSTALLS, BenchmarkSettings
 
 LOG = "lmms_eval.log"
 OUTPUT = "output"
@@ -55,7 +55,12 @@ def find_lmms_eval(root: Path, python: str) -> LmmsEval:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MachineError(f"benchmarks: {path} does not run ({error}). Make it again with: {make}") from None
     if done.returncode:
-        raise MachineError(f"benchmarks: the environment of {path} has no lmms-eval. Install it with: {make}")
+        own = root / DEFAULT_PYTHON
+        make = f"python -m venv {own.parent.parent} && {own.parent}/pip install {INSTALLS}"
+        make += "" if path == own else " (and delete `python` of the benchmarks)"
+        raise MachineError(
+            f"benchmarks: the environment of {path} has no lmms-eval, which needs one of its own. Make it with: {make}"
+        )
     return LmmsEval(python=path, version=done.stdout.strip()[:40])
 
 

@@ -45,6 +45,8 @@ class BenchmarkSettings:
             )
         if len(set(self.tasks)) < len(self.tasks):
             raise RecipeError(f"benchmarks: tasks names one twice: {', '.join(self.tasks)}. Leave it out.")
+        if self.folder is not None and (Path(self.folder).is_absolute() or ".." in Path(self.folder).parts):
+            raise RecipeError(f"benchmarks: folder is {self.folder!r}: expected one of the project, such as tasks.")
         for name in ("limit", "max_new_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise RecipeError(f"benchmarks: {name} is {value}: expected 1 or more.")
