@@ -26,6 +26,7 @@ ADVICE = (
     "holds what looks like a token or password. The UI, metadata and model cards show what is in a defs.yaml: delete "
     "it here and set an environment variable, such as HF_TOKEN."
 )
+TEXT, TEMPLATE = "string", r"\{\{"
 Place = tuple[str | int, ...]
 
 
@@ -77,11 +78,37 @@ def _mistakes_of(document: ValueAndSourcePositionTree) -> Iterator[tuple[int, st
             f"the component {kind} does not exist; see `dg list components`",
         )
         return
-    validator = Draft202012Validator(model.model_json_schema() if model else {})
+    validator = Draft202012Validator(_without_texts(model.model_json_schema()) if model else {})
     for error in validator.iter_errors(value.get("attributes", {})):
         best = best_match([error]) or error
         place = ["attributes", *best.absolute_path]
-        yield _line(document, place), f"{shown_place(tuple(place))}: {redacted(best.message)}{_hint(best)}"
+        yield _line(document, place), f"{shown_place(tuple(place))}: {redacted(_said(best))}{_hint(best)}"
+
+
+def _without_texts(schema: Any) -> Any:
+    """The schema in which what is no text may be a text only where that is a template.
+
+    Dagster allows a text everywhere, behind what is meant, and then ends in pydantic's traceback.
+    """
+    if isinstance(schema, list):
+        return [_without_texts(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _without_texts(value) for key, value in schema.items()}
+    either = found.get("anyOf", [])
+    kinds = [one.get("type", "object") for one in either]
+    if TEXT in kinds and kinds[0] in ("array", "object"):
+        found["anyOf"] = [one | {"pattern": TEMPLATE} if one.get("type") == TEXT else one for one in either]
+    return found
+
+
+def _said(error: "ValidationError") -> str:
+    parent = error.parent
+    if error.validator_value != TEMPLATE or parent is None or not isinstance(parent.schema, dict):
+        return error.message
+    is_list = any(one.get("type") == "array" for one in parent.schema["anyOf"])
+    cure = f"Write a list: [{error.instance}]" if is_list else "Write keys and values below it"
+    return f"{error.instance!r} is a text. {cure}"
 
 
 def _hint(error: "ValidationError") -> str:

@@ -41,6 +41,32 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+SETTING = """type: mllm_assets.components.FineTuning
+attributes:
+  recipes: configs/*.yaml
+  settings:
+    - recipe: mine
+      KEY
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("benchmarks: {tasks: faces}", "benchmarks.tasks: 'faces' is a text. Write a list: [faces]"),
+        ("evaluation: {unrelated: plain}", "evaluation.unrelated: 'plain' is a text. Write a list: [plain]"),
+        ("sweep: emoji", "sweep: 'emoji' is a text. Write keys and values below it"),
+        ("benchmarks: {tasks: '{{ env.TASKS }}'}", None),
+    ],
+)
+def test_a_text_where_a_list_belongs_is_named_by_line(project: Path, key: str, said: str | None) -> None:
+    """Dagster's schema takes it for a template; what it loads ended in a traceback of pydantic."""
+    (project / "shop" / "defs" / "ants" / "defs.yaml").write_text(SETTING.replace("KEY", key))
+    found = find_mistakes(project)
+    where = "shop/defs/ants/defs.yaml:6: attributes.settings.0."
+    assert found == ([] if said is None else [where + said])
+
+
 def test_sound_files_have_no_mistakes(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
