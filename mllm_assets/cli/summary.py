@@ -20,7 +20,7 @@ from mllm_assets.evaluation.table import read_predictions
 from mllm_assets.layout import Layout
 from mllm_assets.project.read import dev_command, materialize_command
 from mllm_assets.releases.versions import Release, current_release
-from mllm_assets.training.runs.history import TRAINER_LOG, read_log
+from mllm_assets.training.runs.history import REWARD, TRAINER_LOG, read_log
 from mllm_assets.training.runs.plan import published_note, shown_overrides
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -150,12 +150,13 @@ def _samples(layout: Layout, run: Mapping[str, Any]) -> list[str]:
 
 def _losses(run_dir: Path, run: Mapping[str, Any]) -> list[str]:
     log = read_log(run_dir / TRAINER_LOG)
-    losses = [line["loss"] for line in log if line.get("loss") is not None]
+    learnt = {REWARD: "reward    "} if any(REWARD in line for line in log) else {"loss": "loss curve"}
     lines = [
         f"  trained     {run['num_steps']} steps in {run['train_wall_s']:.0f} s, {run['samples_per_s']:.0f} samples/s"
     ]
-    if losses:
-        lines.append(f"  loss curve  {losses[0]:.3f} {_sparkline(losses)} {losses[-1]:.3f}")
+    for key, shown in learnt.items():  # the loss of rewards is about 0 all the time
+        if values := [line[key] for line in log if line.get(key) is not None]:
+            lines.append(f"  {shown}  {values[0]:.3f} {_sparkline(values)} {values[-1]:.3f}")
     if note := published_note(run):
         lines.append(f"  published   {note.removeprefix(', ')}, with eval loss {run['eval_loss']:.4f}")
     if asked := run.get("eval_answers"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mllm_assets.artifacts import write_manifest
-from mllm_assets.cli.summary import _samples, summarise
+from mllm_assets.cli.summary import _losses, _samples, summarise
 from mllm_assets.errors import IntegrityError, RecipeError
 from mllm_assets.layout import Layout
 from tests.unit.evaluation.made_predictions import predictions
@@ -38,6 +38,21 @@ def test_a_recipe_that_was_never_trained_says_the_command(layout: Layout) -> Non
 def test_a_misspelt_recipe_gets_the_nearest_name_and_no_command_that_makes_everything(layout: Layout) -> None:
     with pytest.raises(RecipeError, match=r"No recipe is called 'emoji_stf'\. Did you mean 'emoji_sft'\?"):
         summarise(layout, "emoji_stf")
+
+
+@pytest.mark.parametrize(
+    ("lines", "shown"),
+    [
+        (['{"loss": 2.0}', '{"loss": 1.0}'], "  loss curve  2.000 █▁ 1.000"),
+        (['{"loss": 0.01, "reward": 0.25}', '{"loss": -0.01, "reward": 0.75}'], "  reward      0.250 ▁█ 0.750"),
+    ],
+)
+def test_a_run_that_learnt_rewards_shows_them_and_not_its_loss_which_says_nothing(
+    tmp_path: Path, lines: list[str], shown: str
+) -> None:
+    steps = [f'{{"current_steps": {step}, {line[1:]}' for step, line in enumerate(lines, 1)]
+    (tmp_path / "trainer_log.jsonl").write_text("\n".join(steps) + "\n")
+    assert _losses(tmp_path, {"num_steps": 2, "train_wall_s": 1.0, "samples_per_s": 8.0})[1:] == [shown]
 
 
 def test_the_first_question_is_one_that_the_model_answered_rightly_and_a_wrong_answer_is_shown_as_such(
