@@ -11,13 +11,12 @@ from mllm_assets.components.reporting import MAX_TAG_LENGTH, failing_asset
 from mllm_assets.components.yaml_model import YamlModel, yaml_of
 from mllm_assets.data.sharegpt.entries import read_dataset_info
 from mllm_assets.errors import DataError, MllmAssetsError, RecipeError, did_you_mean
-from mllm_assets.evaluation.agreement import Agreement
 from mllm_assets.evaluation.forgetting import PLAIN_QUESTIONS, require_not_trained_on
 from mllm_assets.evaluation.gates import GateSpec
 from mllm_assets.families.turn_format import AUTO
 from mllm_assets.recipe.load import Recipe, load_recipe
 from mllm_assets.recipe.spec import TrainSpec
-from mllm_assets.releases.copies import GgufSpec
+from mllm_assets.releases.copies import GgufSpec, QuantizedSpec
 from mllm_assets.releases.hub_push import PushSpec
 from mllm_assets.releases.registry import RegistrySpec
 from mllm_assets.training.runs.sweep_spec import SweepSpec
@@ -63,7 +62,7 @@ class MlflowRegistry(yaml_of(RegistrySpec)):
     """The release as a version of a registered model of MLflow, at MLFLOW_TRACKING_URI."""
 
 
-class Quantized(yaml_of(Agreement)):
+class Quantized(yaml_of(QuantizedSpec)):
     """The release with 8-bit weights, and how alike it must answer."""
 
 

@@ -75,7 +75,31 @@ class CopyTask(Task[Manifest]):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GgufSpec(Agreement):
+class CopySpec(Agreement):
+    """What a copy is, and how alike it must answer."""
+
+    @property
+    def agreement(self) -> Agreement:
+        return Agreement(**{field.name: getattr(self, field.name) for field in fields(Agreement)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizedSpec(CopySpec):
+    """How the release gets 8-bit weights.
+
+    Attributes:
+        weights: int8, or fp8 (E4M3), which cards since Ada Lovelace multiply in; fp8 was tried on the CPU alone.
+        max_samples: Rows that both are asked about.
+        max_new_tokens: Most tokens of an answer.
+        min_agreement: The share of answers that must be the same.
+        max_loss_distance_nats: How far the mean losses may be apart.
+    """
+
+    weights: Literal["int8", "fp8"] = "int8"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GgufSpec(CopySpec):
     """How the release becomes GGUF.
 
     Attributes:
@@ -89,10 +113,6 @@ class GgufSpec(Agreement):
 
     llama_cpp: str | None = None
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
-
-    @property
-    def agreement(self) -> Agreement:
-        return Agreement(**{field.name: getattr(self, field.name) for field in fields(Agreement)})
 
     def converter(self, root: Path) -> Path:
         """The converter's file.
@@ -127,9 +147,14 @@ class GgufTask(CopyTask):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeTask(CopyTask):
-    """With the language model's linear layers in 8 bits."""
+    """With the language model's linear layers in 8 bits.
+
+    Attributes:
+        weights: As `QuantizedSpec` has it.
+    """
 
     entry = "mllm_assets.releases.quantized:quantize_task"
+    weights: Literal["int8", "fp8"] = "int8"
 
 
 def copy_of(

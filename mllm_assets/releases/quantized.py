@@ -12,7 +12,7 @@ from mllm_assets.inference.answerer import Answerer
 from mllm_assets.progress import progress_to
 from mllm_assets.releases.copies import QuantizeTask, write_copy
 from mllm_assets.training.models.device import Device, pick_device
-from mllm_assets.training.models.int8 import load_int8, require_installed, without_bars, write_int8
+from mllm_assets.training.models.eight_bits import load_8bit, require_installed, without_bars, write_8bit
 from mllm_assets.worker.tasks import Manifest
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 TEXTS = {
     "library": "transformers",
-    "what": "8-bit weights",
     "how": """
 The linear layers of the language model have 8-bit weights with a scale for each output channel; embeddings, output
 layer, vision tower and projector are as they were. With `pip install compressed-tensors`,
@@ -44,14 +43,15 @@ def quantize_task(task: QuantizeTask, reporter: "Reporter") -> Manifest:
         torch.set_num_threads(task.accelerator.num_threads)
     device = pick_device(task.accelerator.device, warn=reporter.warn)
     with progress_to(reporter.notify), staged_directory(task.directory) as staging:
-        num_layers = write_int8(task.release_dir, staging)
+        num_layers = write_8bit(task.release_dir, staging, task.weights)
         found = _compared(task, staging, device)
-        return write_copy(staging, task, found, {"num_layers": num_layers}, {**TEXTS, "device": device.kind})
+        texts = {**TEXTS, "what": f"8-bit weights ({task.weights})", "device": device.kind}
+        return write_copy(staging, task, found, {"num_layers": num_layers}, texts)
 
 
 def _compared(task: QuantizeTask, copy: Path, device: Device) -> Comparison:
     release = Answerer(task.release_dir, task.turns, device=device.kind)
-    quantized = Answerer(copy, task.turns, device=device.kind, model=load_int8(copy, device.kind))
+    quantized = Answerer(copy, task.turns, device=device.kind, model=load_8bit(copy, device.kind))
     own, other = Loaded(release, scores=True), Loaded(quantized, scores=True)
     rows = some_rows(task.rows, task.asked_for)
     with without_bars():  # the first question unpacks the weights, and is not timed

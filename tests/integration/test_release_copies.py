@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from mllm_assets.errors import IntegrityError, MachineError, ModelError
 from mllm_assets.evaluation.agreement import Agreement
 from mllm_assets.recipe.asking import TurnSettings
 from mllm_assets.releases import gguf, quantized
-from mllm_assets.releases.copies import CONVERTER, LLAMA_CPP, GgufTask, QuantizeTask
+from mllm_assets.releases.copies import CONVERTER, LLAMA_CPP, CopyTask, GgufTask, QuantizeTask
 from mllm_assets.training.models.load import load_model
 from mllm_assets.worker.protocol import Reporter
 from mllm_assets.worker.tasks import Accelerator
@@ -57,13 +58,17 @@ def task(parity_dir: Path, tmp_path: Path) -> QuantizeTask:
 
 
 @needs_int8
-def test_a_copy_in_8_bits_loads_with_transformers_alone_and_is_compared(task: QuantizeTask, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weights", "most_nats", "named"), [("int8", 0.002, "packed"), ("fp8", 0.01, "scale")])
+def test_a_copy_in_8_bits_loads_with_transformers_alone_and_is_compared(
+    weights: Literal["int8", "fp8"], most_nats: float, named: str, task: QuantizeTask, tmp_path: Path
+) -> None:
+    task = replace(task, weights=weights, asked_for=replace(task.asked_for, max_loss_distance_nats=most_nats))
     found = quantized.quantize_task(task, Reporter())["comparison"]
     assert found["passed"] and found["num_other_prompts"] == 0
-    assert 0 < found["loss_distance_nats"] < 0.002, "weights that are rounded give another loss"
+    assert 0 < found["loss_distance_nats"] < most_nats, "weights that are rounded give another loss"
     subprocess.run([sys.executable, "-c", LOADED, str(task.directory)], check=True, cwd=tmp_path)
     names = load_file(task.directory / "model.safetensors").keys()
-    packed = [name for name in names if name.endswith("weight_packed")]
+    packed = [name for name in names if name.endswith(f"weight_{named}")]
     assert packed and not [name for name in packed if "vision" in name or "projector" in name or "lm_head" in name]
     assert "share of equal answers" in (task.directory / "README.md").read_text()
     assert quantized.quantize_task(task, Reporter()) == read_manifest(task.directory)
@@ -76,10 +81,10 @@ def test_a_copy_in_8_bits_loads_with_transformers_alone_and_is_compared(task: Qu
 def test_a_copy_that_was_spoilt_does_not_answer_alike(
     spoilt: str, task: QuantizeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = quantized.write_int8
+    write = quantized.write_8bit
 
-    def spoil(source: Path, directory: Path) -> int:
-        num_layers = write(source, directory)
+    def spoil(source: Path, directory: Path, weights: Literal["int8", "fp8"]) -> int:
+        num_layers = write(source, directory, weights)
         if spoilt == "weights":
             weights = load_file(directory / "model.safetensors")
             for name in [name for name in weights if name.endswith("weight_scale")]:
@@ -92,14 +97,14 @@ def test_a_copy_that_was_spoilt_does_not_answer_alike(
             path.write_text(json.dumps(settings))
         return num_layers
 
-    monkeypatch.setattr(quantized, "write_int8", spoil)
+    monkeypatch.setattr(quantized, "write_8bit", spoil)
     found = quantized.quantize_task(task, Reporter())["comparison"]
     assert not found["passed"] and found["loss_distance_nats"] > task.asked_for.max_loss_distance_nats
     assert "NO" in (task.directory / "README.md").read_text()
 
 
 def gguf_of(task: QuantizeTask, converter: Path) -> GgufTask:
-    shared = {field.name: getattr(task, field.name) for field in fields(task)}
+    shared = {field.name: getattr(task, field.name) for field in fields(CopyTask)}
     return GgufTask(**shared, converter=converter, outtype="f32")
 
 

@@ -11,16 +11,16 @@ from mllm_assets.components.assets.step import step
 from mllm_assets.components.reporting import in_window
 from mllm_assets.components.resources import AcceleratorResource, ProjectResource
 from mllm_assets.components.wiring import Node
-from mllm_assets.evaluation.agreement import ANSWERS_ALIKE, Agreement
+from mllm_assets.evaluation.agreement import ANSWERS_ALIKE
 from mllm_assets.layout import Layout
-from mllm_assets.releases.copies import CopyTask, GgufSpec, GgufTask, QuantizeTask, copy_of
+from mllm_assets.releases.copies import CopyTask, GgufSpec, GgufTask, QuantizedSpec, QuantizeTask, copy_of
 from mllm_assets.releases.model_card import without_front_matter
 from mllm_assets.releases.versions import Release, find_release
 
 CLAIM = "The copy makes the release's prompts, and its greedy answers and its loss are near enough to the release's."
 
 
-def quantized_asset(node: Node, asked_for: Agreement) -> dg.AssetsDefinition:
+def quantized_asset(node: Node, spec: QuantizedSpec) -> dg.AssetsDefinition:
     """The release with 8-bit weights, for vLLM and transformers."""
     key = node.key("quantized")
 
@@ -30,7 +30,7 @@ def quantized_asset(node: Node, asked_for: Agreement) -> dg.AssetsDefinition:
         kinds={"pytorch"},
         deps=[node.key("released_model"), *node.eval_data.values()],
         pool="gpu",
-        code_version=digest_json([asked_for.min_agreement, asked_for.max_loss_distance_nats])[:16],
+        code_version=digest_json([spec.weights, spec.min_agreement, spec.max_loss_distance_nats])[:16],
         check_specs=[dg.AssetCheckSpec(ANSWERS_ALIKE, asset=key, blocking=True, description=CLAIM)],
         description=f"{node.name}: the current release with 8-bit weights in compressed-tensors' format, which vLLM "
         "and transformers read, and its answers beside the release's.",
@@ -40,7 +40,8 @@ def quantized_asset(node: Node, asked_for: Agreement) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, project: ProjectResource, gpu: AcceleratorResource
     ) -> dg.MaterializeResult:
         release = _release(context, node, project)
-        task = copy_of(QuantizeTask, project.layout, release, next(iter(node.eval_data)), asked_for)
+        entry, how = next(iter(node.eval_data)), {"weights": spec.weights}
+        task = copy_of(QuantizeTask, project.layout, release, entry, spec.agreement, **how)
         return _result(_made(context, project, gpu, task), task, project.layout)
 
     return quantized

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import AutoModelForImageTextToText
@@ -25,7 +25,8 @@ from mllm_assets.training.models.parts import with_parts
 
 INSTALL = "pip install -c constraints.txt -e '.[int8]'"
 KEPT_FILES = (*PROCESSOR_FILES, "generation_config.json")
-WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+WEIGHTS = {"num_bits": 8, "symmetric": True, "strategy": "channel", "dynamic": False}
+FORMATS = {"int8": ("int", "pack-quantized"), "fp8": ("float", "float-quantized")}  # of numbers, and of files
 ROUTERS = "re:.*(mlp\\.gate|router.*)$"  # few weights that choose experts
 
 
@@ -46,7 +47,7 @@ def without_bars() -> Iterator[None]:
         yield
 
 
-def write_int8(source: Path, directory: Path) -> int:
+def write_8bit(source: Path, directory: Path, weights: Literal["int8", "fp8"] = "int8") -> int:
     """Write a model with 8-bit weights into an existing directory; returns how many layers have them.
 
     Raises:
@@ -64,7 +65,7 @@ def write_int8(source: Path, directory: Path) -> int:
 
     quiet_libraries()
     model = load_model(source)
-    settings = _settings(model)
+    settings = _settings(model, weights)
     with without_bars():
         apply_quantization_config(model, QuantizationConfig.model_validate(settings))
     layers = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
@@ -85,8 +86,9 @@ def write_int8(source: Path, directory: Path) -> int:
     return len(layers)
 
 
-def _settings(model: Any) -> dict[str, Any]:
+def _settings(model: Any, weights: str) -> dict[str, Any]:
     """What `config.json` says of the weights. Names are patterns: modules and files have other prefixes."""
+    numbers, files = FORMATS[weights]
     family = family_of(model.config.model_type)
     if not family.is_described:
         family = with_parts(family, model)
@@ -101,11 +103,11 @@ def _settings(model: Any) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": "pack-quantized",
+        "format": files,
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": dict(WEIGHTS),
+                "weights": {**WEIGHTS, "type": numbers},
                 "input_activations": None,
                 "output_activations": None,
             }
@@ -116,7 +118,7 @@ def _settings(model: Any) -> dict[str, Any]:
     }
 
 
-def load_int8(directory: Path, device: str) -> Any:
+def load_8bit(directory: Path, device: str) -> Any:
     """Load such a model as any user would, strictly.
 
     Raises:
