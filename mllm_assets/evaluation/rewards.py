@@ -130,6 +130,9 @@ class RewardedAnswers:
             if values is None:
                 raise RecipeError(self._why_not(name, references))
             found[name] = np.asarray(values, float)
+            if found[name].shape != (len(texts),):
+                said = f"{found[name].size} values for {len(texts)} answers"
+                raise RecipeError(f"reward: {name} gave {said}: expected one for each. Correct the metric.")
             if not np.isfinite(found[name]).all():
                 raise RecipeError(f"reward: {name} gave a value that is not a finite number. Correct the metric.")
         return found

@@ -160,6 +160,16 @@ def test_a_plugins_metric_can_be_the_reward(parity_dir: Path, tmp_path: Path, sh
     assert line["reward"] == pytest.approx(2 * line["rewards/shortness"]) and line["reward"] < 0
 
 
+def test_a_metric_that_gives_one_value_for_all_answers_is_no_reward(parity_dir: Path, tmp_path: Path) -> None:
+    register(Metric(name="one", unit="", definition="", score=lambda given: np.ones(1)))
+    try:
+        task = quick_task(parity_dir, tmp_path / "run", reward={"one": 1.0}, max_steps=1, save_strategy="no")
+        with pytest.raises(RecipeError, match=r"one gave 1 values for \d+ answers: expected one for each\."):
+            train_task(task, Reporter())
+    finally:
+        del METRICS["one"]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
