@@ -25,7 +25,7 @@ WHERE_ASKED_FOR = {"source_listing", "eval_loss", "overrides", "mlflow_run", "wa
     "line_money", "anls", "character_error_rate", "json_valid", "json_field_f1", "box_iou", "training_loss",
     # what is empty in this line is not shown
     "revision", "hub_id", "license", "reject_reasons", "flags", "unused_reasons", "augmentations", "warnings",
-    "leaks", "gains_over_release", "newest", "unmatched"}  # fmt: skip
+    "leaks", "gains_over_release", "newest", "unmatched", "answered_by"}  # fmt: skip
 
 
 def config(recipe: str, **values: Any) -> dict[str, Any]:
