@@ -12,7 +12,7 @@ import numpy as np
 from mllm_assets.data.ingest.images import departure_text
 from mllm_assets.data.sharegpt.dataset import Dataset, Entry
 from mllm_assets.errors import DataError, RecipeError
-from mllm_assets.families.family import FAMILIES, processor_family, require_attention, require_template
+from mllm_assets.families.family import processor_family, require_attention, require_template
 from mllm_assets.families.turn_format import AUTO
 from mllm_assets.file_digests import FileDigests
 from mllm_assets.recipe.spec import TrainSpec
@@ -21,7 +21,7 @@ from mllm_assets.training.encoding.encode import Encoder, ImageCutError
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
 from mllm_assets.training.encoding.image_files import departures
 from mllm_assets.training.encoding.marked import note_on_marks, with_others
-from mllm_assets.training.encoding.packing import pack
+from mllm_assets.training.encoding.packing import check_packing, pack
 from mllm_assets.training.encoding.rendered import collator_of, encoder_of
 from mllm_assets.training.encoding.row import IGNORE_INDEX
 from mllm_assets.training.encoding.row_files import Source, rows_fingerprint, shown, stored_rows
@@ -72,7 +72,7 @@ def read_inputs(spec: TrainSpec, model_dir: Path, dataset: Dataset, rows_root: P
     processor = load_processor(model_dir)
     encoder = make_encoder(spec, processor, model_dir)
     if spec.packs:
-        _check_packing(spec, processor, reporter)
+        check_packing(spec, processor, reporter)
     # an entry that only judges may hold answers where pairs are learnt
     names = dict.fromkeys((*spec.train_entries, *(spec.eval_entries if spec.eval_strategy != "no" else ())))
     for name in names:
@@ -135,29 +135,6 @@ def check_reach(shape: TrainableSet, rows: EncodedRows, spec: TrainSpec, reporte
             "take the others out, or train the language model: freeze_language_model: false."
         )
     reporter.warn(f"{count}: from the others {parts} learns nothing.")
-
-
-def _check_packing(spec: TrainSpec, processor: Any, reporter: "Reporter") -> None:
-    family = processor_family(processor)
-    if family.packed_masks is None:
-        known = ", ".join(other.name for other in FAMILIES.values() if other.packed_masks)
-        raise RecipeError(
-            f"packing is only done for {known}, and the model is {family.name}, whose rows cannot be kept apart "
-            "in one sequence. Delete packing and neat_packing."
-        )
-    if family.packed_positions is not None and not spec.neat_packing:
-        raise RecipeError(
-            f"packing is set, and the positions of pictures in {family.name} are made for rows that are kept apart. "
-            "Set neat_packing: true, or delete packing."
-        )
-    if spec.neat_packing:
-        fails = " LLaMA-Factory 0.9.5 fails with it on Gemma 3." if family.model_type == "gemma3" else ""
-        reporter.warn(f"neat_packing: packed rows do not see each other.{fails}")
-    else:
-        reporter.warn(
-            "packing: a row sees the rows packed in front of it, as in LLaMA-Factory. "
-            "neat_packing: true keeps them apart."
-        )
 
 
 def warn_of_first_rows(spec: TrainSpec, dataset: Dataset, reporter: "Reporter") -> None:

@@ -3,10 +3,17 @@
 import bisect
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mllm_assets.errors import RecipeError
+from mllm_assets.families.family import FAMILIES, processor_family
+from mllm_assets.recipe.spec import TrainSpec
 from mllm_assets.training.encoding.encoded_rows import EncodedRows
+
+if TYPE_CHECKING:
+    from mllm_assets.worker.protocol import Reporter
 
 
 def pack(rows: EncodedRows, cutoff_len: int, *, group_size: int = 1000, num_groups: int | None = None) -> EncodedRows:
@@ -53,3 +60,31 @@ def _knapsacks(places: range, lengths: np.ndarray, capacity: int) -> Iterator[li
             knapsack.append(by_length[length].pop())
             room -= length
         yield knapsack
+
+
+def check_packing(spec: TrainSpec, processor: Any, reporter: "Reporter") -> None:
+    """Refuse packing for a model whose rows cannot be packed so, and say what it means otherwise.
+
+    Raises:
+        RecipeError: Names the families whose rows are packed, or the key that keeps rows apart.
+    """
+    family = processor_family(processor)
+    if family.packed_masks is None:
+        known = ", ".join(other.name for other in FAMILIES.values() if other.packed_masks)
+        raise RecipeError(
+            f"packing is only done for {known}, and the model is {family.name}, whose rows cannot be kept apart "
+            "in one sequence. Delete packing and neat_packing."
+        )
+    if family.packed_positions is not None and not spec.neat_packing:
+        raise RecipeError(
+            f"packing is set, and the positions of pictures in {family.name} are made for rows that are kept apart. "
+            "Set neat_packing: true, or delete packing."
+        )
+    if spec.neat_packing:
+        fails = " LLaMA-Factory 0.9.5 fails with it on Gemma 3." if family.model_type == "gemma3" else ""
+        reporter.warn(f"neat_packing: packed rows do not see each other.{fails}")
+    else:
+        reporter.warn(
+            "packing: a row sees the rows packed in front of it, as in LLaMA-Factory. "
+            "neat_packing: true keeps them apart."
+        )
